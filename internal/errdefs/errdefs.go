@@ -1,0 +1,75 @@
+// Package errdefs holds the classes of errors that callers act on.
+//
+// A class is attached where the error is made; its text is then meant for the
+// client: no host paths, no secrets. An error without a class is a fault of
+// ours, whose text only the log shows.
+package errdefs
+
+import (
+	"errors"
+	"fmt"
+)
+
+// Class is a kind of error that a caller acts on. The classes below are all
+// there are; compare with errors.Is.
+type Class struct{ name string }
+
+func (c *Class) Error() string { return c.name }
+
+// The classes. One table in internal/server maps them to Connect codes.
+var (
+	// InvalidArgument: the request is wrong whatever the state.
+	InvalidArgument = &Class{"invalid argument"}
+	// Unauthenticated: the caller did not prove who it is.
+	Unauthenticated = &Class{"unauthenticated"}
+	// Denied: the caller is known and may not do this.
+	Denied = &Class{"permission denied"}
+	// NotFound: what the request names does not exist.
+	NotFound = &Class{"not found"}
+	// AlreadyExists: what the request would make exists.
+	AlreadyExists = &Class{"already exists"}
+	// WrongState: the state forbids it; the message names the state.
+	WrongState = &Class{"wrong state"}
+	// Busy: another operation got in the way; trying again is reasonable.
+	Busy = &Class{"busy"}
+	// Exhausted: a limit is reached; the message says which.
+	Exhausted = &Class{"resource exhausted"}
+	// Unsupported: this host, driver or guest does not implement it.
+	Unsupported = &Class{"unsupported"}
+	// Unavailable: something needed is not there or does not answer.
+	Unavailable = &Class{"unavailable"}
+	// TimedOut: a time limit that the caller set has passed.
+	TimedOut = &Class{"timed out"}
+	// Corrupt: stored data is not what was written.
+	Corrupt = &Class{"corrupt"}
+)
+
+// Classes returns every class, so that tests can range over them.
+func Classes() []*Class {
+	return []*Class{
+		InvalidArgument, Unauthenticated, Denied, NotFound, AlreadyExists, WrongState,
+		Busy, Exhausted, Unsupported, Unavailable, TimedOut, Corrupt,
+	}
+}
+
+type classed struct {
+	class *Class
+	err   error
+}
+
+func (e *classed) Error() string   { return e.err.Error() }
+func (e *classed) Unwrap() []error { return []error{e.class, e.err} }
+
+// Errorf formats like fmt.Errorf, %w included, and attaches the class.
+func (c *Class) Errorf(format string, args ...any) error {
+	return &classed{class: c, err: fmt.Errorf(format, args...)}
+}
+
+// ClassOf returns the outermost class attached to err, or nil.
+func ClassOf(err error) *Class {
+	var e *classed
+	if errors.As(err, &e) {
+		return e.class
+	}
+	return nil
+}

@@ -1,0 +1,164 @@
+// Package vmm is the boundary to the programs that run microVMs.
+//
+// A driver runs a VM and nothing else: disks, network and guest exist before
+// it starts and outlive its death.
+package vmm
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"time"
+)
+
+// Driver runs microVMs with one kind of VMM. Safe for concurrent use.
+type Driver interface {
+	// Name is the driver's name in handles and settings: "qemu", "firecracker".
+	Name() string
+
+	// Check says whether VMs can be run here, and how. It may boot a probe
+	// guest the first time; later calls answer from a cache that lasts as
+	// long as the host's kernel and the VMM stay the same.
+	Check(ctx context.Context) (Report, error)
+
+	// Start boots a VM and returns it running; the guest's kernel has then
+	// begun to boot, no more. ctx bounds the call only: the VM lives in a
+	// session of its own until it exits or is killed, whatever becomes of
+	// ctx and of the calling process. On error nothing is left.
+	Start(ctx context.Context, spec Spec) (VM, error)
+
+	// Attach takes up a VM that an earlier process started. A VM that has
+	// exited meanwhile is errdefs.NotFound; one that runs but does not
+	// answer is errdefs.Unavailable.
+	Attach(ctx context.Context, h Handle) (VM, error)
+}
+
+// VM is one VMM process with its guest. Safe for concurrent use. What a type
+// does not implement it does not support; optional abilities are interfaces
+// of their own.
+type VM interface {
+	// Handle is what Attach needs, to be stored in the record.
+	Handle() Handle
+
+	// Pause stops the vCPUs; memory stays. Pausing a paused VM is no error.
+	Pause(ctx context.Context) error
+
+	// Resume lets the vCPUs run. Resuming a running VM is no error.
+	Resume(ctx context.Context) error
+
+	// Kill ends the VM and returns when its processes are gone. Killing a VM
+	// that is gone is no error.
+	Kill(ctx context.Context) error
+
+	// Done is closed when the VMM has exited, for whatever reason.
+	Done() <-chan struct{}
+
+	// Exit says how the VMM ended; valid once Done is closed.
+	Exit() Exit
+}
+
+// Spec describes a VM. It is plain data; everything that it names exists
+// already, but for the console file, which Start makes.
+type Spec struct {
+	// ID names the VM in the process list and the driver's sockets.
+	ID string
+	// RunDir is the directory, made by the caller, for the driver's sockets
+	// and other short-lived files. Start may write there, nobody else does;
+	// the caller removes it after Kill. At most 64 bytes long, because a
+	// socket's path has only 108.
+	RunDir string
+	// NetNS is the path of the network namespace that the VMM lives in; empty
+	// for a VM without network.
+	NetNS string
+
+	VCPUs  int
+	MemMiB int
+
+	// Kernel is an uncompressed vmlinux.
+	Kernel string
+	Initrd string
+	// Cmdline is the guest's part of the kernel command line; the driver adds
+	// what its machine needs (console, reboot).
+	Cmdline string
+
+	// Disks appear in the guest as vda, vdb, … in this order.
+	Disks []Disk
+	// NIC is the guest's eth0; nil for none.
+	NIC *NIC
+
+	// Console is the file that receives the guest's serial console, bounded
+	// by MaxConsoleBytes.
+	Console string
+
+	// UID and GID are what the VMM runs as; it can open only what they may.
+	// Zero means root.
+	UID, GID int
+
+	// Cgroup is the sandbox's own cgroup, relative to each hierarchy's root;
+	// empty for none. The launcher makes it, sets Limits, and removes it
+	// when the VM is gone.
+	Cgroup string
+	Limits Limits
+}
+
+// Disk is one virtio block device, backed by a raw file.
+type Disk struct {
+	Path     string
+	ReadOnly bool
+}
+
+// NIC is one virtio network device on a tap that exists in Spec.NetNS.
+type NIC struct {
+	Tap string
+	MAC string
+}
+
+// Limits bound the VMM's cgroup. Zero means no limit.
+type Limits struct {
+	// CPUMilli is thousandths of a host CPU.
+	CPUMilli int
+	MemMiB   int
+	PIDs     int
+}
+
+// Handle is enough to find a VM again after a restart of the agent.
+type Handle struct {
+	Driver string `json:"driver"`
+	// Version of the VMM that runs the VM.
+	Version string `json:"version"`
+	// State is the driver's own: pid, start time, sockets.
+	State json.RawMessage `json:"state"`
+}
+
+// Exit says how a VMM ended.
+type Exit struct {
+	At time.Time
+	// Code is the exit status, or -1 when a signal ended the VMM or the
+	// status is unknown (an adopted VMM is not our child).
+	Code int
+	// Signal that ended the VMM, 0 if none.
+	Signal int
+	// Detail is the end of the VMM's own diagnostics, for the log.
+	Detail string
+}
+
+func (e Exit) String() string {
+	switch {
+	case e.Signal != 0:
+		return fmt.Sprintf("killed by signal %d", e.Signal)
+	case e.Code >= 0:
+		return fmt.Sprintf("exited with status %d", e.Code)
+	default:
+		return "exited with unknown status"
+	}
+}
+
+// Report is what a driver's Check found.
+type Report struct {
+	// Version of the VMM program.
+	Version string
+	// Accel is "kvm" or "tcg".
+	Accel string
+	// Why says in a sentence why this acceleration was chosen.
+	Why string
+}

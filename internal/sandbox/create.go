@@ -139,7 +139,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: Creating,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, Timeout: req.Timeout,
-		Slot: slot, HostIP: m.cfg.Network.Addrs(slot).HostIP, Token: newToken(),
+		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
 	b.abort = abort
@@ -240,7 +240,7 @@ func (m *Manager) prepare(ctx context.Context, b *box) error {
 // spec is the VM of a record.
 func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
 	return vmm.Spec{
-		ID: string(rec.ID), RunDir: m.runDir(rec.ID), NetNS: m.cfg.Network.Addrs(rec.Slot).NetNSPath,
+		ID: string(rec.ID), RunDir: m.runDir(rec.ID), NetNS: m.cfg.Network.Plan().Addrs(rec.Slot).NetNSPath,
 		VCPUs: rec.VCPUs, MemMiB: rec.MemMiB,
 		Kernel: tmpl.Kernel, Initrd: tmpl.Initrd,
 		Cmdline: guest.Cmdline(guest.Boot{

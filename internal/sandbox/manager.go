@@ -26,7 +26,8 @@ import (
 
 // Network gives sandboxes their namespaces; *network.Network is one.
 type Network interface {
-	Addrs(network.Slot) network.Addrs
+	Plan() network.Plan
+	Setup(context.Context) error
 	Acquire(context.Context) (network.Slot, error)
 	Claim(network.Slot) error
 	Release(network.Slot) error

@@ -72,6 +72,9 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 	if err := os.MkdirAll(m.cfg.RunDir, 0o711); err != nil {
 		return found, fmt.Errorf("make run directory: %w", err)
 	}
+	if err := m.cfg.Network.Setup(ctx); err != nil {
+		return found, fmt.Errorf("set up network: %w", err)
+	}
 	records, bad, err := m.store.loadAll()
 	if err != nil {
 		return found, err
@@ -129,13 +132,16 @@ func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool,
 		return fmt.Errorf("look for stray networks: %w", err)
 	}
 	for _, s := range strays {
+		if err := m.cfg.Network.Claim(s); err != nil {
+			return fmt.Errorf("claim stray slot %d: %w", s, err)
+		}
 		if err := m.cfg.Network.Close(ctx, s); err != nil {
-			// Fenced: a claimed slot is never handed out.
+			// It stays claimed: fenced off, never handed out.
 			m.log.Error("stray network not removed", "slot", s, "err", err)
-			if err := m.cfg.Network.Claim(s); err != nil {
-				return fmt.Errorf("fence slot %d: %w", s, err)
-			}
 			continue
+		}
+		if err := m.cfg.Network.Release(s); err != nil {
+			return fmt.Errorf("release stray slot %d: %w", s, err)
 		}
 		found.Strays = append(found.Strays, fmt.Sprintf("slot %d", s))
 	}

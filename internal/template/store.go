@@ -71,10 +71,10 @@ func (s *Store) kernels() string   { return filepath.Join(s.dir, "kernels") }
 func (s *Store) templates() string { return filepath.Join(s.dir, "templates") }
 func (s *Store) seeds() string     { return filepath.Join(s.dir, "seeds") }
 
-// Kernel is a guest kernel with the initrd that carries envd. Paths are
-// absolute; the files never change, a newer kernel or initrd is a new file.
-type Kernel struct {
-	Name   string
+// Boot is what a guest boots: a kernel with the initrd that carries envd.
+// Paths are absolute; the files never change, a newer kernel or initrd is a
+// new file under the same name.
+type Boot struct {
 	Kernel string // uncompressed vmlinux
 	Initrd string
 
@@ -94,7 +94,7 @@ type Kernel struct {
 // Template is what a sandbox starts from. Paths are absolute.
 type Template struct {
 	Name string
-	Kernel
+	Boot
 	// Base is the read-only ext4 image.
 	Base       string
 	BaseSHA256 string
@@ -141,32 +141,31 @@ func (s *Store) Get(name string) (Template, error) {
 	case err != nil:
 		return Template{}, errdefs.Corrupt.Errorf("template %q is damaged, run wrenn setup: %w", name, err)
 	}
-	k, err := s.Kernel()
+	boot, err := s.Boot()
 	if err != nil {
 		return Template{}, err
 	}
 	return Template{
 		Name:       name,
-		Kernel:     k,
+		Boot:       boot,
 		Base:       filepath.Join(dir, "base.ext4"),
 		BaseSHA256: m.Files["base.ext4"].SHA256,
 		Defaults:   m.Defaults,
 	}, nil
 }
 
-// Kernel returns the guest kernel: errdefs.Unavailable if setup has not made
+// Boot returns the guest kernel and its initrd: errdefs.Unavailable if setup has not made
 // it yet, errdefs.Corrupt if its files are not what was published.
-func (s *Store) Kernel() (Kernel, error) {
+func (s *Store) Boot() (Boot, error) {
 	dir := filepath.Join(s.kernels(), kernelName)
 	m, err := s.kernelManifest()
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return Kernel{}, errdefs.Unavailable.Errorf("there is no guest kernel yet, run wrenn setup")
+		return Boot{}, errdefs.Unavailable.Errorf("there is no guest kernel yet, run wrenn setup")
 	case err != nil:
-		return Kernel{}, errdefs.Corrupt.Errorf("the guest kernel is damaged, run wrenn setup: %w", err)
+		return Boot{}, errdefs.Corrupt.Errorf("the guest kernel is damaged, run wrenn setup: %w", err)
 	}
-	return Kernel{
-		Name:         kernelName,
+	return Boot{
 		Kernel:       filepath.Join(dir, "vmlinux"),
 		Initrd:       filepath.Join(dir, "initrd.img"),
 		Release:      m.Release,

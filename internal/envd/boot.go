@@ -99,7 +99,7 @@ func (b *booter) network(p BootParams) error {
 
 // root lays the overlay over the base and makes the result the root.
 func (b *booter) root(p BootParams) error {
-	const base, over, root = "/base", "/overlay", "/root"
+	const base, over, root = "/base", "/overlay", "/newroot"
 	disks := []mount{
 		{"/dev/" + p.Base, base, "ext4", unix.MS_RDONLY | unix.MS_NOATIME, ""},
 		{"/dev/" + p.Overlay, over, "ext4", unix.MS_NOATIME, ""},

@@ -20,6 +20,9 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
+// Port is the TCP port that envd serves on in a guest.
+const Port = 49983
+
 const (
 	tokenHeader = "X-Access-Token"
 

@@ -532,7 +532,10 @@ func (x *ExecResponse) GetExitCode() int32 {
 }
 
 type ListSandboxesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether to list the sandboxes, too, that ended by themselves and are
+	// remembered for a while.
+	All           bool `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -565,6 +568,13 @@ func (x *ListSandboxesRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ListSandboxesRequest.ProtoReflect.Descriptor instead.
 func (*ListSandboxesRequest) Descriptor() ([]byte, []int) {
 	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ListSandboxesRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
 }
 
 type ListSandboxesResponse struct {
@@ -627,8 +637,13 @@ type SandboxInfo struct {
 	LastActiveAtUnix int64 `protobuf:"varint,8,opt,name=last_active_at_unix,json=lastActiveAtUnix,proto3" json:"last_active_at_unix,omitempty"`
 	// Seconds without activity after which the sandbox expires; 0 is never.
 	TimeoutSec int32 `protobuf:"varint,9,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
-	// Why the sandbox is stopping or stopped; empty otherwise.
-	Reason        string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Why the sandbox is stopping or stopped: destroyed, expired, create_failed,
+	// vm_exited or lost. Empty otherwise.
+	Reason string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
+	// What is known about the reason, for a person.
+	Detail string `protobuf:"bytes,11,opt,name=detail,proto3" json:"detail,omitempty"`
+	// When the sandbox expires if nothing happens in it; 0 is never.
+	ExpiresAtUnix int64 `protobuf:"varint,12,opt,name=expires_at_unix,json=expiresAtUnix,proto3" json:"expires_at_unix,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -731,6 +746,20 @@ func (x *SandboxInfo) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *SandboxInfo) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetExpiresAtUnix() int64 {
+	if x != nil {
+		return x.ExpiresAtUnix
+	}
+	return 0
 }
 
 type GetConsoleRequest struct {
@@ -967,10 +996,11 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\fExecResponse\x12\x16\n" +
 	"\x06stdout\x18\x01 \x01(\fR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x02 \x01(\fR\x06stderr\x12\x1b\n" +
-	"\texit_code\x18\x03 \x01(\x05R\bexitCode\"\x16\n" +
-	"\x14ListSandboxesRequest\"P\n" +
+	"\texit_code\x18\x03 \x01(\x05R\bexitCode\"(\n" +
+	"\x14ListSandboxesRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xbc\x02\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xfc\x02\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -984,7 +1014,9 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\vtimeout_sec\x18\t \x01(\x05R\n" +
 	"timeoutSec\x12\x16\n" +
 	"\x06reason\x18\n" +
-	" \x01(\tR\x06reason\"Q\n" +
+	" \x01(\tR\x06reason\x12\x16\n" +
+	"\x06detail\x18\v \x01(\tR\x06detail\x12&\n" +
+	"\x0fexpires_at_unix\x18\f \x01(\x03R\rexpiresAtUnix\"Q\n" +
 	"\x11GetConsoleRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1d\n" +

@@ -1,0 +1,115 @@
+// Package internal_test holds the table of which room may import which.
+package internal_test
+
+import (
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "git.omukk.dev/wrenn/sandbox/"
+
+// rooms says what each package may import of this module; a "/..." at the end
+// of a room covers the packages below it. "*" is everything.
+var rooms = map[string][]string{
+	"cmd/wrenn": {"*"},
+	"cmd/envd":  {"internal/envd"},
+
+	"api/...": {"api/..."},
+
+	"internal/errdefs":         {},
+	"internal/undo":            {},
+	"internal/vmm":             {"internal/errdefs", "internal/undo"},
+	"internal/vmm/qemu":        {"internal/vmm", "internal/errdefs", "internal/undo"},
+	"internal/vmm/firecracker": {"internal/vmm", "internal/errdefs", "internal/undo"},
+	"internal/vmm/vmmtest":     {"internal/vmm", "internal/errdefs"},
+	"internal/network":         {"internal/errdefs", "internal/undo"},
+	"internal/template":        {"internal/vmm", "internal/errdefs", "internal/undo"},
+	"internal/guest":           {"api/...", "internal/errdefs"},
+	"internal/envd":            {"api/..."},
+	"internal/sandbox":         {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/errdefs", "internal/undo"},
+	"internal/host":            {"internal/vmm", "internal/network", "internal/template", "internal/errdefs"},
+	"internal/server":          {"internal/sandbox", "api/...", "internal/errdefs"},
+	"internal/gateway":         {"internal/sandbox", "internal/errdefs"},
+	"internal/testenv":         {},
+}
+
+// foreign are packages that a room must not import, though they are not ours.
+var foreign = map[string][]string{
+	"internal/sandbox": {"net/http", "connectrpc.com/connect"},
+	"internal/network": {"os/exec"},
+}
+
+type pkg struct {
+	ImportPath string
+	Imports    []string
+	Doc        string
+	GoFiles    []string
+}
+
+func TestImportTable(t *testing.T) {
+	for _, p := range listPackages(t) {
+		room := strings.TrimPrefix(p.ImportPath, module)
+		if len(p.GoFiles) == 0 {
+			continue // tests only
+		}
+		allowed, ok := lookup(room)
+		if !ok {
+			t.Errorf("%s is not a room of the house: add it to the table with what it may import, or move its code", room)
+			continue
+		}
+		for _, imp := range p.Imports {
+			if slices.Contains(foreign[room], imp) {
+				t.Errorf("%s imports %s, which is not its business", room, imp)
+			}
+			if target, ours := strings.CutPrefix(imp, module); ours && !covers(allowed, target) {
+				t.Errorf("%s imports %s: the table does not allow it", room, target)
+			}
+		}
+		if p.Doc == "" && !strings.HasPrefix(room, "api/") {
+			t.Errorf("%s has no package comment", room)
+		}
+	}
+}
+
+func lookup(room string) ([]string, bool) {
+	for name, allowed := range rooms {
+		if covers([]string{name}, room) {
+			return allowed, true
+		}
+	}
+	return nil, false
+}
+
+func covers(patterns []string, room string) bool {
+	for _, p := range patterns {
+		prefix, tree := strings.CutSuffix(p, "/...")
+		if p == "*" || p == room || tree && strings.HasPrefix(room, prefix+"/") {
+			return true
+		}
+	}
+	return false
+}
+
+func listPackages(t *testing.T) []pkg {
+	t.Helper()
+	cmd := exec.Command("go", "list", "-json=ImportPath,Imports,Doc,GoFiles", module+"...")
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	var pkgs []pkg
+	for dec := json.NewDecoder(strings.NewReader(string(out))); ; {
+		var p pkg
+		if err := dec.Decode(&p); errors.Is(err, io.EOF) {
+			return pkgs
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		pkgs = append(pkgs, p)
+	}
+}

@@ -159,7 +159,7 @@ func (t *fakeTemplates) Get(name string) (template.Template, error) {
 	if name != "minimal" {
 		return template.Template{}, errdefs.NotFound.Errorf("template %q does not exist", name)
 	}
-	return template.Template{Name: name, Kernel: "/vmlinux", Initrd: "/initrd.img", Base: "/base.ext4"}, nil
+	return template.Template{Name: name, Boot: template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"}, Base: "/base.ext4"}, nil
 }
 
 func (t *fakeTemplates) NewOverlay(ctx context.Context, path string, _ int) error {

@@ -126,29 +126,46 @@ func (r *rig) create() ID {
 	return info.ID
 }
 
-// wantNothing fails the test unless nothing at all is held for any sandbox.
+// wantNothing fails the test unless nothing at all is held for any sandbox. It
+// waits a little for a release behind the test's back.
 func (r *rig) wantNothing() {
 	r.t.Helper()
+	var left []string
+	for deadline := time.Now().Add(time.Second); ; time.Sleep(time.Millisecond) {
+		if left = r.held(); len(left) == 0 || time.Now().After(deadline) {
+			break
+		}
+	}
+	for _, what := range left {
+		r.t.Error(what)
+	}
+}
+
+func (r *rig) held() (left []string) {
+	add := func(format string, args ...any) { left = append(left, fmt.Sprintf(format, args...)) }
 	if live := r.host.Live(); len(live) != 0 {
-		r.t.Errorf("VMs are left: %v", live)
+		add("VMs are left: %v", live)
 	}
+	r.net.mu.Lock()
 	if len(r.net.open) != 0 || len(r.net.taken) != 0 {
-		r.t.Errorf("slots are left: open %v, taken %v", r.net.open, r.net.taken)
+		add("slots are left: open %v, taken %v", r.net.open, r.net.taken)
 	}
+	r.net.mu.Unlock()
 	if n := r.open.Load(); n != 0 {
-		r.t.Errorf("%d guest connections are left", n)
+		add("%d guest connections are left", n)
 	}
-	if left, _ := filepath.Glob(filepath.Join(r.dir, "run", "*")); len(left) != 0 {
-		r.t.Errorf("run directories are left: %v", left)
+	if files, _ := filepath.Glob(filepath.Join(r.dir, "run", "*")); len(files) != 0 {
+		add("run directories are left: %v", files)
 	}
-	if left, _ := filepath.Glob(filepath.Join(r.dir, "state", "sandboxes", "*", "overlay*")); len(left) != 0 {
-		r.t.Errorf("disks are left: %v", left)
+	if files, _ := filepath.Glob(filepath.Join(r.dir, "state", "sandboxes", "*", "overlay*")); len(files) != 0 {
+		add("disks are left: %v", files)
 	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	if r.used != (Capacity{}) {
-		r.t.Errorf("capacity is left reserved: %+v", r.used)
+		add("capacity is left reserved: %+v", r.used)
 	}
+	r.mu.Unlock()
+	return left
 }
 
 func (r *rig) wantState(id ID, want State) Info {

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // store keeps the records: one directory per sandbox with its record, overlay
@@ -165,20 +167,8 @@ func (s store) forget(id ID) error {
 
 // tail returns at most n bytes from the end of the sandbox's console.
 func (s store) tail(id ID, n int64) ([]byte, error) {
-	f, err := os.Open(s.console(id))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read console: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("read console: %w", err)
-	}
-	data, err := io.ReadAll(io.NewSectionReader(f, max(0, info.Size()-n), n))
-	if err != nil {
+	data, err := vmm.Tail(s.console(id), n)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("read console: %w", err)
 	}
 	return data, nil

@@ -38,6 +38,8 @@ type Program struct {
 	Files []*os.File
 	// NetNS is the path of the network namespace to run in; empty for ours.
 	NetNS string
+	// RunDir marks the program as ours for KillStrays; empty for no mark.
+	RunDir string
 	// Log receives what the program prints, bounded like Console; empty to
 	// throw it away.
 	Log string
@@ -90,10 +92,14 @@ func Launch(p Program) (*Process, error) {
 		files = append(files, f.Fd())
 	}
 
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"}
+	if p.RunDir != "" {
+		env = append(env, runDirEnv+"="+p.RunDir)
+	}
 	pidfd := -1
 	attr := &syscall.ProcAttr{
 		Dir:   "/",
-		Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"},
+		Env:   env,
 		Files: files,
 		Sys:   &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd},
 	}

@@ -96,6 +96,7 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_
 		Args:    argv(machine{binary: binary, accel: report.Accel, spec: spec}),
 		Files:   []*os.File{socket},
 		NetNS:   spec.NetNS,
+		RunDir:  spec.RunDir,
 		Log:     vmmLog(spec.RunDir),
 		Console: spec.Console,
 	})

@@ -190,7 +190,11 @@ func TestHostDoesNotTrustNamespaces(t *testing.T) {
 	inB := serve(t, gb.ns, netip.IPv4Unspecified(), 49983)
 	onHost := serve(t, here, netip.IPv4Unspecified(), 7004)
 	far := serve(t, internet, internetAddr, 7005)
-	in(t, ns, func() { must(t, removeTables(slotRules(n.Plan(), a)...)) })
+	in(t, ns, func() {
+		for _, r := range slotRules(n.Plan(), a) {
+			must(t, removeTable(r))
+		}
+	})
 	for src, what := range map[netip.Addr]string{GuestAddr.Addr(): "guest's", b.HostIP: "other's", a.HostIP: "own"} {
 		// The guest itself takes the address, and the namespace lets it pass.
 		in(t, ga.ns, func() {

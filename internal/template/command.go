@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -38,7 +39,7 @@ type command struct {
 // output runs the command and returns its standard output. A tool that is not
 // installed is errdefs.Unavailable, a full disk errdefs.Exhausted.
 func (c command) output(ctx context.Context) (string, error) {
-	path, err := findTool(c.name)
+	path, err := FindTool(c.name)
 	if err != nil {
 		return "", err
 	}
@@ -49,7 +50,7 @@ func (c command) output(ctx context.Context) (string, error) {
 	// The caller's environment decides on proxies, not on languages or
 	// dialogues.
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "LANGUAGE=", "DEBIAN_FRONTEND=noninteractive",
-		"PATH="+toolPath)
+		"PATH="+ToolPath)
 	cmd.Env = append(cmd.Env, c.env...)
 	cmd.Stdout = &stdout
 	if c.onLine != nil {
@@ -121,12 +122,14 @@ func (c command) run(ctx context.Context) error {
 	return err
 }
 
-// toolPath is where an administrator's tools are; a user's PATH often lacks
+// ToolPath is where an administrator's tools are; a user's PATH often lacks
 // the sbin directories.
-const toolPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+const ToolPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-func findTool(name string) (string, error) {
-	for dir := range strings.SplitSeq(toolPath, ":") {
+// FindTool returns the absolute path of a program in ToolPath. One that is not
+// installed is errdefs.Unavailable.
+func FindTool(name string) (string, error) {
+	for dir := range strings.SplitSeq(ToolPath, ":") {
 		path := filepath.Join(dir, name)
 		if fi, err := os.Stat(path); err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
 			return path, nil
@@ -137,8 +140,10 @@ func findTool(name string) (string, error) {
 	return "", errdefs.Unavailable.Errorf("%s is not installed", name)
 }
 
-// lineWriter hands out complete lines and keeps the last few.
+// lineWriter hands out complete lines and keeps the last few. Two streams may
+// write to it.
 type lineWriter struct {
+	mu     sync.Mutex
 	onLine func(string)
 	part   []byte
 	last   []string
@@ -147,13 +152,16 @@ type lineWriter struct {
 const keptLines = 8
 
 func (w *lineWriter) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.part = append(w.part, b...)
 	for {
 		i := bytes.IndexAny(w.part, "\r\n")
 		if i < 0 {
 			// A tool that never ends its line does not fill our memory.
 			if len(w.part) > 1<<16 {
-				w.flush()
+				w.line(string(w.part))
+				w.part = nil
 			}
 			return len(b), nil
 		}
@@ -162,7 +170,10 @@ func (w *lineWriter) Write(b []byte) (int, error) {
 	}
 }
 
+// flush takes an unfinished last line for a line.
 func (w *lineWriter) flush() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.line(string(w.part))
 	w.part = nil
 }
@@ -179,4 +190,8 @@ func (w *lineWriter) line(s string) {
 	}
 }
 
-func (w *lineWriter) tail() string { return strings.Join(w.last, "; ") }
+func (w *lineWriter) tail() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return strings.Join(w.last, "; ")
+}

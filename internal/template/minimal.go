@@ -125,7 +125,12 @@ func bootstrap(ctx context.Context, root string, st step) error {
 		env:      []string{"SOURCE_DATE_EPOCH=" + fakeTime, "TMPDIR=" + filepath.Dir(root)},
 		isolated: true,
 		onLine: func(line string) {
-			if text, ok := strings.CutPrefix(line, "I: "); ok {
+			text, ok := strings.CutPrefix(line, "I: ")
+			switch {
+			case !ok || strings.HasPrefix(text, "success"):
+			case strings.HasPrefix(text, "running --customize-hook"):
+				st.detail("adding the user")
+			default:
 				st.detail(strings.TrimSuffix(text, "..."))
 			}
 		},

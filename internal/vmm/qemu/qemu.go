@@ -89,6 +89,10 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_
 	defer socket.Close()
 	steps.Push("remove control socket", func(context.Context) error { return remove(qmpSocket(spec.RunDir)) })
 
+	if err := os.Mkdir(jail(spec.RunDir), 0o555); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("start vm: %w", err)
+	}
+	steps.Push("remove jail", func(context.Context) error { return remove(jail(spec.RunDir)) })
 	if err := touch(spec.Console); err != nil {
 		return nil, fmt.Errorf("start vm: %w", err)
 	}
@@ -100,6 +104,8 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_
 		Console: spec.Console,
 		Cgroup:  spec.Cgroup,
 		Limits:  spec.Limits,
+
+		PrivateMounts: true,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start vm: %w", err)

@@ -203,6 +203,10 @@ func (c *serveConfig) logger() *slog.Logger {
 	return slog.New(slog.NewTextHandler(os.Stderr, opts))
 }
 
+// baseUID begins the range of users that VMMs run as: far from those of people
+// and services, and from the ranges that container tools hand out.
+const baseUID = 1_900_000_000
+
 // shutdownTimeout bounds the end of the agent.
 const shutdownTimeout = 30 * time.Second
 
@@ -242,7 +246,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
 		},
 		Capacity: c.capacity, OverlayMiB: c.overlayMiB, DNS: dns,
-		BootTimeout: c.boot, KeepStopped: c.keep, Log: log,
+		BaseUID: baseUID, BootTimeout: c.boot, KeepStopped: c.keep, Log: log,
 	})
 	if err != nil {
 		return err

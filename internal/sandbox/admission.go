@@ -23,6 +23,15 @@ type Capacity struct {
 // from QEMU's resident size.
 const VMMOverheadMiB = 96
 
+// The hard limits of a VMM's cgroup: what it may take besides its vCPUs' time
+// and its guest's memory, so that a guest that breaks out of bounds ends, and
+// no neighbour.
+const (
+	vmmCPUMilli    = 250
+	maxOverheadMiB = 512
+	maxVMMTasks    = 256
+)
+
 // admit reserves capacity for one more sandbox, or says which limit is in the
 // way. Called with Manager.mu held.
 func (m *Manager) admit(vcpus, memMiB int) error {

@@ -227,13 +227,6 @@ func (m *Manager) prepare(ctx context.Context, b *box) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make run directory: %w", err)
 	}
-	if m.cfg.UID != 0 {
-		for _, path := range []string{dir, m.store.overlay(b.id)} {
-			if err := os.Chown(path, m.cfg.UID, m.cfg.GID); err != nil {
-				return fmt.Errorf("hand files to the VMM: %w", err)
-			}
-		}
-	}
 	return nil
 }
 
@@ -249,7 +242,13 @@ func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
 		Disks:   []vmm.Disk{{Path: tmpl.Base, ReadOnly: true}, {Path: m.store.overlay(rec.ID)}},
 		NIC:     &vmm.NIC{Tap: network.Tap, MAC: network.GuestMAC},
 		Console: m.store.console(rec.ID),
-		UID:     m.cfg.UID, GID: m.cfg.GID,
+		UID:     m.cfg.BaseUID + int(rec.Slot), GID: m.cfg.BaseUID + int(rec.Slot),
+		Cgroup: m.cgroups() + "/" + string(rec.ID),
+		Limits: vmm.Limits{
+			CPUMilli: rec.VCPUs*1000 + vmmCPUMilli,
+			MemMiB:   rec.MemMiB + maxOverheadMiB,
+			PIDs:     maxVMMTasks,
+		},
 	}
 }
 

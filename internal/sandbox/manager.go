@@ -62,16 +62,18 @@ type Config struct {
 	Templates Templates
 	// Guests connects to the guest at an address; it does no I/O.
 	Guests func(addr netip.Addr, token string) Guest
-	// KillStrays ends the processes of VMs under root whose directory keep
-	// refuses, and returns those directories' names; vmm.KillStrays is one.
-	KillStrays func(ctx context.Context, root string, keep func(name string) bool) ([]string, error)
+	// KillStrays ends the VMs with a directory under runRoot or a cgroup
+	// under parent whose name keep refuses, and returns those names;
+	// vmm.KillStrays is one.
+	KillStrays func(ctx context.Context, runRoot, parent string, keep func(name string) bool) ([]string, error)
 
 	Capacity   Capacity
 	OverlayMiB int
 	// DNS are the resolvers that guests use.
 	DNS []netip.Addr
-	// UID and GID are what VMMs run as.
-	UID, GID int
+	// BaseUID and a sandbox's slot add up to the user and group that its VMM
+	// runs as, shared with nobody.
+	BaseUID int
 
 	// BootTimeout bounds a create from the start of its VM until the guest
 	// is ready.
@@ -497,6 +499,10 @@ func newToken() string { return rand.Text() }
 
 // runDir is the directory of a sandbox's VM.
 func (m *Manager) runDir(id ID) string { return filepath.Join(m.cfg.RunDir, string(id)) }
+
+// cgroups is the parent of the VMs' cgroups. It is named after the instance,
+// as all that is ours outside the state directory.
+func (m *Manager) cgroups() string { return m.cfg.Network.Plan().Instance }
 
 // goes runs fn on a goroutine that Shutdown waits for, unless that has begun
 // to wait. A panic costs that work alone.

@@ -75,7 +75,7 @@ func (r *rig) config() Config {
 			r.open.Add(1)
 			return fakeGuest{r.guests, &r.open, r.exec}
 		},
-		KillStrays: func(_ context.Context, root string, keep func(string) bool) ([]string, error) {
+		KillStrays: func(_ context.Context, _, _ string, keep func(string) bool) ([]string, error) {
 			var killed []string
 			for _, id := range r.host.Live() {
 				if !keep(id) {

@@ -122,7 +122,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 
 // removeStrays ends the VMs and closes the slots that no record names.
 func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool, found *Recovery) error {
-	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, func(name string) bool { return m.boxes[ID(name)] != nil })
+	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), func(name string) bool { return m.boxes[ID(name)] != nil })
 	if err != nil {
 		return fmt.Errorf("kill stray vms: %w", err)
 	}

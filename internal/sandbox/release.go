@@ -100,7 +100,7 @@ func (m *Manager) free(ctx context.Context, b *box, rec Record) error {
 		if err := b.vm.Kill(ctx); err != nil {
 			return fmt.Errorf("kill vm: %w", err)
 		}
-	} else if _, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, func(name string) bool { return name != string(b.id) }); err != nil {
+	} else if _, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), func(name string) bool { return name != string(b.id) }); err != nil {
 		return fmt.Errorf("kill vm: %w", err)
 	}
 	var errs []error

@@ -117,7 +117,7 @@ func TestNetNS(t *testing.T) {
 	if _, err := pipe.Read(make([]byte, 1)); err != nil {
 		t.Fatal(err)
 	}
-	path := "/proc/" + strconv.Itoa(holder.Process.Pid) + "/ns/net"
+	path := "/proc/" + itoa(holder.Process.Pid) + "/ns/net"
 	want, err := os.Readlink(path)
 	if err != nil || want == ours {
 		t.Fatal(want, err)
@@ -126,7 +126,7 @@ func TestNetNS(t *testing.T) {
 		p := sh("sleep 60")
 		p.NetNS = path
 		process := launch(t, p)
-		if got, err := os.Readlink("/proc/" + strconv.Itoa(process.ID().PID) + "/ns/net"); err != nil || got != want {
+		if got, err := os.Readlink("/proc/" + itoa(process.Ref().PID) + "/ns/net"); err != nil || got != want {
 			t.Errorf("namespace %s, %v, want %s", got, err, want)
 		}
 		process.Kill(t.Context())
@@ -179,18 +179,18 @@ func TestAdopt(t *testing.T) {
 	for text, _ := Tail(log, 100); len(text) == 0; text, _ = Tail(log, 100) {
 		runtime.Gosched()
 	}
-	adopted, err := Adopt(p.ID(), log, "")
+	adopted, err := Adopt(t.Context(), p.Ref())
 	if err != nil {
 		t.Fatal(err)
 	}
-	other := p.ID()
+	other := p.Ref()
 	other.Started++
-	if _, err := Adopt(other, "", ""); !errors.Is(err, errdefs.NotFound) {
+	if _, err := Adopt(t.Context(), other); !errors.Is(err, errdefs.NotFound) {
 		t.Errorf("adopt with another start time: %v", err)
 	}
-	other = p.ID()
+	other = p.Ref()
 	other.Boot = "another"
-	if _, err := Adopt(other, "", ""); !errors.Is(err, errdefs.NotFound) {
+	if _, err := Adopt(t.Context(), other); !errors.Is(err, errdefs.NotFound) {
 		t.Errorf("adopt of another boot's: %v", err)
 	}
 	if err := adopted.Kill(t.Context()); err != nil {
@@ -202,8 +202,8 @@ func TestAdopt(t *testing.T) {
 	if exit := wait(t, p); exit.Signal != 9 {
 		t.Errorf("exit of the child: %+v", exit)
 	}
-	for name, id := range map[string]Identity{"dead": p.ID(), "nobody": {}, "negative": {PID: -1}, "huge": {PID: 1 << 30}} {
-		if _, err := Adopt(id, "", ""); !errors.Is(err, errdefs.NotFound) {
+	for name, id := range map[string]Ref{"dead": p.Ref(), "nobody": {}, "negative": {PID: -1}, "huge": {PID: 1 << 30}} {
+		if _, err := Adopt(t.Context(), id); !errors.Is(err, errdefs.NotFound) {
 			t.Errorf("adopt of the %s: %v", name, err)
 		}
 	}
@@ -223,7 +223,7 @@ func TestAdoptAStranger(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p, err := Adopt(id, "", "")
+	p, err := Adopt(t.Context(), id)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -262,7 +262,7 @@ func TestNothingIsLeft(t *testing.T) {
 	fds, goroutines := count(), runtime.NumGoroutine()
 	for range 50 {
 		p := launch(t, sh("true"))
-		if a, err := Adopt(p.ID(), "", ""); err == nil {
+		if a, err := Adopt(t.Context(), p.Ref()); err == nil {
 			wait(t, a)
 		}
 		wait(t, p)

@@ -49,6 +49,11 @@ func (s Spec) Validate() error {
 	case s.UID < 0 || s.GID < 0:
 		return bad("uid %d, gid %d: want none below 0", s.UID, s.GID)
 	}
+	if s.Cgroup != "" {
+		if _, err := openCgroup(s.Cgroup); err != nil {
+			return err
+		}
+	}
 	for _, c := range s.Cmdline {
 		if c < ' ' || c > '~' {
 			return bad("kernel command line: want printable ASCII")

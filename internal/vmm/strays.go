@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -20,36 +22,53 @@ import (
 const runDirEnv = "WRENN_RUN_DIR"
 
 // KillStrays ends the processes that were launched with a run directory
-// directly under root whose name keep refuses, and returns those names. It is
-// for VMs that no handle leads to: their agent died before it could write one
-// down, or they do not answer. Processes without our mark are never touched.
-func KillStrays(ctx context.Context, root string, keep func(name string) bool) ([]string, error) {
+// directly under runRoot whose name keep refuses, removes the cgroups of such
+// names below the cgroup parent, and returns the names. It is for VMs that no
+// handle leads to: their agent died before it could write one down, or they do
+// not answer. What does not carry our mark is never touched.
+func KillStrays(ctx context.Context, runRoot, parent string, keep func(name string) bool) ([]string, error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return nil, err
 	}
-	killed := map[string]bool{}
-	var names []string
+	gone := map[string]bool{}
 	var errs []error
 	for _, dir := range dirs {
 		pid, err := strconv.Atoi(filepath.Base(dir))
 		if err != nil {
 			continue
 		}
-		name, ok := runDirOf(pid, root)
+		name, ok := runDirOf(pid, runRoot)
 		if !ok || keep(name) {
 			continue
 		}
-		if err := killStray(ctx, pid, root, name); err != nil {
+		if err := killStray(ctx, pid, runRoot, name); err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		if !killed[name] {
-			killed[name] = true
-			names = append(names, name)
+		gone[name] = true
+	}
+	group, err := openCgroup(parent)
+	if err != nil {
+		return nil, err
+	}
+	for _, dir := range group.dirs() {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("list cgroups: %w", err))
+		}
+		for _, e := range entries {
+			if !e.IsDir() || keep(e.Name()) {
+				continue
+			}
+			if err := RemoveCgroup(ctx, parent+"/"+e.Name()); err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			gone[e.Name()] = true
 		}
 	}
-	return names, errors.Join(errs...)
+	return slices.Sorted(maps.Keys(gone)), errors.Join(errs...)
 }
 
 // runDirOf returns the name of the run directory under root that a process was
@@ -75,7 +94,7 @@ func killStray(ctx context.Context, pid int, root, name string) error {
 	if err != nil {
 		return err
 	}
-	p, err := Adopt(id, "", "")
+	p, err := Adopt(ctx, id)
 	if errors.Is(err, errdefs.NotFound) {
 		return nil
 	}

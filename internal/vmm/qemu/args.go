@@ -29,6 +29,12 @@ func argv(m machine) []string {
 	if m.accel == "kvm" {
 		accel, cpu = "kvm", "host"
 	}
+	// The filter comes before the change of user, which it must let pass.
+	// After that there is no privilege left to be gained with those calls.
+	elevate := "deny"
+	if s.UID != 0 || s.GID != 0 {
+		elevate = "allow"
+	}
 	args := []string{
 		m.binary,
 		"-name", "wrenn-" + s.ID,
@@ -39,6 +45,10 @@ func argv(m machine) []string {
 		"-smp", strconv.Itoa(s.VCPUs),
 		"-m", fmt.Sprintf("%dM", s.MemMiB),
 		"-object", fmt.Sprintf("memory-backend-memfd,id=ram,size=%dM,share=on", s.MemMiB),
+		// Once everything is open, QEMU lives in an empty directory as
+		// somebody who may do nothing.
+		"-sandbox", "on,obsolete=deny,spawn=deny,resourcecontrol=deny,elevateprivileges=" + elevate,
+		"-chroot", jail(s.RunDir),
 		// A guest that powers off, reboots or panics ends its VMM.
 		"-no-reboot",
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", qmpFD),
@@ -47,6 +57,9 @@ func argv(m machine) []string {
 		"-serial", "chardev:console",
 		"-kernel", s.Kernel,
 		"-append", cmdline(s.Cmdline),
+	}
+	if s.UID != 0 || s.GID != 0 {
+		args = append(args, "-runas", fmt.Sprintf("%d:%d", s.UID, s.GID))
 	}
 	if s.Initrd != "" {
 		args = append(args, "-initrd", s.Initrd)
@@ -81,4 +94,5 @@ func cmdline(own string) string {
 func value(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
 func qmpSocket(runDir string) string { return filepath.Join(runDir, "qmp.sock") }
+func jail(runDir string) string      { return filepath.Join(runDir, "empty") }
 func vmmLog(runDir string) string    { return filepath.Join(runDir, "vmm.log") }

@@ -24,6 +24,7 @@ func TestArgv(t *testing.T) {
 	full.Initrd = "/k/initrd.img"
 	full.Cmdline = "quiet wrenn.ip=169.254.0.21/30 panic=0"
 	full.Disks = []vmm.Disk{{Path: "/t/base.ext4", ReadOnly: true}, {Path: "/s/a,b=c/overlay.ext4"}}
+	full.UID, full.GID = 20001, 20002
 	full.NIC = &vmm.NIC{Tap: "tap0", MAC: "02:FC:00:00:00:05"}
 
 	for name, m := range map[string]machine{

@@ -89,6 +89,10 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_
 	defer socket.Close()
 	steps.Push("remove control socket", func(context.Context) error { return remove(qmpSocket(spec.RunDir)) })
 
+	if err := os.Mkdir(jail(spec.RunDir), 0o555); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("start vm: %w", err)
+	}
+	steps.Push("remove jail", func(context.Context) error { return remove(jail(spec.RunDir)) })
 	if err := touch(spec.Console); err != nil {
 		return nil, fmt.Errorf("start vm: %w", err)
 	}
@@ -99,6 +103,10 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_
 		RunDir:  spec.RunDir,
 		Log:     vmmLog(spec.RunDir),
 		Console: spec.Console,
+		Cgroup:  spec.Cgroup,
+		Limits:  spec.Limits,
+
+		PrivateMounts: true,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("start vm: %w", err)
@@ -107,10 +115,8 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_
 	socket.Close() // with QEMU's copy alone open, its death is seen at once
 
 	v := &vm{process: process, version: report.Version, state: state{
-		Process: process.ID(),
+		Process: process.Ref(),
 		QMP:     qmpSocket(spec.RunDir),
-		Log:     vmmLog(spec.RunDir),
-		Console: spec.Console,
 	}}
 	err = v.with(ctx, func(m *monitor) error {
 		status, err := m.status()
@@ -139,7 +145,7 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 	if err := json.Unmarshal(h.State, &v.state); err != nil {
 		return nil, errdefs.InvalidArgument.Errorf("attach: malformed handle: %w", err)
 	}
-	process, err := vmm.Adopt(v.state.Process, v.state.Log, v.state.Console)
+	process, err := vmm.Adopt(ctx, v.state.Process)
 	if err != nil {
 		return nil, fmt.Errorf("attach: %w", err)
 	}
@@ -157,10 +163,8 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 
 // state is the driver's part of a handle.
 type state struct {
-	Process vmm.Identity `json:"process"`
-	QMP     string       `json:"qmp"`
-	Log     string       `json:"log"`
-	Console string       `json:"console"`
+	Process vmm.Ref `json:"process"`
+	QMP     string  `json:"qmp"`
 }
 
 // vm implements vmm.VM.

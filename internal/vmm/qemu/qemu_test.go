@@ -190,6 +190,89 @@ func TestVMMIsDetached(t *testing.T) {
 	}
 }
 
+// What /proc says of a VMM: it is nobody, in an empty room, without a way out.
+func TestHardening(t *testing.T) {
+	s := subject(t)
+	const uid, gid = 871234, 871235
+	s.Spec.UID, s.Spec.GID = uid, gid
+	s.Spec.Cgroup = "wrenn-vmmtest/" + s.Spec.ID
+	s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64}
+	s.Spec.Disks = []vmm.Disk{{Path: s.Spec.Kernel, ReadOnly: true}, {Path: filepath.Join(t.TempDir(), "overlay")}}
+	if err := os.WriteFile(s.Spec.Disks[1].Path, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	v := start(t, s)
+	proc := "/proc/" + strconv.Itoa(v.state.Process.PID)
+
+	// Every thread, not the first alone.
+	tasks, err := filepath.Glob(proc + "/task/*/status")
+	if err != nil || len(tasks) < 2 {
+		t.Fatal(tasks, err)
+	}
+	for _, task := range tasks {
+		status := fields(t, task)
+		for name, want := range map[string]string{
+			"Uid":        "871234 871234 871234 871234",
+			"Gid":        "871235 871235 871235 871235",
+			"Groups":     "871235",
+			"CapInh":     "0000000000000000",
+			"CapPrm":     "0000000000000000",
+			"CapEff":     "0000000000000000",
+			"CapAmb":     "0000000000000000",
+			"NoNewPrivs": "1",
+			"Seccomp":    "2",
+		} {
+			if got := status[name]; got != want && !(name == "Groups" && got == "") {
+				t.Errorf("%s: %s is %q, want %q", task, name, got, want)
+			}
+		}
+	}
+	if root, err := os.Readlink(proc + "/root"); err != nil || root != jail(s.Spec.RunDir) {
+		t.Errorf("root directory %q, %v", root, err)
+	}
+	if cwd, err := os.Readlink(proc + "/cwd"); err != nil || cwd != jail(s.Spec.RunDir) {
+		t.Errorf("working directory %q, %v", cwd, err)
+	}
+	if inside, err := os.ReadDir(proc + "/root"); err != nil || len(inside) != 0 {
+		t.Errorf("the VMM sees %v, %v", inside, err)
+	}
+	mine, _ := os.Readlink("/proc/self/ns/mnt")
+	if ns, err := os.Readlink(proc + "/ns/mnt"); err != nil || ns == mine {
+		t.Errorf("mount namespace %q, %v: ours", ns, err)
+	}
+	limits, err := os.ReadFile(proc + "/limits")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"Max core file size 0 0 bytes", "Max open files 1024 1024 files"} {
+		if !strings.Contains(strings.Join(strings.Fields(string(limits)), " "), want) {
+			t.Errorf("limits lack %q:\n%s", want, limits)
+		}
+	}
+	// It works like that.
+	if err := v.Pause(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if err := v.Resume(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// fields reads a /proc file of "name: value" lines.
+func fields(t *testing.T, path string) map[string]string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := map[string]string{}
+	for _, line := range strings.Split(string(data), "\n") {
+		name, value, _ := strings.Cut(line, ":")
+		out[name] = strings.Join(strings.Fields(value), " ")
+	}
+	return out
+}
+
 // An idle guest leaves the host's CPUs alone.
 func TestIdleGuest(t *testing.T) {
 	s := subject(t)

@@ -238,9 +238,10 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	}
 	defer listener.Close()
 
+	runDir := filepath.Join("/run", plan.Instance)
 	net := network.New(plan, network.Options{Log: log})
 	manager, found, err := sandbox.Open(ctx, sandbox.Config{
-		StateDir: c.stateDir, RunDir: filepath.Join("/run", plan.Instance),
+		StateDir: c.stateDir, RunDir: runDir,
 		Driver: driver, Network: net, Templates: templates, KillStrays: vmm.KillStrays,
 		Guests: func(addr netip.Addr, token string) sandbox.Guest {
 			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
@@ -284,8 +285,9 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	merr := manager.Shutdown(end, c.onShutdown == "destroy")
 	srv.Close()
 	<-drained
-	if c.onShutdown == "destroy" && merr == nil {
-		merr = net.Teardown(end)
+	if merr == nil && len(manager.List(false)) == 0 {
+		// Nothing needs the host's rules and routes any more.
+		merr = errors.Join(net.Teardown(end), os.Remove(runDir))
 	}
 	return errors.Join(err, merr)
 }

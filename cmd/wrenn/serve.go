@@ -104,6 +104,7 @@ type serveConfig struct {
 	capacity   sandbox.Capacity
 	boot       time.Duration
 	keep       time.Duration
+	keepPaused time.Duration
 	logFormat  string
 	verbose    bool
 }
@@ -139,9 +140,12 @@ adopts those that run.`,
 	f.IntVar(&c.capacity.Sandboxes, "max-sandboxes", 1000, "most sandboxes at a time")
 	f.IntVar(&c.capacity.VCPUs, "max-vcpus", 32*cpus, "most virtual CPUs of all sandboxes together")
 	f.IntVar(&c.capacity.MemMiB, "max-memory", machineMemMiB()*9/10, "most memory of all sandboxes together, in MiB")
+	f.IntVar(&c.capacity.DiskMiB, "max-disk", 0, "most disk of all sandboxes together, in MiB of their full sizes; 0 is 16 times what is free, since disks take only what is written")
+	f.IntVar(&c.capacity.FreeDiskMiB, "keep-free", 512, "MiB that stay free on the state directory's file system: with less, no sandbox is made")
 	f.IntVar(&c.capacity.Starts, "max-starts", max(2, cpus), "most VMs starting at a time; others wait")
 	f.DurationVar(&c.capacity.StartQueue, "start-queue", 2*time.Minute, "how long a create waits for its turn to start")
 	f.DurationVar(&c.boot, "boot-timeout", 2*time.Minute, "how long a guest may take to come up")
+	f.DurationVar(&c.keepPaused, "keep-paused", 0, "how long a sandbox may stay paused before it is destroyed; 0 is for ever")
 	f.DurationVar(&c.keep, "keep-stopped", time.Hour, "how long a sandbox that ended by itself is remembered")
 	f.StringVar(&c.logFormat, "log-format", env("WRENN_LOG_FORMAT", "text"), "text or json (env WRENN_LOG_FORMAT)")
 	f.BoolVarP(&c.verbose, "verbose", "v", false, "log more")
@@ -172,8 +176,8 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 			errs = append(errs, fmt.Errorf("--%s is too small", name))
 		}
 	}
-	if c.boot <= 0 || c.capacity.StartQueue <= 0 || c.keep < 0 {
-		errs = append(errs, errors.New("--boot-timeout, --start-queue and --keep-stopped must not be negative"))
+	if c.boot <= 0 || c.capacity.StartQueue <= 0 || c.keep < 0 || c.keepPaused < 0 || c.capacity.DiskMiB < 0 || c.capacity.FreeDiskMiB < 0 {
+		errs = append(errs, errors.New("--boot-timeout and --start-queue must be positive; --keep-stopped, --keep-paused, --max-disk and --keep-free not negative"))
 	}
 	dns := network.Resolvers()
 	if c.dns != "" {
@@ -247,7 +251,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
 		},
 		Capacity: c.capacity, OverlayMiB: c.overlayMiB, DNS: dns,
-		BaseUID: baseUID, BootTimeout: c.boot, KeepStopped: c.keep, Log: log,
+		BaseUID: baseUID, BootTimeout: c.boot, KeepStopped: c.keep, KeepPaused: c.keepPaused, Log: log,
 	})
 	if err != nil {
 		return err

@@ -201,11 +201,9 @@ func printChecks(w io.Writer, checks []host.Check) {
 			mark = "--"
 		}
 		fmt.Fprintf(w, "%s  %-18s %s\n", mark, c.Name, c.Found)
-		if !c.OK {
-			fmt.Fprintf(w, "    %-18s why:  %s\n", "", c.Why)
-			if c.Fix != "" {
-				fmt.Fprintf(w, "    %-18s mend: %s\n", "", c.Fix)
-			}
+		fmt.Fprintf(w, "    %-18s why:  %s\n", "", c.Why)
+		if c.Fix != "" {
+			fmt.Fprintf(w, "    %-18s mend: %s\n", "", c.Fix)
 		}
 	}
 	if host.Ready(checks) {

@@ -81,6 +81,9 @@ type Config struct {
 	// KeepStopped is how long the record of a sandbox that ended by itself
 	// can still be read.
 	KeepStopped time.Duration
+	// KeepPaused is how long a sandbox may stay paused before it expires; 0
+	// is for ever. A paused sandbox's own timeout stands still.
+	KeepPaused time.Duration
 
 	Log *slog.Logger
 }
@@ -95,6 +98,7 @@ type Manager struct {
 	store  store
 	log    *slog.Logger
 	lock   *dirLock
+	events *eventLog
 	starts chan struct{}
 
 	// life ends at Shutdown; what hangs off it is counted in wg.
@@ -104,7 +108,7 @@ type Manager struct {
 
 	mu       sync.Mutex
 	boxes    map[ID]*box
-	used     Capacity
+	used     Resources
 	draining bool // no more creates
 	ended    bool // no more goroutines
 }
@@ -241,8 +245,16 @@ func (m *Manager) move(b *box, to State, change func(*Record)) error {
 		return err
 	}
 	rec := b.record()
+	m.tell(Event{Time: now, ID: b.id, From: from.State, To: to, Reason: rec.Reason})
 	m.log.Info("sandbox "+string(to), "sandbox", b.id, "from", from.State, "reason", rec.Reason, "after", now.Sub(from.StateAt).Round(time.Millisecond))
 	return nil
+}
+
+// tell puts an event into the log.
+func (m *Manager) tell(e Event) {
+	if err := m.events.add(e); err != nil {
+		m.log.Warn("event not kept", "sandbox", e.ID, "to", e.To, "err", err)
+	}
 }
 
 // find returns the box of an ID.
@@ -393,6 +405,21 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 
 // opTimeout bounds what a VM may take for a pause or a resume.
 const opTimeout = 30 * time.Second
+
+// SetTimeout sets after how much inactivity, counted from now, a sandbox
+// expires; 0 is never.
+func (m *Manager) SetTimeout(ctx context.Context, id ID, timeout time.Duration) (Info, error) {
+	if err := checkTimeout(timeout); err != nil {
+		return Info{}, errdefs.InvalidArgument.Errorf("%w", err)
+	}
+	b, _, end, err := m.begin(ctx, id, OpTimeout, "given another timeout")
+	if err != nil {
+		return Info{}, err
+	}
+	defer end()
+	err = m.save(b, func(r *Record) { r.Timeout, r.LastActiveAt = timeout, time.Now().UTC() })
+	return b.info(), err
+}
 
 // Lease is the right to call a guest. While one is held the sandbox counts as
 // active.

@@ -85,7 +85,7 @@ func (r *rig) config() Config {
 			}
 			return killed, nil
 		},
-		Capacity:   Capacity{Sandboxes: 100, VCPUs: 1000, MemMiB: 1 << 20, Starts: 50, StartQueue: time.Minute},
+		Capacity:   Capacity{Resources: Resources{Sandboxes: 10_000, VCPUs: 10_000, MemMiB: 1 << 30, DiskMiB: 1 << 30}, Starts: 50, StartQueue: time.Minute},
 		OverlayMiB: 64, BootTimeout: time.Minute, KeepStopped: time.Hour,
 		Log: slog.New(slog.NewTextHandler(testLog{r.t}, nil)),
 	}
@@ -161,7 +161,7 @@ func (r *rig) held() (left []string) {
 		add("disks are left: %v", files)
 	}
 	r.mu.Lock()
-	if r.used != (Capacity{}) {
+	if r.used != (Resources{}) {
 		add("capacity is left reserved: %+v", r.used)
 	}
 	r.mu.Unlock()
@@ -693,6 +693,7 @@ func TestAdmission(t *testing.T) {
 		"sandboxes": {func(c *Config) { c.Capacity.Sandboxes = 2 }, "2 of 2"},
 		"vcpus":     {func(c *Config) { c.Capacity.VCPUs = 2 }, "0 of 2 free"},
 		"memory":    {func(c *Config) { c.Capacity.MemMiB = 2*(512+VMMOverheadMiB) + 100 }, "100 of"},
+		"disk":      {func(c *Config) { c.Capacity.DiskMiB = 2*64 + 10 }, "10 of 138"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, c.change)

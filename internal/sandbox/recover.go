@@ -69,6 +69,12 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 	if m.store, err = openStore(filepath.Join(m.cfg.StateDir, "sandboxes")); err != nil {
 		return found, err
 	}
+	if m.cfg.Capacity.DiskMiB == 0 {
+		m.cfg.Capacity.DiskMiB = diskOvercommit * m.store.freeMiB()
+	}
+	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl")); err != nil {
+		return found, err
+	}
 	if err := os.MkdirAll(m.cfg.RunDir, 0o711); err != nil {
 		return found, fmt.Errorf("make run directory: %w", err)
 	}
@@ -89,7 +95,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 		if rec.State == Stopped {
 			continue
 		}
-		m.account(rec.VCPUs, rec.MemMiB, 1)
+		m.used = m.used.plus(rec.takes())
 		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
 			return found, fmt.Errorf("claim slot of sandbox %s: %w", rec.ID, err)
 		}
@@ -257,6 +263,7 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 	}()
 	select {
 	case <-ended:
+		m.events.shut()
 		m.lock.release()
 	case <-ctx.Done():
 		errs = append(errs, fmt.Errorf("wait for work in progress: %w", context.Cause(ctx)))

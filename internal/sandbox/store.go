@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -150,6 +152,16 @@ func (s store) setAside(id ID) error {
 		return fmt.Errorf("set record aside: %w", err)
 	}
 	return nil
+}
+
+// freeMiB is what is free on the store's file system; not knowing counts as
+// plenty.
+func (s store) freeMiB() int {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(s.dir, &st); err != nil {
+		return math.MaxInt
+	}
+	return int(st.Bavail * uint64(st.Bsize) >> 20)
 }
 
 // forget removes all of a sandbox's files. The rename comes first, so that a

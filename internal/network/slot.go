@@ -94,21 +94,13 @@ func (n *Network) build(ctx context.Context, s Slot) (err error) {
 	return n.step(ctx, s, "host route")
 }
 
-// exists says whether a slot's link and namespace are there.
+// exists says whether a slot's namespace is there, and with it its links. It
+// asks the file system only: a link's name is looked up under a lock that the
+// making of other slots holds.
 func (n *Network) exists(s Slot) bool {
-	a := n.plan.Addrs(s)
-	ns, err := netns.GetFromPath(a.NetNSPath)
-	if err != nil {
-		return false
-	}
-	defer ns.Close()
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return false
-	}
-	defer h.Close()
-	_, err = h.LinkByName(a.Veth)
-	return err == nil
+	var st unix.Statfs_t
+	err := unix.Statfs(n.plan.Addrs(s).NetNSPath, &st)
+	return err == nil && st.Type == unix.NSFS_MAGIC
 }
 
 // fillNS builds the namespace's inside, on a thread that is in it. host speaks

@@ -27,6 +27,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -64,6 +65,8 @@ type Network struct {
 	slots allocator
 	// taken tells Run that a slot left the pool.
 	taken chan struct{}
+	// madeDir: Setup made netnsDir a mount, for Teardown to take back.
+	madeDir atomic.Bool
 
 	// hook is called after each step of Open; tests let it fail.
 	hook func(s Slot, step string) error
@@ -100,6 +103,13 @@ func (n *Network) Setup(ctx context.Context) error {
 	if err := n.checkRoutes(h); err != nil {
 		return err
 	}
+	made, err := shareDir(netnsDir)
+	if made {
+		n.madeDir.Store(true)
+	}
+	if err != nil {
+		return err
+	}
 	// Not written if it is right already: /proc/sys may be read-only.
 	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err != nil || strings.TrimSpace(string(b)) != "1" {
 		if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
@@ -134,6 +144,9 @@ func (n *Network) Teardown(context.Context) error {
 	}
 	if err := removeTable(hostRules(n.plan, n.opts.Resolvers)); err != nil {
 		errs = append(errs, fmt.Errorf("remove host rules: %w", err))
+	}
+	if n.madeDir.CompareAndSwap(true, false) {
+		errs = append(errs, unshareDir(netnsDir))
 	}
 	return errors.Join(errs...)
 }

@@ -440,6 +440,31 @@ func TestOpenConcurrently(t *testing.T) {
 	}
 }
 
+// "ip netns add" mounts the directory of namespaces over itself the first time;
+// what we pinned before must stay removable.
+func TestCloseAfterOthersAddNamespaces(t *testing.T) {
+	n := world(t, Options{})
+	s, err := n.Acquire(t.Context())
+	must(t, err)
+	must(t, n.Open(t.Context(), s))
+	ip := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command("ip", append([]string{"netns"}, args...)...).CombinedOutput(); err != nil {
+			t.Fatalf("ip netns %v: %v: %s", args, err, out)
+		}
+	}
+	ip("add", "tnet-other")
+	ip("exec", n.plan.Addrs(s).NetNS, "true")
+	if err := n.Close(t.Context(), s); err != nil {
+		t.Errorf("close after ip netns add: %v", err)
+	}
+	must(t, n.Teardown(t.Context())) // leaves the other's
+	ip("exec", "tnet-other", "true")
+	ip("del", "tnet-other")
+	must(t, n.Release(s))
+	must(t, n.Setup(t.Context()))
+}
+
 func TestStrays(t *testing.T) {
 	n := world(t, Options{})
 	ctx := t.Context()

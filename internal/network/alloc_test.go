@@ -58,9 +58,10 @@ func TestAllocatorRefuses(t *testing.T) {
 	check("claim of slot 0", a.claim(0), errdefs.InvalidArgument)
 	check("claim beyond the plan", a.claim(MaxSlot+1), errdefs.InvalidArgument)
 	check("release of a foreign slot", a.release(s+1), errdefs.NotFound)
-	check("open of a foreign slot", a.opening(s+1), errdefs.NotFound)
-	check("open", a.opening(s), nil)
-	check("open again", a.opening(s), errdefs.WrongState)
+	opening := func(s Slot) error { _, err := a.opening(s); return err }
+	check("open of a foreign slot", opening(s+1), errdefs.NotFound)
+	check("open", opening(s), nil)
+	check("open again", opening(s), errdefs.WrongState)
 	check("release while open", a.release(s), errdefs.WrongState)
 	a.closed(s)
 	check("release", a.release(s), nil)
@@ -102,4 +103,43 @@ func TestAllocatorConcurrently(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+func TestAllocatorPool(t *testing.T) {
+	var a allocator
+	if _, ok := a.acquireWarm(); ok {
+		t.Fatal("an empty pool gave a slot")
+	}
+	s, err := a.acquireForPool()
+	must(t, err)
+	if err := a.release(s); !errors.Is(err, errdefs.WrongState) {
+		t.Errorf("release of a slot being built = %v", err)
+	}
+	a.warmed(s)
+	if err := a.claim(s); !errors.Is(err, errdefs.AlreadyExists) {
+		t.Errorf("claim of a pooled slot = %v", err)
+	}
+	if err := a.release(s); !errors.Is(err, errdefs.NotFound) {
+		t.Errorf("release of a pooled slot = %v", err)
+	}
+	if _, err := a.opening(s); !errors.Is(err, errdefs.NotFound) {
+		t.Errorf("open of a pooled slot = %v", err)
+	}
+	for range 2 { // taken, given back unopened, taken again
+		got, ok := a.acquireWarm()
+		if !ok || got != s || a.pooled(s) {
+			t.Fatalf("acquireWarm = %d, %v", got, ok)
+		}
+		if _, ok := a.acquireWarm(); ok {
+			t.Fatal("the pool gave a slot twice")
+		}
+		must(t, a.release(s))
+	}
+	a.acquireWarm()
+	if built, err := a.opening(s); err != nil || !built {
+		t.Errorf("open of a warm slot = %v, %v", built, err)
+	}
+	if built, err := a.opening(s); !errors.Is(err, errdefs.WrongState) || built {
+		t.Errorf("second open of a warm slot = %v, %v", built, err)
+	}
 }

@@ -51,7 +51,7 @@ func BenchmarkOpenClose(b *testing.B) {
 // commands is what a script would run to make and remove the same slot.
 func commands(b *testing.B, p Plan, a Addrs) (open, closing []string) {
 	var rules strings.Builder
-	for _, r := range slotRules(p, a) {
+	for _, r := range slotRules(a, egressRules(p, Options{}, Policy{})) {
 		rules.WriteString(r.String())
 	}
 	file := filepath.Join(b.TempDir(), "slot.nft")

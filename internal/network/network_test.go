@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -191,7 +192,7 @@ func TestHostDoesNotTrustNamespaces(t *testing.T) {
 	onHost := serve(t, here, netip.IPv4Unspecified(), 7004)
 	far := serve(t, internet, internetAddr, 7005)
 	in(t, ns, func() {
-		for _, r := range slotRules(n.Plan(), a) {
+		for _, r := range slotRules(a, nil) {
 			must(t, removeTable(r))
 		}
 	})
@@ -439,6 +440,31 @@ func TestOpenConcurrently(t *testing.T) {
 	}
 }
 
+// "ip netns add" mounts the directory of namespaces over itself the first time;
+// what we pinned before must stay removable.
+func TestCloseAfterOthersAddNamespaces(t *testing.T) {
+	n := world(t, Options{})
+	s, err := n.Acquire(t.Context())
+	must(t, err)
+	must(t, n.Open(t.Context(), s))
+	ip := func(args ...string) {
+		t.Helper()
+		if out, err := exec.Command("ip", append([]string{"netns"}, args...)...).CombinedOutput(); err != nil {
+			t.Fatalf("ip netns %v: %v: %s", args, err, out)
+		}
+	}
+	ip("add", "tnet-other")
+	ip("exec", n.plan.Addrs(s).NetNS, "true")
+	if err := n.Close(t.Context(), s); err != nil {
+		t.Errorf("close after ip netns add: %v", err)
+	}
+	must(t, n.Teardown(t.Context())) // leaves the other's
+	ip("exec", "tnet-other", "true")
+	ip("del", "tnet-other")
+	must(t, n.Release(s))
+	must(t, n.Setup(t.Context()))
+}
+
 func TestStrays(t *testing.T) {
 	n := world(t, Options{})
 	ctx := t.Context()
@@ -531,8 +557,11 @@ func TestSetup(t *testing.T) {
 }
 
 func TestRulesAreWhatTheKernelHolds(t *testing.T) {
-	n := world(t, Options{})
-	_, a, _ := open(t, n)
+	n := world(t, Options{
+		Resolvers: []netip.Addr{privateAddr},
+		Egress:    Policy{Deny: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}},
+	})
+	s, a, _ := open(t, n)
 	check := func(r ruleset) {
 		t.Helper()
 		cmd := exec.Command("nft", "-s", "list", "table", familyNames[r.family], r.name)
@@ -544,15 +573,28 @@ func TestRulesAreWhatTheKernelHolds(t *testing.T) {
 			t.Errorf("%s (-sent +kernel):\n%s", r.name, d)
 		}
 	}
-	check(hostRules(n.plan))
+	check(hostRules(n.plan, n.opts.Resolvers))
 	ns, err := netns.GetFromPath(a.NetNSPath)
 	must(t, err)
 	defer ns.Close()
-	in(t, ns, func() {
-		for _, r := range slotRules(n.plan, a) {
-			check(r)
-		}
-	})
+	// The policy chains are filled in turn; the one not in use stays as it was.
+	want := slotRules(a, egressRules(n.plan, n.opts, Policy{}))
+	chains := want[1].chains
+	egress := slices.IndexFunc(chains, func(c chain) bool { return c.name == egressChain })
+	for i, p := range append(testPolicies, Policy{}) {
+		in(t, ns, func() {
+			for _, r := range want {
+				check(r)
+			}
+		})
+		must(t, n.SetPolicy(t.Context(), s, p))
+		next := (i + 1) % 2
+		chains[egress].rules = []rule{{jump(policyChains[next])}}
+		chains[egress+1+next].rules = egressRules(n.plan, n.opts, p)
+	}
+	in(t, ns, func() { check(want[1]) })
+	must(t, n.Setup(t.Context()))
+	check(hostRules(n.plan, n.opts.Resolvers))
 }
 
 // picture is everything in the host's network, a line each.

@@ -76,8 +76,7 @@ func world(t testing.TB, opts Options) *Network {
 	t.Helper()
 	testenv.Root(t)
 	worldOnce.Do(func() {
-		must(t, os.MkdirAll(netnsDir, 0o755))
-		must(t, unix.Mount("tmpfs", netnsDir, "tmpfs", 0, ""))
+		must(t, unix.Mount("tmpfs", "/run", "tmpfs", 0, ""))
 		internet = newNS(t)
 		up(t, "lo")
 		attrs := netlink.NewLinkAttrs()

@@ -81,7 +81,8 @@ Then, as anybody who may reach the agent:
 		}
 	}
 	add("host", newSetup(), newServe(), newDoctor())
-	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newPause(c), newResume(c), newRm(c), newLogs(c))
+	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newPause(c), newResume(c), newRm(c),
+		newTimeout(c), newInspect(c), newLogs(c), newEvents(c))
 	root.AddCommand(newVersion(c))
 	return root
 }

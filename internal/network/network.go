@@ -91,10 +91,13 @@ func (n *Network) Setup(ctx context.Context) error {
 	if err := n.checkRoutes(h); err != nil {
 		return err
 	}
-	if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
-		return err
+	// Not written if it is right already: /proc/sys may be read-only.
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err != nil || strings.TrimSpace(string(b)) != "1" {
+		if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
+			return err
+		}
 	}
-	if err := replaceTables(hostRules(n.plan)); err != nil {
+	if err := replaceTable(hostRules(n.plan)); err != nil {
 		return fmt.Errorf("set host rules: %w", err)
 	}
 	for _, r := range n.rangeRoutes() {
@@ -120,7 +123,7 @@ func (n *Network) Teardown(context.Context) error {
 			errs = append(errs, fmt.Errorf("remove unreachable route %s: %w", r.Dst, err))
 		}
 	}
-	if err := removeTables(hostRules(n.plan)); err != nil {
+	if err := removeTable(hostRules(n.plan)); err != nil {
 		errs = append(errs, fmt.Errorf("remove host rules: %w", err))
 	}
 	return errors.Join(errs...)
@@ -249,48 +252,58 @@ func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, err
 	return sortedSlots(found), nil
 }
 
-// tables replaced as one transaction: adding before deleting makes the
-// deletion succeed whether or not the table was there.
-func replaceTables(rs ...ruleset) error {
+// transact sends what fill queues as one nftables transaction, in the network
+// namespace of the calling thread.
+func transact(fill func(c *nftables.Conn) error) error {
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return err
 	}
 	defer c.CloseLasting()
-	for _, r := range rs {
-		t := r.nftTable()
-		c.AddTable(t)
-		c.DelTable(t)
-		if err := r.add(c); err != nil {
-			return err
-		}
+	if err := fill(c); err != nil {
+		return err
 	}
 	return c.Flush()
 }
 
-func removeTables(rs ...ruleset) error {
-	c, err := nftables.New(nftables.AsLasting())
-	if err != nil {
-		return err
-	}
-	defer c.CloseLasting()
-	for _, r := range rs {
-		t := r.nftTable()
-		c.AddTable(t)
-		c.DelTable(t)
-	}
-	return c.Flush()
+// addTables adds tables that are known not to be there.
+func addTables(rs ...ruleset) error {
+	return transact(func(c *nftables.Conn) error {
+		for _, r := range rs {
+			if err := r.add(c); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+func replaceTable(r ruleset) error {
+	return transact(func(c *nftables.Conn) error {
+		queueRemoval(c, r)
+		return r.add(c)
+	})
+}
+
+func removeTable(r ruleset) error {
+	return transact(func(c *nftables.Conn) error {
+		queueRemoval(c, r)
+		return nil
+	})
+}
+
+// queueRemoval adds the table before it deletes it, so that the deletion
+// succeeds whether or not it was there.
+func queueRemoval(c *nftables.Conn, r ruleset) {
+	t := r.nftTable()
+	c.AddTable(t)
+	c.DelTable(t)
 }
 
 // writeSysctl sets a value under /proc/sys in the calling thread's network
-// namespace. A value that is right already is not written, so that a
-// read-only /proc/sys does no harm.
+// namespace.
 func writeSysctl(name, value string) error {
-	path := "/proc/sys/" + name
-	if b, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(b)) == value {
-		return nil
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
 	if err != nil {
 		return fmt.Errorf("set %s: %w", name, err)
 	}

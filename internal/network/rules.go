@@ -240,7 +240,7 @@ const (
 	ne = expr.CmpOpNeq
 )
 
-func cmp(op expr.CmpOp, data ...byte) expr.Any {
+func compare(op expr.CmpOp, data ...byte) expr.Any {
 	return &expr.Cmp{Op: op, Register: 1, Data: data}
 }
 
@@ -265,13 +265,13 @@ func ifname(text string, key expr.MetaKey, op expr.CmpOp, name string) term {
 		data = append(data, make([]byte, unix.IFNAMSIZ-len(data))...)
 	}
 	return term{fmt.Sprintf("%s %s%q", text, cmpText(op), name), []expr.Any{
-		&expr.Meta{Key: key, Register: 1}, cmp(op, data...),
+		&expr.Meta{Key: key, Register: 1}, compare(op, data...),
 	}}
 }
 
 func notIPv4() term {
 	return term{"meta nfproto != ipv4", []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, cmp(ne, unix.NFPROTO_IPV4),
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, compare(ne, unix.NFPROTO_IPV4),
 	}}
 }
 
@@ -280,9 +280,9 @@ func notIPv4() term {
 func (f family) isIPv4() []expr.Any {
 	switch f {
 	case inet:
-		return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, cmp(eq, unix.NFPROTO_IPV4)}
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, compare(eq, unix.NFPROTO_IPV4)}
 	case netdev:
-		return []expr.Any{&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, cmp(eq, 0x08, 0x00)}
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, compare(eq, 0x08, 0x00)}
 	}
 	return nil
 }
@@ -304,27 +304,27 @@ func matchPrefix(base expr.PayloadBase, at uint32, op expr.CmpOp, p netip.Prefix
 	if p.Bits()%8 == 0 && p.Bits() > 0 {
 		n := p.Bits() / 8
 		return []expr.Any{
-			&expr.Payload{DestRegister: 1, Base: base, Offset: at, Len: uint32(n)}, cmp(op, addr[:n]...),
+			&expr.Payload{DestRegister: 1, Base: base, Offset: at, Len: uint32(n)}, compare(op, addr[:n]...),
 		}
 	}
 	return []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: base, Offset: at, Len: 4},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: net.CIDRMask(p.Bits(), 32), Xor: make([]byte, 4)},
-		cmp(op, addr[:]...),
+		compare(op, addr[:]...),
 	}
 }
 
 func etherSaddrNot(mac net.HardwareAddr) term {
 	return term{"ether saddr != " + mac.String(), []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFTYPE, Register: 1}, cmp(eq, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER)...),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6}, cmp(ne, mac...),
+		&expr.Meta{Key: expr.MetaKeyIIFTYPE, Register: 1}, compare(eq, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER)...),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6}, compare(ne, mac...),
 	}}
 }
 
 func arpSaddr(a netip.Addr) term {
 	return term{"arp saddr ip " + a.String(), []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, cmp(eq, 0x08, 0x06),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 14, Len: 4}, cmp(eq, a.AsSlice()...),
+		&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, compare(eq, 0x08, 0x06),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 14, Len: 4}, compare(eq, a.AsSlice()...),
 	}}
 }
 
@@ -332,14 +332,14 @@ func arpSaddr(a netip.Addr) term {
 // one came in by.
 func noReturnPath() term {
 	return term{"fib saddr . iif oif 0", []expr.Any{
-		&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true}, cmp(eq, 0, 0, 0, 0),
+		&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true}, compare(eq, 0, 0, 0, 0),
 	}}
 }
 
 func icmpType(name string, n byte) term {
 	return term{"icmp type " + name, []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, cmp(eq, unix.IPPROTO_ICMP),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, cmp(eq, n),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, unix.IPPROTO_ICMP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, compare(eq, n),
 	}}
 }
 
@@ -347,7 +347,7 @@ func icmpType(name string, n byte) term {
 func hasBits(bits uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
-		cmp(ne, 0, 0, 0, 0),
+		compare(ne, 0, 0, 0, 0),
 	}
 }
 
@@ -367,17 +367,17 @@ func dnatted() term {
 }
 
 func replyDirection() term {
-	return term{"ct direction reply", []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, cmp(eq, 1)}}
+	return term{"ct direction reply", []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, compare(eq, 1)}}
 }
 
 // synMSSToMTU lowers the segment size that a TCP handshake offers to what the
 // route's MTU carries, for networks that lose the ICMP message saying so.
 func synMSSToMTU() term {
 	return term{"tcp flags syn tcp option maxseg size set rt mtu", []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, cmp(eq, unix.IPPROTO_TCP),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, unix.IPPROTO_TCP),
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{2}, Xor: []byte{0}},
-		cmp(ne, 0),
+		compare(ne, 0),
 		&expr.Rt{Register: 1, Key: expr.RtTCPMSS},
 		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 2, Size: 2},
 		&expr.Exthdr{SourceRegister: 1, Type: 2, Offset: 2, Len: 2, Op: expr.ExthdrOpTcpopt},

@@ -69,8 +69,17 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 	if m.store, err = openStore(filepath.Join(m.cfg.StateDir, "sandboxes")); err != nil {
 		return found, err
 	}
+	if m.cfg.Capacity.DiskMiB == 0 {
+		m.cfg.Capacity.DiskMiB = diskOvercommit * m.store.freeMiB()
+	}
+	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl")); err != nil {
+		return found, err
+	}
 	if err := os.MkdirAll(m.cfg.RunDir, 0o711); err != nil {
 		return found, fmt.Errorf("make run directory: %w", err)
+	}
+	if err := m.cfg.Network.Setup(ctx); err != nil {
+		return found, fmt.Errorf("set up network: %w", err)
 	}
 	records, bad, err := m.store.loadAll()
 	if err != nil {
@@ -86,7 +95,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 		if rec.State == Stopped {
 			continue
 		}
-		m.account(rec.VCPUs, rec.MemMiB, 1)
+		m.used = m.used.plus(rec.takes())
 		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
 			return found, fmt.Errorf("claim slot of sandbox %s: %w", rec.ID, err)
 		}
@@ -119,7 +128,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 
 // removeStrays ends the VMs and closes the slots that no record names.
 func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool, found *Recovery) error {
-	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, func(name string) bool { return m.boxes[ID(name)] != nil })
+	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), func(name string) bool { return m.boxes[ID(name)] != nil })
 	if err != nil {
 		return fmt.Errorf("kill stray vms: %w", err)
 	}
@@ -129,13 +138,16 @@ func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool,
 		return fmt.Errorf("look for stray networks: %w", err)
 	}
 	for _, s := range strays {
+		if err := m.cfg.Network.Claim(s); err != nil {
+			return fmt.Errorf("claim stray slot %d: %w", s, err)
+		}
 		if err := m.cfg.Network.Close(ctx, s); err != nil {
-			// Fenced: a claimed slot is never handed out.
+			// It stays claimed: fenced off, never handed out.
 			m.log.Error("stray network not removed", "slot", s, "err", err)
-			if err := m.cfg.Network.Claim(s); err != nil {
-				return fmt.Errorf("fence slot %d: %w", s, err)
-			}
 			continue
+		}
+		if err := m.cfg.Network.Release(s); err != nil {
+			return fmt.Errorf("release stray slot %d: %w", s, err)
 		}
 		found.Strays = append(found.Strays, fmt.Sprintf("slot %d", s))
 	}
@@ -251,6 +263,7 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 	}()
 	select {
 	case <-ended:
+		m.events.shut()
 		m.lock.release()
 	case <-ctx.Done():
 		errs = append(errs, fmt.Errorf("wait for work in progress: %w", context.Cause(ctx)))

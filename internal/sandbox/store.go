@@ -6,10 +6,14 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // store keeps the records: one directory per sandbox with its record, overlay
@@ -150,6 +154,16 @@ func (s store) setAside(id ID) error {
 	return nil
 }
 
+// freeMiB is what is free on the store's file system; not knowing counts as
+// plenty.
+func (s store) freeMiB() int {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(s.dir, &st); err != nil {
+		return math.MaxInt
+	}
+	return int(st.Bavail * uint64(st.Bsize) >> 20)
+}
+
 // forget removes all of a sandbox's files. The rename comes first, so that a
 // crash in between leaves garbage and no half record.
 func (s store) forget(id ID) error {
@@ -165,20 +179,8 @@ func (s store) forget(id ID) error {
 
 // tail returns at most n bytes from the end of the sandbox's console.
 func (s store) tail(id ID, n int64) ([]byte, error) {
-	f, err := os.Open(s.console(id))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read console: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("read console: %w", err)
-	}
-	data, err := io.ReadAll(io.NewSectionReader(f, max(0, info.Size()-n), n))
-	if err != nil {
+	data, err := vmm.Tail(s.console(id), n)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("read console: %w", err)
 	}
 	return data, nil

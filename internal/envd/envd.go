@@ -20,6 +20,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"git.omukk.dev/wrenn/sandbox/api/filesystem/filesystemconnect"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
 )
 
@@ -55,6 +56,7 @@ type Server struct {
 	addr      netip.Addr
 	processes *processes
 	accounts  accounts
+	watchers  watchers
 	handler   http.Handler
 
 	// initMu serialises initialisations.
@@ -92,6 +94,7 @@ func New(c Config) *Server {
 	mux.HandleFunc("GET /health", s.health)
 	mux.HandleFunc("POST /init", s.init)
 	mux.Handle(processconnect.NewProcessHandler(processService{s}, options))
+	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystemService{s}, options))
 	s.handler = s.guard(mux)
 	return s
 }
@@ -126,9 +129,12 @@ func (s *Server) ReapOrphans(ctx context.Context) {
 	s.processes.children.reapOrphans(ctx, s.log, swept)
 }
 
-// Close kills the processes that the server has started and returns when they
-// are gone.
-func (s *Server) Close() { s.processes.close() }
+// Close kills the processes that the server has started, ends its watches and
+// returns when they are gone.
+func (s *Server) Close() {
+	s.watchers.close()
+	s.processes.close()
+}
 
 func (s *Server) health(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")

@@ -57,6 +57,7 @@ type Server struct {
 	processes *processes
 	accounts  accounts
 	watchers  watchers
+	meter     meter
 	handler   http.Handler
 
 	// initMu serialises initialisations.
@@ -93,9 +94,14 @@ func New(c Config) *Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", s.health)
 	mux.HandleFunc("POST /init", s.init)
+	mux.HandleFunc("GET /metrics", s.metrics)
+	mux.HandleFunc("GET /envs", s.envs)
+	mux.HandleFunc("GET /files", s.download)
+	mux.HandleFunc("POST /files", s.upload)
+	mux.HandleFunc("POST /files/compose", s.compose)
 	mux.Handle(processconnect.NewProcessHandler(processService{s}, options))
 	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystemService{s}, options))
-	s.handler = s.guard(mux)
+	s.handler = cors(s.guard(mux))
 	return s
 }
 

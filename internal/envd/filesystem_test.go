@@ -490,4 +490,3 @@ func TestWatcherSaysWhatItLost(t *testing.T) {
 		t.Errorf("then: %v, %v", events, err)
 	}
 }
-

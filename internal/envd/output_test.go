@@ -22,9 +22,9 @@ func drain(s *subscriber) string {
 
 var block = []byte(strings.Repeat("x", readSize))
 
-// fill writes n blocks and returns a channel that is closed when all of them
+// writeBlocks writes n blocks and returns a channel that is closed when all of them
 // are in.
-func fill(o *output, n int) <-chan struct{} {
+func writeBlocks(o *output, n int) <-chan struct{} {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -38,7 +38,7 @@ func fill(o *output, n int) <-chan struct{} {
 func TestOutputWithoutSubscribersIsFree(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := newOutput()
-		<-fill(o, 1000)
+		<-writeBlocks(o, 1000)
 		if o.size > outputBuffer {
 			t.Errorf("%d bytes are held", o.size)
 		}
@@ -58,7 +58,7 @@ func TestOutputSoleSubscriberLosesNothing(t *testing.T) {
 		o := newOutput()
 		s := o.subscribe()
 		began := time.Now()
-		done := fill(o, 100)
+		done := writeBlocks(o, 100)
 		var n int
 		for n < 100*readSize {
 			time.Sleep(stallLimit - time.Second) // slow, but alive
@@ -83,7 +83,7 @@ func TestOutputStalledSubscriberHoldsNobodyUp(t *testing.T) {
 		o := newOutput()
 		s := o.subscribe()
 		began := time.Now()
-		<-fill(o, 1000)
+		<-writeBlocks(o, 1000)
 		if took := time.Since(began); took != stallLimit {
 			t.Errorf("held up for %v, want %v once", took, stallLimit)
 		}
@@ -122,7 +122,7 @@ func TestOutputFastestSetsThePace(t *testing.T) {
 			read <- text.String()
 		}()
 		began := time.Now()
-		<-fill(o, 1000)
+		<-writeBlocks(o, 1000)
 		o.end()
 		if got := <-read; len(got) != 1000*readSize || strings.Contains(got, "missed") {
 			t.Errorf("the fast one got %d bytes", len(got))
@@ -141,7 +141,7 @@ func TestOutputGoneSubscriberHoldsNobodyUp(t *testing.T) {
 		o := newOutput()
 		s := o.subscribe()
 		began := time.Now()
-		done := fill(o, 1000)
+		done := writeBlocks(o, 1000)
 		synctest.Wait() // the writer waits
 		s.close()
 		<-done
@@ -156,7 +156,7 @@ func TestOutputMarksWhatIsMissingWhereItIsMissing(t *testing.T) {
 		o := newOutput()
 		s := o.subscribe()
 		o.write(stderr, []byte("lost at the end of its stream"))
-		<-fill(o, 20)
+		<-writeBlocks(o, 20)
 		o.end()
 		marks := map[stream]int{}
 		for {

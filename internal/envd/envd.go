@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -90,7 +91,9 @@ func New(c Config) *Server {
 			ownEnv: map[string]string{"E2B_SANDBOX": "true"},
 		},
 	}
-	options := connect.WithReadMaxBytes(maxMessage)
+	// Answers are not compressed: a guest's CPU is dearer than the way to its
+	// host.
+	options := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxMessage), connect.WithCompressMinBytes(math.MaxInt))
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", s.health)
 	mux.HandleFunc("POST /init", s.init)

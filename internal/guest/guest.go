@@ -66,7 +66,7 @@ func New(addr netip.AddrPort, token string) *Client {
 		transport: transport,
 		http:      &http.Client{Transport: withToken{transport, token}},
 	}
-	c.process = processconnect.NewProcessClient(c.http, c.base)
+	c.process = processconnect.NewProcessClient(c.http, c.base, connect.WithAcceptCompression("gzip", nil, nil))
 	return c
 }
 

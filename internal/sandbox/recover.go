@@ -257,6 +257,10 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 	}()
 	select {
 	case <-ended:
+		if destroy {
+			// Unless something is in it yet, for the next agent to find.
+			_ = os.Remove(m.cfg.RunDir)
+		}
 		m.lock.release()
 	case <-ctx.Done():
 		errs = append(errs, fmt.Errorf("wait for work in progress: %w", context.Cause(ctx)))

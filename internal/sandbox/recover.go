@@ -58,6 +58,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	if err != nil {
 		m.end()
 		m.wg.Wait()
+		_ = os.Remove(cfg.RunDir) // unless a VM has its own there
 		lock.release()
 		return nil, Recovery{}, fmt.Errorf("recover sandboxes: %w", err)
 	}

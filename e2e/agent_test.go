@@ -161,18 +161,19 @@ func (a *agent) start(args ...string) error {
 		a.mu.Unlock()
 		close(gone)
 	}()
-	for deadline := time.Now().Add(startLimit); ; time.Sleep(pollEvery) {
-		if conn, err := net.Dial("tcp", a.addr); err == nil {
-			conn.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), startLimit)
+	defer cancel()
+	for {
+		// Its listener is open before it serves: what counts is an answer.
+		if _, err := a.GetVersion(ctx, connect.NewRequest(&hostagentv1.GetVersionRequest{})); err == nil {
 			return nil
 		}
 		select {
 		case <-gone:
 			return fmt.Errorf("the agent ended at its start: %v", a.err)
-		default:
-		}
-		if time.Now().After(deadline) {
+		case <-ctx.Done():
 			return errors.Join(errors.New("the agent does not serve"), a.signal(syscall.SIGKILL))
+		case <-time.After(pollEvery):
 		}
 	}
 }

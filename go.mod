@@ -16,6 +16,11 @@ require (
 )
 
 require (
+	github.com/rogpeppe/go-internal v1.14.1
+	golang.org/x/tools v0.26.0 // indirect
+)
+
+require (
 	github.com/google/go-cmp v0.7.0
 	github.com/inconshreveable/mousetrap v1.1.0 // indirect
 	github.com/klauspost/compress v1.20.3
@@ -24,5 +29,5 @@ require (
 	github.com/pierrec/lz4/v4 v4.1.33
 	github.com/spf13/pflag v1.0.9 // indirect
 	golang.org/x/net v0.33.0 // indirect
-	golang.org/x/sync v0.6.0 // indirect
+	golang.org/x/sync v0.8.0 // indirect
 )

@@ -62,6 +62,15 @@ func (a *agent) instance() string {
 	return fmt.Sprintf("wrenn%x", sha256.Sum256([]byte(a.stateDir)))[:len("wrenn")+4]
 }
 
+// hostRange and linkRange are the agent's address ranges.
+func (a *agent) hostRange() string { return fmt.Sprintf("10.%d.0.0/16", 181+2*a.ranges) }
+func (a *agent) linkRange() string { return fmt.Sprintf("10.%d.0.0/16", 182+2*a.ranges) }
+
+// markers are in every line of a picture that is about the agent.
+func (a *agent) markers() []string {
+	return []string{a.instance(), a.stateDir, a.hostRange(), a.linkRange()}
+}
+
 // binDir returns the directory of the built programs.
 func binDir(t testing.TB) string {
 	t.Helper()
@@ -136,8 +145,7 @@ func freePort() (int, error) {
 func (a *agent) serveCommand(args ...string) *exec.Cmd {
 	args = append([]string{
 		"serve", "--state-dir", a.stateDir, "--listen", a.addr,
-		"--host-range", fmt.Sprintf("10.%d.0.0/16", 181+2*a.ranges),
-		"--link-range", fmt.Sprintf("10.%d.0.0/16", 182+2*a.ranges),
+		"--host-range", a.hostRange(), "--link-range", a.linkRange(),
 	}, args...)
 	return exec.Command(filepath.Join(a.bin, "wrenn"), args...)
 }
@@ -233,8 +241,9 @@ func startAgent(t testing.TB, args ...string) *agent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	testenv.NoLeaks(t, a.instance())
-	testenv.NoLeaks(t, a.stateDir)
+	for _, marker := range a.markers() {
+		testenv.NoLeaks(t, marker)
+	}
 	t.Cleanup(func() {
 		if err := a.close(); err != nil {
 			t.Errorf("close agent: %v", err)
@@ -307,7 +316,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintf(os.Stderr, "close the shared agent: %v\n%s", err, a.log.String())
 			code = max(code, 1)
 		}
-		for _, marker := range []string{a.instance(), a.stateDir} {
+		for _, marker := range a.markers() {
 			left, err := testenv.Take(marker)
 			if err != nil || len(left) > 0 {
 				fmt.Fprintf(os.Stderr, "left by the shared agent: %q, %v\n", left.Lines(), err)

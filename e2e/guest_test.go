@@ -269,8 +269,8 @@ func (b *box) addrs() network.Addrs {
 	b.t.Helper()
 	plan := network.Plan{
 		Instance: b.a.instance(),
-		Hosts:    netip.MustParsePrefix(fmt.Sprintf("10.%d.0.0/16", 181+2*b.a.ranges)),
-		Veths:    netip.MustParsePrefix(fmt.Sprintf("10.%d.0.0/16", 182+2*b.a.ranges)),
+		Hosts:    netip.MustParsePrefix(b.a.hostRange()),
+		Veths:    netip.MustParsePrefix(b.a.linkRange()),
 	}
 	ip, err := netip.ParseAddr(b.info().HostIp)
 	if err != nil {

@@ -256,7 +256,7 @@ func TestShutdownDestroys(t *testing.T) {
 	if b.vmmPID() != 0 || paused.vmmPID() != 0 {
 		t.Error("VMs run on")
 	}
-	for _, marker := range []string{a.instance(), "sb-" + b.id} {
+	for _, marker := range append(a.markers()[2:], a.instance(), b.id) {
 		if left, err := testenv.Take(marker); err != nil || len(left) > 0 {
 			t.Errorf("left: %q, %v", left.Lines(), err)
 		}

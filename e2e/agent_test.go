@@ -86,25 +86,30 @@ func binDir(t testing.TB) string {
 
 var agents atomic.Int32
 
-// newAgent prepares an agent's state directory: what setup has made, linked.
+// newAgent names an agent's directory, address and ranges; nothing is there yet.
 func newAgent(prepared, bin string) (*agent, error) {
-	dir, err := os.MkdirTemp(filepath.Dir(prepared), "wrenn-e2e-")
+	n := agents.Add(1) - 1
+	port, err := freePort()
 	if err != nil {
 		return nil, err
 	}
-	for _, part := range []string{"kernels", "templates", "seeds"} {
-		if err := linkTree(filepath.Join(prepared, part), filepath.Join(dir, part)); err != nil {
-			return nil, errors.Join(fmt.Errorf("link %s: %w", part, err), os.RemoveAll(dir))
-		}
+	a := &agent{
+		bin: bin, ranges: int(n) % 32, addr: fmt.Sprintf("127.0.0.1:%d", port),
+		stateDir: filepath.Join(filepath.Dir(prepared), fmt.Sprintf("wrenn-e2e-%d-%d", os.Getpid(), n)),
 	}
-	port, err := freePort()
-	if err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
-	}
-	a := &agent{bin: bin, stateDir: dir, addr: fmt.Sprintf("127.0.0.1:%d", port), ranges: int(agents.Add(1)-1) % 32}
 	a.url = "http://" + a.addr
 	a.HostAgentServiceClient = hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: &http.Transport{}}, a.url)
 	return a, nil
+}
+
+// prepare makes the state directory: what setup has made, linked.
+func (a *agent) prepare(prepared string) error {
+	for _, part := range []string{"kernels", "templates", "seeds"} {
+		if err := linkTree(filepath.Join(prepared, part), filepath.Join(a.stateDir, part)); err != nil {
+			return errors.Join(fmt.Errorf("link %s: %w", part, err), os.RemoveAll(a.stateDir))
+		}
+	}
+	return nil
 }
 
 // linkTree makes hard links of the files below from, but of its lock files:
@@ -237,12 +242,16 @@ func (a *agent) close() error {
 // startAgent starts an agent for one test, which must leave nothing of it.
 func startAgent(t testing.TB, args ...string) *agent {
 	t.Helper()
-	a, err := newAgent(testenv.StateDir(t), binDir(t))
+	prepared := testenv.StateDir(t)
+	a, err := newAgent(prepared, binDir(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, marker := range a.markers() {
 		testenv.NoLeaks(t, marker)
+	}
+	if err := a.prepare(prepared); err != nil {
+		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		if err := a.close(); err != nil {
@@ -276,7 +285,10 @@ func sharedAgent(t testing.TB) *agent {
 	t.Helper()
 	prepared, bin := testenv.StateDir(t), binDir(t)
 	shared.once.Do(func() {
-		if shared.agent, shared.err = newAgent(prepared, bin); shared.err == nil {
+		if shared.agent, shared.err = newAgent(prepared, bin); shared.err != nil {
+			return
+		}
+		if shared.err = shared.agent.prepare(prepared); shared.err == nil {
 			shared.err = shared.agent.start("--on-shutdown=destroy")
 		}
 	})
@@ -294,7 +306,7 @@ func sharedAgent(t testing.TB) *agent {
 
 // sharedBox is a sandbox of the shared agent for tests that run commands in
 // one and leave it as it was.
-func sharedBox(t testing.TB) *box {
+func sharedBox(t testing.TB) *sandbox {
 	t.Helper()
 	a := sharedAgent(t)
 	shared.box.Do(func() {
@@ -306,11 +318,12 @@ func sharedBox(t testing.TB) *box {
 	if shared.boxErr != nil {
 		t.Fatalf("create sandbox: %v", shared.boxErr)
 	}
-	return &box{t, a, shared.boxID}
+	return &sandbox{t, a, shared.boxID}
 }
 
 func TestMain(m *testing.M) {
 	code := m.Run()
+	printMeasured(os.Stdout)
 	if a := shared.agent; a != nil {
 		if err := a.close(); err != nil {
 			fmt.Fprintf(os.Stderr, "close the shared agent: %v\n%s", err, a.log.String())
@@ -327,15 +340,15 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// box is a sandbox and the test that uses it.
-type box struct {
+// sandbox is one and the test that uses it.
+type sandbox struct {
 	t  testing.TB
 	a  *agent
 	id string
 }
 
 // create makes a sandbox that ends with the test.
-func (a *agent) create(t testing.TB, req *hostagentv1.CreateSandboxRequest) *box {
+func (a *agent) create(t testing.TB, req *hostagentv1.CreateSandboxRequest) *sandbox {
 	t.Helper()
 	if req == nil {
 		req = &hostagentv1.CreateSandboxRequest{}
@@ -344,7 +357,7 @@ func (a *agent) create(t testing.TB, req *hostagentv1.CreateSandboxRequest) *box
 	if err != nil {
 		t.Fatalf("create sandbox: %v", err)
 	}
-	b := &box{t, a, resp.Msg.SandboxId}
+	b := &sandbox{t, a, resp.Msg.SandboxId}
 	t.Cleanup(func() {
 		if !a.running() {
 			return // closing it destroys them
@@ -356,23 +369,23 @@ func (a *agent) create(t testing.TB, req *hostagentv1.CreateSandboxRequest) *box
 	return b
 }
 
-func (b *box) destroy() error {
+func (b *sandbox) destroy() error {
 	_, err := b.a.DestroySandbox(context.Background(), connect.NewRequest(&hostagentv1.DestroySandboxRequest{SandboxId: b.id}))
 	return err
 }
 
-func (b *box) pause() error {
+func (b *sandbox) pause() error {
 	_, err := b.a.PauseSandbox(b.t.Context(), connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: b.id}))
 	return err
 }
 
-func (b *box) resume() error {
+func (b *sandbox) resume() error {
 	_, err := b.a.ResumeSandbox(b.t.Context(), connect.NewRequest(&hostagentv1.ResumeSandboxRequest{SandboxId: b.id}))
 	return err
 }
 
 // exec runs one command.
-func (b *box) exec(cmd string, args ...string) (*hostagentv1.ExecResponse, error) {
+func (b *sandbox) exec(cmd string, args ...string) (*hostagentv1.ExecResponse, error) {
 	resp, err := b.a.Exec(b.t.Context(), connect.NewRequest(&hostagentv1.ExecRequest{SandboxId: b.id, Cmd: cmd, Args: args}))
 	if err != nil {
 		return nil, err
@@ -382,7 +395,7 @@ func (b *box) exec(cmd string, args ...string) (*hostagentv1.ExecResponse, error
 
 // sh runs a script that must succeed, and returns its output without the white
 // space around it.
-func (b *box) sh(script string) string {
+func (b *sandbox) sh(script string) string {
 	b.t.Helper()
 	resp, err := b.exec("sh", "-c", script)
 	if err != nil {
@@ -395,7 +408,7 @@ func (b *box) sh(script string) string {
 }
 
 // info is the sandbox in the list of all; nil if it is not there.
-func (b *box) info() *hostagentv1.SandboxInfo {
+func (b *sandbox) info() *hostagentv1.SandboxInfo {
 	b.t.Helper()
 	resp, err := b.a.ListSandboxes(b.t.Context(), connect.NewRequest(&hostagentv1.ListSandboxesRequest{All: true}))
 	if err != nil {
@@ -411,7 +424,7 @@ func (b *box) info() *hostagentv1.SandboxInfo {
 
 // waitStopped waits until the sandbox is stopped for a reason, and returns how
 // long that took.
-func (b *box) waitStopped(reason string) time.Duration {
+func (b *sandbox) waitStopped(reason string) time.Duration {
 	b.t.Helper()
 	began := time.Now()
 	waitFor(b.t, "the sandbox to be stopped ("+reason+")", func() bool {

@@ -108,7 +108,7 @@ func TestExecBoundsOutput(t *testing.T) {
 }
 
 // survivors counts the processes of the guest whose command line has the word.
-func (b *box) survivors(word string) string {
+func (b *sandbox) survivors(word string) string {
 	b.t.Helper()
 	return b.sh(`grep -lsa ` + word[:len(word)-1] + `[` + word[len(word)-1:] + `] /proc/[0-9]*/cmdline | wc -l`)
 }

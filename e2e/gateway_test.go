@@ -15,7 +15,7 @@ import (
 )
 
 // viaHeaders and viaHost are the two ways to name a sandbox and a port.
-func viaHeaders(t testing.TB, b *box, port int, method, path string) *http.Request {
+func viaHeaders(t testing.TB, b *sandbox, port int, method, path string) *http.Request {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, b.a.url+path, nil)
 	if err != nil {
@@ -28,7 +28,7 @@ func viaHeaders(t testing.TB, b *box, port int, method, path string) *http.Reque
 	return req
 }
 
-func viaHost(t testing.TB, b *box, port int, method, path string) *http.Request {
+func viaHost(t testing.TB, b *sandbox, port int, method, path string) *http.Request {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, b.a.url+path, nil)
 	if err != nil {
@@ -91,7 +91,7 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 		status, _, _ := answer(t, viaHeaders(t, b, port, "GET", "/hello.txt"))
 		return status == 200
 	})
-	for name, via := range map[string]func(testing.TB, *box, int, string, string) *http.Request{"headers": viaHeaders, "host": viaHost} {
+	for name, via := range map[string]func(testing.TB, *sandbox, int, string, string) *http.Request{"headers": viaHeaders, "host": viaHost} {
 		t.Run(name, func(t *testing.T) {
 			if status, body, _ := answer(t, via(t, b, port, "GET", "/hello.txt?x=1")); status != 200 || body != "hello from "+b.id+"\n" {
 				t.Errorf("HTTP %d %q", status, body)
@@ -106,7 +106,7 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 				t.Errorf("%d bytes, or others than were sent", len(body))
 			}
 			wantRefusal(t, via(t, b, 8124, "GET", "/"), 502, "8124", b.id)
-			gone := &box{t, b.a, "sb-0123456789abcdef"}
+			gone := &sandbox{t, b.a, "sb-0123456789abcdef"}
 			wantRefusal(t, via(t, gone, port, "GET", "/"), 404, gone.id)
 			for _, path := range []string{"/init", "/freeze", "/upgrade"} {
 				wantRefusal(t, via(t, b, 49983, "POST", path), 404, "reserved")
@@ -143,7 +143,7 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 		req.Header.Set("E2b-Sandbox-Port", bad)
 		wantRefusal(t, req, 400, "port")
 	}
-	wantRefusal(t, viaHeaders(t, &box{t, b.a, "../../etc/passwd"}, 80, "GET", "/"), 404)
+	wantRefusal(t, viaHeaders(t, &sandbox{t, b.a, "../../etc/passwd"}, 80, "GET", "/"), 404)
 	// A token that the caller brings is checked.
 	req := viaHeaders(t, b, 49983, "GET", "/envs")
 	req.Header.Set("X-Access-Token", "wrong")

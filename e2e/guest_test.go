@@ -265,7 +265,7 @@ func TestTwoSandboxes(t *testing.T) {
 }
 
 // addrs are the names and addresses of a sandbox's slot.
-func (b *box) addrs() network.Addrs {
+func (b *sandbox) addrs() network.Addrs {
 	b.t.Helper()
 	plan := network.Plan{
 		Instance: b.a.instance(),
@@ -285,7 +285,7 @@ func (b *box) addrs() network.Addrs {
 }
 
 // tapBytes is how many bytes a sandbox has sent.
-func tapBytes(t *testing.T, b *box) uint64 {
+func tapBytes(t *testing.T, b *sandbox) uint64 {
 	t.Helper()
 	ns, err := netns.GetFromPath(b.addrs().NetNSPath)
 	if err != nil {

@@ -20,7 +20,7 @@ import (
 
 // vmmPID finds the VMM of a sandbox among the processes of this machine; 0 if
 // there is none.
-func (b *box) vmmPID() int {
+func (b *sandbox) vmmPID() int {
 	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, file := range files {
 		data, _ := os.ReadFile(file)
@@ -57,7 +57,7 @@ func TestVMOutlivesItsRequest(t *testing.T) {
 	if err != nil || created.SandboxID == "" {
 		t.Fatalf("create answered %v, %v", created, err)
 	}
-	b := &box{t, a, created.SandboxID}
+	b := &sandbox{t, a, created.SandboxID}
 	defer b.destroy()
 	// The agent has seen the connection's end when it has served another.
 	for range 3 {
@@ -91,7 +91,7 @@ func TestCreateGivenUp(t *testing.T) {
 				_, err := a.CreateSandbox(ctx, connect.NewRequest(&hostagentv1.CreateSandboxRequest{}))
 				result <- err
 			}()
-			b := &box{t: t, a: a}
+			b := &sandbox{t: t, a: a}
 			waitFor(t, "a guest that boots", func() bool {
 				for _, s := range listAll(t, a) {
 					if s.Status == "creating" {
@@ -188,7 +188,7 @@ func TestAgentKilledDuringCreate(t *testing.T) {
 	a := startAgent(t, "--on-shutdown=leave")
 	lost := a.create(t, &hostagentv1.CreateSandboxRequest{MemoryMb: 256})
 	go a.CreateSandbox(context.Background(), connect.NewRequest(&hostagentv1.CreateSandboxRequest{MemoryMb: 256}))
-	half := &box{t: t, a: a}
+	half := &sandbox{t: t, a: a}
 	waitFor(t, "a guest that boots", func() bool {
 		for _, s := range listAll(t, a) {
 			if s.Status == "creating" {
@@ -289,17 +289,17 @@ func TestVMEnds(t *testing.T) {
 	a := startAgent(t)
 	for _, c := range []struct {
 		name string
-		end  func(b *box)
+		end  func(b *sandbox)
 	}{
-		{"its vmm is killed", func(b *box) {
+		{"its vmm is killed", func(b *sandbox) {
 			if err := syscall.Kill(b.vmmPID(), syscall.SIGKILL); err != nil {
 				b.t.Error(err)
 			}
 		}},
-		{"the guest panics", func(b *box) { b.exec("sh", "-c", "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger") }},
-		{"the guest powers off", func(b *box) { b.exec("kill", "1") }},
-		{"the guest powers off at once", func(b *box) { b.exec("sh", "-c", "sync; echo o >/proc/sysrq-trigger; sleep 9") }},
-		{"the guest reboots", func(b *box) { b.exec("sh", "-c", "echo b >/proc/sysrq-trigger; sleep 9") }},
+		{"the guest panics", func(b *sandbox) { b.exec("sh", "-c", "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger") }},
+		{"the guest powers off", func(b *sandbox) { b.exec("kill", "1") }},
+		{"the guest powers off at once", func(b *sandbox) { b.exec("sh", "-c", "sync; echo o >/proc/sysrq-trigger; sleep 9") }},
+		{"the guest reboots", func(b *sandbox) { b.exec("sh", "-c", "echo b >/proc/sysrq-trigger; sleep 9") }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			testenv.NoLeaks(t, a.instance()+"-")

@@ -4,9 +4,11 @@ SHELL := bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 TOOL := go tool -modfile=$(CURDIR)/tools/go.mod
 TEST_STATE ?= /var/tmp/wrenn-test-state
+TEST_ENV := WRENN_TEST_STATE_DIR=$(TEST_STATE) WRENN_BIN=$(CURDIR)/bin
+FUZZTIME ?= 5s
 SETUP := bin/wrenn setup --state-dir
 
-.PHONY: help build run test test-unit test-vm lint generate check-generated bench clean
+.PHONY: help build run test test-unit fuzz lint generate check-generated bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,18 +21,22 @@ run: build ## install what is missing, prepare this host, run the host agent
 	bin/wrenn setup
 	bin/wrenn serve
 
-test: lint check-generated test-unit test-vm ## everything that CI runs: lint, unit, race and real microVMs
+test: lint check-generated build ## everything that CI runs: lint, unit, race and real microVMs, as root
+	$(SETUP) $(TEST_STATE)
+	$(TEST_ENV) go test -race -count=1 -p 1 -timeout 60m ./...
+	$(MAKE) --no-print-directory fuzz
 
-test-unit: ## tests that need no microVM, with the race detector
+test-unit: ## tests that need nothing but Go
 	go test -race ./...
 
-test-vm: build ## tests with real microVMs, as root; they leave the machine as it was
-	$(SETUP) $(TEST_STATE)
-	WRENN_TEST_STATE_DIR=$(TEST_STATE) WRENN_BIN=$(CURDIR)/bin go test -count=1 -p 1 -timeout 30m ./e2e/... ./internal/vmm/... ./internal/network/...
+fuzz: ## feed the parsers nonsense, for FUZZTIME each
+	@grep -rlE '^func Fuzz' --include='*_test.go' internal | xargs -n1 dirname | sort -u | while read -r dir; do \
+	  for f in $$(grep -hoE '^func Fuzz[A-Za-z0-9]+' $$dir/*_test.go | sed 's/func //'); do \
+	    go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) ./$$dir; done; done
 
 bench: build ## time what a user waits for, each beside its bare floor
 	$(SETUP) $(TEST_STATE)
-	WRENN_TEST_STATE_DIR=$(TEST_STATE) WRENN_BIN=$(CURDIR)/bin go test -count=1 -run '^$$' -bench . -benchtime 10x -timeout 60m ./e2e/...
+	$(TEST_ENV) go test -count=1 -run '^$$' -bench . -benchtime 10x -timeout 60m ./e2e/...
 
 lint: ## gofmt, go vet, staticcheck, buf lint
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }

@@ -292,7 +292,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	<-drained
 	if merr == nil && len(manager.List(false)) == 0 {
 		// Nothing needs the host's rules and routes any more.
-		merr = errors.Join(net.Teardown(end), os.Remove(runDir))
+		merr = net.Teardown(end)
 	}
 	return errors.Join(err, merr)
 }

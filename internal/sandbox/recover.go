@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -58,6 +57,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	if err != nil {
 		m.end()
 		m.wg.Wait()
+		_ = os.Remove(cfg.RunDir) // unless a VM has its own there
 		lock.release()
 		return nil, Recovery{}, fmt.Errorf("recover sandboxes: %w", err)
 	}
@@ -274,6 +274,8 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 	select {
 	case <-ended:
 		m.events.shut()
+		// Unless a VM's directory is in it, for the next agent to find.
+		_ = os.Remove(m.cfg.RunDir)
 		m.lock.release()
 	case <-ctx.Done():
 		errs = append(errs, fmt.Errorf("wait for work in progress: %w", context.Cause(ctx)))
@@ -305,10 +307,9 @@ func lockDir(dir string) (*dirLock, error) {
 		}
 		return nil, fmt.Errorf("lock state directory: %w", err)
 	}
-	if err := f.Truncate(0); err == nil {
-		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-	}
-	if err != nil {
+	holder := fmt.Appendln(nil, os.Getpid())
+	_, err = f.WriteAt(holder, 0)
+	if err := errors.Join(err, f.Truncate(int64(len(holder)))); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("lock state directory: %w", err)
 	}

@@ -175,6 +175,7 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 		case <-process.Done():
 			return nil, errdefs.NotFound.Errorf("attach: the vm has exited")
 		default:
+			process.Release()
 			return nil, fmt.Errorf("attach: %w", err)
 		}
 	}

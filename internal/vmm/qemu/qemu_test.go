@@ -292,20 +292,6 @@ func fields(t *testing.T, path string) map[string]string {
 	return out
 }
 
-// An idle guest leaves the host's CPUs alone.
-func TestIdleGuest(t *testing.T) {
-	s := subject(t)
-	v := start(t, s)
-	if err := v.Pause(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	before := cpuTime(t, v)
-	time.Sleep(time.Second)
-	if used := cpuTime(t, v) - before; used > 100*time.Millisecond {
-		t.Errorf("a paused guest used %s of CPU in a second", used)
-	}
-}
-
 // The probe guest of this test never prints its mark: the probe sees it end.
 func TestProbeSeesTheGuestEnd(t *testing.T) {
 	s := subject(t)

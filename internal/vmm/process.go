@@ -39,6 +39,8 @@ type Program struct {
 	Files []*os.File
 	// NetNS is the path of the network namespace to run in; empty for ours.
 	NetNS string
+	// RunDir marks the program as ours for KillStrays; empty for no mark.
+	RunDir string
 	// Log receives what the program prints, bounded like Console; empty to
 	// throw it away.
 	Log string
@@ -114,6 +116,10 @@ func Launch(p Program) (_ *Process, err error) {
 	}
 	defer runtime.KeepAlive(p.Files)
 
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"}
+	if p.RunDir != "" {
+		env = append(env, runDirEnv+"="+p.RunDir)
+	}
 	pidfd := -1
 	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
 	var group cgroup
@@ -158,7 +164,7 @@ func Launch(p Program) (_ *Process, err error) {
 		}
 		pid, _, err = syscall.StartProcess(p.Args[0], p.Args, &syscall.ProcAttr{
 			Dir:   "/",
-			Env:   []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"},
+			Env:   env,
 			Files: files,
 			Sys:   sys,
 		})

@@ -115,6 +115,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		Args:    argv(m),
 		Files:   files,
 		NetNS:   spec.NetNS,
+		RunDir:  spec.RunDir,
 		Log:     vmmLog(spec.RunDir),
 		Console: spec.Console,
 		Cgroup:  spec.Cgroup,

@@ -1,0 +1,80 @@
+// Command envd is the guest daemon: /init of a microVM's initrd, or an
+// ordinary process for tests.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+
+	"git.omukk.dev/wrenn/sandbox/internal/envd"
+)
+
+func main() {
+	if os.Getpid() == 1 && filepath.Base(os.Args[0]) == "init" {
+		guest()
+	}
+	if err := host(); err != nil {
+		fmt.Fprintln(os.Stderr, "envd:", err)
+		os.Exit(1)
+	}
+}
+
+// guest is PID 1's life. It does not return.
+func guest() {
+	log := newLogger()
+	params, err := envd.Boot(log)
+	switch {
+	case errors.Is(err, envd.ErrProbe):
+		fmt.Println(envd.ProbeSign)
+	case err != nil:
+		log.Error("boot", "err", err)
+	default:
+		server := envd.New(envd.Config{Log: log, Guest: true, CgroupRoot: envd.CgroupRoot, Addr: params.Addr.Addr()})
+		go server.ReapOrphans(context.Background())
+		log.Info("booted", "hostname", params.Hostname)
+		failed := make(chan error, 1)
+		go func() { failed <- serve(context.Background(), server, fmt.Sprintf(":%d", envd.Port)) }()
+		select {
+		case err := <-failed:
+			log.Error("end", "err", err)
+		case sig := <-envd.PowerOffRequests():
+			log.Info("powering off", "signal", sig)
+		}
+	}
+	envd.PowerOff(log)
+}
+
+// host serves on the machine as it is.
+func host() error {
+	listen := flag.String("listen", "127.0.0.1:49983", "address to serve on")
+	cgroup := flag.String("cgroup", "", "directory in the cgroup2 hierarchy for the processes' cgroups")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	server := envd.New(envd.Config{Log: newLogger(), CgroupRoot: *cgroup})
+	defer server.Close()
+	if os.Getpid() == 1 {
+		go server.ReapOrphans(ctx)
+	}
+	return serve(ctx, server, *listen)
+}
+
+func serve(ctx context.Context, server *envd.Server, addr string) error {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	return server.Serve(ctx, l)
+}
+
+func newLogger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(envd.BoundedLog(os.Stderr), nil))
+}

@@ -1,0 +1,536 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
+)
+
+// client calls a host agent.
+type client struct{ host string }
+
+func (c *client) agent() hostagentv1connect.HostAgentServiceClient {
+	return hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, c.host)
+}
+
+// list returns the sandboxes of the host.
+func (c *client) list(ctx context.Context, all bool) ([]*hostagentv1.SandboxInfo, error) {
+	resp, err := c.agent().ListSandboxes(ctx, connect.NewRequest(&hostagentv1.ListSandboxesRequest{All: all}))
+	if err != nil {
+		return nil, err
+	}
+	return resp.Msg.Sandboxes, nil
+}
+
+// fullID is the length of a sandbox's ID as this version makes them.
+const fullID = len("sb-0123456789abcdef")
+
+// resolve turns what a person typed, an ID or the unambiguous beginning of
+// one, with or without "sb-", into an ID.
+func (c *client) resolve(ctx context.Context, ref string) (string, error) {
+	if strings.HasPrefix(ref, "sb-") && len(ref) >= fullID || ref == "" {
+		return ref, nil // the agent judges
+	}
+	sandboxes, err := c.list(ctx, true)
+	if err != nil {
+		return "", err
+	}
+	var ids []string
+	for _, s := range sandboxes {
+		if strings.HasPrefix(s.SandboxId, ref) || strings.HasPrefix(s.SandboxId, "sb-"+ref) {
+			ids = append(ids, s.SandboxId)
+		}
+	}
+	switch len(ids) {
+	case 0:
+		return "", fmt.Errorf("no sandbox's id begins with %q; `wrenn ps` lists them", ref)
+	case 1:
+		return ids[0], nil
+	default:
+		return "", fmt.Errorf("%q is the beginning of %d ids: %s", ref, len(ids), strings.Join(ids, " "))
+	}
+}
+
+// printJSON prints an answer as scripts read it, as the RPC itself would.
+func printJSON(w io.Writer, m proto.Message) error {
+	data, err := protojson.MarshalOptions{EmitUnpopulated: true}.Marshal(m)
+	if err != nil {
+		return err
+	}
+	// protojson varies its spacing on purpose.
+	var v json.RawMessage = data
+	out, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(w, string(out))
+	return err
+}
+
+// size holds the flags that describe a new sandbox.
+type size struct {
+	template string
+	vcpus    int32
+	memory   string
+	timeout  time.Duration
+}
+
+func (s *size) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&s.template, "template", "minimal", "template to start from")
+	cmd.Flags().Int32Var(&s.vcpus, "vcpus", 1, "number of virtual CPUs")
+	cmd.Flags().StringVarP(&s.memory, "memory", "m", "512", "memory in MiB, or with a unit: 512m, 2g")
+	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox after so long without activity (10m, 1h); 0 is never")
+}
+
+func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
+	mem, err := parseMiB(s.memory)
+	if err != nil {
+		return nil, err
+	}
+	timeout, err := wholeSeconds(s.timeout)
+	if err != nil {
+		return nil, err
+	}
+	return &hostagentv1.CreateSandboxRequest{
+		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout,
+	}, nil
+}
+
+// parseMiB reads a size as docker writes it; a bare number is MiB.
+func parseMiB(s string) (int32, error) {
+	text := strings.ToLower(strings.TrimSpace(s))
+	text = strings.TrimSuffix(strings.TrimSuffix(text, "b"), "i")
+	factor := 1.0
+	switch {
+	case strings.HasSuffix(text, "g"):
+		factor, text = 1024, strings.TrimSuffix(text, "g")
+	case strings.HasSuffix(text, "m"):
+		text = strings.TrimSuffix(text, "m")
+	}
+	n, err := strconv.ParseFloat(text, 64)
+	if err != nil || n*factor < 1 || n*factor > 1<<30 {
+		return 0, fmt.Errorf("memory %q is not a size: give MiB, or a number with m or g", s)
+	}
+	return int32(n * factor), nil
+}
+
+// create makes a sandbox, with a sign of life while it boots.
+func (c *client) create(ctx context.Context, s *size) (*hostagentv1.CreateSandboxResponse, error) {
+	req, err := s.request()
+	if err != nil {
+		return nil, err
+	}
+	defer spin("booting a sandbox")()
+	resp, err := c.agent().CreateSandbox(ctx, connect.NewRequest(req))
+	if err != nil {
+		return nil, err
+	}
+	return resp.Msg, nil
+}
+
+// spin shows on a terminal that something goes on, until stopped.
+func spin(what string) (stop func()) {
+	if !term.IsTerminal(int(os.Stderr.Fd())) {
+		return func() {}
+	}
+	done, gone := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(gone)
+		start := time.Now()
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for i := 0; ; i++ {
+			select {
+			case <-done:
+				fmt.Fprint(os.Stderr, "\r\x1b[K")
+				return
+			case <-tick.C:
+				fmt.Fprintf(os.Stderr, "\r%c %s… %.1fs", `|/-\`[i%4], what, time.Since(start).Seconds())
+			}
+		}
+	}()
+	return func() { close(done); <-gone }
+}
+
+func newCreate(c *client) *cobra.Command {
+	var s size
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "create",
+		Short: "Create a sandbox and print its id",
+		Long: `Create a sandbox, wait until commands can run in it, and print its id. It stays
+until 'wrenn rm', or until its --timeout has passed without activity.`,
+		Example: "  wrenn create --memory 1g --vcpus 2 --timeout 30m",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			resp, err := c.create(cmd.Context(), &s)
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), resp)
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), resp.SandboxId)
+			return nil
+		},
+	}
+	s.flags(cmd)
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	return cmd
+}
+
+func newPs(c *client) *cobra.Command {
+	var all, quiet, asJSON bool
+	cmd := &cobra.Command{
+		Use:     "ps",
+		Aliases: []string{"ls", "list"},
+		Short:   "List sandboxes",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			sandboxes, err := c.list(cmd.Context(), all)
+			if err != nil {
+				return err
+			}
+			out := cmd.OutOrStdout()
+			switch {
+			case asJSON:
+				return printJSON(out, &hostagentv1.ListSandboxesResponse{Sandboxes: sandboxes})
+			case quiet:
+				for _, s := range sandboxes {
+					fmt.Fprintln(out, s.SandboxId)
+				}
+				return nil
+			}
+			w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+			fmt.Fprintln(w, "SANDBOX ID\tTEMPLATE\tSTATUS\tVCPUS\tMEMORY\tADDRESS\tCREATED\tEXPIRES")
+			for _, s := range sandboxes {
+				status := s.Status
+				if s.Reason != "" {
+					status += " (" + s.Reason + ")"
+				}
+				expires := "never"
+				if s.ExpiresAtUnix != 0 {
+					expires = "in " + rough(time.Until(time.Unix(s.ExpiresAtUnix, 0)))
+				} else if s.TimeoutSec != 0 || s.Status == "stopped" {
+					expires = "-"
+				}
+				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d MiB\t%s\t%s ago\t%s\n", s.SandboxId, s.Template, status,
+					s.Vcpus, s.MemoryMb, s.HostIp, rough(time.Since(time.Unix(s.CreatedAtUnix, 0))), expires)
+			}
+			return w.Flush()
+		},
+	}
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "also those that ended by themselves not long ago")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print ids alone")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	return cmd
+}
+
+// rough is a duration as people say it.
+func rough(d time.Duration) string {
+	switch d = max(d, 0); {
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%d seconds", int(d.Seconds()))
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%d minutes", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%d hours", int(d.Hours()))
+	default:
+		return fmt.Sprintf("%d days", int(d.Hours()/24))
+	}
+}
+
+// each runs do for every sandbox named, prints the name of each that
+// succeeded, and goes on after one that did not.
+func (c *client) each(cmd *cobra.Command, refs []string, do func(ctx context.Context, id string) error) error {
+	var errs []error
+	for _, ref := range refs {
+		id, err := c.resolve(cmd.Context(), ref)
+		if err == nil {
+			err = do(cmd.Context(), id)
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		fmt.Fprintln(cmd.OutOrStdout(), ref)
+	}
+	if len(errs) > 1 {
+		for _, err := range errs {
+			fmt.Fprintln(os.Stderr, "wrenn: "+explain(err))
+		}
+		return exitError(1)
+	}
+	return errors.Join(errs...)
+}
+
+func newPause(c *client) *cobra.Command {
+	return &cobra.Command{
+		Use:   "pause ID...",
+		Short: "Stop the vCPUs of sandboxes; their memory stays",
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			return c.each(cmd, refs, func(ctx context.Context, id string) error {
+				_, err := c.agent().PauseSandbox(ctx, connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: id}))
+				return err
+			})
+		},
+	}
+}
+
+func newResume(c *client) *cobra.Command {
+	return &cobra.Command{
+		Use:     "resume ID...",
+		Aliases: []string{"unpause"},
+		Short:   "Let paused sandboxes go on where they stopped",
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			return c.each(cmd, refs, func(ctx context.Context, id string) error {
+				_, err := c.agent().ResumeSandbox(ctx, connect.NewRequest(&hostagentv1.ResumeSandboxRequest{SandboxId: id}))
+				return err
+			})
+		},
+	}
+}
+
+func (c *client) destroy(ctx context.Context, id string) error {
+	_, err := c.agent().DestroySandbox(ctx, connect.NewRequest(&hostagentv1.DestroySandboxRequest{SandboxId: id}))
+	return err
+}
+
+func newRm(c *client) *cobra.Command {
+	var force, all bool
+	cmd := &cobra.Command{
+		Use:     "rm ID...",
+		Aliases: []string{"destroy", "kill"},
+		Short:   "Destroy sandboxes, whatever their state",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if all && len(args) == 0 {
+				return nil
+			}
+			return cobra.MinimumNArgs(1)(cmd, args)
+		},
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			if all {
+				sandboxes, err := c.list(cmd.Context(), true)
+				if err != nil {
+					return err
+				}
+				for _, s := range sandboxes {
+					if !slices.Contains(refs, s.SandboxId) {
+						refs = append(refs, s.SandboxId)
+					}
+				}
+			}
+			return c.each(cmd, refs, func(ctx context.Context, id string) error {
+				err := c.destroy(ctx, id)
+				if force && connect.CodeOf(err) == connect.CodeNotFound {
+					return nil
+				}
+				return err
+			})
+		},
+	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "that a sandbox does not exist is no error")
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "every sandbox of the host")
+	return cmd
+}
+
+func newLogs(c *client) *cobra.Command {
+	var tail int32
+	cmd := &cobra.Command{
+		Use:   "logs ID",
+		Short: "Print a guest's console",
+		Long:  "Print the end of a guest's serial console: what its kernel and envd had to say.",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := c.resolve(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			resp, err := c.agent().GetConsole(cmd.Context(), connect.NewRequest(&hostagentv1.GetConsoleRequest{SandboxId: id, TailBytes: tail}))
+			if err != nil {
+				return err
+			}
+			_, err = cmd.OutOrStdout().Write(resp.Msg.Console)
+			return err
+		},
+	}
+	cmd.Flags().Int32Var(&tail, "tail-bytes", 0, "how much from the end; 0 is 64 KiB, 1 MiB at most")
+	return cmd
+}
+
+func newInspect(c *client) *cobra.Command {
+	return &cobra.Command{
+		Use:   "inspect ID",
+		Short: "Print all that is known of a sandbox, as JSON",
+		Long: `Print all that is known of a sandbox, as JSON; also of one that has ended by
+itself not long ago, with the reason.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := c.resolve(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			resp, err := c.agent().GetSandbox(cmd.Context(), connect.NewRequest(&hostagentv1.GetSandboxRequest{SandboxId: id}))
+			if err != nil {
+				return err
+			}
+			return printJSON(cmd.OutOrStdout(), resp.Msg.Sandbox)
+		},
+	}
+}
+
+func newTimeout(c *client) *cobra.Command {
+	return &cobra.Command{
+		Use:     "timeout ID DURATION",
+		Short:   "Set after how much inactivity a sandbox expires",
+		Long:    "Set after how much inactivity, counted from now, a sandbox expires; 0 is never.",
+		Example: "  wrenn timeout 3fa 30m",
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			timeout, err := time.ParseDuration(args[1])
+			if err != nil {
+				return fmt.Errorf("%q is not a duration such as 90s, 30m or 2h", args[1])
+			}
+			seconds, err := wholeSeconds(timeout)
+			if err != nil {
+				return err
+			}
+			id, err := c.resolve(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			resp, err := c.agent().SetTimeout(cmd.Context(), connect.NewRequest(&hostagentv1.SetTimeoutRequest{SandboxId: id, TimeoutSec: seconds}))
+			if err != nil {
+				return err
+			}
+			if at := resp.Msg.ExpiresAtUnix; at != 0 {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s expires at %s if nothing happens in it\n", id, time.Unix(at, 0).Format(time.DateTime))
+			} else {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s does not expire\n", id)
+			}
+			return nil
+		},
+	}
+}
+
+// wholeSeconds is a timeout as the API counts it.
+func wholeSeconds(d time.Duration) (int32, error) {
+	if d < 0 || d%time.Second != 0 {
+		return 0, fmt.Errorf("timeout %s is not a whole number of seconds from 0 up", d)
+	}
+	return int32(min(d/time.Second, 1<<31-1)), nil
+}
+
+func newEvents(c *client) *cobra.Command {
+	var after uint64
+	var noFollow, asJSON bool
+	cmd := &cobra.Command{
+		Use:   "events [ID]",
+		Short: "Print changes of state as they happen",
+		Long: `Print every change of state of every sandbox, or of one: first those that are
+remembered, then new ones as they happen. Each has a cursor; --after CURSOR goes
+on where an earlier look ended.`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req := &hostagentv1.WatchEventsRequest{After: after, NoFollow: noFollow}
+			if len(args) == 1 {
+				id, err := c.resolve(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				req.SandboxId = id
+			}
+			stream, err := c.agent().WatchEvents(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			defer stream.Close()
+			out := cmd.OutOrStdout()
+			for stream.Receive() {
+				e := stream.Msg().Event
+				if e == nil {
+					continue
+				}
+				if asJSON {
+					line, err := protojson.Marshal(e)
+					if err != nil {
+						return err
+					}
+					var compact bytes.Buffer
+					if err := json.Compact(&compact, line); err != nil {
+						return err
+					}
+					fmt.Fprintln(out, compact.String())
+					continue
+				}
+				reason := ""
+				if e.Reason != "" {
+					reason = " (" + e.Reason + ")"
+				}
+				fmt.Fprintf(out, "%d  %s  %s  %s%s\n", e.Cursor, time.UnixMilli(e.TimeUnixMs).Format("2006-01-02 15:04:05.000"), e.SandboxId, e.To, reason)
+			}
+			if cmd.Context().Err() != nil {
+				return nil // Ctrl-C is how one leaves
+			}
+			return stream.Err()
+		},
+	}
+	cmd.Flags().Uint64Var(&after, "after", 0, "only events with a higher cursor")
+	cmd.Flags().BoolVar(&noFollow, "no-follow", false, "end after the remembered events")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON object a line")
+	return cmd
+}
+
+func newVersion(c *client) *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "version",
+		Short: "Print the version of this program and of the host agent",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), 3*time.Second)
+			defer cancel()
+			agent, err := c.agent().GetVersion(ctx, connect.NewRequest(&hostagentv1.GetVersionRequest{}))
+			out := cmd.OutOrStdout()
+			if asJSON {
+				v := map[string]any{"client": buildVersion(), "host": nil}
+				if err == nil {
+					v["host"] = map[string]string{"version": agent.Msg.Version, "vmm": agent.Msg.Vmm, "vmmVersion": agent.Msg.VmmVersion}
+				}
+				enc := json.NewEncoder(out)
+				enc.SetIndent("", "  ")
+				return enc.Encode(v)
+			}
+			fmt.Fprintf(out, "client  %s\n", buildVersion())
+			if err != nil {
+				fmt.Fprintf(out, "host    %s\n", explain(err))
+				return nil
+			}
+			fmt.Fprintf(out, "host    %s, sandboxes by %s %s\n", agent.Msg.Version, agent.Msg.Vmm, agent.Msg.VmmVersion)
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print as JSON")
+	return cmd
+}

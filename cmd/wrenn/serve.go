@@ -1,0 +1,298 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/gateway"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/server"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
+)
+
+const defaultStateDir = "/var/lib/wrenn"
+
+// hostConfig is what setup, serve and doctor know of the host.
+type hostConfig struct {
+	stateDir string
+	vmm      string
+	hosts    string
+	links    string
+}
+
+func (c *hostConfig) flags(cmd *cobra.Command) {
+	plan := network.DefaultPlan()
+	f := cmd.Flags()
+	f.StringVar(&c.stateDir, "state-dir", env("WRENN_STATE_DIR", defaultStateDir), "directory of kernels, templates, disks and records (env WRENN_STATE_DIR)")
+	f.StringVar(&c.vmm, "vmm", env("WRENN_VMM", "auto"), "VMM to run sandboxes with: auto or qemu (env WRENN_VMM)")
+	f.StringVar(&c.hosts, "host-range", env("WRENN_HOST_RANGE", plan.Hosts.String()), "IPv4 /16 by which the host sees its sandboxes (env WRENN_HOST_RANGE)")
+	f.StringVar(&c.links, "link-range", env("WRENN_LINK_RANGE", plan.Veths.String()), "IPv4 /16 of the links between host and sandboxes (env WRENN_LINK_RANGE)")
+}
+
+// instance is the prefix of all that this agent makes outside its state
+// directory. It follows from that directory, so that agents with directories
+// of their own share a host without settings.
+func instance(stateDir string) string {
+	if stateDir == defaultStateDir {
+		return "wrenn"
+	}
+	return fmt.Sprintf("wrenn%x", sha256.Sum256([]byte(stateDir)))[:len("wrenn")+4]
+}
+
+// plan checks the settings and returns them as a plan; all problems at once.
+func (c *hostConfig) plan() (network.Plan, error) {
+	var errs []error
+	dir, err := filepath.Abs(c.stateDir)
+	if err != nil {
+		errs = append(errs, fmt.Errorf("--state-dir: %w", err))
+	}
+	c.stateDir = dir
+	plan := network.Plan{Instance: instance(dir)}
+	if plan.Hosts, err = netip.ParsePrefix(c.hosts); err != nil {
+		errs = append(errs, fmt.Errorf("--host-range: %w", err))
+	}
+	if plan.Veths, err = netip.ParsePrefix(c.links); err != nil {
+		errs = append(errs, fmt.Errorf("--link-range: %w", err))
+	}
+	if len(errs) == 0 {
+		if err := plan.Validate(); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if c.vmm != "auto" && c.vmm != qemu.Name {
+		errs = append(errs, fmt.Errorf("--vmm %q is unknown: use auto or qemu", c.vmm))
+	}
+	return plan, errors.Join(errs...)
+}
+
+// driver returns the VMM's driver, which boots the prepared kernel as a probe.
+func (c *hostConfig) driver() *qemu.Driver {
+	kernel := filepath.Join(c.stateDir, "kernels", "default")
+	return qemu.New(qemu.Config{
+		CacheFile:   filepath.Join(c.stateDir, "kvm-probe.json"),
+		ProbeKernel: filepath.Join(kernel, "vmlinux"),
+		ProbeInitrd: filepath.Join(kernel, "initrd.img"),
+	})
+}
+
+type serveConfig struct {
+	hostConfig
+	listen     string
+	insecure   bool
+	onShutdown string
+	dns        string
+	overlayMiB int
+	capacity   sandbox.Capacity
+	boot       time.Duration
+	keep       time.Duration
+	keepPaused time.Duration
+	logFormat  string
+	verbose    bool
+}
+
+// machineMemMiB is the memory of this machine.
+func machineMemMiB() int {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 1024
+	}
+	return int(info.Totalram * uint64(info.Unit) >> 20)
+}
+
+func newServe() *cobra.Command {
+	var c serveConfig
+	cmd := &cobra.Command{
+		Use:   "serve",
+		Short: "Run the host agent",
+		Long: `Run the host agent of this machine. It needs root, and what 'wrenn setup' has
+prepared. Sandboxes outlive it: the next agent on the same state directory
+adopts those that run.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return c.serve(cmd.Context()) },
+	}
+	c.hostConfig.flags(cmd)
+	cpus := runtime.NumCPU()
+	f := cmd.Flags()
+	f.StringVar(&c.listen, "listen", env("WRENN_LISTEN", "127.0.0.1:50051"), "address of the API (env WRENN_LISTEN)")
+	f.BoolVar(&c.insecure, "insecure", false, "let --listen name an address that others can reach; the API has no authentication")
+	f.StringVar(&c.onShutdown, "on-shutdown", env("WRENN_ON_SHUTDOWN", "leave"), "what becomes of sandboxes: leave (for the next agent) or destroy (env WRENN_ON_SHUTDOWN)")
+	f.StringVar(&c.dns, "dns", env("WRENN_DNS", ""), "resolvers of the guests, comma-separated; the host's own when empty (env WRENN_DNS)")
+	f.IntVar(&c.overlayMiB, "disk", 4096, "size of each sandbox's disk in MiB; it takes only what is written")
+	f.IntVar(&c.capacity.Sandboxes, "max-sandboxes", 1000, "most sandboxes at a time")
+	f.IntVar(&c.capacity.VCPUs, "max-vcpus", 32*cpus, "most virtual CPUs of all sandboxes together")
+	f.IntVar(&c.capacity.MemMiB, "max-memory", machineMemMiB()*9/10, "most memory of all sandboxes together, in MiB")
+	f.IntVar(&c.capacity.DiskMiB, "max-disk", 0, "most disk of all sandboxes together, in MiB of their full sizes; 0 is 16 times what is free, since disks take only what is written")
+	f.IntVar(&c.capacity.FreeDiskMiB, "keep-free", 512, "MiB that stay free on the state directory's file system: with less, no sandbox is made")
+	f.IntVar(&c.capacity.Starts, "max-starts", max(2, cpus), "most VMs starting at a time; others wait")
+	f.DurationVar(&c.capacity.StartQueue, "start-queue", 2*time.Minute, "how long a create waits for its turn to start")
+	f.DurationVar(&c.boot, "boot-timeout", 2*time.Minute, "how long a guest may take to come up")
+	f.DurationVar(&c.keepPaused, "keep-paused", 0, "how long a sandbox may stay paused before it is destroyed; 0 is for ever")
+	f.DurationVar(&c.keep, "keep-stopped", time.Hour, "how long a sandbox that ended by itself is remembered")
+	f.StringVar(&c.logFormat, "log-format", env("WRENN_LOG_FORMAT", "text"), "text or json (env WRENN_LOG_FORMAT)")
+	f.BoolVarP(&c.verbose, "verbose", "v", false, "log more")
+	return cmd
+}
+
+// check validates the settings, all problems at once.
+func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
+	plan, err := c.plan()
+	errs := []error{err}
+	host, _, err := net.SplitHostPort(c.listen)
+	if err != nil {
+		errs = append(errs, fmt.Errorf("--listen: %w", err))
+	} else if ip, err := netip.ParseAddr(host); !c.insecure && host != "localhost" && (err != nil || !ip.IsLoopback()) {
+		errs = append(errs, fmt.Errorf("--listen %s can be reached from outside, and whoever reaches it commands this host: use a loopback address, or --insecure if something else guards it", c.listen))
+	}
+	if c.onShutdown != "leave" && c.onShutdown != "destroy" {
+		errs = append(errs, fmt.Errorf("--on-shutdown %q is unknown: use leave or destroy", c.onShutdown))
+	}
+	if c.logFormat != "text" && c.logFormat != "json" {
+		errs = append(errs, fmt.Errorf("--log-format %q is unknown: use text or json", c.logFormat))
+	}
+	for name, n := range map[string]int{
+		"disk": c.overlayMiB - 63, "max-sandboxes": c.capacity.Sandboxes, "max-vcpus": c.capacity.VCPUs,
+		"max-memory": c.capacity.MemMiB, "max-starts": c.capacity.Starts,
+	} {
+		if n < 1 {
+			errs = append(errs, fmt.Errorf("--%s is too small", name))
+		}
+	}
+	if c.boot <= 0 || c.capacity.StartQueue <= 0 || c.keep < 0 || c.keepPaused < 0 || c.capacity.DiskMiB < 0 || c.capacity.FreeDiskMiB < 0 {
+		errs = append(errs, errors.New("--boot-timeout and --start-queue must be positive; --keep-stopped, --keep-paused, --max-disk and --keep-free not negative"))
+	}
+	dns := network.Resolvers()
+	if c.dns != "" {
+		dns = nil
+		for _, s := range strings.Split(c.dns, ",") {
+			addr, err := netip.ParseAddr(strings.TrimSpace(s))
+			if err != nil {
+				errs = append(errs, fmt.Errorf("--dns: %w", err))
+			}
+			dns = append(dns, addr)
+		}
+	}
+	if os.Geteuid() != 0 {
+		errs = append(errs, errors.New("the host agent needs root: sudo wrenn serve"))
+	}
+	return plan, dns, errors.Join(errs...)
+}
+
+func (c *serveConfig) logger() *slog.Logger {
+	opts := &slog.HandlerOptions{}
+	if c.verbose {
+		opts.Level = slog.LevelDebug
+	}
+	if c.logFormat == "json" {
+		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+	}
+	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+}
+
+// baseUID begins the range of users that VMMs run as: far from those of people
+// and services, and from the ranges that container tools hand out.
+const baseUID = 1_900_000_000
+
+// shutdownTimeout bounds the end of the agent.
+const shutdownTimeout = 30 * time.Second
+
+func (c *serveConfig) serve(ctx context.Context) (err error) {
+	plan, dns, err := c.check()
+	if err != nil {
+		return err
+	}
+	log := c.logger()
+	templates, err := template.Open(c.stateDir, log)
+	if err != nil {
+		return err
+	}
+	if _, err := templates.Get("minimal"); err != nil {
+		return fmt.Errorf("%w; prepare this host with `wrenn setup --state-dir %s`", err, c.stateDir)
+	}
+	driver := c.driver()
+	report, err := driver.Check(ctx)
+	if err != nil {
+		return fmt.Errorf("no VMM can be used: %w; `wrenn doctor` says more", err)
+	}
+	log.Info("vmm chosen", "vmm", driver.Name(), "version", report.Version, "accel", report.Accel, "why", report.Why)
+
+	// The listener comes first: an address in use is found before anything
+	// is touched.
+	listener, err := net.Listen("tcp", c.listen)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	defer listener.Close()
+
+	runDir := filepath.Join("/run", plan.Instance)
+	net := network.New(plan, network.Options{Log: log})
+	manager, found, err := sandbox.Open(ctx, sandbox.Config{
+		StateDir: c.stateDir, RunDir: runDir,
+		Driver: driver, Network: net, Templates: templates, KillStrays: vmm.KillStrays,
+		Guests: func(addr netip.Addr, token string) sandbox.Guest {
+			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
+		},
+		Capacity: c.capacity, OverlayMiB: c.overlayMiB, DNS: dns,
+		BaseUID: baseUID, BootTimeout: c.boot, KeepStopped: c.keep, KeepPaused: c.keepPaused, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	log.Info("state taken over: "+found.String(), "dir", c.stateDir)
+
+	version := server.Version{Version: buildVersion(), VMM: driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")"}
+	mux := http.NewServeMux()
+	mux.Handle(server.New(manager, version, log))
+	mux.Handle("/", server.Health(manager))
+	srv := &http.Server{
+		Handler:           gateway.New(manager, mux, log),
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       10 * time.Minute,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		Protocols:         new(http.Protocols),
+	}
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetUnencryptedHTTP2(true)
+
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(listener) }()
+	log.Info("serving", "listen", listener.Addr().String(), "pid", strconv.Itoa(os.Getpid()))
+
+	select {
+	case err = <-served:
+	case <-ctx.Done():
+		log.Info("shutting down", "sandboxes", c.onShutdown)
+	}
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+	defer cancel()
+	// New calls are refused from here on; those in progress may end while the
+	// manager winds up. Streams do not end by themselves.
+	drained := make(chan error, 1)
+	go func() { drained <- srv.Shutdown(end) }()
+	merr := manager.Shutdown(end, c.onShutdown == "destroy")
+	srv.Close()
+	<-drained
+	if merr == nil && len(manager.List(false)) == 0 {
+		// Nothing needs the host's rules and routes any more.
+		merr = errors.Join(net.Teardown(end), os.Remove(runDir))
+	}
+	return errors.Join(err, merr)
+}

@@ -1,0 +1,314 @@
+package envd
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// deviceTimeout bounds the wait for a disk or a link whose driver is
+	// loaded: under emulation they appear within tens of milliseconds.
+	deviceTimeout = 10 * time.Second
+	pollInterval  = 2 * time.Millisecond
+
+	// DefaultPath is the PATH of envd and of whatever it starts.
+	DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+	// CgroupRoot holds the cgroups of users' processes in a guest.
+	CgroupRoot = "/sys/fs/cgroup/user"
+)
+
+// ErrProbe is returned by Boot when the command line asks for a sign of life
+// only. The caller prints ProbeSign and powers off.
+var ErrProbe = errors.New("probe guest")
+
+// ProbeSign is the line by which the host knows that a probe guest came up.
+const ProbeSign = "wrenn-probe-ok"
+
+// Boot turns a bare kernel, with envd as the /init of its initrd, into a
+// guest: modules, root filesystem, mounts, network, names. It must be called
+// by PID 1, once, before anything else. An error means that the guest is of no
+// use; what it can do without is logged and passed over.
+func Boot(log *slog.Logger) (BootParams, error) {
+	b := &booter{log: log}
+	unix.Umask(0o022)
+	for _, m := range []mount{
+		{"proc", "/proc", "proc", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
+		{"sysfs", "/sys", "sysfs", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
+		{"devtmpfs", "/dev", "devtmpfs", unix.MS_NOSUID, "mode=0755"},
+	} {
+		if err := m.do(); err != nil {
+			return BootParams{}, err
+		}
+	}
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return BootParams{}, fmt.Errorf("read the command line: %w", err)
+	}
+	p, err := ParseCmdline(string(cmdline))
+	if err != nil {
+		return BootParams{}, err
+	}
+	if p.Probe {
+		return p, ErrProbe
+	}
+	if err := loadModules("/modules"); err != nil {
+		return BootParams{}, err
+	}
+
+	// The network takes as long as the disks: side by side. It is needed,
+	// too: a guest that nobody reaches is of no use.
+	netErr := make(chan error, 1)
+	go func() { netErr <- b.network(p) }()
+	rootErr := b.root(p)
+	if err := errors.Join(rootErr, <-netErr); err != nil {
+		return BootParams{}, err
+	}
+	b.names(p)
+	b.limits()
+	return p, nil
+}
+
+type booter struct{ log *slog.Logger }
+
+// optional logs the error of a step that a guest can do without.
+func (b *booter) optional(step string, err error) {
+	if err != nil {
+		b.log.Warn("boot step left out", "step", step, "err", err)
+	}
+}
+
+func (b *booter) network(p BootParams) error {
+	b.optional("loopback", upLoopback())
+	if !p.Addr.IsValid() {
+		return nil
+	}
+	return upEthernet(p)
+}
+
+// root lays the overlay over the base and makes the result the root.
+func (b *booter) root(p BootParams) error {
+	const base, over, root = "/base", "/overlay", "/newroot"
+	disks := []mount{
+		{"/dev/" + p.Base, base, "ext4", unix.MS_RDONLY | unix.MS_NOATIME, ""},
+		{"/dev/" + p.Overlay, over, "ext4", unix.MS_NOATIME, ""},
+	}
+	errs := make([]error, len(disks))
+	var wg sync.WaitGroup
+	for i, m := range disks {
+		wg.Go(func() {
+			if errs[i] = waitFile(m.source, deviceTimeout); errs[i] == nil {
+				errs[i] = m.do()
+			}
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	upper, work := over+"/upper", over+"/work"
+	if err := os.MkdirAll(upper, 0o755); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(work, 0o755); err != nil {
+		return err
+	}
+	// Without redirects a directory of the base cannot be renamed.
+	layers := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,redirect_dir=on", base, upper, work)
+	if err := (mount{"overlay", root, "overlay", unix.MS_NOATIME, layers}).do(); err != nil {
+		return err
+	}
+	if err := switchRoot(root); err != nil {
+		return err
+	}
+	b.mounts()
+	return nil
+}
+
+// switchRoot takes /proc, /sys and /dev along, frees what the initrd holds
+// and makes root the root. All of Go's threads share their root directory, so
+// one chroot serves them all.
+func switchRoot(root string) error {
+	for _, dir := range []string{"/proc", "/sys", "/dev"} {
+		target := root + dir
+		if err := os.MkdirAll(target, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(dir, target, "", unix.MS_MOVE, ""); err != nil {
+			return fmt.Errorf("move %s: %w", dir, err)
+		}
+	}
+	// The initrd lives in memory: its modules are loaded, its init runs.
+	_ = os.RemoveAll("/modules")
+	_ = os.Remove("/init")
+	if err := os.Chdir(root); err != nil {
+		return err
+	}
+	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("move the root: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return fmt.Errorf("change the root: %w", err)
+	}
+	return os.Chdir("/")
+}
+
+// mounts adds what programs expect of a Linux system.
+func (b *booter) mounts() {
+	const safe = unix.MS_NOSUID | unix.MS_NODEV
+	for _, m := range []mount{
+		{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"},
+		{"tmpfs", "/dev/shm", "tmpfs", safe, "mode=1777"},
+		{"tmpfs", "/run", "tmpfs", safe, "mode=0755,size=20%"},
+		{"cgroup2", "/sys/fs/cgroup", "cgroup2", safe | unix.MS_NOEXEC, "nsdelegate"},
+	} {
+		b.optional("mount "+m.target, m.do())
+	}
+	// On the disk, which is larger than the memory.
+	b.optional("make /tmp", errors.Join(os.MkdirAll("/tmp", 0o777), os.Chmod("/tmp", 0o777|fs.ModeSticky)))
+	b.optional("make /run/lock", os.MkdirAll("/run/lock", 0o755))
+	for name, target := range map[string]string{
+		"/dev/fd": "/proc/self/fd", "/dev/stdin": "fd/0", "/dev/stdout": "fd/1", "/dev/stderr": "fd/2",
+	} {
+		if err := os.Symlink(target, name); !errors.Is(err, fs.ErrExist) {
+			b.optional("link "+name, err)
+		}
+	}
+}
+
+// names writes what the system is called and whom it asks for names.
+func (b *booter) names(p BootParams) {
+	b.optional("set the host name", setHostname(p.Hostname, p.Addr.Addr()))
+	if len(p.DNS) == 0 {
+		return
+	}
+	var conf strings.Builder
+	for _, addr := range p.DNS {
+		fmt.Fprintf(&conf, "nameserver %s\n", addr)
+	}
+	b.optional("write resolv.conf", replaceFile("/etc/resolv.conf", conf.String()))
+}
+
+// setHostname names the machine, in the kernel and in its files. The
+// name resolves to addr, or to the loopback without one.
+func setHostname(name string, addr netip.Addr) error {
+	if !addr.IsValid() {
+		addr = netip.AddrFrom4([4]byte{127, 0, 1, 1})
+	}
+	hosts := fmt.Sprintf("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n%s\t%s\n", addr, name)
+	return errors.Join(
+		unix.Sethostname([]byte(name)),
+		replaceFile("/etc/hostname", name+"\n"),
+		replaceFile("/etc/hosts", hosts),
+	)
+}
+
+// replaceFile writes a new file, so that a link which an image left there, to
+// a file of some daemon that does not run, is replaced and not followed.
+func replaceFile(name, text string) error {
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return err
+	}
+	if info, err := os.Lstat(name); err == nil && !info.Mode().IsRegular() {
+		if err := os.Remove(name); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(name, []byte(text), 0o644)
+}
+
+// limits keeps envd alive under whatever its users' processes do.
+func (b *booter) limits() {
+	b.optional("protect envd from the OOM killer", os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0o644))
+	// What a distribution's init gives: programs that want more raise it.
+	b.optional("raise the limit of open files",
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 524288}))
+	b.optional("make the users' cgroup", setupCgroups("/sys/fs/cgroup", CgroupRoot))
+	for name, value := range map[string]string{
+		"HOME": "/root", "PATH": DefaultPath, "TERM": "",
+	} {
+		if value == "" {
+			os.Unsetenv(name)
+			continue
+		}
+		b.optional("set "+name, os.Setenv(name, value))
+	}
+}
+
+// mount is one call of mount(2), its target made if missing.
+type mount struct {
+	source, target, fstype string
+	flags                  uintptr
+	data                   string
+}
+
+func (m mount) do() error {
+	if err := os.MkdirAll(m.target, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount(m.source, m.target, m.fstype, m.flags, m.data); err != nil {
+		return fmt.Errorf("mount %s on %s: %w", m.source, m.target, err)
+	}
+	return nil
+}
+
+// loadModules loads the modules that dir/list names, in its order. A guest
+// whose kernel has everything built in has no list.
+func loadModules(dir string) error {
+	list, err := os.Open(filepath.Join(dir, "list"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read the list of modules: %w", err)
+	}
+	defer list.Close()
+	lines := bufio.NewScanner(list)
+	for lines.Scan() {
+		name := strings.TrimSpace(lines.Text())
+		if name == "" || strings.HasPrefix(name, "#") {
+			continue
+		}
+		if err := loadModule(filepath.Join(dir, name)); err != nil {
+			return fmt.Errorf("load module %s: %w", name, err)
+		}
+	}
+	return lines.Err()
+}
+
+func loadModule(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	return nil
+}
+
+func waitFile(path string, timeout time.Duration) error {
+	deadline := time.Now().Add(timeout)
+	for {
+		_, err := os.Stat(path)
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("wait for %s: %w", path, err)
+		}
+		time.Sleep(pollInterval)
+	}
+}

@@ -1,0 +1,190 @@
+package envd
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// setupCgroups makes the cgroup that all users' processes live in, with limits
+// that leave the rest of the machine (envd, the kernel) room to work.
+func setupCgroups(mountpoint, root string) error {
+	var errs []error
+	if err := os.MkdirAll(root, 0o755); err != nil {
+		return err
+	}
+	for _, dir := range []string{mountpoint, root} {
+		// One by one: a kernel without one of them still has the others.
+		for _, controller := range []string{"+pids", "+memory", "+cpu"} {
+			errs = append(errs, os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte(controller), 0o644))
+		}
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	total := uint64(info.Totalram) * uint64(info.Unit)
+	reserve := min(total/8, 64<<20)
+	for name, value := range map[string]uint64{
+		"memory.max": total - reserve,
+		// A process needs some 16 KiB of kernel memory at the least; more
+		// of them than this only starve each other.
+		"pids.max": max(1024, total>>16),
+	} {
+		errs = append(errs, os.WriteFile(filepath.Join(root, name), strconv.AppendUint(nil, value, 10), 0o644))
+	}
+	return errors.Join(errs...)
+}
+
+// cgroups makes one cgroup per process under root and removes those that have
+// become empty. Safe for concurrent use.
+type cgroups struct {
+	root string
+
+	mu sync.Mutex
+	// ended holds the cgroups whose process has ended while others, its
+	// descendants, may live on.
+	ended map[string]struct{}
+	next  int
+}
+
+func newCgroups(root string) *cgroups {
+	return &cgroups{root: root, ended: make(map[string]struct{})}
+}
+
+// cgroup is one process's, with its descendants.
+type cgroup struct{ dir string }
+
+// make makes a cgroup and opens its directory, which the caller must close
+// once a process is in it.
+func (g *cgroups) make() (*cgroup, *os.File, error) {
+	g.mu.Lock()
+	g.next++
+	c := &cgroup{dir: filepath.Join(g.root, "p"+strconv.Itoa(g.next))}
+	g.mu.Unlock()
+	if err := os.Mkdir(c.dir, 0o755); err != nil {
+		return nil, nil, fmt.Errorf("make cgroup: %w", err)
+	}
+	dir, err := os.Open(c.dir)
+	if err != nil {
+		g.release(c)
+		return nil, nil, fmt.Errorf("open cgroup: %w", err)
+	}
+	return c, dir, nil
+}
+
+// release removes the cgroup now or, if somebody still lives in it, at a later
+// sweep.
+func (g *cgroups) release(c *cgroup) {
+	g.mu.Lock()
+	g.ended[c.dir] = struct{}{}
+	g.mu.Unlock()
+	g.sweep()
+}
+
+// sweep removes the cgroups whose last process has gone.
+func (g *cgroups) sweep() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for dir := range g.ended {
+		if err := removeCgroup(dir); err == nil {
+			delete(g.ended, dir)
+		}
+	}
+}
+
+// removeCgroup removes dir with the cgroups that its processes made in it.
+func removeCgroup(dir string) error {
+	err := unix.Rmdir(dir)
+	if err == nil || err == unix.ENOENT {
+		return nil
+	}
+	entries, readErr := os.ReadDir(dir)
+	if readErr != nil {
+		return err
+	}
+	for _, entry := range entries {
+		if entry.IsDir() {
+			if err := removeCgroup(filepath.Join(dir, entry.Name())); err != nil {
+				return err
+			}
+		}
+	}
+	if err := unix.Rmdir(dir); err != nil && err != unix.ENOENT {
+		return err
+	}
+	return nil
+}
+
+// signal sends sig to every process in the cgroup and below it.
+func (c *cgroup) signal(sig syscall.Signal) {
+	if sig == syscall.SIGKILL {
+		if os.WriteFile(filepath.Join(c.dir, "cgroup.kill"), []byte("1"), 0o644) == nil {
+			return
+		}
+	}
+	for _, pid := range c.pids() {
+		_ = syscall.Kill(pid, sig)
+	}
+}
+
+// pids lists the processes in the cgroup and below it.
+func (c *cgroup) pids() []int {
+	var pids []int
+	_ = filepath.WalkDir(c.dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.IsDir() {
+			return nil // gone meanwhile
+		}
+		text, _ := os.ReadFile(filepath.Join(path, "cgroup.procs"))
+		for field := range strings.FieldsSeq(string(text)) {
+			if pid, err := strconv.Atoi(field); err == nil && pid > 0 {
+				pids = append(pids, pid)
+			}
+		}
+		return nil
+	})
+	return pids
+}
+
+func (c *cgroup) empty() bool {
+	return c.event("cgroup.events", "populated") == 0
+}
+
+// oomKills counts the processes of the cgroup that the OOM killer took.
+func (c *cgroup) oomKills() int { return c.event("memory.events", "oom_kill") }
+
+// event reads one number of a cgroup's flat-keyed file, 0 if there is none.
+func (c *cgroup) event(file, key string) int {
+	text, err := os.ReadFile(filepath.Join(c.dir, file))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(text)) {
+		if value, ok := strings.CutPrefix(line, key+" "); ok {
+			n, _ := strconv.Atoi(strings.TrimSpace(value))
+			return n
+		}
+	}
+	return 0
+}
+
+// awaitEmpty returns whether the cgroup became empty within limit.
+func (c *cgroup) awaitEmpty(limit time.Duration) bool {
+	for deadline := time.Now().Add(limit); ; time.Sleep(pollInterval) {
+		if c.empty() {
+			return true
+		}
+		if time.Now().After(deadline) {
+			return false
+		}
+	}
+}

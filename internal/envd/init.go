@@ -1,0 +1,208 @@
+package envd
+
+import (
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// Protocol is the version of what host and guest agree on beside E2B's
+	// protocol; the host refuses a guest whose version it does not know.
+	Protocol       = "1"
+	protocolHeader = "Wrenn-Guest-Protocol"
+	// e2bVersion is the version of E2B's daemon whose protocol this is.
+	e2bVersion = "0.6.4"
+
+	maxInit = 1 << 20
+	// maxEntropy bounds what one initialisation can credit.
+	maxEntropy = 4096
+	// A clock that is off by less is left alone: jumps disturb programs.
+	clockBehind = 50 * time.Millisecond
+	clockAhead  = 5 * time.Second
+)
+
+// initRequest is the body of POST /init. The last three fields are ours, the
+// others E2B's.
+type initRequest struct {
+	EnvVars        map[string]string `json:"envVars"`
+	AccessToken    string            `json:"accessToken"`
+	Timestamp      *time.Time        `json:"timestamp"`
+	DefaultUser    string            `json:"defaultUser"`
+	DefaultWorkdir string            `json:"defaultWorkdir"`
+	CABundle       string            `json:"caBundle"`
+
+	Hostname  string `json:"hostname"`
+	SandboxID string `json:"sandboxId"`
+	Entropy   []byte `json:"entropy"`
+}
+
+// init tells the guest who it is and what time it is: after its boot, and
+// after every restore. Whoever shows the current token may do it, or anybody
+// as long as there is none.
+func (s *Server) init(w http.ResponseWriter, r *http.Request) {
+	var req initRequest
+	if body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxInit)); err != nil {
+		http.Error(w, "read the request: "+err.Error(), http.StatusBadRequest)
+		return
+	} else if len(body) > 0 {
+		if err := json.Unmarshal(body, &req); err != nil {
+			http.Error(w, "parse the request: "+err.Error(), http.StatusBadRequest)
+			return
+		}
+	}
+	if err := req.check(s.accounts); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+
+	s.initMu.Lock()
+	defer s.initMu.Unlock()
+	state := s.defaults()
+	if !tokenMatches(state.token, req.AccessToken) && !tokenMatches(state.token, r.Header.Get(tokenHeader)) {
+		http.Error(w, "access token mismatch", http.StatusUnauthorized)
+		return
+	}
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Envd-Version", e2bVersion)
+	w.Header().Set(protocolHeader, Protocol)
+	if req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
+		// A late copy of a request: newer data is in place.
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
+	if s.guest {
+		if err := req.applyToMachine(s); err != nil {
+			s.log.Error("initialise", "err", err)
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+	}
+	s.mu.Lock()
+	s.state = req.merge(state)
+	s.mu.Unlock()
+	if !state.done {
+		s.log.Info("initialised", "sandbox", req.SandboxID)
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (req initRequest) check(a accounts) error {
+	if req.DefaultUser != "" {
+		if _, err := a.lookup(req.DefaultUser); err != nil {
+			return fmt.Errorf("default user '%s': %w", req.DefaultUser, err)
+		}
+	}
+	if req.Hostname != "" && !validHostname(req.Hostname) {
+		return fmt.Errorf("invalid host name %q", req.Hostname)
+	}
+	if req.CABundle != "" {
+		if err := checkCA([]byte(req.CABundle)); err != nil {
+			return err
+		}
+	}
+	if len(req.Entropy) > maxEntropy {
+		return fmt.Errorf("more than %d bytes of entropy", maxEntropy)
+	}
+	if err := checkStrings(command{env: req.EnvVars}); err != nil {
+		return errors.New("an environment variable has no proper name or contains a NUL byte")
+	}
+	return nil
+}
+
+// merge returns the state after the request. What users may set replaces all
+// of what was set before; a missing token means that none is needed.
+func (req initRequest) merge(old initState) initState {
+	state := old
+	state.done = true
+	state.token, state.tokenRaw = nil, ""
+	if req.AccessToken != "" {
+		sum := sha256.Sum256([]byte(req.AccessToken))
+		state.token, state.tokenRaw = &sum, req.AccessToken
+	}
+	if req.Timestamp != nil {
+		state.stamp = *req.Timestamp
+	}
+	if req.EnvVars != nil {
+		state.env = req.EnvVars
+	}
+	if req.DefaultUser != "" {
+		state.user = req.DefaultUser
+	}
+	if req.DefaultWorkdir != "" {
+		state.workdir = req.DefaultWorkdir
+	}
+	if req.SandboxID != "" {
+		state.ownEnv = maps.Clone(old.ownEnv)
+		state.ownEnv["E2B_SANDBOX_ID"] = req.SandboxID
+	}
+	return state
+}
+
+// applyToMachine sets clock, entropy, name and certificates.
+func (req initRequest) applyToMachine(s *Server) error {
+	if req.Timestamp != nil {
+		if err := setClock(*req.Timestamp); err != nil {
+			return err
+		}
+	}
+	if len(req.Entropy) > 0 {
+		if err := addEntropy(req.Entropy); err != nil {
+			return err
+		}
+	}
+	if req.CABundle != "" {
+		if err := installCA("", []byte(req.CABundle)); err != nil {
+			return err
+		}
+	}
+	if req.Hostname != "" {
+		if err := setHostname(req.Hostname, s.addr); err != nil {
+			s.log.Warn("set the host name", "err", err)
+		}
+	}
+	return nil
+}
+
+func setClock(now time.Time) error {
+	if ahead := time.Since(now); ahead > -clockBehind && ahead < clockAhead {
+		return nil
+	}
+	ts := unix.NsecToTimespec(now.UnixNano())
+	if err := unix.ClockSettime(unix.CLOCK_REALTIME, &ts); err != nil {
+		return fmt.Errorf("set the clock: %w", err)
+	}
+	return nil
+}
+
+// addEntropy credits bytes to the kernel's pool and makes the generator use
+// them now, so that two guests restored from one snapshot part at once.
+func addEntropy(data []byte) error {
+	fd, err := unix.Open("/dev/urandom", unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open the random device: %w", err)
+	}
+	defer unix.Close(fd)
+	// struct rand_pool_info: bits, bytes, data.
+	var info struct {
+		bits, size int32
+		data       [maxEntropy]byte
+	}
+	info.bits, info.size = int32(8*len(data)), int32(len(data))
+	copy(info.data[:], data)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.RNDADDENTROPY, uintptr(unsafe.Pointer(&info))); errno != 0 {
+		return fmt.Errorf("add entropy: %w", errno)
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.RNDRESEEDCRNG, 0); errno != 0 {
+		return fmt.Errorf("reseed the random generator: %w", errno)
+	}
+	return nil
+}

@@ -1,0 +1,73 @@
+package envd
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// upLoopback brings lo up; the kernel gives it its addresses.
+func upLoopback() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("set lo up: %w", err)
+	}
+	return nil
+}
+
+// upEthernet gives eth0 its address and the default route. The kernel then
+// announces the address to the link, so that a host that waits for the guest
+// does not sit out a second until it asks for it again.
+func upEthernet(p BootParams) error {
+	eth, err := waitLink("eth0", deviceTimeout)
+	if err != nil {
+		return err
+	}
+	// Announced when the link comes up, therefore set before it.
+	_ = os.WriteFile("/proc/sys/net/ipv4/conf/eth0/arp_notify", []byte("1"), 0o644)
+
+	addr := &netlink.Addr{IPNet: &net.IPNet{
+		IP:   p.Addr.Addr().AsSlice(),
+		Mask: net.CIDRMask(p.Addr.Bits(), p.Addr.Addr().BitLen()),
+	}}
+	if err := netlink.AddrReplace(eth, addr); err != nil {
+		return fmt.Errorf("set eth0's address: %w", err)
+	}
+	if err := netlink.LinkSetUp(eth); err != nil {
+		return fmt.Errorf("set eth0 up: %w", err)
+	}
+	if !p.Gateway.IsValid() {
+		return nil
+	}
+	route := &netlink.Route{LinkIndex: eth.Attrs().Index, Gw: p.Gateway.AsSlice()}
+	if err := netlink.RouteReplace(route); err != nil {
+		return fmt.Errorf("set the default route: %w", err)
+	}
+	return nil
+}
+
+func waitLink(name string, timeout time.Duration) (netlink.Link, error) {
+	deadline := time.Now().Add(timeout)
+	for {
+		link, err := netlink.LinkByName(name)
+		if err == nil {
+			return link, nil
+		}
+		var missing netlink.LinkNotFoundError
+		if !errors.As(err, &missing) && !errors.Is(err, unix.ENODEV) {
+			return nil, fmt.Errorf("find %s: %w", name, err)
+		}
+		if time.Now().After(deadline) {
+			return nil, fmt.Errorf("no %s after %v", name, timeout)
+		}
+		time.Sleep(pollInterval)
+	}
+}

@@ -1,0 +1,51 @@
+package envd
+
+import (
+	"log/slog"
+	"os"
+	"os/signal"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// stopGrace is how long processes may take to end before a power-off.
+const stopGrace = 2 * time.Second
+
+// PowerOffRequests delivers the signals that ask PID 1 to end: SIGTERM, SIGINT
+// (which is what ctrl-alt-del becomes) and SIGPWR.
+func PowerOffRequests() <-chan os.Signal {
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGPWR)
+	return signals
+}
+
+// PowerOff ends the machine: processes first, then disks. Only PID 1 of a
+// guest may call it. It does not return.
+func PowerOff(log *slog.Logger) {
+	if err := unix.Kill(-1, unix.SIGTERM); err == nil {
+		awaitAlone(stopGrace)
+		_ = unix.Kill(-1, unix.SIGKILL)
+		awaitAlone(time.Second)
+	}
+	unix.Sync()
+	// Without ACPI nothing can switch the machine off; a restart ends the
+	// VMM as well.
+	how := unix.LINUX_REBOOT_CMD_RESTART
+	if _, err := os.Stat("/sys/firmware/acpi"); err == nil {
+		how = unix.LINUX_REBOOT_CMD_POWER_OFF
+	}
+	err := unix.Reboot(how)
+	log.Error("power off", "err", err)
+	select {} // PID 1 must not return: that would be a kernel panic
+}
+
+// awaitAlone waits until PID 1 has no children left, or the time is up.
+func awaitAlone(limit time.Duration) {
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(pollInterval) {
+		if _, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); err == unix.ECHILD {
+			return
+		}
+	}
+}

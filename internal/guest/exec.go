@@ -1,0 +1,215 @@
+package guest
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"strconv"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"git.omukk.dev/wrenn/sandbox/api/process"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+const (
+	// DefaultMaxOutput is what Exec keeps of each stream if not told.
+	DefaultMaxOutput = 1 << 20
+	// endSlack is how much longer than the command's time limit Exec waits
+	// for the guest to say that the command has ended.
+	endSlack = 10 * time.Second
+)
+
+// Command is one to be run to its end.
+type Command struct {
+	Cmd  string
+	Args []string
+	Env  map[string]string
+	// Cwd and User default to those of Init.
+	Cwd  string
+	User string
+	// Timeout ends the command with all its descendants; zero means never.
+	Timeout time.Duration
+	// MaxOutput bounds the bytes kept of each stream; zero means
+	// DefaultMaxOutput.
+	MaxOutput int
+}
+
+// Result is what a command left.
+type Result struct {
+	// Stdout and Stderr end with a line that counts the missing bytes when
+	// there were more than Command.MaxOutput.
+	Stdout, Stderr []byte
+	// ExitCode is the exit status, or 128+N for a command that signal N
+	// ended.
+	ExitCode int
+}
+
+// Exec runs a command in the guest, without input, and returns when it has
+// ended; descendants that it leaves in the background live on. When Timeout
+// passes, the command and its descendants are ended before Exec returns
+// errdefs.TimedOut, with what was written until then in Result. They are ended
+// as well when ctx is cancelled or the host dies. A program that does not
+// exist is errdefs.NotFound, a request that cannot be carried out
+// errdefs.InvalidArgument. A guest that dies or falls silent is
+// errdefs.Unavailable: no exit status is made up.
+func (c *Client) Exec(ctx context.Context, cmd Command) (Result, error) {
+	limit := cmd.MaxOutput
+	if limit <= 0 {
+		limit = DefaultMaxOutput
+	}
+	// The time limit is for the guest to keep, which knows when the command
+	// is gone: hence it travels in the header alone. ctx's own end is
+	// a cancellation.
+	ctx, cancel := stopWith(ctx, cmd.Timeout)
+	defer cancel()
+
+	req := connect.NewRequest(&process.StartRequest{
+		Process: &process.ProcessConfig{Cmd: cmd.Cmd, Args: cmd.Args, Envs: cmd.Env},
+		Stdin:   new(bool),
+	})
+	if cmd.Cwd != "" {
+		req.Msg.Process.Cwd = &cmd.Cwd
+	}
+	req.Header().Set("Wrenn-Process-Lifetime", "stream")
+	if cmd.User != "" {
+		req.Header().Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(cmd.User+":")))
+	}
+	if cmd.Timeout > 0 {
+		millis := min(max(cmd.Timeout.Milliseconds(), 1), 9_999_999_999)
+		req.Header().Set("Connect-Timeout-Ms", strconv.FormatInt(millis, 10))
+	}
+
+	out, errOut := &capture{limit: limit, name: "stdout"}, &capture{limit: limit, name: "stderr"}
+	end, err := c.run(ctx, req, out, errOut)
+	result := Result{Stdout: out.bytes(), Stderr: errOut.bytes(), ExitCode: -1}
+	if err != nil {
+		return result, execError(ctx, cmd, err)
+	}
+	result.ExitCode = exitCode(end)
+	return result, nil
+}
+
+// run reads a Start stream up to its end event.
+func (c *Client) run(ctx context.Context, req *connect.Request[process.StartRequest], out, errOut *capture) (*process.ProcessEvent_EndEvent, error) {
+	stream, err := c.process.Start(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	defer stream.Close()
+	for stream.Receive() {
+		switch event := stream.Msg().GetEvent().GetEvent().(type) {
+		case *process.ProcessEvent_Data:
+			out.write(event.Data.GetStdout())
+			errOut.write(event.Data.GetStderr())
+		case *process.ProcessEvent_End:
+			return event.End, nil
+		}
+	}
+	if err := stream.Err(); err != nil {
+		return nil, err
+	}
+	return nil, errNoEnd
+}
+
+var (
+	errNoEnd  = errors.New("the stream ended before the command did")
+	errSilent = errors.New("the guest did not confirm the command's end")
+)
+
+// stopWith returns a context without a deadline that is cancelled when ctx
+// ends, or when timeout, if any, has passed by a margin.
+func stopWith(ctx context.Context, timeout time.Duration) (context.Context, context.CancelFunc) {
+	inner, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { cancel(context.Cause(ctx)) })
+	timer := &time.Timer{}
+	if timeout > 0 {
+		timer = time.AfterFunc(timeout+endSlack, func() { cancel(errSilent) })
+	}
+	return inner, func() {
+		stop()
+		if timeout > 0 {
+			timer.Stop()
+		}
+		cancel(nil)
+	}
+}
+
+// execError gives the error of a run its class.
+func execError(ctx context.Context, cmd Command, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		switch {
+		case errors.Is(cause, errSilent):
+			return errdefs.TimedOut.Errorf("command timed out after %v, and %w", cmd.Timeout, cause)
+		case errors.Is(cause, context.DeadlineExceeded):
+			return errdefs.TimedOut.Errorf("run command: %w", cause)
+		}
+		return fmt.Errorf("run command: %w", cause)
+	}
+	var coded *connect.Error
+	if !errors.As(err, &coded) {
+		return errdefs.Unavailable.Errorf("run command: %s", plain(err))
+	}
+	switch coded.Code() {
+	case connect.CodeDeadlineExceeded:
+		return errdefs.TimedOut.Errorf("command timed out after %v", cmd.Timeout)
+	case connect.CodeNotFound:
+		return errdefs.NotFound.Errorf("%s in the guest", coded.Message())
+	case connect.CodeInvalidArgument, connect.CodePermissionDenied:
+		return errdefs.InvalidArgument.Errorf("run command: %s", coded.Message())
+	case connect.CodeUnauthenticated:
+		// A user that the guest does not have, or our own token.
+		return errdefs.InvalidArgument.Errorf("run command: %s", coded.Message())
+	case connect.CodeResourceExhausted:
+		return errdefs.Exhausted.Errorf("run command: %s", coded.Message())
+	default:
+		return errdefs.Unavailable.Errorf("run command: %s", plain(err))
+	}
+}
+
+// exitCode turns an end event into a shell's exit code.
+func exitCode(end *process.ProcessEvent_EndEvent) int {
+	if end.GetExited() || end.GetExitCode() >= 0 {
+		return int(end.GetExitCode())
+	}
+	if sig, ok := signalNamed(end.GetStatus()); ok {
+		return 128 + int(sig)
+	}
+	return 128
+}
+
+// signalNamed finds the signal in a status such as "signal: killed (core
+// dumped)".
+func signalNamed(status string) (syscall.Signal, bool) {
+	for sig := syscall.Signal(1); sig < 65; sig++ {
+		text := "signal: " + sig.String()
+		if status == text || status == text+" (core dumped)" {
+			return sig, true
+		}
+	}
+	return 0, false
+}
+
+// capture keeps the beginning of a stream and counts the rest.
+type capture struct {
+	name    string
+	limit   int
+	kept    []byte
+	dropped int64
+}
+
+func (c *capture) write(data []byte) {
+	n := min(len(data), c.limit-len(c.kept))
+	c.kept = append(c.kept, data[:n]...)
+	c.dropped += int64(len(data) - n)
+}
+
+func (c *capture) bytes() []byte {
+	if c.dropped == 0 {
+		return c.kept
+	}
+	return fmt.Appendf(c.kept, "\n[wrenn: %d bytes of %s are missing]\n", c.dropped, c.name)
+}

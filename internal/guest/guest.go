@@ -1,0 +1,217 @@
+// Package guest is the host's client of a guest's envd.
+package guest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+// Port is the TCP port that envd serves on in a guest.
+const Port = 49983
+
+const (
+	tokenHeader = "X-Access-Token"
+
+	// protocol is the version of envd's protocol that this package speaks. A
+	// guest restored from an old snapshot may speak another.
+	protocol       = "1"
+	protocolHeader = "Wrenn-Guest-Protocol"
+
+	// A guest that boots does not answer at all: attempts that wait for the
+	// kernel to send its packets again would miss the moment it does.
+	probeDial    = 40 * time.Millisecond
+	probeTimeout = 500 * time.Millisecond
+	probeEvery   = 4 * time.Millisecond
+
+	dialTimeout = 5 * time.Second
+	initTimeout = 10 * time.Second
+)
+
+// Client speaks to one incarnation of one guest: its connections are its own,
+// so that none is ever reused for whoever gets the address next. Close it when
+// that incarnation ends. Safe for concurrent use.
+type Client struct {
+	base      string
+	token     string
+	transport *http.Transport
+	http      *http.Client
+	process   processconnect.ProcessClient
+}
+
+// New returns a client of the guest whose envd serves at addr. It does no I/O.
+// token is sent with every request; empty for none.
+func New(addr netip.AddrPort, token string) *Client {
+	transport := &http.Transport{
+		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		DisableCompression:  true,
+		MaxIdleConnsPerHost: 16,
+		IdleConnTimeout:     90 * time.Second,
+	}
+	c := &Client{
+		base: "http://" + addr.String(), token: token,
+		transport: transport,
+		http:      &http.Client{Transport: withToken{transport, token}},
+	}
+	c.process = processconnect.NewProcessClient(c.http, c.base, connect.WithAcceptCompression("gzip", nil, nil))
+	return c
+}
+
+// Close drops the connections that no request is using.
+func (c *Client) Close() { c.transport.CloseIdleConnections() }
+
+// HTTPClient speaks to the guest over the client's connections, with its
+// token; for requests that this package has no method for. It has no time-out
+// of its own.
+func (c *Client) HTTPClient() *http.Client { return c.http }
+
+// Transport is what HTTPClient sends its requests through, without the token:
+// a proxy passes on what its clients present.
+func (c *Client) Transport() http.RoundTripper { return c.transport }
+
+// URL is the base URL of the guest's envd, without a slash at its end.
+func (c *Client) URL() string { return c.base }
+
+type withToken struct {
+	next  http.RoundTripper
+	token string
+}
+
+func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
+	if t.token != "" {
+		r = r.Clone(r.Context())
+		r.Header.Set(tokenHeader, t.token)
+	}
+	return t.next.RoundTrip(r)
+}
+
+// WaitReady returns when the guest says that it is ready. Only ctx bounds the
+// wait; its end is errdefs.Unavailable, the last attempt's error in the text.
+func (c *Client) WaitReady(ctx context.Context) error {
+	probe := &http.Client{Timeout: probeTimeout, Transport: &http.Transport{
+		DialContext:       (&net.Dialer{Timeout: probeDial}).DialContext,
+		DisableKeepAlives: true,
+	}}
+	ticker := time.NewTicker(probeEvery)
+	defer ticker.Stop()
+	for {
+		err := c.health(ctx, probe)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return errdefs.Unavailable.Errorf("wait for the guest: %w (last attempt: %s)", context.Cause(ctx), plain(err))
+		case <-ticker.C:
+		}
+	}
+}
+
+func (c *Client) health(ctx context.Context, client *http.Client) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/health", nil)
+	if err != nil {
+		return err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusNoContent {
+		return fmt.Errorf("health answered %s", resp.Status)
+	}
+	return nil
+}
+
+// Init is what the host tells a guest after every boot and restore.
+type Init struct {
+	// AccessToken is what every later request must show; empty for none.
+	AccessToken string
+	// Time is the wall clock; zero means now.
+	Time time.Time
+	// Env are variables for every process; nil leaves those of before.
+	Env map[string]string
+	// DefaultUser and DefaultWorkdir are for requests that name none; empty
+	// leaves what was set before.
+	DefaultUser    string
+	DefaultWorkdir string
+	Hostname       string
+	SandboxID      string
+	// Entropy is credited to the guest's random generator; at most 4096
+	// bytes.
+	Entropy []byte
+}
+
+// Init initialises the guest. It may be repeated; an older Time than that of
+// the last call changes nothing. A guest that knows another token answers
+// errdefs.Unauthenticated, one that does not answer is errdefs.Unavailable, one
+// of another protocol version errdefs.Unsupported.
+func (c *Client) Init(ctx context.Context, in Init) error {
+	ctx, cancel := context.WithTimeout(ctx, initTimeout)
+	defer cancel()
+	if in.Time.IsZero() {
+		in.Time = time.Now()
+	}
+	body, err := json.Marshal(map[string]any{
+		"accessToken": in.AccessToken, "timestamp": in.Time.UTC(), "envVars": in.Env,
+		"defaultUser": in.DefaultUser, "defaultWorkdir": in.DefaultWorkdir,
+		"hostname": in.Hostname, "sandboxId": in.SandboxID, "entropy": in.Entropy,
+	})
+	if err != nil {
+		return fmt.Errorf("initialise the guest: %w", err)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+"/init", bytes.NewReader(body))
+	if err != nil {
+		return fmt.Errorf("initialise the guest: %w", err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return errdefs.Unavailable.Errorf("initialise the guest: %s", plain(err))
+	}
+	defer resp.Body.Close()
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, 512))
+	switch reason := strings.TrimSpace(string(text)); resp.StatusCode {
+	case http.StatusNoContent:
+		if version := resp.Header.Get(protocolHeader); version != protocol {
+			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q", version, protocol)
+		}
+		return nil
+	case http.StatusUnauthorized:
+		return errdefs.Unauthenticated.Errorf("initialise the guest: %s", reason)
+	case http.StatusBadRequest:
+		return errdefs.InvalidArgument.Errorf("initialise the guest: %s", reason)
+	default:
+		return errdefs.Unavailable.Errorf("initialise the guest: %s: %s", resp.Status, reason)
+	}
+}
+
+// plain is an error's text without the URL that it was made for: addresses
+// inside the host are not for clients.
+func plain(err error) string {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return op.Op + ": " + op.Err.Error()
+	}
+	var coded *connect.Error
+	if errors.As(err, &coded) {
+		return coded.Message()
+	}
+	if inner := errors.Unwrap(err); inner != nil {
+		return inner.Error()
+	}
+	return err.Error()
+}

@@ -1,0 +1,122 @@
+package guest_test
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"testing"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/envd"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+)
+
+func TestCmdline(t *testing.T) {
+	boot := guest.Boot{
+		Addr:     netip.MustParsePrefix("169.254.0.21/30"),
+		Gateway:  netip.MustParseAddr("169.254.0.22"),
+		DNS:      []netip.Addr{netip.MustParseAddr("1.1.1.1"), netip.MustParseAddr("8.8.8.8")},
+		Hostname: "sb-0123456789abcdef",
+	}
+	const want = "wrenn.ip=169.254.0.21/30 wrenn.gw=169.254.0.22 wrenn.hostname=sb-0123456789abcdef " +
+		"wrenn.dns=1.1.1.1,8.8.8.8 wrenn.base=vda wrenn.overlay=vdb"
+	got := guest.Cmdline(boot)
+	if got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	// The guest reads what the host wrote.
+	p, err := envd.ParseCmdline("console=ttyS0 " + got + " panic=1")
+	if err != nil || p.Addr != boot.Addr || p.Gateway != boot.Gateway || len(p.DNS) != 2 || p.Hostname != boot.Hostname {
+		t.Errorf("read back %+v, %v", p, err)
+	}
+	if got, want := guest.Cmdline(guest.Boot{}), "wrenn.base=vda wrenn.overlay=vdb"; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
+
+func TestWaitReadySeesItAtOnce(t *testing.T) {
+	addr := freePort(t)
+	c := guest.New(addr, "")
+	defer c.Close()
+	const boots = 100 * time.Millisecond
+	began := time.Now()
+	go func() {
+		time.Sleep(boots)
+		l, err := net.Listen("tcp", addr.String())
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(http.StatusNoContent)
+			go l.Close()
+		})}
+		_ = server.Serve(l)
+		t.Cleanup(func() { server.Close() })
+	}()
+	if err := c.WaitReady(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took < boots || took > boots+time.Second {
+		t.Errorf("ready after %v", took)
+	}
+}
+
+func TestWaitReadyObeysContext(t *testing.T) {
+	c := guest.New(freePort(t), "")
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := c.WaitReady(ctx); errdefs.ClassOf(err) != errdefs.Unavailable {
+		t.Errorf("got %v, want unavailable", err)
+	}
+}
+
+func TestInit(t *testing.T) {
+	c := serveEnvd(t)
+	in := guest.Init{AccessToken: "secret", Env: map[string]string{"A": "1"}, DefaultUser: "root", DefaultWorkdir: "/usr", SandboxID: "sb-1"}
+	if err := c.Init(t.Context(), in); err != nil {
+		t.Fatal(err)
+	}
+	// This client knows no token: it may not even try again.
+	if err := c.Init(t.Context(), guest.Init{AccessToken: "other"}); errdefs.ClassOf(err) != errdefs.Unauthenticated {
+		t.Errorf("second init: %v, want unauthenticated", err)
+	}
+	if _, err := c.Exec(t.Context(), guest.Command{Cmd: "true"}); err == nil {
+		t.Error("a command ran without the token")
+	}
+	withToken := guest.New(netip.MustParseAddrPort(c.URL()[len("http://"):]), "secret")
+	defer withToken.Close()
+	got, err := withToken.Exec(t.Context(), guest.Command{Cmd: "sh", Args: []string{"-c", "echo $A $E2B_SANDBOX_ID; pwd"}})
+	if want := "1 sb-1\n/usr\n"; err != nil || string(got.Stdout) != want {
+		t.Errorf("got %q, %v; want %q", got.Stdout, err, want)
+	}
+	if err := withToken.Init(t.Context(), in); err != nil {
+		t.Errorf("init with the token: %v", err)
+	}
+	resp, err := c.HTTPClient().Get(c.URL() + "/health")
+	if err != nil || resp.StatusCode != http.StatusNoContent || resp.Header.Get("Cache-Control") != "no-store" {
+		t.Errorf("health: %v, %v", resp, err)
+	}
+	_, _ = io.Copy(io.Discard, resp.Body)
+	resp.Body.Close()
+}
+
+func TestInitRefusesAnotherProtocol(t *testing.T) {
+	for _, version := range []string{"", "0", "2"} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Wrenn-Guest-Protocol", version)
+			w.WriteHeader(http.StatusNoContent)
+		}))
+		c := guest.New(netip.MustParseAddrPort(server.Listener.Addr().String()), "")
+		if err := c.Init(t.Context(), guest.Init{}); errdefs.ClassOf(err) != errdefs.Unsupported {
+			t.Errorf("version %q: %v, want unsupported", version, err)
+		}
+		c.Close()
+		server.Close()
+	}
+}

@@ -1,0 +1,156 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+)
+
+// shareDir makes the directory of namespaces a shared mount of its own, just as
+// "ip netns add" does the first time. If we left that to it, it would cover
+// the namespaces pinned before, which then could not be removed any more.
+// It reports whether it made the mount.
+func shareDir(dir string) (made bool, err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return false, fmt.Errorf("make directory of namespaces: %w", err)
+	}
+	err = unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+	if errors.Is(err, unix.EINVAL) { // not a mount yet
+		if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return false, fmt.Errorf("mount directory of namespaces: %w", err)
+		}
+		made = true
+		err = unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+	}
+	if err != nil {
+		return made, fmt.Errorf("share directory of namespaces: %w", err)
+	}
+	return made, nil
+}
+
+// unshareDir takes shareDir's mount back, unless a namespace is in it.
+func unshareDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) > 0 {
+		return nil
+	}
+	if err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW); err != nil &&
+		!errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unmount directory of namespaces: %w", err)
+	}
+	return nil
+}
+
+var errNSExists = errors.New("namespace exists")
+
+// makeNS makes a network namespace, pins it at path as "ip netns" does, and
+// calls fn on a thread inside of it. errNSExists means that path was there and
+// is untouched; any other error leaves nothing, unless it is fn's: then the
+// namespace stays for the caller to remove.
+func makeNS(path string, fn func(ns netns.NsHandle) error) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("make namespace: %w", err)
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDONLY, 0o444)
+	if errors.Is(err, os.ErrExist) {
+		return errNSExists
+	}
+	if err != nil {
+		return fmt.Errorf("make namespace: %w", err)
+	}
+	f.Close()
+	pinned := false
+	err = onThread(func() error {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return fmt.Errorf("make namespace: %w", err)
+		}
+		ns, err := netns.Get()
+		if err != nil {
+			return fmt.Errorf("make namespace: %w", err)
+		}
+		defer ns.Close()
+		if err := unix.Mount("/proc/thread-self/ns/net", path, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("pin namespace: %w", err)
+		}
+		pinned = true
+		return fn(ns)
+	})
+	if err != nil && !pinned {
+		os.Remove(path)
+	}
+	return err
+}
+
+// removeNS unpins the namespace at path; the kernel frees it when the last
+// process in it is gone. Not there is done.
+func removeNS(path string) error {
+	// Lazily, because somebody may be looking at it through "ip netns".
+	if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil &&
+		!errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unpin namespace: %w", err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove namespace: %w", err)
+	}
+	return nil
+}
+
+// onThread calls fn on a thread that fn may move to another network
+// namespace. A thread that cannot return is never used for anything else: its
+// goroutine ends locked to it, so the runtime ends the thread too.
+func onThread(fn func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread()
+		home, err := netns.Get()
+		if err != nil {
+			runtime.UnlockOSThread()
+			done <- fmt.Errorf("find own namespace: %w", err)
+			return
+		}
+		defer home.Close()
+		err = fn()
+		if back := netns.Set(home); back != nil {
+			done <- errors.Join(err, fmt.Errorf("leave namespace: %w", back))
+			return
+		}
+		runtime.UnlockOSThread()
+		done <- err
+	}()
+	return <-done
+}
+
+// makeTap makes a persistent tap in the calling thread's namespace. A process
+// of user uid may attach to it by name; of group gid too, if gid is not 0.
+func makeTap(name string, uid, gid int) error {
+	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open tun device: %w", err)
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq(name)
+	if err != nil {
+		return fmt.Errorf("make tap: %w", err)
+	}
+	req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, req); err != nil {
+		return fmt.Errorf("make tap: %w", err)
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETOWNER, uid); err != nil {
+		return fmt.Errorf("set tap owner: %w", err)
+	}
+	if gid != 0 {
+		if err := unix.IoctlSetInt(fd, unix.TUNSETGROUP, gid); err != nil {
+			return fmt.Errorf("set tap group: %w", err)
+		}
+	}
+	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
+		return fmt.Errorf("make tap persistent: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,369 @@
+// Package network gives every sandbox a network of its own: address plan,
+// namespace, links, rules, and what they may reach.
+//
+// A slot is an index into the address plan. All names and addresses of a
+// sandbox's network are computed from its slot, so that nothing but the index
+// has to be remembered to find and free them.
+//
+// The guest's side is the same in every slot; what differs is the address by
+// which the host sees it:
+//
+//	guest 169.254.0.21 ── tap0 │ namespace │ veth0 ── <instance>-<slot> │ host
+//	                           │ DNAT, SNAT│  10.12.x.y/31              │ masquerade
+//	                           │ 10.11.x.y │                            │
+//
+// The namespace holds what concerns one sandbox (translation, spoof guard,
+// egress); the host's one table holds what concerns all, in a fixed number of
+// rules.
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync/atomic"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+// Options are a Network's settings beside its plan.
+type Options struct {
+	// TapUID and TapGID own the taps: a process with this user (and group,
+	// if TapGID is not 0) may attach to one by name without privilege, given
+	// that it may open /dev/net/tun.
+	TapUID, TapGID int
+	// Egress is the host's policy. Its lists apply to every sandbox beside the
+	// sandbox's own; its mode, Public if empty, to those that set none.
+	Egress Policy
+	// Resolvers are the name servers that the guests are told to use.
+	Resolvers []netip.Addr
+	// Pool is how many slots Run keeps built ahead of use.
+	Pool int
+	// Log receives what nobody is there to be told as an error. Nil discards.
+	Log *slog.Logger
+}
+
+// Network makes and removes the networks of one agent's sandboxes. Safe for
+// concurrent use, with calls for one slot made one after the other, as the
+// sandbox's own lock ensures.
+//
+// It works in the network namespace of the process and needs CAP_NET_ADMIN
+// and CAP_SYS_ADMIN.
+type Network struct {
+	plan  Plan
+	opts  Options
+	slots allocator
+	// taken tells Run that a slot left the pool.
+	taken chan struct{}
+	// madeDir: Setup made netnsDir a mount, for Teardown to take back.
+	madeDir atomic.Bool
+
+	// hook is called after each step of Open; tests let it fail.
+	hook func(s Slot, step string) error
+}
+
+// New returns the network of a valid plan. It touches nothing on the host.
+func New(plan Plan, opts Options) *Network {
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Network{plan: plan, opts: opts, taken: make(chan struct{}, 1)}
+}
+
+// Plan returns the address plan.
+func (n *Network) Plan() Plan { return n.plan }
+
+// Setup prepares the host: it refuses a plan that collides with a route of the
+// host (InvalidArgument, naming the link), turns on IPv4 forwarding, replaces
+// our table atomically, and makes the plan's ranges unreachable but for the
+// slots in use, so that packets to a sandbox that is gone do not leave by the
+// default route. It is idempotent and leaves open slots working.
+func (n *Network) Setup(ctx context.Context) error {
+	if err := errors.Join(n.plan.Validate(), n.opts.Egress.Validate()); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	if err := n.checkRoutes(h); err != nil {
+		return err
+	}
+	made, err := shareDir(netnsDir)
+	if made {
+		n.madeDir.Store(true)
+	}
+	if err != nil {
+		return err
+	}
+	// Not written if it is right already: /proc/sys may be read-only.
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err != nil || strings.TrimSpace(string(b)) != "1" {
+		if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
+			return err
+		}
+	}
+	if err := refillTable(hostRules(n.plan, n.opts.Resolvers)); err != nil {
+		return fmt.Errorf("set host rules: %w", err)
+	}
+	for _, r := range n.rangeRoutes() {
+		if err := h.RouteReplace(&r); err != nil {
+			return fmt.Errorf("add unreachable route %s: %w", r.Dst, err)
+		}
+	}
+	return nil
+}
+
+// Teardown takes back what Setup made: our table and our routes. Forwarding
+// stays as it is, since others may rely on it by now. Slots are not touched;
+// close them first. Not there is done. It finishes even if ctx is cancelled.
+func (n *Network) Teardown(context.Context) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	var errs []error
+	for _, r := range n.rangeRoutes() {
+		if err := h.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, fmt.Errorf("remove unreachable route %s: %w", r.Dst, err))
+		}
+	}
+	if err := removeTable(hostRules(n.plan, n.opts.Resolvers)); err != nil {
+		errs = append(errs, fmt.Errorf("remove host rules: %w", err))
+	}
+	if n.madeDir.CompareAndSwap(true, false) {
+		errs = append(errs, unshareDir(netnsDir))
+	}
+	return errors.Join(errs...)
+}
+
+// routeProtocol marks our routes, beside the kernel's and the daemons' own.
+const routeProtocol netlink.RouteProtocol = 'W'
+
+// routeMetric tells the range routes of one instance from another's.
+func (n *Network) routeMetric() int {
+	f := fnv.New32a()
+	f.Write([]byte(n.plan.Instance))
+	return int(f.Sum32()&0xffffff) + 1
+}
+
+func (n *Network) rangeRoutes() []netlink.Route {
+	var rs []netlink.Route
+	for _, p := range []netip.Prefix{n.plan.Hosts, n.plan.Veths} {
+		rs = append(rs, netlink.Route{
+			Dst: ipNet(p), Type: unix.RTN_UNREACHABLE,
+			Protocol: routeProtocol, Priority: n.routeMetric(),
+		})
+	}
+	return rs
+}
+
+// checkRoutes finds a route of somebody else that overlaps our ranges. Default
+// routes, also those cut in two halves as VPNs do, overlap everything and
+// collide with nothing.
+func (n *Network) checkRoutes(h *netlink.Handle) error {
+	routes, err := h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
+	}
+	names := map[int]string{}
+	links, err := h.LinkList()
+	if err != nil {
+		return fmt.Errorf("list links: %w", err)
+	}
+	for _, l := range links {
+		names[l.Attrs().Index] = l.Attrs().Name
+	}
+	for _, r := range routes {
+		if r.Dst == nil {
+			continue
+		}
+		dst, ok := prefixOf(r.Dst)
+		if !ok || dst.Bits() <= 1 {
+			continue
+		}
+		for _, ours := range []netip.Prefix{n.plan.Hosts, n.plan.Veths} {
+			if !dst.Overlaps(ours) {
+				continue
+			}
+			name := names[r.LinkIndex]
+			if _, ok := n.plan.slotOf(name); ok {
+				continue
+			}
+			if r.Protocol == routeProtocol && r.Type == unix.RTN_UNREACHABLE {
+				if r.Priority == n.routeMetric() && dst == ours {
+					continue
+				}
+				return errdefs.InvalidArgument.Errorf("address range %s is used by another agent on this host (%s); choose another range", ours, dst)
+			}
+			where := "link " + name
+			if name == "" {
+				where = "no link"
+			}
+			return errdefs.InvalidArgument.Errorf("address range %s collides with the host's route %s on %s; choose another range", ours, dst, where)
+		}
+	}
+	return nil
+}
+
+// Acquire reserves a free slot; Exhausted when there is none. If Run keeps a
+// pool, the slot is one built already, and its Open has nothing left to do.
+func (n *Network) Acquire(ctx context.Context) (Slot, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	if s, ok := n.slots.acquireWarm(); ok {
+		select {
+		case n.taken <- struct{}{}:
+		default:
+		}
+		return s, nil
+	}
+	return n.slots.acquire()
+}
+
+// Claim reserves a slot that a record names, after a restart of the agent.
+// AlreadyExists if it is reserved. What exists of it on the host is taken
+// over: it must be closed before Release. Claim what the records name before
+// Run builds slots ahead.
+func (n *Network) Claim(s Slot) error { return n.slots.claim(s) }
+
+// Release gives a slot back. It is WrongState for a slot that has been opened
+// or claimed and not closed since, and NotFound for one that is not reserved:
+// a slot whose removal failed is never handed out again. A slot from the pool
+// that was not opened goes back to the pool.
+func (n *Network) Release(s Slot) error { return n.slots.release(s) }
+
+// Strays returns, in order, the slots of which something exists on the host
+// under our instance's names, though used says that nobody uses them and it is
+// none of the pool's. Claim, Close and Release free them. Routes need no look of their own: they go with
+// their link.
+func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	found := map[Slot]bool{}
+	add := func(name string) {
+		if s, ok := n.plan.slotOf(name); ok && !used(s) && !n.slots.pooled(s) {
+			found[s] = true
+		}
+	}
+	entries, err := os.ReadDir(netnsDir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("list namespaces: %w", err)
+	}
+	for _, e := range entries {
+		add(e.Name())
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	links, err := h.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	for _, l := range links {
+		add(l.Attrs().Name)
+	}
+	return sortedSlots(found), nil
+}
+
+// transact sends what fill queues as one nftables transaction, in the network
+// namespace of the calling thread.
+func transact(fill func(c *nftables.Conn) error) error {
+	c, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return err
+	}
+	defer c.CloseLasting()
+	if err := fill(c); err != nil {
+		return err
+	}
+	return c.Flush()
+}
+
+// addTables adds tables that are known not to be there.
+func addTables(rs ...ruleset) error {
+	return transact(func(c *nftables.Conn) error {
+		for _, r := range rs {
+			if err := r.add(c); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// refillTable makes a table hold r, whatever it held. Chains that are there
+// stay, so that there is no moment in which a packet meets an empty one; only
+// if theirs is another definition, an earlier version's, is the table made
+// anew.
+func refillTable(r ruleset) error {
+	err := transact(func(c *nftables.Conn) error {
+		t := c.AddTable(r.nftTable())
+		c.FlushTable(t)
+		return r.add(c)
+	})
+	if err == nil {
+		return nil
+	}
+	return transact(func(c *nftables.Conn) error {
+		queueRemoval(c, r)
+		return r.add(c)
+	})
+}
+
+func removeTable(r ruleset) error {
+	return transact(func(c *nftables.Conn) error {
+		queueRemoval(c, r)
+		return nil
+	})
+}
+
+// queueRemoval adds the table before it deletes it, so that the deletion
+// succeeds whether or not it was there.
+func queueRemoval(c *nftables.Conn, r ruleset) {
+	t := r.nftTable()
+	c.AddTable(t)
+	c.DelTable(t)
+}
+
+// writeSysctl sets a value under /proc/sys in the calling thread's network
+// namespace.
+func writeSysctl(name, value string) error {
+	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("set %s: %w", name, err)
+	}
+	_, err = f.WriteString(value)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("set %s: %w", name, err)
+	}
+	return nil
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+func prefixOf(n *net.IPNet) (netip.Prefix, bool) {
+	a, ok := netip.AddrFromSlice(n.IP)
+	ones, _ := n.Mask.Size()
+	return netip.PrefixFrom(a.Unmap(), ones), ok
+}

@@ -1,0 +1,50 @@
+package network
+
+import (
+	"net/netip"
+	"os"
+	"strings"
+)
+
+// Resolvers returns the name servers that a guest can use, in the order of
+// preference: those of the host's resolv.conf that are not the host itself,
+// or else those that the stub resolvers there (systemd-resolved's,
+// NetworkManager's) forward to. Guests speak IPv4 only, so the others are left
+// out. Empty if there are none: the caller decides what then.
+func Resolvers() []netip.Addr {
+	return resolvers(os.ReadFile,
+		"/etc/resolv.conf",
+		"/run/systemd/resolve/resolv.conf",
+		"/run/NetworkManager/no-stub-resolv.conf",
+	)
+}
+
+// resolvers returns the usable servers of the first file that names any.
+func resolvers(read func(string) ([]byte, error), paths ...string) []netip.Addr {
+	for _, path := range paths {
+		b, err := read(path)
+		if err != nil {
+			continue
+		}
+		var found []netip.Addr
+		for line := range strings.Lines(string(b)) {
+			f := strings.Fields(line)
+			if len(f) < 2 || f[0] != "nameserver" {
+				continue
+			}
+			a, err := netip.ParseAddr(f[1])
+			if err != nil {
+				continue
+			}
+			a = a.Unmap()
+			if !a.Is4() || a.IsLoopback() || a.IsUnspecified() || a.IsLinkLocalUnicast() || a.IsMulticast() {
+				continue
+			}
+			found = append(found, a)
+		}
+		if len(found) > 0 {
+			return found
+		}
+	}
+	return nil
+}

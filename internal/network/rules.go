@@ -1,0 +1,461 @@
+package network
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"sync/atomic"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// A rule set is data: what is sent to the kernel and the text that nft shows
+// for it stand side by side in each term, so that the one is tested by the
+// other.
+
+// term is a part of a rule: a match or a statement.
+type term struct {
+	text  string
+	exprs []expr.Any
+	// in, if not empty, are the ranges that register 1 must be in then.
+	in []addrRange
+}
+
+type rule []term
+
+// chain is a base chain if it has a hook.
+type chain struct {
+	name     string
+	typ      nftables.ChainType
+	hook     string
+	device   string
+	priority string
+	drop     bool // policy
+	rules    []rule
+}
+
+// ruleset is one table.
+type ruleset struct {
+	family family
+	name   string
+	chains []chain
+}
+
+type family nftables.TableFamily
+
+// The names in a slot's namespace that SetPolicy needs again. The egress chain
+// does nothing but jump to one of the two policy chains.
+const (
+	slotTable   = "sandbox"
+	egressChain = "egress"
+)
+
+var policyChains = [2]string{"policy-a", "policy-b"}
+
+const (
+	inet   = family(nftables.TableFamilyINet)
+	ipv4   = family(nftables.TableFamilyIPv4)
+	netdev = family(nftables.TableFamilyNetdev)
+)
+
+var (
+	familyNames = map[family]string{inet: "inet", ipv4: "ip", netdev: "netdev"}
+	hooks       = map[string]*nftables.ChainHook{
+		"prerouting":  nftables.ChainHookPrerouting,
+		"input":       nftables.ChainHookInput,
+		"forward":     nftables.ChainHookForward,
+		"output":      nftables.ChainHookOutput,
+		"postrouting": nftables.ChainHookPostrouting,
+		"ingress":     nftables.ChainHookIngress,
+	}
+	priorities = map[string]*nftables.ChainPriority{
+		"raw":    nftables.ChainPriorityRaw,
+		"dstnat": nftables.ChainPriorityNATDest,
+		"filter": nftables.ChainPriorityFilter,
+		"srcnat": nftables.ChainPriorityNATSource,
+	}
+)
+
+// hostRules are the host's: the same number whatever the number of sandboxes.
+func hostRules(p Plan, resolvers []netip.Addr) ruleset {
+	ours := p.Instance + "-*"
+	input := []rule{{iif(ours), established(), accept()}}
+	if rs := rangesOf(singles(resolvers)); len(rs) > 0 {
+		input = append(input,
+			rule{iif(ours), inet.addrIn("daddr", 16, rs), dport(unix.IPPROTO_UDP, 53), accept()},
+			rule{iif(ours), inet.addrIn("daddr", 16, rs), dport(unix.IPPROTO_TCP, 53), accept()})
+	}
+	input = append(input, rule{iif(ours), drop()})
+	return ruleset{inet, p.Instance, []chain{
+		// What a sandbox may claim to be: IPv4, from its own address. The
+		// route back to the source must be the link it came by.
+		base("prerouting", nftables.ChainTypeFilter, "raw", false,
+			rule{iif(ours), notIPv4(), drop()},
+			rule{iif(ours), inet.saddr(ne, p.Hosts), drop()},
+			rule{iif(ours), noReturnPath(), drop()},
+		),
+		// Nothing on the host is reachable but a resolver there, if it is the
+		// configured one; the host may ask, and is answered.
+		base("input", nftables.ChainTypeFilter, "filter", false, input...),
+		// Sandboxes reach out, never each other, and nobody reaches in. What
+		// is let out here is still subject to the host's other tables.
+		base("forward", nftables.ChainTypeFilter, "filter", false,
+			rule{iif(ours), oif(ours), drop()},
+			rule{iif(ours), synMSSToMTU()},
+			rule{oif(ours), synMSSToMTU()},
+			rule{oif(ours), established(), accept()},
+			rule{oif(ours), drop()},
+		),
+		base("postrouting", nftables.ChainTypeNAT, "srcnat", false,
+			rule{inet.saddr(eq, p.Hosts), oifNot(ours), masquerade()},
+		),
+	}}
+}
+
+// slotRules are those of one namespace. Only the addresses differ from slot to
+// slot, until a policy of its own replaces that in the egress chain.
+func slotRules(a Addrs, egress []rule) []ruleset {
+	guest := netip.PrefixFrom(GuestAddr.Addr(), 32)
+	mac, _ := net.ParseMAC(GuestMAC)
+	fromGuest := []term{iif(Tap), oif(peerName)}
+	toGuest := []term{iif(peerName), oif(Tap)}
+	return []ruleset{
+		// What the guest may claim to be is decided before anything looks at
+		// it: ARP and IPv4 from its one address; IPv6 and the rest do not pass.
+		{netdev, "guard", []chain{{
+			name: "ingress", typ: nftables.ChainTypeFilter, hook: "ingress", device: Tap, priority: "filter", drop: true,
+			rules: []rule{
+				{etherSaddrNot(mac), drop()},
+				{netdev.saddr(eq, guest), accept()},
+				{arpSaddr(guest.Addr()), accept()},
+			},
+		}}},
+		{ipv4, slotTable, []chain{
+			base("prerouting", nftables.ChainTypeNAT, "dstnat", false,
+				rule{iif(peerName), ipv4.daddr(eq, netip.PrefixFrom(a.HostIP, 32)), dnat(guest.Addr())},
+			),
+			base("postrouting", nftables.ChainTypeNAT, "srcnat", false,
+				rule{oif(peerName), ipv4.saddr(eq, guest), snat(a.HostIP)},
+			),
+			// Nobody speaks to the namespace itself, and nothing in it speaks,
+			// a VMM that got out of hand included; only the errors that make
+			// the guest's connections work.
+			base("input", nftables.ChainTypeFilter, "filter", true),
+			base("output", nftables.ChainTypeFilter, "filter", true,
+				rule{oif(Tap), icmpType("destination-unreachable", 3), accept()},
+				rule{oif(Tap), icmpType("time-exceeded", 11), accept()},
+			),
+			// In: the host, and answers. Out: answers, and what egress allows.
+			// Egress sees every packet of what the guest began, so that a
+			// tighter policy ends connections that exist.
+			base("forward", nftables.ChainTypeFilter, "filter", true,
+				rule{invalid(), drop()},
+				append(rule(toGuest), established(), accept()),
+				append(rule(toGuest), ipv4.saddr(eq, netip.PrefixFrom(a.HostVeth.Addr(), 32)), dnatted(), accept()),
+				append(rule(fromGuest), replyDirection(), accept()),
+				append(rule(fromGuest), jump(egressChain)),
+			),
+			{name: egressChain, rules: []rule{{jump(policyChains[0])}}},
+			{name: policyChains[0], rules: egress},
+			{name: policyChains[1]},
+		}},
+	}
+}
+
+func base(hook string, typ nftables.ChainType, priority string, drop bool, rules ...rule) chain {
+	return chain{name: hook, typ: typ, hook: hook, priority: priority, drop: drop, rules: rules}
+}
+
+// String renders the table as "nft list table" does.
+func (r ruleset) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "table %s %s {\n", familyNames[r.family], r.name)
+	for i, c := range r.chains {
+		if i > 0 {
+			b.WriteString("\n")
+		}
+		fmt.Fprintf(&b, "\tchain %s {\n", c.name)
+		if c.hook != "" {
+			device := ""
+			if c.device != "" {
+				device = fmt.Sprintf("device %q ", c.device)
+			}
+			policy := "accept"
+			if c.drop {
+				policy = "drop"
+			}
+			fmt.Fprintf(&b, "\t\ttype %s hook %s %spriority %s; policy %s;\n", c.typ, c.hook, device, c.priority, policy)
+		}
+		for _, r := range c.rules {
+			fmt.Fprintf(&b, "\t\t%s\n", r)
+		}
+		b.WriteString("\t}\n")
+	}
+	b.WriteString("}\n")
+	return b.String()
+}
+
+func (r rule) String() string {
+	texts := make([]string, len(r))
+	for i, t := range r {
+		texts[i] = t.text
+	}
+	return strings.Join(texts, " ")
+}
+
+func (r ruleset) nftTable() *nftables.Table {
+	return &nftables.Table{Family: nftables.TableFamily(r.family), Name: r.name}
+}
+
+// add queues the making of the table and all in it.
+func (r ruleset) add(c *nftables.Conn) error {
+	t := c.AddTable(r.nftTable())
+	chains := make([]*nftables.Chain, len(r.chains))
+	// All chains come before the rules, which may jump to a later one.
+	for i, ch := range r.chains {
+		n := &nftables.Chain{Name: ch.name, Table: t}
+		if ch.hook != "" {
+			policy := nftables.ChainPolicyAccept
+			if ch.drop {
+				policy = nftables.ChainPolicyDrop
+			}
+			n.Type, n.Device, n.Policy = ch.typ, ch.device, &policy
+			n.Hooknum, n.Priority = hooks[ch.hook], priorities[ch.priority]
+			if n.Hooknum == nil || n.Priority == nil {
+				return fmt.Errorf("chain %s: unknown hook %q or priority %q", ch.name, ch.hook, ch.priority)
+			}
+		}
+		chains[i] = c.AddChain(n)
+	}
+	for i, ch := range r.chains {
+		if err := addRules(c, t, chains[i], ch.rules); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// setID numbers the sets within a transaction; the kernel names them.
+var setID atomic.Uint32
+
+// addRules queues rules at a chain's end, with the sets that they look in. A
+// set has no name and goes with its rule.
+func addRules(c *nftables.Conn, t *nftables.Table, ch *nftables.Chain, rules []rule) error {
+	for _, r := range rules {
+		var es []expr.Any
+		for _, tm := range r {
+			es = append(es, tm.exprs...)
+			if len(tm.in) == 0 {
+				continue
+			}
+			// The library's own numbering is not safe for concurrent use.
+			set := &nftables.Set{
+				Table: t, ID: setID.Add(1), Name: "__set%d",
+				Anonymous: true, Constant: true, Interval: true, KeyType: nftables.TypeIPAddr,
+			}
+			var elems []nftables.SetElement
+			for _, rg := range tm.in {
+				elems = append(elems, nftables.SetElement{Key: addr4(rg.first).AsSlice()})
+				if rg.last != everything.last {
+					elems = append(elems, nftables.SetElement{Key: addr4(rg.last + 1).AsSlice(), IntervalEnd: true})
+				}
+			}
+			if err := c.AddSet(set, elems); err != nil {
+				return fmt.Errorf("add set: %w", err)
+			}
+			es = append(es, &expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID})
+		}
+		c.AddRule(&nftables.Rule{Table: t, Chain: ch, Exprs: es})
+	}
+	return nil
+}
+
+// The terms. Register 1 is scratch in each.
+
+const (
+	eq = expr.CmpOpEq
+	ne = expr.CmpOpNeq
+)
+
+func stmt(text string, exprs ...expr.Any) term { return term{text: text, exprs: exprs} }
+
+func compare(op expr.CmpOp, data ...byte) expr.Any {
+	return &expr.Cmp{Op: op, Register: 1, Data: data}
+}
+
+func cmpText(op expr.CmpOp) string {
+	if op == ne {
+		return "!= "
+	}
+	return ""
+}
+
+func iif(name string) term { return ifname("iifname", expr.MetaKeyIIFNAME, eq, name) }
+func oif(name string) term { return ifname("oifname", expr.MetaKeyOIFNAME, eq, name) }
+
+func oifNot(name string) term { return ifname("oifname", expr.MetaKeyOIFNAME, ne, name) }
+
+// ifname matches a link by name; a trailing * by the prefix.
+func ifname(text string, key expr.MetaKey, op expr.CmpOp, name string) term {
+	data, wild := []byte(name), strings.HasSuffix(name, "*")
+	if wild {
+		data = data[:len(data)-1]
+	} else {
+		data = append(data, make([]byte, unix.IFNAMSIZ-len(data))...)
+	}
+	return stmt(fmt.Sprintf("%s %s%q", text, cmpText(op), name),
+		&expr.Meta{Key: key, Register: 1}, compare(op, data...))
+}
+
+func notIPv4() term {
+	return stmt("meta nfproto != ipv4",
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, compare(ne, unix.NFPROTO_IPV4))
+}
+
+// isIPv4 is what an IPv4 match needs before it in each family; nft does not
+// show it.
+func (f family) isIPv4() []expr.Any {
+	switch f {
+	case inet:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, compare(eq, unix.NFPROTO_IPV4)}
+	case netdev:
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, compare(eq, 0x08, 0x00)}
+	}
+	return nil
+}
+
+func (f family) saddr(op expr.CmpOp, p netip.Prefix) term { return f.addr("saddr", 12, op, p) }
+func (f family) daddr(op expr.CmpOp, p netip.Prefix) term { return f.addr("daddr", 16, op, p) }
+
+func (f family) addr(text string, at uint32, op expr.CmpOp, p netip.Prefix) term {
+	shown := p.String()
+	if p.IsSingleIP() {
+		shown = p.Addr().String()
+	}
+	return stmt(fmt.Sprintf("ip %s %s%s", text, cmpText(op), shown),
+		append(f.isIPv4(), matchPrefix(expr.PayloadBaseNetworkHeader, at, op, p)...)...)
+}
+
+func matchPrefix(base expr.PayloadBase, at uint32, op expr.CmpOp, p netip.Prefix) []expr.Any {
+	addr := p.Addr().As4()
+	if p.Bits()%8 == 0 && p.Bits() > 0 {
+		n := p.Bits() / 8
+		return []expr.Any{
+			&expr.Payload{DestRegister: 1, Base: base, Offset: at, Len: uint32(n)}, compare(op, addr[:n]...),
+		}
+	}
+	return []expr.Any{
+		&expr.Payload{DestRegister: 1, Base: base, Offset: at, Len: 4},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: net.CIDRMask(p.Bits(), 32), Xor: make([]byte, 4)},
+		compare(op, addr[:]...),
+	}
+}
+
+func (f family) addrIn(text string, at uint32, rs []addrRange) term {
+	t := stmt(fmt.Sprintf("ip %s { %s }", text, joinRanges(rs)),
+		append(f.isIPv4(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: at, Len: 4})...)
+	t.in = rs
+	return t
+}
+
+func etherSaddrNot(mac net.HardwareAddr) term {
+	return stmt("ether saddr != "+mac.String(),
+		&expr.Meta{Key: expr.MetaKeyIIFTYPE, Register: 1}, compare(eq, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER)...),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6}, compare(ne, mac...))
+}
+
+func arpSaddr(a netip.Addr) term {
+	return stmt("arp saddr ip "+a.String(),
+		&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, compare(eq, 0x08, 0x06),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 14, Len: 4}, compare(eq, a.AsSlice()...))
+}
+
+// noReturnPath: packets to the source would not leave by the link that this
+// one came in by.
+func noReturnPath() term {
+	return stmt("fib saddr . iif oif 0",
+		&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true}, compare(eq, 0, 0, 0, 0))
+}
+
+func icmpType(name string, n byte) term {
+	return stmt("icmp type "+name,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, unix.IPPROTO_ICMP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, compare(eq, n))
+}
+
+// hasBits matches if register 1, a native-endian word, has one of the bits.
+func hasBits(bits uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		compare(ne, 0, 0, 0, 0),
+	}
+}
+
+func ctState(text string, bits uint32) term {
+	return stmt("ct state "+text, append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}, hasBits(bits)...)...)
+}
+
+func established() term {
+	return ctState("established,related", expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED)
+}
+
+func invalid() term { return ctState("invalid", expr.CtStateBitINVALID) }
+
+// dnatted: the connection's destination was translated (IPS_DST_NAT).
+func dnatted() term {
+	return stmt("ct status dnat", append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1}}, hasBits(1<<5)...)...)
+}
+
+func replyDirection() term {
+	return stmt("ct direction reply", &expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, compare(eq, 1))
+}
+
+// synMSSToMTU lowers the segment size that a TCP handshake offers to what the
+// route's MTU carries, for networks that lose the ICMP message saying so.
+func synMSSToMTU() term {
+	return stmt("tcp flags syn tcp option maxseg size set rt mtu",
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, unix.IPPROTO_TCP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{2}, Xor: []byte{0}},
+		compare(ne, 0),
+		&expr.Rt{Register: 1, Key: expr.RtTCPMSS},
+		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 2, Size: 2},
+		&expr.Exthdr{SourceRegister: 1, Type: 2, Offset: 2, Len: 2, Op: expr.ExthdrOpTcpopt})
+}
+
+func dport(proto byte, port uint16) term {
+	name := map[byte]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[proto]
+	return stmt(fmt.Sprintf("%s dport %d", name, port),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, proto),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		compare(eq, byte(port>>8), byte(port)))
+}
+
+// reject refuses with an error that ends a connection attempt at once.
+func reject() term {
+	return stmt("reject with icmp admin-prohibited",
+		&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 13})
+}
+
+func verdict(text string, v expr.VerdictKind, chain string) term {
+	return stmt(text, &expr.Verdict{Kind: v, Chain: chain})
+}
+
+func accept() term           { return verdict("accept", expr.VerdictAccept, "") }
+func drop() term             { return verdict("drop", expr.VerdictDrop, "") }
+func jump(chain string) term { return verdict("jump "+chain, expr.VerdictJump, chain) }
+
+func masquerade() term { return stmt("masquerade", &expr.Masq{}) }
+
+func dnat(to netip.Addr) term { return nat("dnat", expr.NATTypeDestNAT, to) }
+func snat(to netip.Addr) term { return nat("snat", expr.NATTypeSourceNAT, to) }
+
+func nat(text string, typ expr.NATType, to netip.Addr) term {
+	return stmt(text+" to "+to.String(),
+		&expr.Immediate{Register: 1, Data: to.AsSlice()},
+		&expr.NAT{Type: typ, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegAddrMax: 1})
+}

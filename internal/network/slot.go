@@ -1,0 +1,276 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+// Open builds the network of a reserved slot: namespace, tap, veth pair,
+// rules, addresses and routes. The rules are in force before a link is up. A
+// VMM started in the namespace attaches to Tap; what it serves is reached from
+// the host at the slot's HostIP.
+//
+// NotFound for a slot that is not reserved, WrongState for one that is open.
+// On any error nothing is left, but for two cases, in which Release refuses
+// the slot until a Close succeeds: the removal failed too (the error says so),
+// or something of the slot's name existed before, which Open does not touch.
+func (n *Network) Open(ctx context.Context, s Slot) (err error) {
+	built, err := n.slots.opening(s)
+	if err != nil || built && n.exists(s) {
+		return err
+	}
+	if built {
+		// Somebody took it apart while it waited.
+		if err := n.Close(ctx, s); err != nil {
+			return err
+		}
+		if _, err := n.slots.opening(s); err != nil {
+			return err
+		}
+	}
+	return n.build(ctx, s)
+}
+
+// build makes a slot that is marked dirty.
+func (n *Network) build(ctx context.Context, s Slot) (err error) {
+	a := n.plan.Addrs(s)
+	// One inverse for all steps: Close, whichever of them were done.
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("open network slot %d: %w", s, err)
+			if !errors.Is(err, errNSExists) {
+				err = errors.Join(err, n.Close(ctx, s))
+			}
+		}
+	}()
+	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer host.Close()
+
+	if err := makeNS(a.NetNSPath, func(ns netns.NsHandle) error {
+		return n.fillNS(ctx, s, a, host, ns)
+	}); err != nil {
+		return err
+	}
+
+	link, err := host.LinkByName(a.Veth)
+	if err != nil {
+		return fmt.Errorf("find link: %w", err)
+	}
+	// A namespace cannot speak IPv6 to the host, not even link-locally.
+	if err := disableIPv6(a.Veth); err != nil {
+		return err
+	}
+	if err := host.AddrAdd(link, &netlink.Addr{IPNet: ipNet(a.HostVeth)}); err != nil {
+		return fmt.Errorf("set host link address: %w", err)
+	}
+	if err := n.step(ctx, s, "host address"); err != nil {
+		return err
+	}
+	if err := host.LinkSetUp(link); err != nil {
+		return fmt.Errorf("set host link up: %w", err)
+	}
+	if err := n.step(ctx, s, "host link up"); err != nil {
+		return err
+	}
+	if err := host.RouteAdd(&netlink.Route{
+		LinkIndex: link.Attrs().Index, Protocol: routeProtocol,
+		Dst: ipNet(netip.PrefixFrom(a.HostIP, 32)), Gw: a.NSVeth.Addr().AsSlice(),
+	}); err != nil {
+		return fmt.Errorf("add route to sandbox: %w", err)
+	}
+	return n.step(ctx, s, "host route")
+}
+
+// exists says whether a slot's namespace is there, and with it its links. It
+// asks the file system only: a link's name is looked up under a lock that the
+// making of other slots holds.
+func (n *Network) exists(s Slot) bool {
+	var st unix.Statfs_t
+	err := unix.Statfs(n.plan.Addrs(s).NetNSPath, &st)
+	return err == nil && st.Type == unix.NSFS_MAGIC
+}
+
+// fillNS builds the namespace's inside, on a thread that is in it. host speaks
+// to the host's namespace wherever the thread is.
+func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Handle, ns netns.NsHandle) error {
+	if err := n.step(ctx, s, "namespace"); err != nil {
+		return err
+	}
+	if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
+		return err
+	}
+	// Strict: each address has one way here, so anything else is forged. What
+	// else a router does (redirects) the rules do not let through.
+	if err := writeSysctl("net/ipv4/conf/all/rp_filter", "1"); err != nil {
+		return err
+	}
+	for _, link := range []string{"all", "default"} {
+		if err := disableIPv6(link); err != nil {
+			return err
+		}
+	}
+	if err := n.step(ctx, s, "sysctl"); err != nil {
+		return err
+	}
+	if err := makeTap(Tap, n.opts.TapUID, n.opts.TapGID); err != nil {
+		return err
+	}
+	if err := n.step(ctx, s, "tap"); err != nil {
+		return err
+	}
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = a.Veth
+	veth := netlink.NewVeth(attrs)
+	veth.PeerName, veth.PeerNamespace = peerName, netlink.NsFd(ns)
+	if err := host.LinkAdd(veth); err != nil {
+		return fmt.Errorf("add veth pair: %w", err)
+	}
+	if err := n.step(ctx, s, "veth"); err != nil {
+		return err
+	}
+	if err := addTables(slotRules(a, egressRules(n.plan, n.opts, Policy{}))...); err != nil {
+		return fmt.Errorf("set sandbox rules: %w", err)
+	}
+	if err := n.step(ctx, s, "rules"); err != nil {
+		return err
+	}
+
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink in namespace: %w", err)
+	}
+	defer h.Close()
+	up := func(name string, addr *netlink.Addr) (int, error) {
+		l, err := h.LinkByName(name)
+		if err != nil {
+			return 0, fmt.Errorf("find %s: %w", name, err)
+		}
+		if addr != nil {
+			if err := h.AddrAdd(l, addr); err != nil {
+				return 0, fmt.Errorf("set address of %s: %w", name, err)
+			}
+		}
+		if err := h.LinkSetUp(l); err != nil {
+			return 0, fmt.Errorf("set %s up: %w", name, err)
+		}
+		return l.Attrs().Index, n.step(ctx, s, name+" up")
+	}
+	if _, err := up("lo", nil); err != nil {
+		return err
+	}
+	tap, err := up(Tap, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(GuestGateway, GuestAddr.Bits()))})
+	if err != nil {
+		return err
+	}
+	peer, err := up(peerName, &netlink.Addr{IPNet: ipNet(a.NSVeth)})
+	if err != nil {
+		return err
+	}
+	// The guest has one address and one MAC; asking would only cost time.
+	mac, err := net.ParseMAC(GuestMAC)
+	if err != nil {
+		return fmt.Errorf("parse guest MAC: %w", err)
+	}
+	if err := h.NeighSet(&netlink.Neigh{
+		LinkIndex: tap, Family: netlink.FAMILY_V4, State: netlink.NUD_PERMANENT,
+		IP: GuestAddr.Addr().AsSlice(), HardwareAddr: mac,
+	}); err != nil {
+		return fmt.Errorf("set guest neighbour: %w", err)
+	}
+	if err := n.step(ctx, s, "neighbour"); err != nil {
+		return err
+	}
+	if err := h.RouteAdd(&netlink.Route{LinkIndex: peer, Gw: a.HostVeth.Addr().AsSlice()}); err != nil {
+		return fmt.Errorf("add default route: %w", err)
+	}
+	return n.step(ctx, s, "default route")
+}
+
+// Close removes everything of a slot, the namespace last, so that whatever
+// fails can be found and tried again by its name. What is gone already is
+// done, and a slot that was never opened, or is nobody's, can be closed too.
+// It finishes even if ctx is cancelled. The VMM must be gone by then: a process
+// left in the namespace keeps it, nameless and cut off, until it ends.
+func (n *Network) Close(_ context.Context, s Slot) error {
+	if !s.Valid() {
+		return errdefs.InvalidArgument.Errorf("network slot %d is not in 1..%d", s, MaxSlot)
+	}
+	if n.slots.pooled(s) {
+		return errdefs.WrongState.Errorf("network slot %d is in the pool", s)
+	}
+	a := n.plan.Addrs(s)
+	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("close network slot %d: open netlink: %w", s, err)
+	}
+	defer host.Close()
+	if err := removeLink(host, a); err != nil {
+		return fmt.Errorf("close network slot %d: remove link: %w", s, err)
+	}
+	// The next sandbox with this address must not inherit its connections,
+	// neither those it made nor those made to it.
+	if err := forget(
+		func(f *netlink.ConntrackFilter) error {
+			return f.AddIP(netlink.ConntrackOrigSrcIP, a.HostIP.AsSlice())
+		},
+		func(f *netlink.ConntrackFilter) error {
+			return f.AddIP(netlink.ConntrackOrigDstIP, a.HostIP.AsSlice())
+		},
+	); err != nil {
+		return fmt.Errorf("close network slot %d: %w", s, err)
+	}
+	if err := removeNS(a.NetNSPath); err != nil {
+		return fmt.Errorf("close network slot %d: %w", s, err)
+	}
+	n.slots.closed(s)
+	return nil
+}
+
+// removeLink deletes the veth pair, and with it the addresses and routes on
+// the host. Most of a Close is the kernel's waiting here until no CPU can see
+// the link any more; it holds no lock meanwhile, so closes run side by side.
+// (Moving the link into its dying namespace looks quicker and is not: the
+// kernel waits just as long, with its global lock held.)
+func removeLink(host *netlink.Handle, a Addrs) error {
+	link, err := host.LinkByName(a.Veth)
+	if err == nil {
+		err = host.LinkDel(link)
+	}
+	if errors.As(err, new(netlink.LinkNotFoundError)) || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
+
+// step ends a step of Open: it is where a cancelled context is noticed.
+func (n *Network) step(ctx context.Context, s Slot, name string) error {
+	if n.hook != nil {
+		if err := n.hook(s, name); err != nil {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+// disableIPv6 does so for a link of the calling thread's namespace. A kernel
+// without IPv6 has nothing to disable.
+func disableIPv6(link string) error {
+	err := writeSysctl("net/ipv6/conf/"+link+"/disable_ipv6", "1")
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}

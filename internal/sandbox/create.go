@@ -1,0 +1,335 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/undo"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// Bounds of a sandbox's size. A host's Capacity may be narrower.
+const (
+	MaxVCPUs   = 32
+	MinMemMiB  = 128
+	MaxMemMiB  = 256 << 10
+	MaxTimeout = 365 * 24 * time.Hour
+)
+
+// CreateRequest describes a new sandbox; zero values take the defaults.
+type CreateRequest struct {
+	// Template is "minimal" when empty.
+	Template string
+	// VCPUs is 1 when zero.
+	VCPUs int
+	// MemMiB is 512 when zero.
+	MemMiB int
+	// Timeout is the inactivity after which the sandbox expires; 0 is never.
+	Timeout time.Duration
+}
+
+func (r *CreateRequest) check() error {
+	if r.Template == "" {
+		r.Template = "minimal"
+	}
+	if r.VCPUs == 0 {
+		r.VCPUs = 1
+	}
+	if r.MemMiB == 0 {
+		r.MemMiB = 512
+	}
+	var errs []error
+	if r.VCPUs < 1 || r.VCPUs > MaxVCPUs {
+		errs = append(errs, fmt.Errorf("vcpus is %d, must be 1 to %d", r.VCPUs, MaxVCPUs))
+	}
+	if r.MemMiB < MinMemMiB || r.MemMiB > MaxMemMiB {
+		errs = append(errs, fmt.Errorf("memory is %d MiB, must be %d to %d", r.MemMiB, MinMemMiB, MaxMemMiB))
+	}
+	errs = append(errs, checkTimeout(r.Timeout))
+	if err := errors.Join(errs...); err != nil {
+		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
+	}
+	return nil
+}
+
+func checkTimeout(d time.Duration) error {
+	if d < 0 || d > MaxTimeout {
+		return fmt.Errorf("timeout is %d s, must be 0 (never) to %d", d/time.Second, MaxTimeout/time.Second)
+	}
+	return nil
+}
+
+var errDestroyed = errdefs.Busy.Errorf("somebody destroyed the sandbox meanwhile")
+
+// Create makes a sandbox and returns when commands can run in it. ctx bounds
+// the making only: the sandbox outlives it. On error nothing is left.
+func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
+	if err := req.check(); err != nil {
+		return Info{}, err
+	}
+	tmpl, err := m.cfg.Templates.Get(req.Template)
+	if err != nil {
+		return Info{}, err
+	}
+	ctx, abort := context.WithCancelCause(ctx)
+	defer abort(nil)
+	b, err := m.reserve(ctx, req, abort)
+	if err != nil {
+		return Info{}, fmt.Errorf("create sandbox: %w", err)
+	}
+	defer b.unhold()
+
+	if err := m.boot(ctx, b, tmpl); err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		reason := CreateFailed
+		if errors.Is(err, errDestroyed) {
+			reason = Destroyed
+		}
+		detail := err.Error()
+		if errors.Is(err, context.Canceled) {
+			detail = "the caller left while the sandbox was being created"
+		}
+		m.release(b, reason, detail)
+		return Info{}, fmt.Errorf("create sandbox %s: %w", b.id, err)
+	}
+	return b.info(), nil
+}
+
+// reserve takes capacity, a slot and an ID, and commits to them by writing the
+// record. The box comes back with its op lock held.
+func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.CancelCauseFunc) (_ *box, err error) {
+	var temp undo.Stack
+	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
+
+	need := m.need(req.VCPUs, req.MemMiB)
+	m.mu.Lock()
+	if m.draining {
+		err = errdefs.Unavailable.Errorf("the host is shutting down")
+	} else {
+		err = m.admit(need)
+	}
+	m.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	temp.Push("admission", func(context.Context) error {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		m.used = m.used.minus(need)
+		return nil
+	})
+
+	slot, err := m.cfg.Network.Acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	temp.Push("slot", func(context.Context) error { return m.cfg.Network.Release(slot) })
+
+	id := newID()
+	for err = m.store.reserve(id); errors.Is(err, fs.ErrExist); err = m.store.reserve(id) {
+		id = newID()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reserve id: %w", err)
+	}
+	temp.Push("record", func(context.Context) error { return m.store.forget(id) })
+
+	now := time.Now().UTC()
+	b := newBox(Record{
+		Version: recordVersion, ID: id, State: Creating,
+		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
+		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
+		CreatedAt: now, StateAt: now, LastActiveAt: now,
+	})
+	b.abort = abort
+	if err := m.store.save(b.rec); err != nil {
+		return nil, err
+	}
+	b.tryHold("created")
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.draining { // began meanwhile, and has not seen this box
+		return nil, errdefs.Unavailable.Errorf("the host is shutting down")
+	}
+	m.boxes[id] = b
+	temp.Keep()
+	m.tell(Event{Time: now, ID: id, To: Creating})
+	return b, nil
+}
+
+// boot brings a reserved sandbox up. Called with the op lock held; the caller
+// releases on error.
+func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template) error {
+	done, err := m.startSlot(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	ctx, cancel := context.WithTimeoutCause(ctx, m.cfg.BootTimeout,
+		errdefs.Unavailable.Errorf("the guest was not ready within %s", m.cfg.BootTimeout))
+	defer cancel()
+
+	var took phases
+	took.begin()
+	if err := m.prepare(ctx, b); err != nil {
+		return err
+	}
+	took.end("prepare")
+
+	rec := b.record()
+	vm, err := m.cfg.Driver.Start(ctx, m.spec(rec, tmpl))
+	if err != nil {
+		return fmt.Errorf("start vm: %w", err)
+	}
+	m.adopt(b, vm)
+	handle := vm.Handle()
+	if err := m.save(b, func(r *Record) { r.VM = &handle }); err != nil {
+		return err
+	}
+	took.end("start")
+
+	ctx, cancelBoth := both(ctx, b.alive)
+	defer cancelBoth()
+	if err := b.guest.WaitReady(ctx); err != nil {
+		return m.bootFailed(b, "wait for guest", err)
+	}
+	took.end("guest")
+	err = b.guest.Init(ctx, guest.Init{
+		AccessToken: rec.Token, Time: time.Now(), Hostname: string(rec.ID), SandboxID: string(rec.ID),
+		DefaultUser: "root", Entropy: entropy(),
+	})
+	if err != nil {
+		return m.bootFailed(b, "initialise guest", err)
+	}
+	took.end("init")
+	m.log.Info("sandbox booted", append([]any{"sandbox", b.id}, took.attrs...)...)
+	return m.move(b, Running, nil)
+}
+
+// prepare makes what the VM needs before it starts: disk, network, run
+// directory. The first two are independent.
+func (m *Manager) prepare(ctx context.Context, b *box) error {
+	rec := b.record()
+	var opened error
+	var wg sync.WaitGroup
+	wg.Go(func() { opened = m.cfg.Network.Open(ctx, rec.Slot) })
+	made := m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), rec.DiskMiB)
+	wg.Wait()
+	if made != nil {
+		made = fmt.Errorf("make overlay: %w", made)
+	}
+	if opened != nil {
+		opened = fmt.Errorf("open network: %w", opened)
+	}
+	if err := errors.Join(made, opened); err != nil {
+		return err
+	}
+	dir := m.runDir(b.id)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make run directory: %w", err)
+	}
+	return nil
+}
+
+// spec is the VM of a record.
+func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
+	return vmm.Spec{
+		ID: string(rec.ID), RunDir: m.runDir(rec.ID), NetNS: m.cfg.Network.Plan().Addrs(rec.Slot).NetNSPath,
+		VCPUs: rec.VCPUs, MemMiB: rec.MemMiB,
+		Kernel: tmpl.Kernel, Initrd: tmpl.Initrd,
+		Cmdline: guest.Cmdline(guest.Boot{
+			Addr: network.GuestAddr, Gateway: network.GuestGateway, DNS: m.cfg.DNS, Hostname: string(rec.ID),
+		}),
+		Disks:   []vmm.Disk{{Path: tmpl.Base, ReadOnly: true}, {Path: m.store.overlay(rec.ID)}},
+		NIC:     &vmm.NIC{Tap: network.Tap, MAC: network.GuestMAC},
+		Console: m.store.console(rec.ID),
+		UID:     m.cfg.BaseUID + int(rec.Slot), GID: m.cfg.BaseUID + int(rec.Slot),
+		Cgroup: m.cgroups() + "/" + string(rec.ID),
+		Limits: vmm.Limits{
+			CPUMilli: rec.VCPUs*1000 + vmmCPUMilli,
+			MemMiB:   rec.MemMiB + maxOverheadMiB,
+			PIDs:     maxVMMTasks,
+		},
+	}
+}
+
+// adopt ties a VM to its sandbox and watches over it.
+func (m *Manager) adopt(b *box, vm vmm.VM) {
+	b.mu.Lock()
+	b.vm = vm
+	b.guest = m.cfg.Guests(b.rec.HostIP, b.rec.Token)
+	b.mu.Unlock()
+	m.goes("watch vm", func() { m.watch(b, vm) })
+}
+
+// watch waits for the VM's end and frees the sandbox, unless it was its end
+// that ended the VM.
+func (m *Manager) watch(b *box, vm vmm.VM) {
+	select {
+	case <-vm.Done():
+	case <-m.life.Done():
+		return
+	}
+	b.kill(errdefs.Unavailable.Errorf("the vm of sandbox %s ended: %s", b.id, vm.Exit()))
+	if b.hold(m.life, "freed") != nil {
+		return // the next agent finds it
+	}
+	defer b.unhold()
+	if s := b.state(); s != Running && s != Paused {
+		return
+	}
+	m.release(b, VMExited, vm.Exit().String()+m.lastWords(b.id))
+}
+
+// bootFailed says why a guest did not come up: what the console said last
+// explains it more often than the error does.
+func (m *Manager) bootFailed(b *box, verb string, err error) error {
+	if cause := context.Cause(b.alive); cause != nil {
+		err = cause
+	}
+	return fmt.Errorf("%s: %w%s", verb, err, m.lastWords(b.id))
+}
+
+// lastWords is the end of the guest's console, for an error's text.
+func (m *Manager) lastWords(id ID) string {
+	const lines = 8
+	data, err := m.store.tail(id, 1<<10)
+	if err != nil || len(data) == 0 {
+		return ""
+	}
+	text := strings.Map(func(r rune) rune {
+		if r == '\n' || r >= ' ' && r != 0x7f {
+			return r
+		}
+		return -1
+	}, string(data))
+	all := strings.Split(strings.TrimSpace(text), "\n")
+	return "; the console ends: " + strings.Join(all[max(0, len(all)-lines):], " | ")
+}
+
+// phases measures the stages of a create, for the log.
+type phases struct {
+	last  time.Time
+	attrs []any
+}
+
+func (p *phases) begin() { p.last = time.Now() }
+
+func (p *phases) end(name string) {
+	now := time.Now()
+	p.attrs = append(p.attrs, name, now.Sub(p.last).Round(100*time.Microsecond))
+	p.last = now
+}

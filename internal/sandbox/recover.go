@@ -1,0 +1,318 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+)
+
+// adoptTimeout bounds how long a running guest may take to answer after the
+// agent's restart.
+const adoptTimeout = 10 * time.Second
+
+// Recovery is what Open found of an earlier agent's sandboxes.
+type Recovery struct {
+	// Adopted go on as they were.
+	Adopted []ID
+	// Lost had lost their VM.
+	Lost []ID
+	// Freed were half made or half gone.
+	Freed []ID
+	// Strays belonged to no record.
+	Strays []string
+	// Unreadable records were set aside.
+	Unreadable []string
+}
+
+func (r Recovery) String() string {
+	return fmt.Sprintf("adopted %d, lost %d, freed %d half-made, removed %d strays, set aside %d unreadable records",
+		len(r.Adopted), len(r.Lost), len(r.Freed), len(r.Strays), len(r.Unreadable))
+}
+
+// Open takes over the state directory: it adopts the sandboxes that run, frees
+// what is half made or belongs to nobody, and then accepts calls. Another agent
+// on the same directory is errdefs.Busy.
+func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
+	lock, err := lockDir(cfg.StateDir)
+	if err != nil {
+		return nil, Recovery{}, err
+	}
+	m := &Manager{
+		cfg: cfg, log: cfg.Log, lock: lock,
+		starts: make(chan struct{}, cfg.Capacity.Starts),
+		boxes:  map[ID]*box{},
+	}
+	m.life, m.end = context.WithCancel(context.Background())
+	found, err := m.recover(ctx)
+	if err != nil {
+		m.end()
+		m.wg.Wait()
+		lock.release()
+		return nil, Recovery{}, fmt.Errorf("recover sandboxes: %w", err)
+	}
+	m.goes("janitor", m.janitor)
+	return m, found, nil
+}
+
+func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
+	if m.store, err = openStore(filepath.Join(m.cfg.StateDir, "sandboxes")); err != nil {
+		return found, err
+	}
+	m.store.hook = m.cfg.storeHook
+	if m.cfg.Capacity.DiskMiB == 0 {
+		m.cfg.Capacity.DiskMiB = diskOvercommit * m.store.freeMiB()
+	}
+	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl")); err != nil {
+		return found, err
+	}
+	if err := os.MkdirAll(m.cfg.RunDir, 0o711); err != nil {
+		return found, fmt.Errorf("make run directory: %w", err)
+	}
+	if err := m.cfg.Network.Setup(ctx); err != nil {
+		return found, fmt.Errorf("set up network: %w", err)
+	}
+	records, bad, err := m.store.loadAll()
+	if err != nil {
+		return found, err
+	}
+	for name, err := range bad {
+		m.log.Error("record set aside", "sandbox", name, "err", err)
+		found.Unreadable = append(found.Unreadable, name)
+	}
+	slots := map[network.Slot]bool{}
+	for _, rec := range records {
+		m.boxes[rec.ID] = newBox(rec)
+		if rec.State == Stopped {
+			continue
+		}
+		m.used = m.used.plus(rec.takes())
+		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
+			return found, fmt.Errorf("claim slot of sandbox %s: %w", rec.ID, err)
+		}
+		slots[rec.Slot] = true
+	}
+	if err := m.removeStrays(ctx, slots, &found); err != nil {
+		return found, err
+	}
+
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	bound := make(chan struct{}, 16)
+	for _, b := range m.all() {
+		wg.Go(func() {
+			bound <- struct{}{}
+			defer func() { <-bound }()
+			b.hold(context.Background(), "recovered")
+			defer b.unhold()
+			list := m.takeUp(ctx, b, &found)
+			if list != nil {
+				mu.Lock()
+				*list = append(*list, b.id)
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	return found, nil
+}
+
+// removeStrays ends the VMs and closes the slots that no record names.
+func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool, found *Recovery) error {
+	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), func(name string) bool { return m.boxes[ID(name)] != nil })
+	if err != nil {
+		return fmt.Errorf("kill stray vms: %w", err)
+	}
+	found.Strays = append(found.Strays, killed...)
+	strays, err := m.cfg.Network.Strays(ctx, func(s network.Slot) bool { return slots[s] })
+	if err != nil {
+		return fmt.Errorf("look for stray networks: %w", err)
+	}
+	for _, s := range strays {
+		if err := m.cfg.Network.Claim(s); err != nil {
+			return fmt.Errorf("claim stray slot %d: %w", s, err)
+		}
+		if !m.closeStray(ctx, s) {
+			m.fenced = append(m.fenced, s)
+			continue
+		}
+		found.Strays = append(found.Strays, fmt.Sprintf("slot %d", s))
+	}
+	entries, err := os.ReadDir(m.cfg.RunDir)
+	if err != nil {
+		return fmt.Errorf("read run directory: %w", err)
+	}
+	for _, e := range entries {
+		if idPattern.MatchString(e.Name()) && m.boxes[ID(e.Name())] == nil {
+			if err := os.RemoveAll(filepath.Join(m.cfg.RunDir, e.Name())); err != nil {
+				return fmt.Errorf("remove stray run directory: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// closeStray frees a claimed slot that no record names. One that cannot be
+// freed stays claimed: fenced off, never handed out, tried again.
+func (m *Manager) closeStray(ctx context.Context, s network.Slot) bool {
+	err := m.cfg.Network.Close(ctx, s)
+	if err == nil {
+		err = m.cfg.Network.Release(s)
+	}
+	if err != nil {
+		m.log.Error("stray network not removed, its slot is fenced off", "slot", s, "err", err)
+	}
+	return err == nil
+}
+
+// takeUp brings one record to a state that is true, and returns the list of
+// found in which its ID belongs. Called with the op lock held.
+func (m *Manager) takeUp(ctx context.Context, b *box, found *Recovery) *[]ID {
+	switch rec := b.record(); rec.State {
+	case Creating:
+		m.release(b, CreateFailed, "the agent stopped while the sandbox was being created")
+		return &found.Freed
+	case Stopping:
+		m.release(b, rec.Reason, rec.Detail)
+		return &found.Freed
+	case Running, Paused:
+		if err := m.reattach(ctx, b, rec); err != nil {
+			m.release(b, Lost, err.Error())
+			return &found.Lost
+		}
+		return &found.Adopted
+	default:
+		return nil
+	}
+}
+
+// reattach adopts the VM of a record and makes it be what the record says: the
+// agent may have died between the VM's change and the record's.
+func (m *Manager) reattach(ctx context.Context, b *box, rec Record) error {
+	if rec.VM == nil {
+		return errors.New("the record names no vm")
+	}
+	ctx, cancel := context.WithTimeout(ctx, adoptTimeout)
+	defer cancel()
+	vm, err := m.cfg.Driver.Attach(ctx, *rec.VM)
+	if err != nil {
+		return fmt.Errorf("attach vm: %w", err)
+	}
+	m.adopt(b, vm)
+	if rec.State == Paused {
+		if err := vm.Pause(ctx); err != nil {
+			return fmt.Errorf("keep vm paused: %w", err)
+		}
+		return nil
+	}
+	if err := vm.Resume(ctx); err != nil {
+		return fmt.Errorf("keep vm running: %w", err)
+	}
+	ctx, cancelBoth := both(ctx, b.alive)
+	defer cancelBoth()
+	if err := b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: rec.Token}); err != nil {
+		return fmt.Errorf("ask guest: %w", err)
+	}
+	return nil
+}
+
+// Shutdown ends the manager: no more creates, those in progress are undone.
+// The VMs are left for the next agent, or, with destroy, ended in parallel.
+// It may be called again; each call returns when all is done or ctx ends.
+func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
+	m.mu.Lock()
+	m.draining = true
+	m.mu.Unlock()
+
+	var wg sync.WaitGroup
+	var mu sync.Mutex
+	var errs []error
+	for _, b := range m.all() {
+		b.mu.Lock()
+		creating := b.rec.State == Creating
+		if creating && b.abort != nil {
+			b.abort(errdefs.Unavailable.Errorf("the host is shutting down"))
+		}
+		b.mu.Unlock()
+		if !creating && !destroy {
+			continue
+		}
+		wg.Go(func() {
+			var err error
+			if destroy {
+				err = m.Destroy(ctx, b.id)
+			} else if err = b.hold(ctx, "awaited"); err == nil {
+				b.unhold()
+			}
+			if err != nil && !errors.Is(err, errdefs.NotFound) {
+				mu.Lock()
+				errs = append(errs, err)
+				mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+	m.end()
+	m.mu.Lock()
+	m.ended = true
+	m.mu.Unlock()
+	ended := make(chan struct{})
+	go func() {
+		m.wg.Wait()
+		close(ended)
+	}()
+	select {
+	case <-ended:
+		m.events.shut()
+		m.lock.release()
+	case <-ctx.Done():
+		errs = append(errs, fmt.Errorf("wait for work in progress: %w", context.Cause(ctx)))
+	}
+	return errors.Join(errs...)
+}
+
+// dirLock keeps a second agent out of a state directory. The kernel drops it
+// with the process, however that ends.
+type dirLock struct {
+	once sync.Once
+	f    *os.File
+}
+
+func lockDir(dir string) (*dirLock, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make state directory: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("lock state directory: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		defer f.Close()
+		holder := make([]byte, 32)
+		n, _ := f.ReadAt(holder, 0)
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, errdefs.Busy.Errorf("another agent (pid %s) uses the state directory %s", strings.TrimSpace(string(holder[:n])), dir)
+		}
+		return nil, fmt.Errorf("lock state directory: %w", err)
+	}
+	if err := f.Truncate(0); err == nil {
+		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock state directory: %w", err)
+	}
+	return &dirLock{f: f}, nil
+}
+
+func (l *dirLock) release() { l.once.Do(func() { l.f.Close() }) }

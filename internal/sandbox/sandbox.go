@@ -1,0 +1,185 @@
+// Package sandbox is the domain of the host agent: the sandboxes of one
+// machine, their records, states and lives.
+//
+// A sandbox is a record: everything that the host does for it can be derived
+// from, and freed by, one small file. Manager is the only writer.
+package sandbox
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// ID names a sandbox for ever: "sb-" and 16 lower-case hexadecimal digits.
+type ID string
+
+var idPattern = regexp.MustCompile(`^sb-[0-9a-f]{16,32}$`)
+
+// ParseID checks an ID that came from outside.
+func ParseID(s string) (ID, error) {
+	switch {
+	case s == "":
+		return "", errdefs.InvalidArgument.Errorf("sandbox_id is empty")
+	case !idPattern.MatchString(s):
+		return "", errdefs.InvalidArgument.Errorf("sandbox_id %.40q is not of the form sb-0123456789abcdef", s)
+	}
+	return ID(s), nil
+}
+
+// State of a sandbox. An operation in progress is not a state.
+type State string
+
+const (
+	Creating   State = "creating"
+	Running    State = "running"
+	Paused     State = "paused"
+	Hibernated State = "hibernated"
+	Stopping   State = "stopping"
+	Stopped    State = "stopped"
+)
+
+// States returns all states, in the order of a sandbox's life.
+func States() []State {
+	return []State{Creating, Running, Paused, Hibernated, Stopping, Stopped}
+}
+
+// moves says which state may follow which.
+var moves = map[State][]State{
+	Creating:   {Running, Stopping},
+	Running:    {Paused, Hibernated, Stopping},
+	Paused:     {Running, Hibernated, Stopping},
+	Hibernated: {Running, Stopping},
+	Stopping:   {Stopped},
+	Stopped:    {},
+}
+
+// Operation is something a caller asks of a sandbox.
+type Operation string
+
+const (
+	OpPause   Operation = "pause"
+	OpResume  Operation = "resume"
+	OpCall    Operation = "exec"
+	OpTimeout Operation = "a timeout"
+	OpDestroy Operation = "destroy"
+)
+
+// allowed says in which states an operation may begin.
+var allowed = map[Operation][]State{
+	OpPause:   {Running},
+	OpResume:  {Paused},
+	OpCall:    {Running},
+	OpTimeout: {Running, Paused, Hibernated},
+	OpDestroy: {Creating, Running, Paused, Hibernated, Stopping, Stopped},
+}
+
+// check says whether op may begin in state, naming the state if not.
+func check(id ID, op Operation, state State) error {
+	if slices.Contains(allowed[op], state) {
+		return nil
+	}
+	var names []string
+	for _, s := range allowed[op] {
+		names = append(names, string(s))
+	}
+	return errdefs.WrongState.Errorf("sandbox %s is %s; %s needs it %s", id, state, op, strings.Join(names, " or "))
+}
+
+// Reason says why a sandbox is stopping or stopped. The set is closed.
+type Reason string
+
+const (
+	Destroyed    Reason = "destroyed"
+	Expired      Reason = "expired"
+	CreateFailed Reason = "create_failed"
+	VMExited     Reason = "vm_exited"
+	Lost         Reason = "lost"
+)
+
+// Record is all that is known of a sandbox, as it is kept on disk.
+type Record struct {
+	Version int    `json:"version"`
+	ID      ID     `json:"id"`
+	State   State  `json:"state"`
+	Reason  Reason `json:"reason,omitempty"`
+	// Detail says more about the reason: the error, the console's last lines.
+	Detail string `json:"detail,omitempty"`
+
+	Template string `json:"template"`
+	VCPUs    int    `json:"vcpus"`
+	MemMiB   int    `json:"memMiB"`
+	DiskMiB  int    `json:"diskMiB"`
+	// Timeout is the inactivity after which the sandbox expires; 0 is never.
+	Timeout time.Duration `json:"timeout"`
+
+	Slot   network.Slot `json:"slot"`
+	HostIP netip.Addr   `json:"hostIP"`
+	// Token is what the guest demands of its callers. Secret.
+	Token string `json:"token"`
+	// VM is set from the start of the VMM until the sandbox is stopped.
+	VM *vmm.Handle `json:"vm,omitempty"`
+
+	CreatedAt time.Time `json:"createdAt"`
+	// StateAt is when State was entered.
+	StateAt time.Time `json:"stateAt"`
+	// LastActiveAt is when the last call or stream ended. On disk it is the
+	// record file's modification time, so that it costs no rewrite.
+	LastActiveAt time.Time `json:"-"`
+}
+
+const recordVersion = 1
+
+// validate says whether a record read from disk can be believed.
+func (r Record) validate() error {
+	if r.Version != recordVersion {
+		return fmt.Errorf("record version %d is not %d", r.Version, recordVersion)
+	}
+	if !idPattern.MatchString(string(r.ID)) {
+		return fmt.Errorf("record id %.40q is malformed", r.ID)
+	}
+	if !slices.Contains(States(), r.State) {
+		return fmt.Errorf("record state %.40q is unknown", r.State)
+	}
+	if r.Slot < 0 || r.Slot > network.MaxSlot {
+		return fmt.Errorf("record slot %d is out of range", r.Slot)
+	}
+	return nil
+}
+
+// Info is a copy of what callers may know of a sandbox.
+type Info struct {
+	ID           ID
+	State        State
+	Reason       Reason
+	Detail       string
+	Template     string
+	VCPUs        int
+	MemMiB       int
+	Timeout      time.Duration
+	HostIP       netip.Addr
+	CreatedAt    time.Time
+	StateAt      time.Time
+	LastActiveAt time.Time
+	// ExpiresAt is zero for a sandbox that does not expire.
+	ExpiresAt time.Time
+}
+
+func (r Record) info() Info {
+	info := Info{
+		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
+		Template: r.Template, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout,
+		HostIP: r.HostIP, CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
+	}
+	if r.Timeout > 0 && r.State == Running {
+		info.ExpiresAt = r.LastActiveAt.Add(r.Timeout)
+	}
+	return info
+}

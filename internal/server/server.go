@@ -1,0 +1,253 @@
+// Package server answers the control plane's RPCs: it decodes, validates, calls
+// the sandbox manager and maps errors.
+package server
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+)
+
+// Bounds of a request.
+const (
+	maxMessageBytes = 4 << 20
+	maxArgs         = 4096
+	// maxArgBytes is Linux's limit of one argument, 32 pages.
+	maxArgBytes     = 128 << 10
+	maxArgsBytes    = 1 << 20
+	maxExecTimeout  = 24 * time.Hour
+	execTimeout     = 30 * time.Second
+	maxOutputBytes  = 8 << 20
+	maxConsoleBytes = 1 << 20
+	consoleBytes    = 64 << 10
+)
+
+// Version says what this agent is.
+type Version struct {
+	Version, VMM, VMMVersion string
+}
+
+type service struct {
+	manager *sandbox.Manager
+	version Version
+}
+
+var _ hostagentv1connect.HostAgentServiceHandler = (*service)(nil)
+
+// New returns the path and the handler of the control plane.
+func New(manager *sandbox.Manager, version Version, log *slog.Logger) (string, http.Handler) {
+	return hostagentv1connect.NewHostAgentServiceHandler(
+		&service{manager, version},
+		connect.WithReadMaxBytes(maxMessageBytes),
+		connect.WithInterceptors(mapErrors{log}),
+		connect.WithRecover(func(_ context.Context, spec connect.Spec, _ http.Header, p any) error {
+			return fmt.Errorf("panic: %v", p)
+		}),
+	)
+}
+
+// Health answers GET /healthz, as long as the agent lives, and GET /readyz,
+// unless it is shutting down and takes no more sandboxes.
+func Health(manager *sandbox.Manager) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if manager.Draining() {
+			http.Error(w, "shutting down", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ready")
+	})
+	return mux
+}
+
+func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostagentv1.CreateSandboxRequest]) (*connect.Response[hostagentv1.CreateSandboxResponse], error) {
+	info, err := s.manager.Create(ctx, sandbox.CreateRequest{
+		Template: req.Msg.Template,
+		VCPUs:    int(req.Msg.Vcpus),
+		MemMiB:   int(req.Msg.MemoryMb),
+		Timeout:  time.Duration(req.Msg.TimeoutSec) * time.Second,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.CreateSandboxResponse{
+		SandboxId: string(info.ID), Status: string(info.State), HostIp: info.HostIP.String(),
+	}), nil
+}
+
+func (s *service) DestroySandbox(ctx context.Context, req *connect.Request[hostagentv1.DestroySandboxRequest]) (*connect.Response[hostagentv1.DestroySandboxResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.DestroySandboxResponse{}), s.manager.Destroy(ctx, id)
+}
+
+func (s *service) PauseSandbox(ctx context.Context, req *connect.Request[hostagentv1.PauseSandboxRequest]) (*connect.Response[hostagentv1.PauseSandboxResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.PauseSandboxResponse{}), s.manager.Pause(ctx, id)
+}
+
+func (s *service) ResumeSandbox(ctx context.Context, req *connect.Request[hostagentv1.ResumeSandboxRequest]) (*connect.Response[hostagentv1.ResumeSandboxResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.ResumeSandboxResponse{}), s.manager.Resume(ctx, id)
+}
+
+func (s *service) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	cmd, err := command(req.Msg)
+	if err != nil {
+		return nil, err
+	}
+	result, err := s.manager.Exec(ctx, id, cmd)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.ExecResponse{
+		Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: int32(result.ExitCode),
+	}), nil
+}
+
+// command checks what is to be executed.
+func command(req *hostagentv1.ExecRequest) (sandbox.Command, error) {
+	timeout := time.Duration(req.TimeoutSec) * time.Second
+	if timeout == 0 {
+		timeout = execTimeout
+	}
+	size := len(req.Cmd)
+	for i, arg := range append([]string{req.Cmd}, req.Args...) {
+		size += len(arg)
+		switch {
+		case strings.ContainsRune(arg, 0):
+			return sandbox.Command{}, errdefs.InvalidArgument.Errorf("argument %d has a NUL byte", i)
+		case len(arg) > maxArgBytes:
+			return sandbox.Command{}, errdefs.InvalidArgument.Errorf("argument %d is %d bytes long, at most %d are possible", i, len(arg), maxArgBytes)
+		}
+	}
+	switch {
+	case req.Cmd == "":
+		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("cmd is empty")
+	case len(req.Args) > maxArgs:
+		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("%d arguments, at most %d are possible", len(req.Args), maxArgs)
+	case size > maxArgsBytes:
+		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("the arguments are %d bytes long, at most %d are possible", size, maxArgsBytes)
+	case timeout < 0 || timeout > maxExecTimeout:
+		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("timeout_sec is %d, must be 0 (the default, %d) to %d", req.TimeoutSec, execTimeout/time.Second, maxExecTimeout/time.Second)
+	}
+	return sandbox.Command{Cmd: req.Cmd, Args: req.Args, Timeout: timeout, MaxOutput: maxOutputBytes}, nil
+}
+
+func (s *service) ListSandboxes(_ context.Context, req *connect.Request[hostagentv1.ListSandboxesRequest]) (*connect.Response[hostagentv1.ListSandboxesResponse], error) {
+	resp := &hostagentv1.ListSandboxesResponse{}
+	for _, info := range s.manager.List(req.Msg.All) {
+		resp.Sandboxes = append(resp.Sandboxes, sandboxInfo(info))
+	}
+	return connect.NewResponse(resp), nil
+}
+
+func sandboxInfo(info sandbox.Info) *hostagentv1.SandboxInfo {
+	pb := &hostagentv1.SandboxInfo{
+		SandboxId: string(info.ID), Status: string(info.State), Template: info.Template,
+		Vcpus: int32(info.VCPUs), MemoryMb: int32(info.MemMiB), HostIp: info.HostIP.String(),
+		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
+		TimeoutSec: int32(info.Timeout / time.Second),
+		Reason:     string(info.Reason), Detail: info.Detail,
+	}
+	if !info.ExpiresAt.IsZero() {
+		pb.ExpiresAtUnix = info.ExpiresAt.Unix()
+	}
+	return pb
+}
+
+func (s *service) GetSandbox(_ context.Context, req *connect.Request[hostagentv1.GetSandboxRequest]) (*connect.Response[hostagentv1.GetSandboxResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	info, err := s.manager.Get(id)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: sandboxInfo(info)}), nil
+}
+
+func (s *service) SetTimeout(ctx context.Context, req *connect.Request[hostagentv1.SetTimeoutRequest]) (*connect.Response[hostagentv1.SetTimeoutResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	info, err := s.manager.SetTimeout(ctx, id, time.Duration(req.Msg.TimeoutSec)*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.SetTimeoutResponse{ExpiresAtUnix: sandboxInfo(info).ExpiresAtUnix}), nil
+}
+
+func (s *service) WatchEvents(ctx context.Context, req *connect.Request[hostagentv1.WatchEventsRequest], stream *connect.ServerStream[hostagentv1.WatchEventsResponse]) error {
+	var only sandbox.ID
+	if req.Msg.SandboxId != "" {
+		id, err := sandbox.ParseID(req.Msg.SandboxId)
+		if err != nil {
+			return err
+		}
+		only = id
+	}
+	// The headers go out at once: the caller knows that it watches.
+	if err := stream.Send(&hostagentv1.WatchEventsResponse{}); err != nil {
+		return err
+	}
+	return s.manager.Events(ctx, req.Msg.After, !req.Msg.NoFollow, func(e sandbox.Event) error {
+		if only != "" && e.ID != only {
+			return nil
+		}
+		return stream.Send(&hostagentv1.WatchEventsResponse{Event: &hostagentv1.Event{
+			Cursor: e.Cursor, TimeUnixMs: e.Time.UnixMilli(), SandboxId: string(e.ID),
+			From: string(e.From), To: string(e.To), Reason: string(e.Reason),
+		}})
+	})
+}
+
+func (s *service) GetConsole(_ context.Context, req *connect.Request[hostagentv1.GetConsoleRequest]) (*connect.Response[hostagentv1.GetConsoleResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	n := int64(req.Msg.TailBytes)
+	switch {
+	case n == 0:
+		n = consoleBytes
+	case n < 0 || n > maxConsoleBytes:
+		return nil, errdefs.InvalidArgument.Errorf("tail_bytes is %d, must be 0 (the default, %d) to %d", n, consoleBytes, maxConsoleBytes)
+	}
+	console, err := s.manager.Console(id, n)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.GetConsoleResponse{Console: console}), nil
+}
+
+func (s *service) GetVersion(context.Context, *connect.Request[hostagentv1.GetVersionRequest]) (*connect.Response[hostagentv1.GetVersionResponse], error) {
+	return connect.NewResponse(&hostagentv1.GetVersionResponse{
+		Version: s.version.Version, Vmm: s.version.VMM, VmmVersion: s.version.VMMVersion,
+	}), nil
+}

@@ -1,0 +1,234 @@
+package template
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+var errLocked = errors.New("locked by another process")
+
+// lock is an flock on a directory's lock file; it ends with the process.
+type lock struct{ f *os.File }
+
+func (l *lock) unlock() { l.f.Close() }
+
+func tryLock(dir string) (*lock, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err != unix.EINTR {
+			break
+		}
+	}
+	if err == nil {
+		return &lock{f}, nil
+	}
+	f.Close()
+	if err == unix.EWOULDBLOCK {
+		return nil, errLocked
+	}
+	return nil, fmt.Errorf("lock %s: %w", dir, err)
+}
+
+// waitLock takes dir's lock, waiting within ctx. onWait, if not nil, is called
+// once when there is something to wait for.
+func waitLock(ctx context.Context, dir string, onWait func()) (*lock, error) {
+	for {
+		l, err := tryLock(dir)
+		if !errors.Is(err, errLocked) {
+			return l, err
+		}
+		if onWait != nil {
+			onWait()
+			onWait = nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for %s: %w", dir, context.Cause(ctx))
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
+// publish makes the complete directory tmp visible as dst, in one step also
+// where dst exists. The manifest v, whose common part is m, is written last:
+// m.Files is filled with every regular file in tmp.
+func publish(tmp, dst, manifestName string, v any, m *manifest) error {
+	m.Format = formatVersion
+	m.Files = map[string]File{}
+	err := filepath.WalkDir(tmp, func(path string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			err = errors.Join(os.Chmod(path, 0o755), flush(path))
+		}
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		// Published is immutable. Whoever may enter the state directory,
+		// such as a VMM under its own user, may read it.
+		if err := os.Chmod(path, 0o444); err != nil {
+			return err
+		}
+		f, err := hashFile(path)
+		if err != nil {
+			return err
+		}
+		// On disk before the manifest vouches for it.
+		if err := flush(path); err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(tmp, path)
+		m.Files[rel] = f
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+	}
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+	}
+	if err := writeSynced(filepath.Join(tmp, manifestName), append(b, '\n')); err != nil {
+		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+	}
+	if err := flush(tmp); err != nil {
+		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+	}
+	err = unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dst, unix.RENAME_NOREPLACE)
+	if err == unix.EEXIST {
+		err = unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dst, unix.RENAME_EXCHANGE)
+	}
+	if err != nil {
+		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+	}
+	return flush(filepath.Dir(dst))
+}
+
+// removeGarbage removes everything in dir whose name begins with a dot.
+func removeGarbage(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), ".") {
+			errs = append(errs, removeTree(filepath.Join(dir, e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeTree removes path and everything below. What is mounted below is
+// unmounted first, and if that is refused nothing is removed: a bind mount
+// left there leads into the host.
+func removeTree(path string) error {
+	points, err := mountPointsBelow(path)
+	if err != nil {
+		return fmt.Errorf("remove %s: %w", path, err)
+	}
+	for i := len(points) - 1; i >= 0; i-- {
+		if err := unix.Unmount(points[i], unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+			return fmt.Errorf("unmount %s: %w", points[i], err)
+		}
+	}
+	return os.RemoveAll(path)
+}
+
+// mountPointsBelow lists the mount points at or below path, in mount order.
+func mountPointsBelow(path string) ([]string, error) {
+	path, err := filepath.EvalSymlinks(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, err
+	}
+	var points []string
+	sc := bufio.NewScanner(bytes.NewReader(b))
+	for sc.Scan() {
+		fields := strings.Fields(sc.Text())
+		if len(fields) < 5 {
+			continue
+		}
+		if p := unescapeMount(fields[4]); p == path || strings.HasPrefix(p, path+"/") {
+			points = append(points, p)
+		}
+	}
+	return points, sc.Err()
+}
+
+// unescapeMount undoes the kernel's octal escapes (\040 for a space).
+func unescapeMount(s string) string {
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
+
+func hashFile(path string) (File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return File{}, err
+	}
+	defer f.Close()
+	h := sha256.New()
+	n, err := io.Copy(h, f)
+	if err != nil {
+		return File{}, fmt.Errorf("hash %s: %w", path, err)
+	}
+	return File{Size: n, SHA256: hex.EncodeToString(h.Sum(nil))}, nil
+}
+
+func writeSynced(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(b); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// flush brings a file or directory to the disk.
+func flush(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
+}

@@ -173,7 +173,7 @@ func spin(what string) (stop func()) {
 
 func newCreate(c *client) *cobra.Command {
 	var s size
-	var quiet, asJSON bool
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "create",
 		Short: "Create a sandbox and print its id",
@@ -194,7 +194,6 @@ until 'wrenn rm', or until its --timeout has passed without activity.`,
 		},
 	}
 	s.flags(cmd)
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the id alone (which is the default)")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
 }

@@ -261,6 +261,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	version := server.Version{Version: buildVersion(), VMM: driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")"}
 	mux := http.NewServeMux()
 	mux.Handle(server.New(manager, version, log))
+	mux.Handle("/", server.Health(manager))
 	srv := &http.Server{
 		Handler:           gateway.New(manager, mux, log),
 		ReadHeaderTimeout: 10 * time.Second,

@@ -124,7 +124,8 @@ func (b *booter) root(p BootParams) error {
 	if err := os.MkdirAll(work, 0o755); err != nil {
 		return err
 	}
-	layers := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", base, upper, work)
+	// Without redirects a directory of the base cannot be renamed.
+	layers := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,redirect_dir=on", base, upper, work)
 	if err := (mount{"overlay", root, "overlay", unix.MS_NOATIME, layers}).do(); err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -20,6 +21,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"git.omukk.dev/wrenn/sandbox/api/filesystem/filesystemconnect"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
 )
 
@@ -55,6 +57,8 @@ type Server struct {
 	addr      netip.Addr
 	processes *processes
 	accounts  accounts
+	watchers  watchers
+	meter     meter
 	handler   http.Handler
 
 	// initMu serialises initialisations.
@@ -87,12 +91,20 @@ func New(c Config) *Server {
 			ownEnv: map[string]string{"E2B_SANDBOX": "true"},
 		},
 	}
-	options := connect.WithReadMaxBytes(maxMessage)
+	// Answers are not compressed: a guest's CPU is dearer than the way to its
+	// host.
+	options := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxMessage), connect.WithCompressMinBytes(math.MaxInt))
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", s.health)
 	mux.HandleFunc("POST /init", s.init)
+	mux.HandleFunc("GET /metrics", s.metrics)
+	mux.HandleFunc("GET /envs", s.envs)
+	mux.HandleFunc("GET /files", s.download)
+	mux.HandleFunc("POST /files", s.upload)
+	mux.HandleFunc("POST /files/compose", s.compose)
 	mux.Handle(processconnect.NewProcessHandler(processService{s}, options))
-	s.handler = s.guard(mux)
+	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystemService{s}, options))
+	s.handler = cors(s.guard(mux))
 	return s
 }
 
@@ -126,9 +138,12 @@ func (s *Server) ReapOrphans(ctx context.Context) {
 	s.processes.children.reapOrphans(ctx, s.log, swept)
 }
 
-// Close kills the processes that the server has started and returns when they
-// are gone.
-func (s *Server) Close() { s.processes.close() }
+// Close kills the processes that the server has started, ends its watches and
+// returns when they are gone.
+func (s *Server) Close() {
+	s.watchers.close()
+	s.processes.close()
+}
 
 func (s *Server) health(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")

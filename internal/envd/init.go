@@ -15,6 +15,13 @@ import (
 )
 
 const (
+	// Protocol is the version of what host and guest agree on beside E2B's
+	// protocol; the host refuses a guest whose version it does not know.
+	Protocol       = "1"
+	protocolHeader = "Wrenn-Guest-Protocol"
+	// e2bVersion is the version of E2B's daemon whose protocol this is.
+	e2bVersion = "0.6.4"
+
 	maxInit = 1 << 20
 	// maxEntropy bounds what one initialisation can credit.
 	maxEntropy = 4096
@@ -31,6 +38,7 @@ type initRequest struct {
 	Timestamp      *time.Time        `json:"timestamp"`
 	DefaultUser    string            `json:"defaultUser"`
 	DefaultWorkdir string            `json:"defaultWorkdir"`
+	CABundle       string            `json:"caBundle"`
 
 	Hostname  string `json:"hostname"`
 	SandboxID string `json:"sandboxId"`
@@ -64,6 +72,8 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("X-Envd-Version", e2bVersion)
+	w.Header().Set(protocolHeader, Protocol)
 	if req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
 		// A late copy of a request: newer data is in place.
 		w.WriteHeader(http.StatusNoContent)
@@ -93,6 +103,11 @@ func (req initRequest) check(a accounts) error {
 	}
 	if req.Hostname != "" && !validHostname(req.Hostname) {
 		return fmt.Errorf("invalid host name %q", req.Hostname)
+	}
+	if req.CABundle != "" {
+		if err := checkCA([]byte(req.CABundle)); err != nil {
+			return err
+		}
 	}
 	if len(req.Entropy) > maxEntropy {
 		return fmt.Errorf("more than %d bytes of entropy", maxEntropy)
@@ -132,7 +147,7 @@ func (req initRequest) merge(old initState) initState {
 	return state
 }
 
-// applyToMachine sets clock, entropy and name.
+// applyToMachine sets clock, entropy, name and certificates.
 func (req initRequest) applyToMachine(s *Server) error {
 	if req.Timestamp != nil {
 		if err := setClock(*req.Timestamp); err != nil {
@@ -141,6 +156,11 @@ func (req initRequest) applyToMachine(s *Server) error {
 	}
 	if len(req.Entropy) > 0 {
 		if err := addEntropy(req.Entropy); err != nil {
+			return err
+		}
+	}
+	if req.CABundle != "" {
+		if err := installCA("", []byte(req.CABundle)); err != nil {
 			return err
 		}
 	}

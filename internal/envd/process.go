@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
-	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
 	processv1 "git.omukk.dev/wrenn/sandbox/api/process"
@@ -413,7 +412,7 @@ func (p *process) resize(size *processv1.PTY_Size) error {
 	if !p.hasPTY {
 		return errors.New("the process has no terminal")
 	}
-	return cause(pty.Setsize(p.input, winsize(size)))
+	return cause(setSize(p.input, size))
 }
 
 // stdio holds both ends of a new process's standard streams.
@@ -434,7 +433,7 @@ func (p *process) openFiles(c command) (_ *stdio, err error) {
 		}
 	}()
 	if c.size != nil {
-		master, slave, err := pty.Open()
+		master, slave, err := openPTY()
 		if err != nil {
 			return nil, err
 		}
@@ -443,7 +442,7 @@ func (p *process) openFiles(c command) (_ *stdio, err error) {
 		p.input, p.hasPTY = master, true
 		// The terminal is its user's, as login would have it.
 		_ = slave.Chown(int(c.as.uid), -1)
-		return s, pty.Setsize(master, winsize(c.size))
+		return s, setSize(master, c.size)
 	}
 	if c.stdin {
 		theirs, ours, err := os.Pipe()
@@ -655,10 +654,6 @@ func credential(as account) *syscall.Credential {
 		return nil
 	}
 	return &syscall.Credential{Uid: as.uid, Gid: as.gid, Groups: as.groups}
-}
-
-func winsize(size *processv1.PTY_Size) *pty.Winsize {
-	return &pty.Winsize{Cols: uint16(min(size.GetCols(), 1<<16-1)), Rows: uint16(min(size.GetRows(), 1<<16-1))}
 }
 
 // cause strips what os adds to a system call's error: names of pipes that

@@ -271,7 +271,7 @@ func (p *process) feed(input *processv1.ProcessInput) error {
 }
 
 func (s processService) CloseStdin(_ context.Context, req *connect.Request[processv1.CloseStdinRequest]) (*connect.Response[processv1.CloseStdinResponse], error) {
-	p, err := s.running(req.Msg.GetProcess())
+	p, err := s.processes.find(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
 	}

@@ -26,6 +26,11 @@ const Port = 49983
 const (
 	tokenHeader = "X-Access-Token"
 
+	// protocol is the version of envd's protocol that this package speaks. A
+	// guest restored from an old snapshot may speak another.
+	protocol       = "1"
+	protocolHeader = "Wrenn-Guest-Protocol"
+
 	// A guest that boots does not answer at all: attempts that wait for the
 	// kernel to send its packets again would miss the moment it does.
 	probeDial    = 40 * time.Millisecond
@@ -61,7 +66,7 @@ func New(addr netip.AddrPort, token string) *Client {
 		transport: transport,
 		http:      &http.Client{Transport: withToken{transport, token}},
 	}
-	c.process = processconnect.NewProcessClient(c.http, c.base)
+	c.process = processconnect.NewProcessClient(c.http, c.base, connect.WithAcceptCompression("gzip", nil, nil))
 	return c
 }
 
@@ -152,7 +157,8 @@ type Init struct {
 
 // Init initialises the guest. It may be repeated; an older Time than that of
 // the last call changes nothing. A guest that knows another token answers
-// errdefs.Unauthenticated, one that does not answer is errdefs.Unavailable.
+// errdefs.Unauthenticated, one that does not answer is errdefs.Unavailable, one
+// of another protocol version errdefs.Unsupported.
 func (c *Client) Init(ctx context.Context, in Init) error {
 	ctx, cancel := context.WithTimeout(ctx, initTimeout)
 	defer cancel()
@@ -180,6 +186,9 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 512))
 	switch reason := strings.TrimSpace(string(text)); resp.StatusCode {
 	case http.StatusNoContent:
+		if version := resp.Header.Get(protocolHeader); version != protocol {
+			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q", version, protocol)
+		}
 		return nil
 	case http.StatusUnauthorized:
 		return errdefs.Unauthenticated.Errorf("initialise the guest: %s", reason)

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"testing"
 	"time"
@@ -103,4 +104,19 @@ func TestInit(t *testing.T) {
 	}
 	_, _ = io.Copy(io.Discard, resp.Body)
 	resp.Body.Close()
+}
+
+func TestInitRefusesAnotherProtocol(t *testing.T) {
+	for _, version := range []string{"", "0", "2"} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Wrenn-Guest-Protocol", version)
+			w.WriteHeader(http.StatusNoContent)
+		}))
+		c := guest.New(netip.MustParseAddrPort(server.Listener.Addr().String()), "")
+		if err := c.Init(t.Context(), guest.Init{}); errdefs.ClassOf(err) != errdefs.Unsupported {
+			t.Errorf("version %q: %v, want unsupported", version, err)
+		}
+		c.Close()
+		server.Close()
+	}
 }

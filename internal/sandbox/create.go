@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -96,7 +97,11 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 		if errors.Is(err, errDestroyed) {
 			reason = Destroyed
 		}
-		m.release(b, reason, err.Error())
+		detail := err.Error()
+		if errors.Is(err, context.Canceled) {
+			detail = "the caller left while the sandbox was being created"
+		}
+		m.release(b, reason, detail)
 		return Info{}, fmt.Errorf("create sandbox %s: %w", b.id, err)
 	}
 	return b.info(), nil
@@ -218,16 +223,18 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template) erro
 // directory. The first two are independent.
 func (m *Manager) prepare(ctx context.Context, b *box) error {
 	rec := b.record()
-	opened := make(chan error, 1)
-	go func() { opened <- m.cfg.Network.Open(ctx, rec.Slot) }()
-	err := m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), rec.DiskMiB)
-	if err != nil {
-		err = fmt.Errorf("make overlay: %w", err)
+	var opened error
+	var wg sync.WaitGroup
+	wg.Go(func() { opened = m.cfg.Network.Open(ctx, rec.Slot) })
+	made := m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), rec.DiskMiB)
+	wg.Wait()
+	if made != nil {
+		made = fmt.Errorf("make overlay: %w", made)
 	}
-	if nerr := <-opened; nerr != nil {
-		err = errors.Join(err, fmt.Errorf("open network: %w", nerr))
+	if opened != nil {
+		opened = fmt.Errorf("open network: %w", opened)
 	}
-	if err != nil {
+	if err := errors.Join(made, opened); err != nil {
 		return err
 	}
 	dir := m.runDir(b.id)

@@ -86,6 +86,9 @@ type Config struct {
 	KeepPaused time.Duration
 
 	Log *slog.Logger
+
+	// storeHook is tests': see store.hook.
+	storeHook func(step string) error
 }
 
 // Manager owns the sandboxes of a host. It is safe for concurrent use; values
@@ -105,6 +108,9 @@ type Manager struct {
 	life context.Context
 	end  context.CancelFunc
 	wg   sync.WaitGroup
+
+	// fenced are slots of nobody's that could not be freed. The janitor's.
+	fenced []network.Slot
 
 	mu       sync.Mutex
 	boxes    map[ID]*box
@@ -305,6 +311,13 @@ func (m *Manager) List(stopped bool) []Info {
 		return strings.Compare(string(a.ID), string(b.ID))
 	})
 	return infos
+}
+
+// Draining says whether the manager has begun to shut down.
+func (m *Manager) Draining() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.draining
 }
 
 // Console returns at most n bytes from the end of the guest's console.

@@ -31,16 +31,18 @@ type rig struct {
 	tmpl    *fakeTemplates
 	host    *vmmtest.Host
 	driver  *vmmtest.Fake
-	guests  *faults
+	faults  *faults
 	exec    func(context.Context, guest.Command) (guest.Result, error)
 	open    atomic.Int64 // guests not closed
 	found   Recovery
+	dead    []*Manager
 	changed func(*Config)
 }
 
 func newRig(t *testing.T, change ...func(*Config)) *rig {
 	t.Helper()
-	r := &rig{t: t, dir: t.TempDir(), net: newFakeNetwork(), tmpl: &fakeTemplates{}, host: vmmtest.NewHost(), guests: &faults{}}
+	f := newFaults()
+	r := &rig{t: t, dir: t.TempDir(), faults: f, net: newFakeNetwork(f), tmpl: &fakeTemplates{f}, host: vmmtest.NewHost()}
 	if len(change) > 0 {
 		r.changed = change[0]
 	}
@@ -53,29 +55,43 @@ func (r *rig) start() {
 	r.t.Helper()
 	r.driver = vmmtest.NewFake(r.host)
 	r.driver.Lenient = true
-	m, found, err := Open(r.t.Context(), r.config())
-	if err != nil {
+	if err := r.tryStart(r.t.Context()); err != nil {
 		r.t.Fatalf("open: %v", err)
+	}
+}
+
+func (r *rig) tryStart(ctx context.Context) error {
+	m, found, err := Open(ctx, r.config())
+	if err != nil {
+		return err
 	}
 	r.Manager, r.found = m, found
 	r.t.Cleanup(func() {
+		if slices.Contains(r.dead, m) {
+			return
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
 		if err := m.Shutdown(ctx, false); err != nil {
 			r.t.Errorf("shutdown: %v", err)
 		}
 	})
+	return nil
 }
 
 func (r *rig) config() Config {
+	f := r.faults // of this agent, not of the next
 	cfg := Config{
 		StateDir: filepath.Join(r.dir, "state"), RunDir: filepath.Join(r.dir, "run"),
-		Driver: r.driver, Network: r.net, Templates: r.tmpl,
+		Driver: hookedDriver{r.driver, r.faults}, Network: r.net, Templates: r.tmpl,
 		Guests: func(netip.Addr, string) Guest {
 			r.open.Add(1)
-			return fakeGuest{r.guests, &r.open, r.exec}
+			return fakeGuest{f, &r.open, r.exec}
 		},
-		KillStrays: func(_ context.Context, _, _ string, keep func(string) bool) ([]string, error) {
+		KillStrays: func(ctx context.Context, _, _ string, keep func(string) bool) ([]string, error) {
+			if err := f.called(ctx, "kill strays"); err != nil {
+				return nil, err
+			}
 			var killed []string
 			for _, id := range r.host.Live() {
 				if !keep(id) {
@@ -87,7 +103,8 @@ func (r *rig) config() Config {
 		},
 		Capacity:   Capacity{Resources: Resources{Sandboxes: 10_000, VCPUs: 10_000, MemMiB: 1 << 30, DiskMiB: 1 << 30}, Starts: 50, StartQueue: time.Minute},
 		OverlayMiB: 64, BootTimeout: time.Minute, KeepStopped: time.Hour,
-		Log: slog.New(slog.NewTextHandler(testLog{r.t}, nil)),
+		storeHook: func(step string) error { return f.called(context.Background(), "record "+step) },
+		Log:       slog.New(slog.NewTextHandler(testLog{r.t}, nil)),
 	}
 	if r.changed != nil {
 		r.changed(&cfg)
@@ -97,14 +114,19 @@ func (r *rig) config() Config {
 
 // die ends the agent as kill -9 would: nothing of it acts any more.
 func (r *rig) die() {
-	r.end()
-	r.lock.release()
-	r.mu.Lock()
-	r.ended = true
-	r.mu.Unlock()
-	r.wg.Wait()
-	r.net = r.net.restart()
-	r.guests = &faults{}
+	r.faults.die()
+	if r.Manager == nil { // killed while it started: the kernel drops its lock
+		os.Remove(filepath.Join(r.dir, "state", "lock"))
+	} else {
+		r.dead = append(r.dead, r.Manager)
+		r.end()
+		r.lock.release()
+		r.mu.Lock()
+		r.ended = true
+		r.mu.Unlock()
+	}
+	r.faults = newFaults()
+	r.net, r.tmpl = r.net.restart(r.faults), &fakeTemplates{r.faults}
 	r.open.Store(0)
 }
 
@@ -321,27 +343,12 @@ func TestRecordIsOnDiskBeforeGetShowsIt(t *testing.T) {
 // createSteps are the calls below the manager that a create makes.
 var createSteps = []string{"network.acquire", "overlay", "network.open", "start", "guest.ready", "guest.init"}
 
-// inject lets a step of a create misbehave.
-func (r *rig) inject(step string, hook func(context.Context) error) {
-	switch step {
-	case "network.acquire", "network.open", "network.close":
-		r.net.on(step, hook)
-	case "overlay":
-		r.tmpl.on(step, hook)
-	case "guest.ready", "guest.init", "guest.exec":
-		r.guests.on(step, hook)
-	}
-}
-
 func TestCreateFailsAtEachStep(t *testing.T) {
 	boom := errors.New("boom")
 	for _, step := range createSteps {
 		t.Run(step, func(t *testing.T) {
 			r := newRig(t)
-			r.inject(step, func(context.Context) error { return boom })
-			if step == "start" {
-				r.driver.Inject(vmmtest.OpStart, 1, vmmtest.Fault{Err: boom})
-			}
+			r.faults.on(step, func(context.Context) error { return boom })
 			if _, err := r.Create(t.Context(), CreateRequest{}); !errors.Is(err, boom) {
 				t.Errorf("create: %v, want boom", err)
 			}
@@ -360,15 +367,7 @@ func TestCreateCancelledAtEachStep(t *testing.T) {
 		t.Run(step, func(t *testing.T) {
 			r := newRig(t)
 			ctx, cancel := context.WithCancel(t.Context())
-			hook := func(ctx context.Context) error { cancel(); return hang(ctx) }
-			r.inject(step, hook)
-			if step == "start" {
-				r.driver.Inject(vmmtest.OpStart, 1, vmmtest.Fault{Hang: true})
-				go func() {
-					eventually(t, "start hangs", func() bool { return r.driver.Hanging() > 0 })
-					cancel()
-				}()
-			}
+			r.faults.on(step, func(ctx context.Context) error { cancel(); return hang(ctx) })
 			start := time.Now()
 			_, err := r.Create(ctx, CreateRequest{})
 			if !errors.Is(err, context.Canceled) {
@@ -386,10 +385,7 @@ func TestDestroyDuringCreateAtEachStep(t *testing.T) {
 	for _, step := range createSteps[1:] { // before, there is nothing to destroy
 		t.Run(step, func(t *testing.T) {
 			r := newRig(t)
-			r.inject(step, hang)
-			if step == "start" {
-				r.driver.Inject(vmmtest.OpStart, 1, vmmtest.Fault{Hang: true})
-			}
+			r.faults.on(step, hang)
 			created := make(chan error, 1)
 			go func() {
 				_, err := r.Create(t.Context(), CreateRequest{})
@@ -436,7 +432,7 @@ func TestManyDestroysFreeOnce(t *testing.T) {
 func TestGetAndListDoNotWaitForAStuckCreate(t *testing.T) {
 	r := newRig(t)
 	ready := r.create()
-	r.guests.on("guest.ready", hang)
+	r.faults.on("guest.ready", hang)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); r.Create(ctx, CreateRequest{}) }()
@@ -482,7 +478,7 @@ func TestFailedResumeLeavesItPaused(t *testing.T) {
 	if err := r.Pause(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
-	r.guests.on("guest.init", func(context.Context) error { return errors.New("boom") })
+	r.faults.on("guest.init", func(context.Context) error { return errors.New("boom") })
 	if err := r.Resume(t.Context(), id); err == nil {
 		t.Error("resume succeeded")
 	}
@@ -490,7 +486,7 @@ func TestFailedResumeLeavesItPaused(t *testing.T) {
 	if !r.host.Paused(string(id)) {
 		t.Error("the VM runs")
 	}
-	r.guests.on("guest.init", nil)
+	r.faults.on("guest.init", nil)
 	if err := r.Resume(t.Context(), id); err != nil {
 		t.Errorf("second resume: %v", err)
 	}
@@ -554,7 +550,7 @@ func TestVMDeath(t *testing.T) {
 		_, err := r.Exec(context.Background(), id, Command{Cmd: "sleep"})
 		result <- err
 	}()
-	eventually(t, "exec runs", func() bool { return r.guests.count("guest.exec") == 1 })
+	eventually(t, "exec runs", func() bool { return r.faults.count("guest.exec") == 1 })
 	if err := os.WriteFile(r.store.console(id), []byte("hello\nKernel panic - not syncing\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -579,7 +575,7 @@ func TestVMDeath(t *testing.T) {
 
 func TestVMDeathWhileBooting(t *testing.T) {
 	r := newRig(t)
-	r.guests.on("guest.ready", func(ctx context.Context) error {
+	r.faults.on("guest.ready", func(ctx context.Context) error {
 		r.host.Die(r.host.Live()[0])
 		return hang(ctx)
 	})
@@ -726,7 +722,7 @@ func TestStartsWaitTheirTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, func(c *Config) { c.Capacity.Starts = 1; c.Capacity.StartQueue = 5 * time.Second })
 		ctx, cancel := context.WithCancel(t.Context())
-		r.guests.on("guest.ready", hang)
+		r.faults.on("guest.ready", hang)
 		done := make(chan struct{})
 		go func() { defer close(done); r.Create(ctx, CreateRequest{}) }()
 		synctest.Wait()
@@ -785,7 +781,7 @@ func TestListIsSorted(t *testing.T) {
 func TestShutdown(t *testing.T) {
 	r := newRig(t)
 	id := r.create()
-	r.guests.on("guest.ready", hang)
+	r.faults.on("guest.ready", hang)
 	created := make(chan error, 1)
 	go func() {
 		_, err := r.Create(context.Background(), CreateRequest{})
@@ -883,7 +879,7 @@ func TestRestartFreesTheHalfMadeAndTheStray(t *testing.T) {
 		t.Fatal(err)
 	}
 	rec.State, rec.VM = Creating, nil
-	if err := r.store.save(rec); err != nil {
+	if err := (store{dir: r.store.dir}).save(rec); err != nil {
 		t.Fatal(err)
 	}
 	r.start()

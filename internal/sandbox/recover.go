@@ -69,6 +69,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 	if m.store, err = openStore(filepath.Join(m.cfg.StateDir, "sandboxes")); err != nil {
 		return found, err
 	}
+	m.store.hook = m.cfg.storeHook
 	if m.cfg.Capacity.DiskMiB == 0 {
 		m.cfg.Capacity.DiskMiB = diskOvercommit * m.store.freeMiB()
 	}
@@ -141,13 +142,9 @@ func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool,
 		if err := m.cfg.Network.Claim(s); err != nil {
 			return fmt.Errorf("claim stray slot %d: %w", s, err)
 		}
-		if err := m.cfg.Network.Close(ctx, s); err != nil {
-			// It stays claimed: fenced off, never handed out.
-			m.log.Error("stray network not removed", "slot", s, "err", err)
+		if !m.closeStray(ctx, s) {
+			m.fenced = append(m.fenced, s)
 			continue
-		}
-		if err := m.cfg.Network.Release(s); err != nil {
-			return fmt.Errorf("release stray slot %d: %w", s, err)
 		}
 		found.Strays = append(found.Strays, fmt.Sprintf("slot %d", s))
 	}
@@ -163,6 +160,19 @@ func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool,
 		}
 	}
 	return nil
+}
+
+// closeStray frees a claimed slot that no record names. One that cannot be
+// freed stays claimed: fenced off, never handed out, tried again.
+func (m *Manager) closeStray(ctx context.Context, s network.Slot) bool {
+	err := m.cfg.Network.Close(ctx, s)
+	if err == nil {
+		err = m.cfg.Network.Release(s)
+	}
+	if err != nil {
+		m.log.Error("stray network not removed, its slot is fenced off", "slot", s, "err", err)
+	}
+	return err == nil
 }
 
 // takeUp brings one record to a state that is true, and returns the list of

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
 )
 
 const (
@@ -68,8 +70,12 @@ func (m *Manager) release(b *box, reason Reason, detail string) error {
 		}
 	}
 	b.kill(errdefs.Unavailable.Errorf("sandbox %s is gone: %s", b.id, reason))
-	if b.guest != nil {
-		b.guest.Close()
+	b.mu.Lock()
+	guest := b.guest
+	b.guest = nil
+	b.mu.Unlock()
+	if guest != nil {
+		guest.Close()
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), releaseTimeout)
 	defer cancel()
@@ -146,10 +152,16 @@ const sweepEvery = time.Second
 func (m *Manager) janitor() {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
+	fences := time.NewTicker(retryMost)
+	defer fences.Stop()
 	for {
 		select {
 		case <-tick.C:
 			m.sweep(time.Now())
+		case <-fences.C:
+			ctx, cancel := context.WithTimeout(m.life, releaseTimeout)
+			m.fenced = slices.DeleteFunc(m.fenced, func(s network.Slot) bool { return m.closeStray(ctx, s) })
+			cancel()
 		case <-m.life.Done():
 			return
 		}

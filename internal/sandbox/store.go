@@ -18,13 +18,24 @@ import (
 
 // store keeps the records: one directory per sandbox with its record, overlay
 // and console. Names with a leading dot are garbage.
-type store struct{ dir string }
+type store struct {
+	dir string
+	// hook is called before and after each change on disk; tests let it fail.
+	hook func(step string) error
+}
+
+func (s store) at(step string) error {
+	if s.hook == nil {
+		return nil
+	}
+	return s.hook(step)
+}
 
 func openStore(dir string) (store, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return store{}, fmt.Errorf("make sandbox directory: %w", err)
 	}
-	return store{dir}, nil
+	return store{dir: dir}, nil
 }
 
 func (s store) path(id ID, elem ...string) string {
@@ -37,13 +48,21 @@ func (s store) record(id ID) string  { return s.path(id, "record.json") }
 
 // reserve makes the directory of a new sandbox; fs.ErrExist says that the ID
 // is taken.
-func (s store) reserve(id ID) error { return os.Mkdir(s.path(id), 0o700) }
+func (s store) reserve(id ID) error {
+	if err := s.at("reserve"); err != nil {
+		return err
+	}
+	return os.Mkdir(s.path(id), 0o700)
+}
 
 // save replaces the record atomically and durably.
 func (s store) save(r Record) error {
 	data, err := json.MarshalIndent(r, "", "  ")
+	if err == nil {
+		err = s.at("save " + string(r.State))
+	}
 	if err != nil {
-		return fmt.Errorf("encode record: %w", err)
+		return fmt.Errorf("write record: %w", err)
 	}
 	f, err := os.CreateTemp(s.path(r.ID), ".record-*")
 	if err != nil {
@@ -60,6 +79,9 @@ func (s store) save(r Record) error {
 	}
 	if err == nil {
 		err = syncDir(s.path(r.ID))
+	}
+	if err == nil {
+		err = s.at("saved " + string(r.State))
 	}
 	if err != nil {
 		return fmt.Errorf("write record: %w", err)
@@ -167,6 +189,9 @@ func (s store) freeMiB() int {
 // forget removes all of a sandbox's files. The rename comes first, so that a
 // crash in between leaves garbage and no half record.
 func (s store) forget(id ID) error {
+	if err := s.at("forget"); err != nil {
+		return err
+	}
 	garbage := filepath.Join(s.dir, "."+string(id))
 	if err := os.Rename(s.path(id), garbage); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("forget record: %w", err)

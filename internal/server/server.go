@@ -56,6 +56,21 @@ func New(manager *sandbox.Manager, version Version, log *slog.Logger) (string, h
 	)
 }
 
+// Health answers GET /healthz, as long as the agent lives, and GET /readyz,
+// unless it is shutting down and takes no more sandboxes.
+func Health(manager *sandbox.Manager) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if manager.Draining() {
+			http.Error(w, "shutting down", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ready")
+	})
+	return mux
+}
+
 func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostagentv1.CreateSandboxRequest]) (*connect.Response[hostagentv1.CreateSandboxResponse], error) {
 	info, err := s.manager.Create(ctx, sandbox.CreateRequest{
 		Template: req.Msg.Template,

@@ -20,16 +20,15 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
-// command is a tool that setup runs. It dies with this process and with ctx,
-// children included.
+// command is a tool that setup runs. It dies with this process and with ctx.
+// As root it runs in mount and process namespaces of its own, so that all that
+// it started ends with it, even when we are killed, and nobody else sees what
+// it mounts.
 type command struct {
 	name string
 	args []string
 	dir  string
 	env  []string // added to a plain environment
-	// isolated puts it into mount and process namespaces of its own: what it
-	// mounts is seen by nobody else, and all that it started ends with it.
-	isolated bool
 	// onLine gets each line of output; called from one goroutine at a time.
 	onLine func(line string)
 	// onStatus gets each line written to file descriptor 3.
@@ -58,7 +57,7 @@ func (c command) output(ctx context.Context) (string, error) {
 	}
 	cmd.Stderr = out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if c.isolated {
+	if os.Geteuid() == 0 {
 		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWPID
 		cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS // Go makes it private, too
 	}
@@ -67,7 +66,7 @@ func (c command) output(ctx context.Context) (string, error) {
 	cmd.WaitDelay = 5 * time.Second
 
 	statusDone := make(chan struct{})
-	var statusWrite *os.File
+	var statusRead, statusWrite *os.File
 	if c.onStatus != nil {
 		r, w, err := os.Pipe()
 		if err != nil {
@@ -75,7 +74,7 @@ func (c command) output(ctx context.Context) (string, error) {
 		}
 		defer r.Close()
 		cmd.ExtraFiles = []*os.File{w}
-		statusWrite = w
+		statusRead, statusWrite = r, w
 		go func() {
 			defer close(statusDone)
 			for sc := bufio.NewScanner(r); sc.Scan(); {
@@ -97,8 +96,10 @@ func (c command) output(ctx context.Context) (string, error) {
 	if err == nil {
 		err = cmd.Wait()
 	}
-	if err != nil && cmd.Process != nil && !c.isolated {
-		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // stragglers that hold the status pipe
+	if statusRead != nil {
+		// What it wrote last is read; a grandchild that keeps the pipe is not
+		// waited for.
+		statusRead.SetReadDeadline(time.Now().Add(time.Second))
 	}
 	<-statusDone
 	out.flush()

@@ -27,11 +27,12 @@ import (
 
 // fakeVmlinux begins like a kernel and compresses a little.
 func fakeVmlinux(size int) []byte {
-	b := make([]byte, size)
+	block := make([]byte, 4096)
 	rnd := rand.New(rand.NewPCG(1, 2))
-	for i := range b {
-		b[i] = byte(rnd.IntN(16))
+	for i := range block {
+		block[i] = byte(rnd.IntN(16))
 	}
+	b := bytes.Repeat(block, size/len(block))
 	copy(b, elfMagic)
 	return b
 }

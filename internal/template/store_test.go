@@ -315,32 +315,27 @@ func TestCommand(t *testing.T) {
 }
 
 // A cancelled command takes its children with it, also those that left its
-// process group when it is isolated.
+// session.
 func TestCommandDiesWithItsChildren(t *testing.T) {
-	for _, isolated := range []bool{false, true} {
-		if isolated {
-			testenv.Root(t)
-		}
-		ctx, cancel := context.WithCancel(context.Background())
-		script := "sleep 1000 & echo up; wait"
-		if isolated {
-			script = "setsid sleep 1000 & echo up; wait"
-		}
-		// The child holds a FIFO open: it reads as ended when all are gone.
-		fifo := filepath.Join(t.TempDir(), "fifo")
-		if err := syscall.Mkfifo(fifo, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		read := make(chan error, 1)
-		go func() { _, err := os.ReadFile(fifo); read <- err }()
-		err := command{name: "sh", args: []string{"-c", "exec 5>" + fifo + "; " + script}, isolated: isolated,
-			onLine: func(string) { cancel() }}.run(ctx)
-		if !errors.Is(err, context.Canceled) {
-			t.Errorf("isolated %v: run = %v", isolated, err)
-		}
-		if err := <-read; err != nil {
-			t.Error(err)
-		}
-		cancel()
+	testenv.Root(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	// The child holds a FIFO open: it reads as ended when all are gone.
+	fifo := filepath.Join(t.TempDir(), "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	read := make(chan error, 1)
+	go func() { _, err := os.ReadFile(fifo); read <- err }()
+	err := command{
+		name:   "sh",
+		args:   []string{"-c", `exec 5>"$0"; setsid sleep 1000 & echo up; wait`, fifo},
+		onLine: func(string) { cancel() },
+	}.run(ctx)
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("run = %v", err)
+	}
+	if err := <-read; err != nil {
+		t.Error(err)
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -105,11 +106,12 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.timeout < 0 || s.timeout%time.Second != 0 {
-		return nil, fmt.Errorf("--timeout %s is not a whole number of seconds from 0 up", s.timeout)
+	timeout, err := wholeSeconds(s.timeout)
+	if err != nil {
+		return nil, err
 	}
 	return &hostagentv1.CreateSandboxRequest{
-		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: int32(min(s.timeout/time.Second, 1<<31-1)),
+		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout,
 	}, nil
 }
 
@@ -171,7 +173,7 @@ func spin(what string) (stop func()) {
 
 func newCreate(c *client) *cobra.Command {
 	var s size
-	var quiet, asJSON bool
+	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "create",
 		Short: "Create a sandbox and print its id",
@@ -192,7 +194,6 @@ until 'wrenn rm', or until its --timeout has passed without activity.`,
 		},
 	}
 	s.flags(cmd)
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print the id alone (which is the default)")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
 }
@@ -375,6 +376,129 @@ func newLogs(c *client) *cobra.Command {
 		},
 	}
 	cmd.Flags().Int32Var(&tail, "tail-bytes", 0, "how much from the end; 0 is 64 KiB, 1 MiB at most")
+	return cmd
+}
+
+func newInspect(c *client) *cobra.Command {
+	return &cobra.Command{
+		Use:   "inspect ID",
+		Short: "Print all that is known of a sandbox, as JSON",
+		Long: `Print all that is known of a sandbox, as JSON; also of one that has ended by
+itself not long ago, with the reason.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := c.resolve(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			resp, err := c.agent().GetSandbox(cmd.Context(), connect.NewRequest(&hostagentv1.GetSandboxRequest{SandboxId: id}))
+			if err != nil {
+				return err
+			}
+			return printJSON(cmd.OutOrStdout(), resp.Msg.Sandbox)
+		},
+	}
+}
+
+func newTimeout(c *client) *cobra.Command {
+	return &cobra.Command{
+		Use:     "timeout ID DURATION",
+		Short:   "Set after how much inactivity a sandbox expires",
+		Long:    "Set after how much inactivity, counted from now, a sandbox expires; 0 is never.",
+		Example: "  wrenn timeout 3fa 30m",
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			timeout, err := time.ParseDuration(args[1])
+			if err != nil {
+				return fmt.Errorf("%q is not a duration such as 90s, 30m or 2h", args[1])
+			}
+			seconds, err := wholeSeconds(timeout)
+			if err != nil {
+				return err
+			}
+			id, err := c.resolve(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			resp, err := c.agent().SetTimeout(cmd.Context(), connect.NewRequest(&hostagentv1.SetTimeoutRequest{SandboxId: id, TimeoutSec: seconds}))
+			if err != nil {
+				return err
+			}
+			if at := resp.Msg.ExpiresAtUnix; at != 0 {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s expires at %s if nothing happens in it\n", id, time.Unix(at, 0).Format(time.DateTime))
+			} else {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s does not expire\n", id)
+			}
+			return nil
+		},
+	}
+}
+
+// wholeSeconds is a timeout as the API counts it.
+func wholeSeconds(d time.Duration) (int32, error) {
+	if d < 0 || d%time.Second != 0 {
+		return 0, fmt.Errorf("timeout %s is not a whole number of seconds from 0 up", d)
+	}
+	return int32(min(d/time.Second, 1<<31-1)), nil
+}
+
+func newEvents(c *client) *cobra.Command {
+	var after uint64
+	var noFollow, asJSON bool
+	cmd := &cobra.Command{
+		Use:   "events [ID]",
+		Short: "Print changes of state as they happen",
+		Long: `Print every change of state of every sandbox, or of one: first those that are
+remembered, then new ones as they happen. Each has a cursor; --after CURSOR goes
+on where an earlier look ended.`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req := &hostagentv1.WatchEventsRequest{After: after, NoFollow: noFollow}
+			if len(args) == 1 {
+				id, err := c.resolve(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				req.SandboxId = id
+			}
+			stream, err := c.agent().WatchEvents(cmd.Context(), connect.NewRequest(req))
+			if err != nil {
+				return err
+			}
+			defer stream.Close()
+			out := cmd.OutOrStdout()
+			for stream.Receive() {
+				e := stream.Msg().Event
+				if e == nil {
+					continue
+				}
+				if asJSON {
+					line, err := protojson.Marshal(e)
+					if err != nil {
+						return err
+					}
+					var compact bytes.Buffer
+					if err := json.Compact(&compact, line); err != nil {
+						return err
+					}
+					fmt.Fprintln(out, compact.String())
+					continue
+				}
+				reason := ""
+				if e.Reason != "" {
+					reason = " (" + e.Reason + ")"
+				}
+				fmt.Fprintf(out, "%d  %s  %s  %s%s\n", e.Cursor, time.UnixMilli(e.TimeUnixMs).Format("2006-01-02 15:04:05.000"), e.SandboxId, e.To, reason)
+			}
+			if cmd.Context().Err() != nil {
+				return nil // Ctrl-C is how one leaves
+			}
+			return stream.Err()
+		},
+	}
+	cmd.Flags().Uint64Var(&after, "after", 0, "only events with a higher cursor")
+	cmd.Flags().BoolVar(&noFollow, "no-follow", false, "end after the remembered events")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON object a line")
 	return cmd
 }
 

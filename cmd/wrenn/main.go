@@ -65,7 +65,7 @@ On the host, as root:
 
 Then, as anybody who may reach the agent:
   wrenn run -- uname -a          a sandbox for one command
-  id=$(wrenn create -q)          a sandbox to keep
+  id=$(wrenn create)             a sandbox to keep
   wrenn exec $id -- python3 -c 'print(6*7)'
   wrenn rm $id`,
 		SilenceUsage:  true,
@@ -81,7 +81,8 @@ Then, as anybody who may reach the agent:
 		}
 	}
 	add("host", newSetup(), newServe(), newDoctor())
-	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newPause(c), newResume(c), newRm(c), newLogs(c))
+	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newPause(c), newResume(c), newRm(c),
+		newTimeout(c), newInspect(c), newLogs(c), newEvents(c))
 	root.AddCommand(newVersion(c))
 	return root
 }

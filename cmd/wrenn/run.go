@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"strings"
@@ -83,10 +85,44 @@ func (h headerInterceptor) WrapStreamingHandler(next connect.StreamingHandlerFun
 	return next
 }
 
+// refusals makes errors of the answers that the data plane's proxy gives
+// itself: of a stream that is not one, Connect reads no more than the status.
+type refusals struct{ next http.RoundTripper }
+
+func (r refusals) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := r.next.RoundTrip(req)
+	if err != nil || !strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json") {
+		return resp, err
+	}
+	code, ok := refusalCodes[resp.StatusCode]
+	if !ok {
+		return resp, nil
+	}
+	defer resp.Body.Close()
+	var refusal struct{ Message string }
+	data, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+	if err == nil {
+		err = json.Unmarshal(data, &refusal)
+	}
+	if err != nil || refusal.Message == "" {
+		return nil, connect.NewError(code, fmt.Errorf("the host answered %s", resp.Status))
+	}
+	return nil, connect.NewError(code, errors.New(refusal.Message))
+}
+
+var refusalCodes = map[int]connect.Code{
+	http.StatusBadRequest:         connect.CodeInvalidArgument,
+	http.StatusUnauthorized:       connect.CodeUnauthenticated,
+	http.StatusNotFound:           connect.CodeNotFound,
+	http.StatusConflict:           connect.CodeFailedPrecondition,
+	http.StatusBadGateway:         connect.CodeUnavailable,
+	http.StatusServiceUnavailable: connect.CodeUnavailable,
+}
+
 // stream runs a command in a sandbox, its output on ours, and returns its exit
 // status. When ctx ends the command is killed.
 func (c *client) stream(ctx context.Context, id string, config *process.ProcessConfig) (int, error) {
-	guest := processconnect.NewProcessClient(http.DefaultClient, c.host, connect.WithInterceptors(guestHeaders(id)))
+	guest := processconnect.NewProcessClient(&http.Client{Transport: refusals{http.DefaultTransport}}, c.host, connect.WithInterceptors(guestHeaders(id)))
 	// Not ctx itself: the end of the stream is awaited after an interrupt, too.
 	life, hangUp := context.WithCancel(context.WithoutCancel(ctx))
 	defer hangUp()

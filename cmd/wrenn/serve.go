@@ -104,6 +104,7 @@ type serveConfig struct {
 	capacity   sandbox.Capacity
 	boot       time.Duration
 	keep       time.Duration
+	keepPaused time.Duration
 	logFormat  string
 	verbose    bool
 }
@@ -139,9 +140,12 @@ adopts those that run.`,
 	f.IntVar(&c.capacity.Sandboxes, "max-sandboxes", 1000, "most sandboxes at a time")
 	f.IntVar(&c.capacity.VCPUs, "max-vcpus", 32*cpus, "most virtual CPUs of all sandboxes together")
 	f.IntVar(&c.capacity.MemMiB, "max-memory", machineMemMiB()*9/10, "most memory of all sandboxes together, in MiB")
+	f.IntVar(&c.capacity.DiskMiB, "max-disk", 0, "most disk of all sandboxes together, in MiB of their full sizes; 0 is 16 times what is free, since disks take only what is written")
+	f.IntVar(&c.capacity.FreeDiskMiB, "keep-free", 512, "MiB that stay free on the state directory's file system: with less, no sandbox is made")
 	f.IntVar(&c.capacity.Starts, "max-starts", max(2, cpus), "most VMs starting at a time; others wait")
 	f.DurationVar(&c.capacity.StartQueue, "start-queue", 2*time.Minute, "how long a create waits for its turn to start")
 	f.DurationVar(&c.boot, "boot-timeout", 2*time.Minute, "how long a guest may take to come up")
+	f.DurationVar(&c.keepPaused, "keep-paused", 0, "how long a sandbox may stay paused before it is destroyed; 0 is for ever")
 	f.DurationVar(&c.keep, "keep-stopped", time.Hour, "how long a sandbox that ended by itself is remembered")
 	f.StringVar(&c.logFormat, "log-format", env("WRENN_LOG_FORMAT", "text"), "text or json (env WRENN_LOG_FORMAT)")
 	f.BoolVarP(&c.verbose, "verbose", "v", false, "log more")
@@ -172,8 +176,8 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 			errs = append(errs, fmt.Errorf("--%s is too small", name))
 		}
 	}
-	if c.boot <= 0 || c.capacity.StartQueue <= 0 || c.keep < 0 {
-		errs = append(errs, errors.New("--boot-timeout, --start-queue and --keep-stopped must not be negative"))
+	if c.boot <= 0 || c.capacity.StartQueue <= 0 || c.keep < 0 || c.keepPaused < 0 || c.capacity.DiskMiB < 0 || c.capacity.FreeDiskMiB < 0 {
+		errs = append(errs, errors.New("--boot-timeout and --start-queue must be positive; --keep-stopped, --keep-paused, --max-disk and --keep-free not negative"))
 	}
 	dns := network.Resolvers()
 	if c.dns != "" {
@@ -202,6 +206,10 @@ func (c *serveConfig) logger() *slog.Logger {
 	}
 	return slog.New(slog.NewTextHandler(os.Stderr, opts))
 }
+
+// baseUID begins the range of users that VMMs run as: far from those of people
+// and services, and from the ranges that container tools hand out.
+const baseUID = 1_900_000_000
 
 // shutdownTimeout bounds the end of the agent.
 const shutdownTimeout = 30 * time.Second
@@ -234,15 +242,16 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	}
 	defer listener.Close()
 
+	runDir := filepath.Join("/run", plan.Instance)
 	net := network.New(plan, network.Options{Log: log})
 	manager, found, err := sandbox.Open(ctx, sandbox.Config{
-		StateDir: c.stateDir, RunDir: filepath.Join("/run", plan.Instance),
+		StateDir: c.stateDir, RunDir: runDir,
 		Driver: driver, Network: net, Templates: templates, KillStrays: vmm.KillStrays,
 		Guests: func(addr netip.Addr, token string) sandbox.Guest {
 			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
 		},
 		Capacity: c.capacity, OverlayMiB: c.overlayMiB, DNS: dns,
-		BootTimeout: c.boot, KeepStopped: c.keep, Log: log,
+		BaseUID: baseUID, BootTimeout: c.boot, KeepStopped: c.keep, KeepPaused: c.keepPaused, Log: log,
 	})
 	if err != nil {
 		return err
@@ -252,6 +261,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	version := server.Version{Version: buildVersion(), VMM: driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")"}
 	mux := http.NewServeMux()
 	mux.Handle(server.New(manager, version, log))
+	mux.Handle("/", server.Health(manager))
 	srv := &http.Server{
 		Handler:           gateway.New(manager, mux, log),
 		ReadHeaderTimeout: 10 * time.Second,
@@ -280,7 +290,8 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	merr := manager.Shutdown(end, c.onShutdown == "destroy")
 	srv.Close()
 	<-drained
-	if c.onShutdown == "destroy" && merr == nil {
+	if merr == nil && len(manager.List(false)) == 0 {
+		// Nothing needs the host's rules and routes any more.
 		merr = net.Teardown(end)
 	}
 	return errors.Join(err, merr)

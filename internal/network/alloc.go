@@ -1,6 +1,7 @@
 package network
 
 import (
+	"slices"
 	"sync"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -15,17 +16,32 @@ const (
 	slotClean slotState = iota + 1
 	// slotDirty: something of it may exist on the host.
 	slotDirty
+	// slotWarm: built, never used, and handed out.
+	slotWarm
+	// slotPooled: built, never used, and waiting in the pool.
+	slotPooled
 )
 
 // allocator hands out slots in turn, so that a slot that was given back is the
 // last one to be used again. The zero value has all slots free.
+//
+//	free ─acquire─▶ clean ─opening─▶ dirty ─closed─▶ clean ─release─▶ free
+//	free ─claim───────────────────▶ dirty
+//	free ─acquireForPool──────────▶ dirty ─warmed─▶ pooled ─acquireWarm─▶ warm ─opening─▶ dirty
+//	                                                pooled ◀──release──── warm
 type allocator struct {
 	mu   sync.Mutex
 	last Slot
 	used map[Slot]slotState
+	pool []Slot // those in slotPooled, the oldest first
 }
 
-func (a *allocator) acquire() (Slot, error) {
+func (a *allocator) acquire() (Slot, error) { return a.take(slotClean) }
+
+// acquireForPool reserves a slot about to be built.
+func (a *allocator) acquireForPool() (Slot, error) { return a.take(slotDirty) }
+
+func (a *allocator) take(st slotState) (Slot, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.used) >= int(MaxSlot) {
@@ -41,8 +57,29 @@ func (a *allocator) acquire() (Slot, error) {
 		}
 	}
 	a.last = s
-	a.set(s, slotClean)
+	a.set(s, st)
 	return s, nil
+}
+
+// acquireWarm takes the oldest slot out of the pool.
+func (a *allocator) acquireWarm() (Slot, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.pool) == 0 {
+		return 0, false
+	}
+	s := a.pool[0]
+	a.pool = slices.Delete(a.pool, 0, 1)
+	a.used[s] = slotWarm
+	return s, true
+}
+
+// warmed puts a slot that was built into the pool.
+func (a *allocator) warmed(s Slot) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.used[s] = slotPooled
+	a.pool = append(a.pool, s)
 }
 
 func (a *allocator) claim(s Slot) error {
@@ -62,27 +99,35 @@ func (a *allocator) release(s Slot) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch a.used[s] {
-	case 0:
-		return errdefs.NotFound.Errorf("network slot %d is not reserved", s)
+	case slotClean:
+		delete(a.used, s)
+	case slotWarm:
+		a.used[s] = slotPooled
+		a.pool = append(a.pool, s)
 	case slotDirty:
 		return errdefs.WrongState.Errorf("network slot %d is not closed", s)
+	default:
+		return errdefs.NotFound.Errorf("network slot %d is not reserved", s)
 	}
-	delete(a.used, s)
 	return nil
 }
 
-// opening marks a clean slot dirty, before anything of it is made.
-func (a *allocator) opening(s Slot) error {
+// opening marks a slot dirty, before anything of it is made. A warm slot is
+// built already.
+func (a *allocator) opening(s Slot) (built bool, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch a.used[s] {
-	case 0:
-		return errdefs.NotFound.Errorf("network slot %d is not reserved", s)
+	case slotClean:
+	case slotWarm:
+		built = true
 	case slotDirty:
-		return errdefs.WrongState.Errorf("network slot %d is open", s)
+		return false, errdefs.WrongState.Errorf("network slot %d is open", s)
+	default:
+		return false, errdefs.NotFound.Errorf("network slot %d is not reserved", s)
 	}
 	a.used[s] = slotDirty
-	return nil
+	return built, nil
 }
 
 // closed marks a slot clean, after everything of it is gone.
@@ -92,6 +137,36 @@ func (a *allocator) closed(s Slot) {
 	if a.used[s] != 0 {
 		a.used[s] = slotClean
 	}
+}
+
+func (a *allocator) pooled(s Slot) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.used[s] == slotPooled
+}
+
+func (a *allocator) reserved(s Slot) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.used[s] != 0
+}
+
+func (a *allocator) warmCount() int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.pool)
+}
+
+func (a *allocator) stats() Stats {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	st := Stats{Reserved: len(a.used), Pool: len(a.pool)}
+	for _, s := range a.used {
+		if s != slotClean {
+			st.Open++
+		}
+	}
+	return st
 }
 
 func (a *allocator) set(s Slot, st slotState) {

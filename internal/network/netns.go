@@ -11,6 +11,41 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// shareDir makes the directory of namespaces a shared mount of its own, just as
+// "ip netns add" does the first time. If we left that to it, it would cover
+// the namespaces pinned before, which then could not be removed any more.
+// It reports whether it made the mount.
+func shareDir(dir string) (made bool, err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return false, fmt.Errorf("make directory of namespaces: %w", err)
+	}
+	err = unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+	if errors.Is(err, unix.EINVAL) { // not a mount yet
+		if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return false, fmt.Errorf("mount directory of namespaces: %w", err)
+		}
+		made = true
+		err = unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+	}
+	if err != nil {
+		return made, fmt.Errorf("share directory of namespaces: %w", err)
+	}
+	return made, nil
+}
+
+// unshareDir takes shareDir's mount back, unless a namespace is in it.
+func unshareDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) > 0 {
+		return nil
+	}
+	if err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW); err != nil &&
+		!errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unmount directory of namespaces: %w", err)
+	}
+	return nil
+}
+
 var errNSExists = errors.New("namespace exists")
 
 // makeNS makes a network namespace, pins it at path as "ip netns" does, and

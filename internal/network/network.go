@@ -27,6 +27,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -41,6 +42,13 @@ type Options struct {
 	// if TapGID is not 0) may attach to one by name without privilege, given
 	// that it may open /dev/net/tun.
 	TapUID, TapGID int
+	// Egress is the host's policy. Its lists apply to every sandbox beside the
+	// sandbox's own; its mode, Public if empty, to those that set none.
+	Egress Policy
+	// Resolvers are the name servers that the guests are told to use.
+	Resolvers []netip.Addr
+	// Pool is how many slots Run keeps built ahead of use.
+	Pool int
 	// Log receives what nobody is there to be told as an error. Nil discards.
 	Log *slog.Logger
 }
@@ -55,6 +63,10 @@ type Network struct {
 	plan  Plan
 	opts  Options
 	slots allocator
+	// taken tells Run that a slot left the pool.
+	taken chan struct{}
+	// madeDir: Setup made netnsDir a mount, for Teardown to take back.
+	madeDir atomic.Bool
 
 	// hook is called after each step of Open; tests let it fail.
 	hook func(s Slot, step string) error
@@ -65,7 +77,7 @@ func New(plan Plan, opts Options) *Network {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Network{plan: plan, opts: opts}
+	return &Network{plan: plan, opts: opts, taken: make(chan struct{}, 1)}
 }
 
 // Plan returns the address plan.
@@ -77,7 +89,7 @@ func (n *Network) Plan() Plan { return n.plan }
 // slots in use, so that packets to a sandbox that is gone do not leave by the
 // default route. It is idempotent and leaves open slots working.
 func (n *Network) Setup(ctx context.Context) error {
-	if err := n.plan.Validate(); err != nil {
+	if err := errors.Join(n.plan.Validate(), n.opts.Egress.Validate()); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
@@ -91,10 +103,20 @@ func (n *Network) Setup(ctx context.Context) error {
 	if err := n.checkRoutes(h); err != nil {
 		return err
 	}
-	if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
+	made, err := shareDir(netnsDir)
+	if made {
+		n.madeDir.Store(true)
+	}
+	if err != nil {
 		return err
 	}
-	if err := replaceTables(hostRules(n.plan)); err != nil {
+	// Not written if it is right already: /proc/sys may be read-only.
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err != nil || strings.TrimSpace(string(b)) != "1" {
+		if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
+			return err
+		}
+	}
+	if err := refillTable(hostRules(n.plan, n.opts.Resolvers)); err != nil {
 		return fmt.Errorf("set host rules: %w", err)
 	}
 	for _, r := range n.rangeRoutes() {
@@ -120,8 +142,11 @@ func (n *Network) Teardown(context.Context) error {
 			errs = append(errs, fmt.Errorf("remove unreachable route %s: %w", r.Dst, err))
 		}
 	}
-	if err := removeTables(hostRules(n.plan)); err != nil {
+	if err := removeTable(hostRules(n.plan, n.opts.Resolvers)); err != nil {
 		errs = append(errs, fmt.Errorf("remove host rules: %w", err))
+	}
+	if n.madeDir.CompareAndSwap(true, false) {
+		errs = append(errs, unshareDir(netnsDir))
 	}
 	return errors.Join(errs...)
 }
@@ -195,27 +220,37 @@ func (n *Network) checkRoutes(h *netlink.Handle) error {
 	return nil
 }
 
-// Acquire reserves a free slot; Exhausted when there is none.
+// Acquire reserves a free slot; Exhausted when there is none. If Run keeps a
+// pool, the slot is one built already, and its Open has nothing left to do.
 func (n *Network) Acquire(ctx context.Context) (Slot, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err
+	}
+	if s, ok := n.slots.acquireWarm(); ok {
+		select {
+		case n.taken <- struct{}{}:
+		default:
+		}
+		return s, nil
 	}
 	return n.slots.acquire()
 }
 
 // Claim reserves a slot that a record names, after a restart of the agent.
 // AlreadyExists if it is reserved. What exists of it on the host is taken
-// over: it must be closed before Release.
+// over: it must be closed before Release. Claim what the records name before
+// Run builds slots ahead.
 func (n *Network) Claim(s Slot) error { return n.slots.claim(s) }
 
 // Release gives a slot back. It is WrongState for a slot that has been opened
 // or claimed and not closed since, and NotFound for one that is not reserved:
-// a slot whose removal failed is never handed out again.
+// a slot whose removal failed is never handed out again. A slot from the pool
+// that was not opened goes back to the pool.
 func (n *Network) Release(s Slot) error { return n.slots.release(s) }
 
 // Strays returns, in order, the slots of which something exists on the host
-// under our instance's names, though used says that nobody uses them. Claim,
-// Close and Release free them. Routes need no look of their own: they go with
+// under our instance's names, though used says that nobody uses them and it is
+// none of the pool's. Claim, Close and Release free them. Routes need no look of their own: they go with
 // their link.
 func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, error) {
 	if err := ctx.Err(); err != nil {
@@ -223,7 +258,7 @@ func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, err
 	}
 	found := map[Slot]bool{}
 	add := func(name string) {
-		if s, ok := n.plan.slotOf(name); ok && !used(s) {
+		if s, ok := n.plan.slotOf(name); ok && !used(s) && !n.slots.pooled(s) {
 			found[s] = true
 		}
 	}
@@ -249,48 +284,70 @@ func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, err
 	return sortedSlots(found), nil
 }
 
-// tables replaced as one transaction: adding before deleting makes the
-// deletion succeed whether or not the table was there.
-func replaceTables(rs ...ruleset) error {
+// transact sends what fill queues as one nftables transaction, in the network
+// namespace of the calling thread.
+func transact(fill func(c *nftables.Conn) error) error {
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return err
 	}
 	defer c.CloseLasting()
-	for _, r := range rs {
-		t := r.nftTable()
-		c.AddTable(t)
-		c.DelTable(t)
-		if err := r.add(c); err != nil {
-			return err
-		}
+	if err := fill(c); err != nil {
+		return err
 	}
 	return c.Flush()
 }
 
-func removeTables(rs ...ruleset) error {
-	c, err := nftables.New(nftables.AsLasting())
-	if err != nil {
-		return err
+// addTables adds tables that are known not to be there.
+func addTables(rs ...ruleset) error {
+	return transact(func(c *nftables.Conn) error {
+		for _, r := range rs {
+			if err := r.add(c); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// refillTable makes a table hold r, whatever it held. Chains that are there
+// stay, so that there is no moment in which a packet meets an empty one; only
+// if theirs is another definition, an earlier version's, is the table made
+// anew.
+func refillTable(r ruleset) error {
+	err := transact(func(c *nftables.Conn) error {
+		t := c.AddTable(r.nftTable())
+		c.FlushTable(t)
+		return r.add(c)
+	})
+	if err == nil {
+		return nil
 	}
-	defer c.CloseLasting()
-	for _, r := range rs {
-		t := r.nftTable()
-		c.AddTable(t)
-		c.DelTable(t)
-	}
-	return c.Flush()
+	return transact(func(c *nftables.Conn) error {
+		queueRemoval(c, r)
+		return r.add(c)
+	})
+}
+
+func removeTable(r ruleset) error {
+	return transact(func(c *nftables.Conn) error {
+		queueRemoval(c, r)
+		return nil
+	})
+}
+
+// queueRemoval adds the table before it deletes it, so that the deletion
+// succeeds whether or not it was there.
+func queueRemoval(c *nftables.Conn, r ruleset) {
+	t := r.nftTable()
+	c.AddTable(t)
+	c.DelTable(t)
 }
 
 // writeSysctl sets a value under /proc/sys in the calling thread's network
-// namespace. A value that is right already is not written, so that a
-// read-only /proc/sys does no harm.
+// namespace.
 func writeSysctl(name, value string) error {
-	path := "/proc/sys/" + name
-	if b, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(b)) == value {
-		return nil
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
 	if err != nil {
 		return fmt.Errorf("set %s: %w", name, err)
 	}

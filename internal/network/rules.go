@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -20,6 +21,8 @@ import (
 type term struct {
 	text  string
 	exprs []expr.Any
+	// in, if not empty, are the ranges that register 1 must be in then.
+	in []addrRange
 }
 
 type rule []term
@@ -43,6 +46,15 @@ type ruleset struct {
 }
 
 type family nftables.TableFamily
+
+// The names in a slot's namespace that SetPolicy needs again. The egress chain
+// does nothing but jump to one of the two policy chains.
+const (
+	slotTable   = "sandbox"
+	egressChain = "egress"
+)
+
+var policyChains = [2]string{"policy-a", "policy-b"}
 
 const (
 	inet   = family(nftables.TableFamilyINet)
@@ -69,8 +81,15 @@ var (
 )
 
 // hostRules are the host's: the same number whatever the number of sandboxes.
-func hostRules(p Plan) ruleset {
+func hostRules(p Plan, resolvers []netip.Addr) ruleset {
 	ours := p.Instance + "-*"
+	input := []rule{{iif(ours), established(), accept()}}
+	if rs := rangesOf(singles(resolvers)); len(rs) > 0 {
+		input = append(input,
+			rule{iif(ours), inet.addrIn("daddr", 16, rs), dport(unix.IPPROTO_UDP, 53), accept()},
+			rule{iif(ours), inet.addrIn("daddr", 16, rs), dport(unix.IPPROTO_TCP, 53), accept()})
+	}
+	input = append(input, rule{iif(ours), drop()})
 	return ruleset{inet, p.Instance, []chain{
 		// What a sandbox may claim to be: IPv4, from its own address. The
 		// route back to the source must be the link it came by.
@@ -79,11 +98,9 @@ func hostRules(p Plan) ruleset {
 			rule{iif(ours), inet.saddr(ne, p.Hosts), drop()},
 			rule{iif(ours), noReturnPath(), drop()},
 		),
-		// Nothing on the host is reachable; the host may ask, and is answered.
-		base("input", nftables.ChainTypeFilter, "filter", false,
-			rule{iif(ours), established(), accept()},
-			rule{iif(ours), drop()},
-		),
+		// Nothing on the host is reachable but a resolver there, if it is the
+		// configured one; the host may ask, and is answered.
+		base("input", nftables.ChainTypeFilter, "filter", false, input...),
 		// Sandboxes reach out, never each other, and nobody reaches in. What
 		// is let out here is still subject to the host's other tables.
 		base("forward", nftables.ChainTypeFilter, "filter", false,
@@ -100,8 +117,8 @@ func hostRules(p Plan) ruleset {
 }
 
 // slotRules are those of one namespace. Only the addresses differ from slot to
-// slot.
-func slotRules(p Plan, a Addrs) []ruleset {
+// slot, until a policy of its own replaces that in the egress chain.
+func slotRules(a Addrs, egress []rule) []ruleset {
 	guest := netip.PrefixFrom(GuestAddr.Addr(), 32)
 	mac, _ := net.ParseMAC(GuestMAC)
 	fromGuest := []term{iif(Tap), oif(peerName)}
@@ -117,7 +134,7 @@ func slotRules(p Plan, a Addrs) []ruleset {
 				{arpSaddr(guest.Addr()), accept()},
 			},
 		}}},
-		{ipv4, "sandbox", []chain{
+		{ipv4, slotTable, []chain{
 			base("prerouting", nftables.ChainTypeNAT, "dstnat", false,
 				rule{iif(peerName), ipv4.daddr(eq, netip.PrefixFrom(a.HostIP, 32)), dnat(guest.Addr())},
 			),
@@ -140,14 +157,11 @@ func slotRules(p Plan, a Addrs) []ruleset {
 				append(rule(toGuest), established(), accept()),
 				append(rule(toGuest), ipv4.saddr(eq, netip.PrefixFrom(a.HostVeth.Addr(), 32)), dnatted(), accept()),
 				append(rule(fromGuest), replyDirection(), accept()),
-				append(rule(fromGuest), jump("egress")),
+				append(rule(fromGuest), jump(egressChain)),
 			),
-			{name: "egress", rules: []rule{
-				{ipv4.daddr(eq, netip.MustParsePrefix("169.254.0.0/16")), drop()},
-				{ipv4.daddr(eq, p.Hosts), drop()},
-				{ipv4.daddr(eq, p.Veths), drop()},
-				{accept()},
-			}},
+			{name: egressChain, rules: []rule{{jump(policyChains[0])}}},
+			{name: policyChains[0], rules: egress},
+			{name: policyChains[1]},
 		}},
 	}
 }
@@ -193,14 +207,6 @@ func (r rule) String() string {
 	return strings.Join(texts, " ")
 }
 
-func (r rule) exprs() []expr.Any {
-	var es []expr.Any
-	for _, t := range r {
-		es = append(es, t.exprs...)
-	}
-	return es
-}
-
 func (r ruleset) nftTable() *nftables.Table {
 	return &nftables.Table{Family: nftables.TableFamily(r.family), Name: r.name}
 }
@@ -226,9 +232,44 @@ func (r ruleset) add(c *nftables.Conn) error {
 		chains[i] = c.AddChain(n)
 	}
 	for i, ch := range r.chains {
-		for _, rl := range ch.rules {
-			c.AddRule(&nftables.Rule{Table: t, Chain: chains[i], Exprs: rl.exprs()})
+		if err := addRules(c, t, chains[i], ch.rules); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// setID numbers the sets within a transaction; the kernel names them.
+var setID atomic.Uint32
+
+// addRules queues rules at a chain's end, with the sets that they look in. A
+// set has no name and goes with its rule.
+func addRules(c *nftables.Conn, t *nftables.Table, ch *nftables.Chain, rules []rule) error {
+	for _, r := range rules {
+		var es []expr.Any
+		for _, tm := range r {
+			es = append(es, tm.exprs...)
+			if len(tm.in) == 0 {
+				continue
+			}
+			// The library's own numbering is not safe for concurrent use.
+			set := &nftables.Set{
+				Table: t, ID: setID.Add(1), Name: "__set%d",
+				Anonymous: true, Constant: true, Interval: true, KeyType: nftables.TypeIPAddr,
+			}
+			var elems []nftables.SetElement
+			for _, rg := range tm.in {
+				elems = append(elems, nftables.SetElement{Key: addr4(rg.first).AsSlice()})
+				if rg.last != everything.last {
+					elems = append(elems, nftables.SetElement{Key: addr4(rg.last + 1).AsSlice(), IntervalEnd: true})
+				}
+			}
+			if err := c.AddSet(set, elems); err != nil {
+				return fmt.Errorf("add set: %w", err)
+			}
+			es = append(es, &expr.Lookup{SourceRegister: 1, SetName: set.Name, SetID: set.ID})
+		}
+		c.AddRule(&nftables.Rule{Table: t, Chain: ch, Exprs: es})
 	}
 	return nil
 }
@@ -240,7 +281,9 @@ const (
 	ne = expr.CmpOpNeq
 )
 
-func cmp(op expr.CmpOp, data ...byte) expr.Any {
+func stmt(text string, exprs ...expr.Any) term { return term{text: text, exprs: exprs} }
+
+func compare(op expr.CmpOp, data ...byte) expr.Any {
 	return &expr.Cmp{Op: op, Register: 1, Data: data}
 }
 
@@ -264,15 +307,13 @@ func ifname(text string, key expr.MetaKey, op expr.CmpOp, name string) term {
 	} else {
 		data = append(data, make([]byte, unix.IFNAMSIZ-len(data))...)
 	}
-	return term{fmt.Sprintf("%s %s%q", text, cmpText(op), name), []expr.Any{
-		&expr.Meta{Key: key, Register: 1}, cmp(op, data...),
-	}}
+	return stmt(fmt.Sprintf("%s %s%q", text, cmpText(op), name),
+		&expr.Meta{Key: key, Register: 1}, compare(op, data...))
 }
 
 func notIPv4() term {
-	return term{"meta nfproto != ipv4", []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, cmp(ne, unix.NFPROTO_IPV4),
-	}}
+	return stmt("meta nfproto != ipv4",
+		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, compare(ne, unix.NFPROTO_IPV4))
 }
 
 // isIPv4 is what an IPv4 match needs before it in each family; nft does not
@@ -280,9 +321,9 @@ func notIPv4() term {
 func (f family) isIPv4() []expr.Any {
 	switch f {
 	case inet:
-		return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, cmp(eq, unix.NFPROTO_IPV4)}
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, compare(eq, unix.NFPROTO_IPV4)}
 	case netdev:
-		return []expr.Any{&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, cmp(eq, 0x08, 0x00)}
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, compare(eq, 0x08, 0x00)}
 	}
 	return nil
 }
@@ -295,8 +336,8 @@ func (f family) addr(text string, at uint32, op expr.CmpOp, p netip.Prefix) term
 	if p.IsSingleIP() {
 		shown = p.Addr().String()
 	}
-	return term{fmt.Sprintf("ip %s %s%s", text, cmpText(op), shown),
-		append(f.isIPv4(), matchPrefix(expr.PayloadBaseNetworkHeader, at, op, p)...)}
+	return stmt(fmt.Sprintf("ip %s %s%s", text, cmpText(op), shown),
+		append(f.isIPv4(), matchPrefix(expr.PayloadBaseNetworkHeader, at, op, p)...)...)
 }
 
 func matchPrefix(base expr.PayloadBase, at uint32, op expr.CmpOp, p netip.Prefix) []expr.Any {
@@ -304,55 +345,58 @@ func matchPrefix(base expr.PayloadBase, at uint32, op expr.CmpOp, p netip.Prefix
 	if p.Bits()%8 == 0 && p.Bits() > 0 {
 		n := p.Bits() / 8
 		return []expr.Any{
-			&expr.Payload{DestRegister: 1, Base: base, Offset: at, Len: uint32(n)}, cmp(op, addr[:n]...),
+			&expr.Payload{DestRegister: 1, Base: base, Offset: at, Len: uint32(n)}, compare(op, addr[:n]...),
 		}
 	}
 	return []expr.Any{
 		&expr.Payload{DestRegister: 1, Base: base, Offset: at, Len: 4},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: net.CIDRMask(p.Bits(), 32), Xor: make([]byte, 4)},
-		cmp(op, addr[:]...),
+		compare(op, addr[:]...),
 	}
 }
 
+func (f family) addrIn(text string, at uint32, rs []addrRange) term {
+	t := stmt(fmt.Sprintf("ip %s { %s }", text, joinRanges(rs)),
+		append(f.isIPv4(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: at, Len: 4})...)
+	t.in = rs
+	return t
+}
+
 func etherSaddrNot(mac net.HardwareAddr) term {
-	return term{"ether saddr != " + mac.String(), []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyIIFTYPE, Register: 1}, cmp(eq, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER)...),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6}, cmp(ne, mac...),
-	}}
+	return stmt("ether saddr != "+mac.String(),
+		&expr.Meta{Key: expr.MetaKeyIIFTYPE, Register: 1}, compare(eq, binaryutil.NativeEndian.PutUint16(unix.ARPHRD_ETHER)...),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseLLHeader, Offset: 6, Len: 6}, compare(ne, mac...))
 }
 
 func arpSaddr(a netip.Addr) term {
-	return term{"arp saddr ip " + a.String(), []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, cmp(eq, 0x08, 0x06),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 14, Len: 4}, cmp(eq, a.AsSlice()...),
-	}}
+	return stmt("arp saddr ip "+a.String(),
+		&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, compare(eq, 0x08, 0x06),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 14, Len: 4}, compare(eq, a.AsSlice()...))
 }
 
 // noReturnPath: packets to the source would not leave by the link that this
 // one came in by.
 func noReturnPath() term {
-	return term{"fib saddr . iif oif 0", []expr.Any{
-		&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true}, cmp(eq, 0, 0, 0, 0),
-	}}
+	return stmt("fib saddr . iif oif 0",
+		&expr.Fib{Register: 1, FlagSADDR: true, FlagIIF: true, ResultOIF: true}, compare(eq, 0, 0, 0, 0))
 }
 
 func icmpType(name string, n byte) term {
-	return term{"icmp type " + name, []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, cmp(eq, unix.IPPROTO_ICMP),
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, cmp(eq, n),
-	}}
+	return stmt("icmp type "+name,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, unix.IPPROTO_ICMP),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 1}, compare(eq, n))
 }
 
 // hasBits matches if register 1, a native-endian word, has one of the bits.
 func hasBits(bits uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
-		cmp(ne, 0, 0, 0, 0),
+		compare(ne, 0, 0, 0, 0),
 	}
 }
 
 func ctState(text string, bits uint32) term {
-	return term{"ct state " + text, append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}, hasBits(bits)...)}
+	return stmt("ct state "+text, append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATE, Register: 1}}, hasBits(bits)...)...)
 }
 
 func established() term {
@@ -363,43 +407,55 @@ func invalid() term { return ctState("invalid", expr.CtStateBitINVALID) }
 
 // dnatted: the connection's destination was translated (IPS_DST_NAT).
 func dnatted() term {
-	return term{"ct status dnat", append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1}}, hasBits(1<<5)...)}
+	return stmt("ct status dnat", append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1}}, hasBits(1<<5)...)...)
 }
 
 func replyDirection() term {
-	return term{"ct direction reply", []expr.Any{&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, cmp(eq, 1)}}
+	return stmt("ct direction reply", &expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, compare(eq, 1))
 }
 
 // synMSSToMTU lowers the segment size that a TCP handshake offers to what the
 // route's MTU carries, for networks that lose the ICMP message saying so.
 func synMSSToMTU() term {
-	return term{"tcp flags syn tcp option maxseg size set rt mtu", []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, cmp(eq, unix.IPPROTO_TCP),
+	return stmt("tcp flags syn tcp option maxseg size set rt mtu",
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, unix.IPPROTO_TCP),
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{2}, Xor: []byte{0}},
-		cmp(ne, 0),
+		compare(ne, 0),
 		&expr.Rt{Register: 1, Key: expr.RtTCPMSS},
 		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 2, Size: 2},
-		&expr.Exthdr{SourceRegister: 1, Type: 2, Offset: 2, Len: 2, Op: expr.ExthdrOpTcpopt},
-	}}
+		&expr.Exthdr{SourceRegister: 1, Type: 2, Offset: 2, Len: 2, Op: expr.ExthdrOpTcpopt})
+}
+
+func dport(proto byte, port uint16) term {
+	name := map[byte]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[proto]
+	return stmt(fmt.Sprintf("%s dport %d", name, port),
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, proto),
+		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		compare(eq, byte(port>>8), byte(port)))
+}
+
+// reject refuses with an error that ends a connection attempt at once.
+func reject() term {
+	return stmt("reject with icmp admin-prohibited",
+		&expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: 13})
 }
 
 func verdict(text string, v expr.VerdictKind, chain string) term {
-	return term{text, []expr.Any{&expr.Verdict{Kind: v, Chain: chain}}}
+	return stmt(text, &expr.Verdict{Kind: v, Chain: chain})
 }
 
 func accept() term           { return verdict("accept", expr.VerdictAccept, "") }
 func drop() term             { return verdict("drop", expr.VerdictDrop, "") }
 func jump(chain string) term { return verdict("jump "+chain, expr.VerdictJump, chain) }
 
-func masquerade() term { return term{"masquerade", []expr.Any{&expr.Masq{}}} }
+func masquerade() term { return stmt("masquerade", &expr.Masq{}) }
 
 func dnat(to netip.Addr) term { return nat("dnat", expr.NATTypeDestNAT, to) }
 func snat(to netip.Addr) term { return nat("snat", expr.NATTypeSourceNAT, to) }
 
 func nat(text string, typ expr.NATType, to netip.Addr) term {
-	return term{text + " to " + to.String(), []expr.Any{
+	return stmt(text+" to "+to.String(),
 		&expr.Immediate{Register: 1, Data: to.AsSlice()},
-		&expr.NAT{Type: typ, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegAddrMax: 1},
-	}}
+		&expr.NAT{Type: typ, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegAddrMax: 1})
 }

@@ -25,9 +25,24 @@ import (
 // the slot until a Close succeeds: the removal failed too (the error says so),
 // or something of the slot's name existed before, which Open does not touch.
 func (n *Network) Open(ctx context.Context, s Slot) (err error) {
-	if err := n.slots.opening(s); err != nil {
+	built, err := n.slots.opening(s)
+	if err != nil || built && n.exists(s) {
 		return err
 	}
+	if built {
+		// Somebody took it apart while it waited.
+		if err := n.Close(ctx, s); err != nil {
+			return err
+		}
+		if _, err := n.slots.opening(s); err != nil {
+			return err
+		}
+	}
+	return n.build(ctx, s)
+}
+
+// build makes a slot that is marked dirty.
+func (n *Network) build(ctx context.Context, s Slot) (err error) {
 	a := n.plan.Addrs(s)
 	// One inverse for all steps: Close, whichever of them were done.
 	defer func() {
@@ -79,25 +94,28 @@ func (n *Network) Open(ctx context.Context, s Slot) (err error) {
 	return n.step(ctx, s, "host route")
 }
 
+// exists says whether a slot's namespace is there, and with it its links. It
+// asks the file system only: a link's name is looked up under a lock that the
+// making of other slots holds.
+func (n *Network) exists(s Slot) bool {
+	var st unix.Statfs_t
+	err := unix.Statfs(n.plan.Addrs(s).NetNSPath, &st)
+	return err == nil && st.Type == unix.NSFS_MAGIC
+}
+
 // fillNS builds the namespace's inside, on a thread that is in it. host speaks
 // to the host's namespace wherever the thread is.
 func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Handle, ns netns.NsHandle) error {
 	if err := n.step(ctx, s, "namespace"); err != nil {
 		return err
 	}
-	for _, kv := range [][2]string{
-		{"net/ipv4/ip_forward", "1"},
-		// Strict: each address has one way here, so anything else is forged.
-		{"net/ipv4/conf/all/rp_filter", "1"},
-		{"net/ipv4/conf/default/rp_filter", "1"},
-		{"net/ipv4/conf/all/accept_redirects", "0"},
-		{"net/ipv4/conf/default/accept_redirects", "0"},
-		{"net/ipv4/conf/all/send_redirects", "0"},
-		{"net/ipv4/conf/default/send_redirects", "0"},
-	} {
-		if err := writeSysctl(kv[0], kv[1]); err != nil {
-			return err
-		}
+	if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
+		return err
+	}
+	// Strict: each address has one way here, so anything else is forged. What
+	// else a router does (redirects) the rules do not let through.
+	if err := writeSysctl("net/ipv4/conf/all/rp_filter", "1"); err != nil {
+		return err
 	}
 	for _, link := range []string{"all", "default"} {
 		if err := disableIPv6(link); err != nil {
@@ -123,7 +141,7 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 	if err := n.step(ctx, s, "veth"); err != nil {
 		return err
 	}
-	if err := replaceTables(slotRules(n.plan, a)...); err != nil {
+	if err := addTables(slotRules(a, egressRules(n.plan, n.opts, Policy{}))...); err != nil {
 		return fmt.Errorf("set sandbox rules: %w", err)
 	}
 	if err := n.step(ctx, s, "rules"); err != nil {
@@ -190,26 +208,51 @@ func (n *Network) Close(_ context.Context, s Slot) error {
 	if !s.Valid() {
 		return errdefs.InvalidArgument.Errorf("network slot %d is not in 1..%d", s, MaxSlot)
 	}
+	if n.slots.pooled(s) {
+		return errdefs.WrongState.Errorf("network slot %d is in the pool", s)
+	}
 	a := n.plan.Addrs(s)
 	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("close network slot %d: open netlink: %w", s, err)
 	}
 	defer host.Close()
-	// The link takes its peer, addresses and routes along.
-	var gone netlink.LinkNotFoundError
-	link, err := host.LinkByName(a.Veth)
-	if err == nil {
-		err = host.LinkDel(link)
-	}
-	if err != nil && !errors.As(err, &gone) && !errors.Is(err, unix.ENODEV) {
+	if err := removeLink(host, a); err != nil {
 		return fmt.Errorf("close network slot %d: remove link: %w", s, err)
+	}
+	// The next sandbox with this address must not inherit its connections,
+	// neither those it made nor those made to it.
+	if err := forget(
+		func(f *netlink.ConntrackFilter) error {
+			return f.AddIP(netlink.ConntrackOrigSrcIP, a.HostIP.AsSlice())
+		},
+		func(f *netlink.ConntrackFilter) error {
+			return f.AddIP(netlink.ConntrackOrigDstIP, a.HostIP.AsSlice())
+		},
+	); err != nil {
+		return fmt.Errorf("close network slot %d: %w", s, err)
 	}
 	if err := removeNS(a.NetNSPath); err != nil {
 		return fmt.Errorf("close network slot %d: %w", s, err)
 	}
 	n.slots.closed(s)
 	return nil
+}
+
+// removeLink deletes the veth pair, and with it the addresses and routes on
+// the host. Most of a Close is the kernel's waiting here until no CPU can see
+// the link any more; it holds no lock meanwhile, so closes run side by side.
+// (Moving the link into its dying namespace looks quicker and is not: the
+// kernel waits just as long, with its global lock held.)
+func removeLink(host *netlink.Handle, a Addrs) error {
+	link, err := host.LinkByName(a.Veth)
+	if err == nil {
+		err = host.LinkDel(link)
+	}
+	if errors.As(err, new(netlink.LinkNotFoundError)) || errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
 }
 
 // step ends a step of Open: it is where a cancelled context is noticed.

@@ -7,12 +7,33 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
-// Capacity is what all sandboxes of the host together may take.
-type Capacity struct {
+// Resources is what sandboxes take of the host.
+type Resources struct {
 	Sandboxes int
 	VCPUs     int
 	// MemMiB counts each guest's memory and VMMOverheadMiB.
 	MemMiB int
+	// DiskMiB counts each disk's full size, of which it takes only what is
+	// written: a host may well have less. As a limit, 0 is diskOvercommit
+	// times what is free when the manager opens.
+	DiskMiB int
+}
+
+const diskOvercommit = 16
+
+func (r Resources) plus(o Resources) Resources {
+	return Resources{r.Sandboxes + o.Sandboxes, r.VCPUs + o.VCPUs, r.MemMiB + o.MemMiB, r.DiskMiB + o.DiskMiB}
+}
+
+func (r Resources) minus(o Resources) Resources {
+	return Resources{r.Sandboxes - o.Sandboxes, r.VCPUs - o.VCPUs, r.MemMiB - o.MemMiB, r.DiskMiB - o.DiskMiB}
+}
+
+// Capacity is what all sandboxes of the host together may take.
+type Capacity struct {
+	Resources
+	// FreeDiskMiB must remain free on the state directory's file system.
+	FreeDiskMiB int
 	// Starts is how many VMs may be starting at once; more wait their turn,
 	// StartQueue at most.
 	Starts     int
@@ -21,31 +42,48 @@ type Capacity struct {
 
 // VMMOverheadMiB is what a VMM takes besides its guest's memory, rounded up
 // from QEMU's resident size.
-const VMMOverheadMiB = 96
+const VMMOverheadMiB = 128
 
-// admit reserves capacity for one more sandbox, or says which limit is in the
-// way. Called with Manager.mu held.
-func (m *Manager) admit(vcpus, memMiB int) error {
-	used := m.used
-	switch c := m.cfg.Capacity; {
-	case used.Sandboxes+1 > c.Sandboxes:
-		return errdefs.Exhausted.Errorf("no room for another sandbox: %d of %d exist", used.Sandboxes, c.Sandboxes)
-	case used.VCPUs+vcpus > c.VCPUs:
-		return errdefs.Exhausted.Errorf("not enough vcpus: %d asked, %d of %d free", vcpus, c.VCPUs-used.VCPUs, c.VCPUs)
-	case used.MemMiB+memMiB+VMMOverheadMiB > c.MemMiB:
-		return errdefs.Exhausted.Errorf("not enough memory: %d MiB asked (and %d MiB for the VMM), %d of %d MiB free",
-			memMiB, VMMOverheadMiB, c.MemMiB-used.MemMiB, c.MemMiB)
-	}
-	m.account(vcpus, memMiB, 1)
-	return nil
+// The hard limits of a VMM's cgroup: what it may take besides its vCPUs' time
+// and its guest's memory, so that a guest that breaks out of bounds ends, and
+// no neighbour.
+const (
+	vmmCPUMilli    = 250
+	maxOverheadMiB = 512
+	maxVMMTasks    = 256
+)
+
+// need is what a new sandbox of a size takes.
+func (m *Manager) need(vcpus, memMiB int) Resources {
+	return Resources{Sandboxes: 1, VCPUs: vcpus, MemMiB: memMiB + VMMOverheadMiB, DiskMiB: m.cfg.OverlayMiB}
 }
 
-// account adds n sandboxes of a size to what is used. Called with Manager.mu
-// held.
-func (m *Manager) account(vcpus, memMiB, n int) {
-	m.used.Sandboxes += n
-	m.used.VCPUs += n * vcpus
-	m.used.MemMiB += n * (memMiB + VMMOverheadMiB)
+// takes is what a record's sandbox takes.
+func (r Record) takes() Resources {
+	return Resources{Sandboxes: 1, VCPUs: r.VCPUs, MemMiB: r.MemMiB + VMMOverheadMiB, DiskMiB: r.DiskMiB}
+}
+
+// admit reserves what a new sandbox needs, or says which limit is in the way
+// and how much is free. Called with Manager.mu held.
+func (m *Manager) admit(need Resources) error {
+	limit := m.cfg.Capacity
+	used := m.used.plus(need)
+	free := limit.minus(m.used)
+	switch {
+	case used.Sandboxes > limit.Sandboxes:
+		return errdefs.Exhausted.Errorf("no room for another sandbox: %d of %d exist", m.used.Sandboxes, limit.Sandboxes)
+	case used.VCPUs > limit.VCPUs:
+		return errdefs.Exhausted.Errorf("not enough vcpus: %d asked, %d of %d free", need.VCPUs, free.VCPUs, limit.VCPUs)
+	case used.MemMiB > limit.MemMiB:
+		return errdefs.Exhausted.Errorf("not enough memory: %d MiB asked, %d of them for the vmm; %d of %d MiB free", need.MemMiB, VMMOverheadMiB, free.MemMiB, limit.MemMiB)
+	case used.DiskMiB > limit.DiskMiB:
+		return errdefs.Exhausted.Errorf("not enough disk: %d MiB asked, %d of %d MiB free", need.DiskMiB, free.DiskMiB, limit.DiskMiB)
+	}
+	if now := m.store.freeMiB(); now < limit.FreeDiskMiB {
+		return errdefs.Exhausted.Errorf("not enough disk: %d MiB are free on the host, %d must remain", now, limit.FreeDiskMiB)
+	}
+	m.used = used
+	return nil
 }
 
 // startSlot waits for its turn to start a VM; done gives the turn to the next.

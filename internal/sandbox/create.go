@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -54,11 +55,16 @@ func (r *CreateRequest) check() error {
 	if r.MemMiB < MinMemMiB || r.MemMiB > MaxMemMiB {
 		errs = append(errs, fmt.Errorf("memory is %d MiB, must be %d to %d", r.MemMiB, MinMemMiB, MaxMemMiB))
 	}
-	if r.Timeout < 0 || r.Timeout > MaxTimeout {
-		errs = append(errs, fmt.Errorf("timeout is %d s, must be 0 (never) to %d", r.Timeout/time.Second, MaxTimeout/time.Second))
-	}
+	errs = append(errs, checkTimeout(r.Timeout))
 	if err := errors.Join(errs...); err != nil {
 		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
+	}
+	return nil
+}
+
+func checkTimeout(d time.Duration) error {
+	if d < 0 || d > MaxTimeout {
+		return fmt.Errorf("timeout is %d s, must be 0 (never) to %d", d/time.Second, MaxTimeout/time.Second)
 	}
 	return nil
 }
@@ -91,7 +97,11 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 		if errors.Is(err, errDestroyed) {
 			reason = Destroyed
 		}
-		m.release(b, reason, err.Error())
+		detail := err.Error()
+		if errors.Is(err, context.Canceled) {
+			detail = "the caller left while the sandbox was being created"
+		}
+		m.release(b, reason, detail)
 		return Info{}, fmt.Errorf("create sandbox %s: %w", b.id, err)
 	}
 	return b.info(), nil
@@ -103,11 +113,12 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 
+	need := m.need(req.VCPUs, req.MemMiB)
 	m.mu.Lock()
 	if m.draining {
 		err = errdefs.Unavailable.Errorf("the host is shutting down")
 	} else {
-		err = m.admit(req.VCPUs, req.MemMiB)
+		err = m.admit(need)
 	}
 	m.mu.Unlock()
 	if err != nil {
@@ -116,7 +127,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.
 	temp.Push("admission", func(context.Context) error {
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		m.account(req.VCPUs, req.MemMiB, -1)
+		m.used = m.used.minus(need)
 		return nil
 	})
 
@@ -138,7 +149,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.
 	now := time.Now().UTC()
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: Creating,
-		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, Timeout: req.Timeout,
+		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
@@ -155,6 +166,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.
 	}
 	m.boxes[id] = b
 	temp.Keep()
+	m.tell(Event{Time: now, ID: id, To: Creating})
 	return b, nil
 }
 
@@ -211,28 +223,23 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template) erro
 // directory. The first two are independent.
 func (m *Manager) prepare(ctx context.Context, b *box) error {
 	rec := b.record()
-	opened := make(chan error, 1)
-	go func() { opened <- m.cfg.Network.Open(ctx, rec.Slot) }()
-	err := m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), m.cfg.OverlayMiB)
-	if err != nil {
-		err = fmt.Errorf("make overlay: %w", err)
+	var opened error
+	var wg sync.WaitGroup
+	wg.Go(func() { opened = m.cfg.Network.Open(ctx, rec.Slot) })
+	made := m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), rec.DiskMiB)
+	wg.Wait()
+	if made != nil {
+		made = fmt.Errorf("make overlay: %w", made)
 	}
-	if nerr := <-opened; nerr != nil {
-		err = errors.Join(err, fmt.Errorf("open network: %w", nerr))
+	if opened != nil {
+		opened = fmt.Errorf("open network: %w", opened)
 	}
-	if err != nil {
+	if err := errors.Join(made, opened); err != nil {
 		return err
 	}
 	dir := m.runDir(b.id)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make run directory: %w", err)
-	}
-	if m.cfg.UID != 0 {
-		for _, path := range []string{dir, m.store.overlay(b.id)} {
-			if err := os.Chown(path, m.cfg.UID, m.cfg.GID); err != nil {
-				return fmt.Errorf("hand files to the VMM: %w", err)
-			}
-		}
 	}
 	return nil
 }
@@ -249,7 +256,13 @@ func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
 		Disks:   []vmm.Disk{{Path: tmpl.Base, ReadOnly: true}, {Path: m.store.overlay(rec.ID)}},
 		NIC:     &vmm.NIC{Tap: network.Tap, MAC: network.GuestMAC},
 		Console: m.store.console(rec.ID),
-		UID:     m.cfg.UID, GID: m.cfg.GID,
+		UID:     m.cfg.BaseUID + int(rec.Slot), GID: m.cfg.BaseUID + int(rec.Slot),
+		Cgroup: m.cgroups() + "/" + string(rec.ID),
+		Limits: vmm.Limits{
+			CPUMilli: rec.VCPUs*1000 + vmmCPUMilli,
+			MemMiB:   rec.MemMiB + maxOverheadMiB,
+			PIDs:     maxVMMTasks,
+		},
 	}
 }
 

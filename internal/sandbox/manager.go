@@ -62,16 +62,18 @@ type Config struct {
 	Templates Templates
 	// Guests connects to the guest at an address; it does no I/O.
 	Guests func(addr netip.Addr, token string) Guest
-	// KillStrays ends the processes of VMs under root whose directory keep
-	// refuses, and returns those directories' names; vmm.KillStrays is one.
-	KillStrays func(ctx context.Context, root string, keep func(name string) bool) ([]string, error)
+	// KillStrays ends the VMs with a directory under runRoot or a cgroup
+	// under parent whose name keep refuses, and returns those names;
+	// vmm.KillStrays is one.
+	KillStrays func(ctx context.Context, runRoot, parent string, keep func(name string) bool) ([]string, error)
 
 	Capacity   Capacity
 	OverlayMiB int
 	// DNS are the resolvers that guests use.
 	DNS []netip.Addr
-	// UID and GID are what VMMs run as.
-	UID, GID int
+	// BaseUID and a sandbox's slot add up to the user and group that its VMM
+	// runs as, shared with nobody.
+	BaseUID int
 
 	// BootTimeout bounds a create from the start of its VM until the guest
 	// is ready.
@@ -79,8 +81,14 @@ type Config struct {
 	// KeepStopped is how long the record of a sandbox that ended by itself
 	// can still be read.
 	KeepStopped time.Duration
+	// KeepPaused is how long a sandbox may stay paused before it expires; 0
+	// is for ever. A paused sandbox's own timeout stands still.
+	KeepPaused time.Duration
 
 	Log *slog.Logger
+
+	// storeHook is tests': see store.hook.
+	storeHook func(step string) error
 }
 
 // Manager owns the sandboxes of a host. It is safe for concurrent use; values
@@ -93,6 +101,7 @@ type Manager struct {
 	store  store
 	log    *slog.Logger
 	lock   *dirLock
+	events *eventLog
 	starts chan struct{}
 
 	// life ends at Shutdown; what hangs off it is counted in wg.
@@ -100,9 +109,12 @@ type Manager struct {
 	end  context.CancelFunc
 	wg   sync.WaitGroup
 
+	// fenced are slots of nobody's that could not be freed. The janitor's.
+	fenced []network.Slot
+
 	mu       sync.Mutex
 	boxes    map[ID]*box
-	used     Capacity
+	used     Resources
 	draining bool // no more creates
 	ended    bool // no more goroutines
 }
@@ -239,8 +251,16 @@ func (m *Manager) move(b *box, to State, change func(*Record)) error {
 		return err
 	}
 	rec := b.record()
+	m.tell(Event{Time: now, ID: b.id, From: from.State, To: to, Reason: rec.Reason})
 	m.log.Info("sandbox "+string(to), "sandbox", b.id, "from", from.State, "reason", rec.Reason, "after", now.Sub(from.StateAt).Round(time.Millisecond))
 	return nil
+}
+
+// tell puts an event into the log.
+func (m *Manager) tell(e Event) {
+	if err := m.events.add(e); err != nil {
+		m.log.Warn("event not kept", "sandbox", e.ID, "to", e.To, "err", err)
+	}
 }
 
 // find returns the box of an ID.
@@ -291,6 +311,13 @@ func (m *Manager) List(stopped bool) []Info {
 		return strings.Compare(string(a.ID), string(b.ID))
 	})
 	return infos
+}
+
+// Draining says whether the manager has begun to shut down.
+func (m *Manager) Draining() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.draining
 }
 
 // Console returns at most n bytes from the end of the guest's console.
@@ -391,6 +418,21 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 
 // opTimeout bounds what a VM may take for a pause or a resume.
 const opTimeout = 30 * time.Second
+
+// SetTimeout sets after how much inactivity, counted from now, a sandbox
+// expires; 0 is never.
+func (m *Manager) SetTimeout(ctx context.Context, id ID, timeout time.Duration) (Info, error) {
+	if err := checkTimeout(timeout); err != nil {
+		return Info{}, errdefs.InvalidArgument.Errorf("%w", err)
+	}
+	b, _, end, err := m.begin(ctx, id, OpTimeout, "given another timeout")
+	if err != nil {
+		return Info{}, err
+	}
+	defer end()
+	err = m.save(b, func(r *Record) { r.Timeout, r.LastActiveAt = timeout, time.Now().UTC() })
+	return b.info(), err
+}
 
 // Lease is the right to call a guest. While one is held the sandbox counts as
 // active.
@@ -497,6 +539,10 @@ func newToken() string { return rand.Text() }
 
 // runDir is the directory of a sandbox's VM.
 func (m *Manager) runDir(id ID) string { return filepath.Join(m.cfg.RunDir, string(id)) }
+
+// cgroups is the parent of the VMs' cgroups. It is named after the instance,
+// as all that is ours outside the state directory.
+func (m *Manager) cgroups() string { return m.cfg.Network.Plan().Instance }
 
 // goes runs fn on a goroutine that Shutdown waits for, unless that has begun
 // to wait. A panic costs that work alone.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -58,6 +57,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	if err != nil {
 		m.end()
 		m.wg.Wait()
+		_ = os.Remove(cfg.RunDir) // unless a VM has its own there
 		lock.release()
 		return nil, Recovery{}, fmt.Errorf("recover sandboxes: %w", err)
 	}
@@ -67,6 +67,13 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 
 func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 	if m.store, err = openStore(filepath.Join(m.cfg.StateDir, "sandboxes")); err != nil {
+		return found, err
+	}
+	m.store.hook = m.cfg.storeHook
+	if m.cfg.Capacity.DiskMiB == 0 {
+		m.cfg.Capacity.DiskMiB = diskOvercommit * m.store.freeMiB()
+	}
+	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl")); err != nil {
 		return found, err
 	}
 	if err := os.MkdirAll(m.cfg.RunDir, 0o711); err != nil {
@@ -89,7 +96,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 		if rec.State == Stopped {
 			continue
 		}
-		m.account(rec.VCPUs, rec.MemMiB, 1)
+		m.used = m.used.plus(rec.takes())
 		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
 			return found, fmt.Errorf("claim slot of sandbox %s: %w", rec.ID, err)
 		}
@@ -122,7 +129,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 
 // removeStrays ends the VMs and closes the slots that no record names.
 func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool, found *Recovery) error {
-	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, func(name string) bool { return m.boxes[ID(name)] != nil })
+	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), func(name string) bool { return m.boxes[ID(name)] != nil })
 	if err != nil {
 		return fmt.Errorf("kill stray vms: %w", err)
 	}
@@ -135,13 +142,9 @@ func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool,
 		if err := m.cfg.Network.Claim(s); err != nil {
 			return fmt.Errorf("claim stray slot %d: %w", s, err)
 		}
-		if err := m.cfg.Network.Close(ctx, s); err != nil {
-			// It stays claimed: fenced off, never handed out.
-			m.log.Error("stray network not removed", "slot", s, "err", err)
+		if !m.closeStray(ctx, s) {
+			m.fenced = append(m.fenced, s)
 			continue
-		}
-		if err := m.cfg.Network.Release(s); err != nil {
-			return fmt.Errorf("release stray slot %d: %w", s, err)
 		}
 		found.Strays = append(found.Strays, fmt.Sprintf("slot %d", s))
 	}
@@ -157,6 +160,19 @@ func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool,
 		}
 	}
 	return nil
+}
+
+// closeStray frees a claimed slot that no record names. One that cannot be
+// freed stays claimed: fenced off, never handed out, tried again.
+func (m *Manager) closeStray(ctx context.Context, s network.Slot) bool {
+	err := m.cfg.Network.Close(ctx, s)
+	if err == nil {
+		err = m.cfg.Network.Release(s)
+	}
+	if err != nil {
+		m.log.Error("stray network not removed, its slot is fenced off", "slot", s, "err", err)
+	}
+	return err == nil
 }
 
 // takeUp brings one record to a state that is true, and returns the list of
@@ -257,6 +273,9 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 	}()
 	select {
 	case <-ended:
+		m.events.shut()
+		// Unless a VM's directory is in it, for the next agent to find.
+		_ = os.Remove(m.cfg.RunDir)
 		m.lock.release()
 	case <-ctx.Done():
 		errs = append(errs, fmt.Errorf("wait for work in progress: %w", context.Cause(ctx)))
@@ -288,10 +307,9 @@ func lockDir(dir string) (*dirLock, error) {
 		}
 		return nil, fmt.Errorf("lock state directory: %w", err)
 	}
-	if err := f.Truncate(0); err == nil {
-		_, err = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
-	}
-	if err != nil {
+	holder := fmt.Appendln(nil, os.Getpid())
+	_, err = f.WriteAt(holder, 0)
+	if err := errors.Join(err, f.Truncate(int64(len(holder)))); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("lock state directory: %w", err)
 	}

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
 )
 
 const (
@@ -68,8 +70,12 @@ func (m *Manager) release(b *box, reason Reason, detail string) error {
 		}
 	}
 	b.kill(errdefs.Unavailable.Errorf("sandbox %s is gone: %s", b.id, reason))
-	if b.guest != nil {
-		b.guest.Close()
+	b.mu.Lock()
+	guest := b.guest
+	b.guest = nil
+	b.mu.Unlock()
+	if guest != nil {
+		guest.Close()
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), releaseTimeout)
 	defer cancel()
@@ -100,7 +106,7 @@ func (m *Manager) free(ctx context.Context, b *box, rec Record) error {
 		if err := b.vm.Kill(ctx); err != nil {
 			return fmt.Errorf("kill vm: %w", err)
 		}
-	} else if _, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, func(name string) bool { return name != string(b.id) }); err != nil {
+	} else if _, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), func(name string) bool { return name != string(b.id) }); err != nil {
 		return fmt.Errorf("kill vm: %w", err)
 	}
 	var errs []error
@@ -123,7 +129,7 @@ func (m *Manager) giveBack(rec Record) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.account(rec.VCPUs, rec.MemMiB, -1)
+	m.used = m.used.minus(rec.takes())
 }
 
 // forget drops a stopped sandbox. Called with the op lock held.
@@ -146,10 +152,16 @@ const sweepEvery = time.Second
 func (m *Manager) janitor() {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
+	fences := time.NewTicker(retryMost)
+	defer fences.Stop()
 	for {
 		select {
 		case <-tick.C:
 			m.sweep(time.Now())
+		case <-fences.C:
+			ctx, cancel := context.WithTimeout(m.life, releaseTimeout)
+			m.fenced = slices.DeleteFunc(m.fenced, func(s network.Slot) bool { return m.closeStray(ctx, s) })
+			cancel()
 		case <-m.life.Done():
 			return
 		}
@@ -170,13 +182,13 @@ func (m *Manager) sweep(now time.Time) {
 }
 
 func (m *Manager) due(b *box, now time.Time) bool {
-	return b.expired(now) || b.retryDue(now) || m.stale(b, now) || b.state() == Creating
+	return m.expired(b, now) || b.retryDue(now) || m.stale(b, now) || b.state() == Creating
 }
 
 // attend does what is due, judged again under the op lock.
 func (m *Manager) attend(b *box, now time.Time) {
 	switch {
-	case b.expired(now):
+	case m.expired(b, now):
 		m.release(b, Expired, "")
 	case b.retryDue(now):
 		m.release(b, b.record().Reason, "")
@@ -189,14 +201,20 @@ func (m *Manager) attend(b *box, now time.Time) {
 	}
 }
 
-// expired: the sandbox has a timeout, and nothing happened in it for so long.
-func (b *box) expired(now time.Time) bool {
+// expired: nothing has happened in the sandbox for as long as it may stay so.
+func (m *Manager) expired(b *box, now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.leases > 0 || b.rec.State != Running {
+	switch {
+	case b.leases > 0:
+		return false
+	case b.rec.State == Running:
+		return b.rec.Timeout > 0 && !now.Before(b.rec.LastActiveAt.Add(b.rec.Timeout))
+	case b.rec.State == Paused:
+		return m.cfg.KeepPaused > 0 && !now.Before(b.rec.StateAt.Add(m.cfg.KeepPaused))
+	default:
 		return false
 	}
-	return b.rec.Timeout > 0 && !now.Before(b.rec.LastActiveAt.Add(b.rec.Timeout))
 }
 
 func (b *box) retryDue(now time.Time) bool {

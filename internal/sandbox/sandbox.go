@@ -68,7 +68,7 @@ const (
 	OpPause   Operation = "pause"
 	OpResume  Operation = "resume"
 	OpCall    Operation = "exec"
-	OpTimeout Operation = "timeout"
+	OpTimeout Operation = "a timeout"
 	OpDestroy Operation = "destroy"
 )
 
@@ -116,6 +116,7 @@ type Record struct {
 	Template string `json:"template"`
 	VCPUs    int    `json:"vcpus"`
 	MemMiB   int    `json:"memMiB"`
+	DiskMiB  int    `json:"diskMiB"`
 	// Timeout is the inactivity after which the sandbox expires; 0 is never.
 	Timeout time.Duration `json:"timeout"`
 

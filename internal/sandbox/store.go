@@ -6,21 +6,36 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // store keeps the records: one directory per sandbox with its record, overlay
 // and console. Names with a leading dot are garbage.
-type store struct{ dir string }
+type store struct {
+	dir string
+	// hook is called before and after each change on disk; tests let it fail.
+	hook func(step string) error
+}
+
+func (s store) at(step string) error {
+	if s.hook == nil {
+		return nil
+	}
+	return s.hook(step)
+}
 
 func openStore(dir string) (store, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return store{}, fmt.Errorf("make sandbox directory: %w", err)
 	}
-	return store{dir}, nil
+	return store{dir: dir}, nil
 }
 
 func (s store) path(id ID, elem ...string) string {
@@ -33,13 +48,21 @@ func (s store) record(id ID) string  { return s.path(id, "record.json") }
 
 // reserve makes the directory of a new sandbox; fs.ErrExist says that the ID
 // is taken.
-func (s store) reserve(id ID) error { return os.Mkdir(s.path(id), 0o700) }
+func (s store) reserve(id ID) error {
+	if err := s.at("reserve"); err != nil {
+		return err
+	}
+	return os.Mkdir(s.path(id), 0o700)
+}
 
 // save replaces the record atomically and durably.
 func (s store) save(r Record) error {
 	data, err := json.MarshalIndent(r, "", "  ")
+	if err == nil {
+		err = s.at("save " + string(r.State))
+	}
 	if err != nil {
-		return fmt.Errorf("encode record: %w", err)
+		return fmt.Errorf("write record: %w", err)
 	}
 	f, err := os.CreateTemp(s.path(r.ID), ".record-*")
 	if err != nil {
@@ -56,6 +79,9 @@ func (s store) save(r Record) error {
 	}
 	if err == nil {
 		err = syncDir(s.path(r.ID))
+	}
+	if err == nil {
+		err = s.at("saved " + string(r.State))
 	}
 	if err != nil {
 		return fmt.Errorf("write record: %w", err)
@@ -150,9 +176,22 @@ func (s store) setAside(id ID) error {
 	return nil
 }
 
+// freeMiB is what is free on the store's file system; not knowing counts as
+// plenty.
+func (s store) freeMiB() int {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(s.dir, &st); err != nil {
+		return math.MaxInt
+	}
+	return int(st.Bavail * uint64(st.Bsize) >> 20)
+}
+
 // forget removes all of a sandbox's files. The rename comes first, so that a
 // crash in between leaves garbage and no half record.
 func (s store) forget(id ID) error {
+	if err := s.at("forget"); err != nil {
+		return err
+	}
 	garbage := filepath.Join(s.dir, "."+string(id))
 	if err := os.Rename(s.path(id), garbage); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("forget record: %w", err)
@@ -165,20 +204,8 @@ func (s store) forget(id ID) error {
 
 // tail returns at most n bytes from the end of the sandbox's console.
 func (s store) tail(id ID, n int64) ([]byte, error) {
-	f, err := os.Open(s.console(id))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read console: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("read console: %w", err)
-	}
-	data, err := io.ReadAll(io.NewSectionReader(f, max(0, info.Size()-n), n))
-	if err != nil {
+	data, err := vmm.Tail(s.console(id), n)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("read console: %w", err)
 	}
 	return data, nil

@@ -29,16 +29,29 @@ var codes = map[*errdefs.Class]connect.Code{
 
 // mapErrors turns errors into what clients may see: the text of a classed one;
 // of any other only a reference, under which the log has the text.
-func mapErrors(log *slog.Logger) connect.UnaryInterceptorFunc {
-	return func(next connect.UnaryFunc) connect.UnaryFunc {
-		return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-			resp, err := next(ctx, req)
-			if err != nil {
-				return nil, connectError(log, req.Spec().Procedure, err)
-			}
-			return resp, nil
+type mapErrors struct{ log *slog.Logger }
+
+func (m mapErrors) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		resp, err := next(ctx, req)
+		if err != nil {
+			return nil, connectError(m.log, req.Spec().Procedure, err)
 		}
+		return resp, nil
 	}
+}
+
+func (m mapErrors) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		if err := next(ctx, conn); err != nil {
+			return connectError(m.log, conn.Spec().Procedure, err)
+		}
+		return nil
+	}
+}
+
+func (m mapErrors) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
 }
 
 func connectError(log *slog.Logger, procedure string, err error) error {

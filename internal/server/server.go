@@ -49,11 +49,26 @@ func New(manager *sandbox.Manager, version Version, log *slog.Logger) (string, h
 	return hostagentv1connect.NewHostAgentServiceHandler(
 		&service{manager, version},
 		connect.WithReadMaxBytes(maxMessageBytes),
-		connect.WithInterceptors(mapErrors(log)),
+		connect.WithInterceptors(mapErrors{log}),
 		connect.WithRecover(func(_ context.Context, spec connect.Spec, _ http.Header, p any) error {
 			return fmt.Errorf("panic: %v", p)
 		}),
 	)
+}
+
+// Health answers GET /healthz, as long as the agent lives, and GET /readyz,
+// unless it is shutting down and takes no more sandboxes.
+func Health(manager *sandbox.Manager) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if manager.Draining() {
+			http.Error(w, "shutting down", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ready")
+	})
+	return mux
 }
 
 func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostagentv1.CreateSandboxRequest]) (*connect.Response[hostagentv1.CreateSandboxResponse], error) {
@@ -162,6 +177,54 @@ func sandboxInfo(info sandbox.Info) *hostagentv1.SandboxInfo {
 		pb.ExpiresAtUnix = info.ExpiresAt.Unix()
 	}
 	return pb
+}
+
+func (s *service) GetSandbox(_ context.Context, req *connect.Request[hostagentv1.GetSandboxRequest]) (*connect.Response[hostagentv1.GetSandboxResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	info, err := s.manager.Get(id)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: sandboxInfo(info)}), nil
+}
+
+func (s *service) SetTimeout(ctx context.Context, req *connect.Request[hostagentv1.SetTimeoutRequest]) (*connect.Response[hostagentv1.SetTimeoutResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	info, err := s.manager.SetTimeout(ctx, id, time.Duration(req.Msg.TimeoutSec)*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.SetTimeoutResponse{ExpiresAtUnix: sandboxInfo(info).ExpiresAtUnix}), nil
+}
+
+func (s *service) WatchEvents(ctx context.Context, req *connect.Request[hostagentv1.WatchEventsRequest], stream *connect.ServerStream[hostagentv1.WatchEventsResponse]) error {
+	var only sandbox.ID
+	if req.Msg.SandboxId != "" {
+		id, err := sandbox.ParseID(req.Msg.SandboxId)
+		if err != nil {
+			return err
+		}
+		only = id
+	}
+	// The headers go out at once: the caller knows that it watches.
+	if err := stream.Send(&hostagentv1.WatchEventsResponse{}); err != nil {
+		return err
+	}
+	return s.manager.Events(ctx, req.Msg.After, !req.Msg.NoFollow, func(e sandbox.Event) error {
+		if only != "" && e.ID != only {
+			return nil
+		}
+		return stream.Send(&hostagentv1.WatchEventsResponse{Event: &hostagentv1.Event{
+			Cursor: e.Cursor, TimeUnixMs: e.Time.UnixMilli(), SandboxId: string(e.ID),
+			From: string(e.From), To: string(e.To), Reason: string(e.Reason),
+		}})
+	})
 }
 
 func (s *service) GetConsole(_ context.Context, req *connect.Request[hostagentv1.GetConsoleRequest]) (*connect.Response[hostagentv1.GetConsoleResponse], error) {

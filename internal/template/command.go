@@ -13,22 +13,22 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
-// command is a tool that setup runs. It dies with this process and with ctx,
-// children included.
+// command is a tool that setup runs. It dies with this process and with ctx.
+// As root it runs in mount and process namespaces of its own, so that all that
+// it started ends with it, even when we are killed, and nobody else sees what
+// it mounts.
 type command struct {
 	name string
 	args []string
 	dir  string
 	env  []string // added to a plain environment
-	// isolated puts it into mount and process namespaces of its own: what it
-	// mounts is seen by nobody else, and all that it started ends with it.
-	isolated bool
 	// onLine gets each line of output; called from one goroutine at a time.
 	onLine func(line string)
 	// onStatus gets each line written to file descriptor 3.
@@ -38,7 +38,7 @@ type command struct {
 // output runs the command and returns its standard output. A tool that is not
 // installed is errdefs.Unavailable, a full disk errdefs.Exhausted.
 func (c command) output(ctx context.Context) (string, error) {
-	path, err := findTool(c.name)
+	path, err := FindTool(c.name)
 	if err != nil {
 		return "", err
 	}
@@ -49,7 +49,7 @@ func (c command) output(ctx context.Context) (string, error) {
 	// The caller's environment decides on proxies, not on languages or
 	// dialogues.
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "LANGUAGE=", "DEBIAN_FRONTEND=noninteractive",
-		"PATH="+toolPath)
+		"PATH="+ToolPath)
 	cmd.Env = append(cmd.Env, c.env...)
 	cmd.Stdout = &stdout
 	if c.onLine != nil {
@@ -57,7 +57,7 @@ func (c command) output(ctx context.Context) (string, error) {
 	}
 	cmd.Stderr = out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if c.isolated {
+	if os.Geteuid() == 0 {
 		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWPID
 		cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS // Go makes it private, too
 	}
@@ -66,7 +66,7 @@ func (c command) output(ctx context.Context) (string, error) {
 	cmd.WaitDelay = 5 * time.Second
 
 	statusDone := make(chan struct{})
-	var statusWrite *os.File
+	var statusRead, statusWrite *os.File
 	if c.onStatus != nil {
 		r, w, err := os.Pipe()
 		if err != nil {
@@ -74,7 +74,7 @@ func (c command) output(ctx context.Context) (string, error) {
 		}
 		defer r.Close()
 		cmd.ExtraFiles = []*os.File{w}
-		statusWrite = w
+		statusRead, statusWrite = r, w
 		go func() {
 			defer close(statusDone)
 			for sc := bufio.NewScanner(r); sc.Scan(); {
@@ -96,8 +96,10 @@ func (c command) output(ctx context.Context) (string, error) {
 	if err == nil {
 		err = cmd.Wait()
 	}
-	if err != nil && cmd.Process != nil && !c.isolated {
-		syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // stragglers that hold the status pipe
+	if statusRead != nil {
+		// What it wrote last is read; a grandchild that keeps the pipe is not
+		// waited for.
+		statusRead.SetReadDeadline(time.Now().Add(time.Second))
 	}
 	<-statusDone
 	out.flush()
@@ -121,12 +123,14 @@ func (c command) run(ctx context.Context) error {
 	return err
 }
 
-// toolPath is where an administrator's tools are; a user's PATH often lacks
+// ToolPath is where an administrator's tools are; a user's PATH often lacks
 // the sbin directories.
-const toolPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+const ToolPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-func findTool(name string) (string, error) {
-	for dir := range strings.SplitSeq(toolPath, ":") {
+// FindTool returns the absolute path of a program in ToolPath. One that is not
+// installed is errdefs.Unavailable.
+func FindTool(name string) (string, error) {
+	for dir := range strings.SplitSeq(ToolPath, ":") {
 		path := filepath.Join(dir, name)
 		if fi, err := os.Stat(path); err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
 			return path, nil
@@ -137,8 +141,10 @@ func findTool(name string) (string, error) {
 	return "", errdefs.Unavailable.Errorf("%s is not installed", name)
 }
 
-// lineWriter hands out complete lines and keeps the last few.
+// lineWriter hands out complete lines and keeps the last few. Two streams may
+// write to it.
 type lineWriter struct {
+	mu     sync.Mutex
 	onLine func(string)
 	part   []byte
 	last   []string
@@ -147,13 +153,16 @@ type lineWriter struct {
 const keptLines = 8
 
 func (w *lineWriter) Write(b []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.part = append(w.part, b...)
 	for {
 		i := bytes.IndexAny(w.part, "\r\n")
 		if i < 0 {
 			// A tool that never ends its line does not fill our memory.
 			if len(w.part) > 1<<16 {
-				w.flush()
+				w.line(string(w.part))
+				w.part = nil
 			}
 			return len(b), nil
 		}
@@ -162,7 +171,10 @@ func (w *lineWriter) Write(b []byte) (int, error) {
 	}
 }
 
+// flush takes an unfinished last line for a line.
 func (w *lineWriter) flush() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.line(string(w.part))
 	w.part = nil
 }
@@ -179,4 +191,8 @@ func (w *lineWriter) line(s string) {
 	}
 }
 
-func (w *lineWriter) tail() string { return strings.Join(w.last, "; ") }
+func (w *lineWriter) tail() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return strings.Join(w.last, "; ")
+}

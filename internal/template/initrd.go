@@ -17,8 +17,8 @@ const initrdFormat = 1
 // the modules in /modules with their load order in /modules/list (one file
 // name a line), and the directories that envd mounts on.
 //
-// It is not compressed: unpacking costs an emulated CPU more than the larger
-// file costs the loader (see BenchmarkInitrd in the project's SPEC).
+// It is not compressed: under an emulated CPU, too, the guest then boots as
+// fast as with gzip, lz4 or zstd, and making it costs nothing.
 func writeInitrd(path, envd, modulesDir string, modules []string) (err error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {

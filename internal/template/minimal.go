@@ -120,12 +120,16 @@ func bootstrap(ctx context.Context, root string, st step) error {
 	args = append(args, "--customize-hook="+minimalUser, minimalSuite, root)
 	args = append(args, sources...)
 	err = command{
-		name:     "mmdebstrap",
-		args:     args,
-		env:      []string{"SOURCE_DATE_EPOCH=" + fakeTime, "TMPDIR=" + filepath.Dir(root)},
-		isolated: true,
+		name: "mmdebstrap",
+		args: args,
+		env:  []string{"SOURCE_DATE_EPOCH=" + fakeTime, "TMPDIR=" + filepath.Dir(root)},
 		onLine: func(line string) {
-			if text, ok := strings.CutPrefix(line, "I: "); ok {
+			text, ok := strings.CutPrefix(line, "I: ")
+			switch {
+			case !ok || strings.HasPrefix(text, "success"):
+			case strings.HasPrefix(text, "running --customize-hook"):
+				st.detail("adding the user")
+			default:
 				st.detail(strings.TrimSuffix(text, "..."))
 			}
 		},
@@ -159,11 +163,21 @@ func bootstrap(ctx context.Context, root string, st step) error {
 // tool shall use its default.
 func hostSources(ctx context.Context, suite string) ([]string, error) {
 	const format = "$(ORIGIN)|$(CODENAME)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
-	out, err := command{name: "apt-get", args: []string{"indextargets", "--format", format, "Created-By: Packages"}}.output(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("list apt's sources: %w", err)
+	list := command{name: "apt-get", args: []string{"indextargets", "--format", format, "Created-By: Packages"}}
+	for refreshed := false; ; refreshed = true {
+		out, err := list.output(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("list apt's sources: %w", err)
+		}
+		sources := sourcesFrom(out, suite)
+		if len(sources) > 0 || refreshed {
+			return sources, nil
+		}
+		// Without package lists apt does not know whose its sources are.
+		if err := (command{name: "apt-get", args: []string{"-q", "update"}}).run(ctx); err != nil {
+			return nil, errdefs.Unavailable.Errorf("refresh apt's package lists (check the network and apt's sources, then run wrenn setup again): %w", err)
+		}
 	}
-	return sourcesFrom(out, suite), nil
 }
 
 func sourcesFrom(targets, suite string) []string {

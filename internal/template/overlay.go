@@ -84,7 +84,7 @@ func (s *Store) ensureSeed(ctx context.Context, sizeMiB int) (made bool, err err
 	if err := os.Rename(f.Name(), dst); err != nil {
 		return false, err
 	}
-	return true, syncDir(s.seeds())
+	return true, flush(s.seeds())
 }
 
 // formatExt4 makes an ext4 in the file, filled from the directory root unless

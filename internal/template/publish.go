@@ -74,11 +74,23 @@ func publish(tmp, dst, manifestName string, v any, m *manifest) error {
 	m.Format = formatVersion
 	m.Files = map[string]File{}
 	err := filepath.WalkDir(tmp, func(path string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			err = errors.Join(os.Chmod(path, 0o755), flush(path))
+		}
 		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		// Published is immutable. Whoever may enter the state directory,
+		// such as a VMM under its own user, may read it.
+		if err := os.Chmod(path, 0o444); err != nil {
 			return err
 		}
 		f, err := hashFile(path)
 		if err != nil {
+			return err
+		}
+		// On disk before the manifest vouches for it.
+		if err := flush(path); err != nil {
 			return err
 		}
 		rel, err := filepath.Rel(tmp, path)
@@ -92,15 +104,10 @@ func publish(tmp, dst, manifestName string, v any, m *manifest) error {
 	if err != nil {
 		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
 	}
-	// The data must be on disk before the manifest vouches for it. One
-	// syncfs instead of an fsync per file and directory.
-	if err := syncFS(tmp); err != nil {
-		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
-	}
 	if err := writeSynced(filepath.Join(tmp, manifestName), append(b, '\n')); err != nil {
 		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
 	}
-	if err := syncDir(tmp); err != nil {
+	if err := flush(tmp); err != nil {
 		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
 	}
 	err = unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dst, unix.RENAME_NOREPLACE)
@@ -110,7 +117,7 @@ func publish(tmp, dst, manifestName string, v any, m *manifest) error {
 	if err != nil {
 		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
 	}
-	return syncDir(filepath.Dir(dst))
+	return flush(filepath.Dir(dst))
 }
 
 // removeGarbage removes everything in dir whose name begins with a dot.
@@ -216,20 +223,12 @@ func writeSynced(path string, b []byte) error {
 	return f.Close()
 }
 
-func syncDir(path string) error {
-	d, err := os.Open(path)
+// flush brings a file or directory to the disk.
+func flush(path string) error {
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	defer d.Close()
-	return d.Sync()
-}
-
-func syncFS(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return unix.Syncfs(int(d.Fd()))
+	defer f.Close()
+	return f.Sync()
 }

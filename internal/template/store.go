@@ -64,6 +64,10 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	return s, nil
 }
 
+// View is the store in dir as it is, for looking only: nothing is made, removed
+// or checked.
+func View(dir string, log *slog.Logger) *Store { return &Store{dir: dir, log: log} }
+
 // Dir is the store's directory, absolute.
 func (s *Store) Dir() string { return s.dir }
 
@@ -238,14 +242,41 @@ func (s *Store) kernelManifest() (kernelManifest, error) {
 
 // readManifest reads dir's manifest into v, of which m is a part, and checks
 // that each file that it names is there with its size. Contents are not
-// hashed: that would make every create read the image.
+// hashed: that would make every create read the image. A dir that does not
+// exist is fs.ErrNotExist; every other error is damage.
 func readManifest(dir, name string, v any, m *manifest) error {
-	b, err := os.ReadFile(filepath.Join(dir, name))
-	if err != nil {
-		// A published directory without manifest is damage, not absence.
-		if _, derr := os.Stat(dir); derr == nil && errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("%s is missing", name)
+	for {
+		// Through one descriptor, so that all is of one generation.
+		root, err := os.OpenRoot(dir)
+		if err != nil {
+			return err
 		}
+		err = readManifestIn(root, name, v, m)
+		replaced := err != nil && !isStill(root, dir)
+		root.Close()
+		if !replaced {
+			return err
+		}
+		// It was replaced and removed under our eyes.
+	}
+}
+
+// isStill says whether dir is the directory that root was opened as.
+func isStill(root *os.Root, dir string) bool {
+	was, err := root.Stat(".")
+	if err != nil {
+		return true // nothing is known, so nothing is tried again
+	}
+	now, err := os.Stat(dir)
+	return err == nil && os.SameFile(was, now)
+}
+
+func readManifestIn(root *os.Root, name string, v any, m *manifest) error {
+	b, err := root.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s is missing", name)
+	}
+	if err != nil {
 		return err
 	}
 	if err := json.Unmarshal(b, v); err != nil {
@@ -258,10 +289,7 @@ func readManifest(dir, name string, v any, m *manifest) error {
 		return fmt.Errorf("%s names no files", name)
 	}
 	for f, want := range m.Files {
-		if !filepath.IsLocal(f) {
-			return fmt.Errorf("%s: file name %q", name, f)
-		}
-		fi, err := os.Lstat(filepath.Join(dir, f))
+		fi, err := root.Lstat(f)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			return fmt.Errorf("%s is missing", f)

@@ -52,6 +52,15 @@ const (
 	// HostAgentServiceListSandboxesProcedure is the fully-qualified name of the HostAgentService's
 	// ListSandboxes RPC.
 	HostAgentServiceListSandboxesProcedure = "/hostagent.v1.HostAgentService/ListSandboxes"
+	// HostAgentServiceGetSandboxProcedure is the fully-qualified name of the HostAgentService's
+	// GetSandbox RPC.
+	HostAgentServiceGetSandboxProcedure = "/hostagent.v1.HostAgentService/GetSandbox"
+	// HostAgentServiceSetTimeoutProcedure is the fully-qualified name of the HostAgentService's
+	// SetTimeout RPC.
+	HostAgentServiceSetTimeoutProcedure = "/hostagent.v1.HostAgentService/SetTimeout"
+	// HostAgentServiceWatchEventsProcedure is the fully-qualified name of the HostAgentService's
+	// WatchEvents RPC.
+	HostAgentServiceWatchEventsProcedure = "/hostagent.v1.HostAgentService/WatchEvents"
 	// HostAgentServiceGetConsoleProcedure is the fully-qualified name of the HostAgentService's
 	// GetConsole RPC.
 	HostAgentServiceGetConsoleProcedure = "/hostagent.v1.HostAgentService/GetConsole"
@@ -74,6 +83,15 @@ type HostAgentServiceClient interface {
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ListSandboxes answers with every sandbox of this host, oldest first.
 	ListSandboxes(context.Context, *connect.Request[v1.ListSandboxesRequest]) (*connect.Response[v1.ListSandboxesResponse], error)
+	// GetSandbox answers with one sandbox, also one that has ended by itself and
+	// is remembered for a while.
+	GetSandbox(context.Context, *connect.Request[v1.GetSandboxRequest]) (*connect.Response[v1.GetSandboxResponse], error)
+	// SetTimeout sets after how much inactivity, counted from now, a sandbox
+	// expires; longer or shorter than before.
+	SetTimeout(context.Context, *connect.Request[v1.SetTimeoutRequest]) (*connect.Response[v1.SetTimeoutResponse], error)
+	// WatchEvents streams every change of state of every sandbox: first those
+	// that are remembered, then new ones as they happen.
+	WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest]) (*connect.ServerStreamForClient[v1.WatchEventsResponse], error)
 	// GetConsole answers with the end of a sandbox's serial console.
 	GetConsole(context.Context, *connect.Request[v1.GetConsoleRequest]) (*connect.Response[v1.GetConsoleResponse], error)
 	// GetVersion answers with what this host agent is and drives.
@@ -127,6 +145,24 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("ListSandboxes")),
 			connect.WithClientOptions(opts...),
 		),
+		getSandbox: connect.NewClient[v1.GetSandboxRequest, v1.GetSandboxResponse](
+			httpClient,
+			baseURL+HostAgentServiceGetSandboxProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("GetSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		setTimeout: connect.NewClient[v1.SetTimeoutRequest, v1.SetTimeoutResponse](
+			httpClient,
+			baseURL+HostAgentServiceSetTimeoutProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("SetTimeout")),
+			connect.WithClientOptions(opts...),
+		),
+		watchEvents: connect.NewClient[v1.WatchEventsRequest, v1.WatchEventsResponse](
+			httpClient,
+			baseURL+HostAgentServiceWatchEventsProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("WatchEvents")),
+			connect.WithClientOptions(opts...),
+		),
 		getConsole: connect.NewClient[v1.GetConsoleRequest, v1.GetConsoleResponse](
 			httpClient,
 			baseURL+HostAgentServiceGetConsoleProcedure,
@@ -150,6 +186,9 @@ type hostAgentServiceClient struct {
 	resumeSandbox  *connect.Client[v1.ResumeSandboxRequest, v1.ResumeSandboxResponse]
 	exec           *connect.Client[v1.ExecRequest, v1.ExecResponse]
 	listSandboxes  *connect.Client[v1.ListSandboxesRequest, v1.ListSandboxesResponse]
+	getSandbox     *connect.Client[v1.GetSandboxRequest, v1.GetSandboxResponse]
+	setTimeout     *connect.Client[v1.SetTimeoutRequest, v1.SetTimeoutResponse]
+	watchEvents    *connect.Client[v1.WatchEventsRequest, v1.WatchEventsResponse]
 	getConsole     *connect.Client[v1.GetConsoleRequest, v1.GetConsoleResponse]
 	getVersion     *connect.Client[v1.GetVersionRequest, v1.GetVersionResponse]
 }
@@ -184,6 +223,21 @@ func (c *hostAgentServiceClient) ListSandboxes(ctx context.Context, req *connect
 	return c.listSandboxes.CallUnary(ctx, req)
 }
 
+// GetSandbox calls hostagent.v1.HostAgentService.GetSandbox.
+func (c *hostAgentServiceClient) GetSandbox(ctx context.Context, req *connect.Request[v1.GetSandboxRequest]) (*connect.Response[v1.GetSandboxResponse], error) {
+	return c.getSandbox.CallUnary(ctx, req)
+}
+
+// SetTimeout calls hostagent.v1.HostAgentService.SetTimeout.
+func (c *hostAgentServiceClient) SetTimeout(ctx context.Context, req *connect.Request[v1.SetTimeoutRequest]) (*connect.Response[v1.SetTimeoutResponse], error) {
+	return c.setTimeout.CallUnary(ctx, req)
+}
+
+// WatchEvents calls hostagent.v1.HostAgentService.WatchEvents.
+func (c *hostAgentServiceClient) WatchEvents(ctx context.Context, req *connect.Request[v1.WatchEventsRequest]) (*connect.ServerStreamForClient[v1.WatchEventsResponse], error) {
+	return c.watchEvents.CallServerStream(ctx, req)
+}
+
 // GetConsole calls hostagent.v1.HostAgentService.GetConsole.
 func (c *hostAgentServiceClient) GetConsole(ctx context.Context, req *connect.Request[v1.GetConsoleRequest]) (*connect.Response[v1.GetConsoleResponse], error) {
 	return c.getConsole.CallUnary(ctx, req)
@@ -208,6 +262,15 @@ type HostAgentServiceHandler interface {
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ListSandboxes answers with every sandbox of this host, oldest first.
 	ListSandboxes(context.Context, *connect.Request[v1.ListSandboxesRequest]) (*connect.Response[v1.ListSandboxesResponse], error)
+	// GetSandbox answers with one sandbox, also one that has ended by itself and
+	// is remembered for a while.
+	GetSandbox(context.Context, *connect.Request[v1.GetSandboxRequest]) (*connect.Response[v1.GetSandboxResponse], error)
+	// SetTimeout sets after how much inactivity, counted from now, a sandbox
+	// expires; longer or shorter than before.
+	SetTimeout(context.Context, *connect.Request[v1.SetTimeoutRequest]) (*connect.Response[v1.SetTimeoutResponse], error)
+	// WatchEvents streams every change of state of every sandbox: first those
+	// that are remembered, then new ones as they happen.
+	WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest], *connect.ServerStream[v1.WatchEventsResponse]) error
 	// GetConsole answers with the end of a sandbox's serial console.
 	GetConsole(context.Context, *connect.Request[v1.GetConsoleRequest]) (*connect.Response[v1.GetConsoleResponse], error)
 	// GetVersion answers with what this host agent is and drives.
@@ -257,6 +320,24 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		connect.WithSchema(hostAgentServiceMethods.ByName("ListSandboxes")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentServiceGetSandboxHandler := connect.NewUnaryHandler(
+		HostAgentServiceGetSandboxProcedure,
+		svc.GetSandbox,
+		connect.WithSchema(hostAgentServiceMethods.ByName("GetSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentServiceSetTimeoutHandler := connect.NewUnaryHandler(
+		HostAgentServiceSetTimeoutProcedure,
+		svc.SetTimeout,
+		connect.WithSchema(hostAgentServiceMethods.ByName("SetTimeout")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentServiceWatchEventsHandler := connect.NewServerStreamHandler(
+		HostAgentServiceWatchEventsProcedure,
+		svc.WatchEvents,
+		connect.WithSchema(hostAgentServiceMethods.ByName("WatchEvents")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentServiceGetConsoleHandler := connect.NewUnaryHandler(
 		HostAgentServiceGetConsoleProcedure,
 		svc.GetConsole,
@@ -283,6 +364,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServiceExecHandler.ServeHTTP(w, r)
 		case HostAgentServiceListSandboxesProcedure:
 			hostAgentServiceListSandboxesHandler.ServeHTTP(w, r)
+		case HostAgentServiceGetSandboxProcedure:
+			hostAgentServiceGetSandboxHandler.ServeHTTP(w, r)
+		case HostAgentServiceSetTimeoutProcedure:
+			hostAgentServiceSetTimeoutHandler.ServeHTTP(w, r)
+		case HostAgentServiceWatchEventsProcedure:
+			hostAgentServiceWatchEventsHandler.ServeHTTP(w, r)
 		case HostAgentServiceGetConsoleProcedure:
 			hostAgentServiceGetConsoleHandler.ServeHTTP(w, r)
 		case HostAgentServiceGetVersionProcedure:
@@ -318,6 +405,18 @@ func (UnimplementedHostAgentServiceHandler) Exec(context.Context, *connect.Reque
 
 func (UnimplementedHostAgentServiceHandler) ListSandboxes(context.Context, *connect.Request[v1.ListSandboxesRequest]) (*connect.Response[v1.ListSandboxesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.ListSandboxes is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) GetSandbox(context.Context, *connect.Request[v1.GetSandboxRequest]) (*connect.Response[v1.GetSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.GetSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) SetTimeout(context.Context, *connect.Request[v1.SetTimeoutRequest]) (*connect.Response[v1.SetTimeoutResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.SetTimeout is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest], *connect.ServerStream[v1.WatchEventsResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.WatchEvents is not implemented"))
 }
 
 func (UnimplementedHostAgentServiceHandler) GetConsole(context.Context, *connect.Request[v1.GetConsoleRequest]) (*connect.Response[v1.GetConsoleResponse], error) {

@@ -1,0 +1,56 @@
+# Wrenn. `make help` lists the targets.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+TOOL := go tool -modfile=$(CURDIR)/tools/go.mod
+TEST_STATE ?= /var/tmp/wrenn-test-state
+TEST_ENV := WRENN_TEST_STATE_DIR=$(TEST_STATE) WRENN_BIN=$(CURDIR)/bin
+FUZZTIME ?= 5s
+SETUP := bin/wrenn setup --state-dir
+
+.PHONY: help build run test test-unit fuzz lint generate check-generated bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## build bin/wrenn and bin/envd
+	go build -trimpath -ldflags "-X main.version=$(VERSION)" -o bin/wrenn ./cmd/wrenn
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w" -o bin/envd ./cmd/envd
+
+run: build ## install what is missing, prepare this host, run the host agent
+	bin/wrenn setup
+	bin/wrenn serve
+
+test: lint check-generated build ## everything that CI runs: lint, unit, race and real microVMs, as root
+	$(SETUP) $(TEST_STATE)
+	$(TEST_ENV) go test -race -count=1 -p 1 -timeout 60m ./...
+	$(MAKE) --no-print-directory fuzz
+
+test-unit: ## tests that need nothing but Go
+	go test -race ./...
+
+fuzz: ## feed the parsers nonsense, for FUZZTIME each
+	@grep -rlE '^func Fuzz' --include='*_test.go' internal | xargs -n1 dirname | sort -u | while read -r dir; do \
+	  for f in $$(grep -hoE '^func Fuzz[A-Za-z0-9]+' $$dir/*_test.go | sed 's/func //'); do \
+	    go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) ./$$dir; done; done
+
+bench: build ## time what a user waits for, each beside its bare floor
+	$(SETUP) $(TEST_STATE)
+	$(TEST_ENV) go test -count=1 -run '^$$' -bench . -benchtime 10x -timeout 60m ./e2e/...
+
+lint: ## gofmt, go vet, staticcheck, buf lint
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
+	go vet ./...
+	$(TOOL) staticcheck ./...
+	cd api && $(TOOL) buf lint
+
+generate: ## generate the stubs of the protos anew
+	cd api && $(TOOL) buf generate
+
+check-generated: ## fail when the committed stubs are stale
+	dir=$$(mktemp -d); trap 'rm -rf $$dir' EXIT; cp -r api $$dir/api; \
+	cd api && $(TOOL) buf generate -o $$dir/new && cd .. && \
+	for f in $$(git ls-files 'api/*.go'); do cmp $$f $$dir/new/$${f#api/} || { echo "stale: run make generate"; exit 1; }; done
+
+clean: ## remove what was built
+	rm -rf bin

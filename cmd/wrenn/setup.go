@@ -1,0 +1,214 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"git.omukk.dev/wrenn/sandbox/internal/host"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// envdPath is where the build puts the guest daemon: beside this program.
+func envdPath() string {
+	exe, err := os.Executable()
+	if err != nil {
+		return "envd"
+	}
+	return filepath.Join(filepath.Dir(exe), "envd")
+}
+
+func newSetup() *cobra.Command {
+	var c hostConfig
+	var o template.Options
+	cmd := &cobra.Command{
+		Use:   "setup",
+		Short: "Install and prepare what the host needs",
+		Long: `Install missing packages through apt, and prepare the guest kernel, the initrd
+with the guest daemon, and the template "minimal" in the state directory. What
+is there and complete is kept, so that it can be run again at any time; an
+interrupted run is picked up. It needs root.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if os.Geteuid() != 0 {
+				return errors.New("setup needs root: sudo wrenn setup")
+			}
+			if _, err := c.plan(); err != nil {
+				return err
+			}
+			if _, err := os.Stat(o.Envd); err != nil {
+				return fmt.Errorf("find the guest daemon: %w; build it with `make build`, or name it with --envd", err)
+			}
+			p := newProgress(cmd.ErrOrStderr())
+			defer p.end()
+			if err := host.InstallMissing(cmd.Context(), p.show); err != nil {
+				return err
+			}
+			store, err := template.Open(c.stateDir, slog.New(slog.DiscardHandler))
+			if err != nil {
+				return err
+			}
+			if err := template.Setup(cmd.Context(), store, o, p.show); err != nil {
+				return err
+			}
+			p.end()
+			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `wrenn serve`\n", c.stateDir)
+			return nil
+		},
+	}
+	c.flags(cmd)
+	cmd.Flags().StringVar(&o.Envd, "envd", env("WRENN_ENVD", envdPath()), "the guest daemon to put into the initrd (env WRENN_ENVD)")
+	cmd.Flags().StringVar(&o.Kernel, "kernel", "", `guest kernel: "debian", or the path of a vmlinux or bzImage; empty keeps what is there`)
+	cmd.Flags().StringVar(&o.Modules, "modules", "", "directory of the modules that belong to --kernel")
+	return cmd
+}
+
+// progress shows what setup does: one line a step, which a terminal sees
+// change.
+type progress struct {
+	w       io.Writer
+	tty     bool
+	current string
+	began   time.Time
+	shown   time.Time
+}
+
+func newProgress(w io.Writer) *progress {
+	f, ok := w.(*os.File)
+	return &progress{w: w, tty: ok && term.IsTerminal(int(f.Fd()))}
+}
+
+func (p *progress) show(e template.Event) {
+	now := time.Now()
+	switch e.Phase {
+	case template.Began:
+		p.end()
+		p.current, p.began = e.Step, now
+		p.line(e, "")
+	case template.Going:
+		// A log is not a terminal: a line every few seconds tells enough.
+		every := 5 * time.Second
+		if p.tty {
+			every = 100 * time.Millisecond
+		}
+		if now.Sub(p.shown) >= every {
+			p.line(e, "")
+		}
+	case template.Did:
+		p.line(e, fmt.Sprintf("done in %.1fs", now.Sub(p.began).Seconds()))
+		p.current = ""
+	case template.Kept:
+		p.line(e, "already there")
+		p.current = ""
+	}
+}
+
+func (p *progress) line(e template.Event, outcome string) {
+	p.shown = time.Now()
+	text := fmt.Sprintf("%-14s", e.Step)
+	if e.Total > 0 && outcome == "" {
+		const width = 24
+		full := int(min(e.Done, e.Total) * width / e.Total)
+		text += fmt.Sprintf(" [%s%s] %3d%%", strings.Repeat("#", full), strings.Repeat("-", width-full), min(e.Done, e.Total)*100/e.Total)
+	}
+	for _, s := range []string{e.Detail, outcome} {
+		if s != "" {
+			text += "  " + s
+		}
+	}
+	switch {
+	case !p.tty && e.Phase == template.Began:
+		return // what follows says as much
+	case !p.tty:
+		fmt.Fprintln(p.w, strings.TrimRight(text, " "))
+		return
+	}
+	if runes := []rune(text); len(runes) > 100 {
+		text = string(runes[:100])
+	}
+	end := ""
+	if outcome != "" {
+		end = "\n"
+	}
+	fmt.Fprintf(p.w, "\r\x1b[K%s%s", text, end)
+}
+
+// end closes the line of a step that did not come to its end.
+func (p *progress) end() {
+	if p.current != "" && p.tty {
+		fmt.Fprintln(p.w)
+	}
+	p.current = ""
+}
+
+func newDoctor() *cobra.Command {
+	var c hostConfig
+	var envd string
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "Say what the host has and lacks, and how to mend it",
+		Long: `Look at everything that a host needs to run sandboxes: say whether it is there,
+why it matters, and the command that mends it. The exit status is 1 when
+something required is missing. As root it sees more.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if _, err := c.plan(); err != nil {
+				return err
+			}
+			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: []vmm.Driver{c.driver()}})
+			out := cmd.OutOrStdout()
+			if asJSON {
+				enc := json.NewEncoder(out)
+				enc.SetIndent("", "  ")
+				if err := enc.Encode(checks); err != nil {
+					return err
+				}
+			} else {
+				printChecks(out, checks)
+			}
+			if !host.Ready(checks) {
+				return exitError(1)
+			}
+			return nil
+		},
+	}
+	c.flags(cmd)
+	cmd.Flags().StringVar(&envd, "envd", env("WRENN_ENVD", envdPath()), "the guest daemon that the initrd should hold (env WRENN_ENVD)")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print as JSON")
+	return cmd
+}
+
+func printChecks(w io.Writer, checks []host.Check) {
+	for _, c := range checks {
+		mark := "ok"
+		switch {
+		case c.Unknown:
+			mark = "??"
+		case !c.OK && c.Level == host.Required:
+			mark = "NO"
+		case !c.OK:
+			mark = "--"
+		}
+		fmt.Fprintf(w, "%s  %-18s %s\n", mark, c.Name, c.Found)
+		fmt.Fprintf(w, "    %-18s why:  %s\n", "", c.Why)
+		if c.Fix != "" {
+			fmt.Fprintf(w, "    %-18s mend: %s\n", "", c.Fix)
+		}
+	}
+	if host.Ready(checks) {
+		fmt.Fprintln(w, "\nThis host can run sandboxes.")
+	} else {
+		fmt.Fprintln(w, "\nThis host cannot run sandboxes yet: mend what is marked NO.")
+	}
+}

@@ -1,0 +1,485 @@
+package host
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// Level says what a check that is not OK means.
+type Level string
+
+const (
+	// Required: no sandbox runs without it.
+	Required Level = "required"
+	// Optional: it works without, but slower or less contained.
+	Optional Level = "optional"
+)
+
+// Check is one thing that a host needs, and how it is here.
+type Check struct {
+	Name  string `json:"name"`
+	OK    bool   `json:"ok"`
+	Level Level  `json:"level"`
+	// Unknown: it could not be looked at, Found says why; OK is then false.
+	Unknown bool `json:"unknown,omitempty"`
+	// Found is what is there.
+	Found string `json:"found"`
+	// Why it matters.
+	Why string `json:"why"`
+	// Fix is the command that mends it, with a remark behind a #; empty when
+	// it is OK or when no command can.
+	Fix string `json:"fix,omitempty"`
+}
+
+// Options of Doctor.
+type Options struct {
+	// StateDir is looked at, never changed.
+	StateDir string
+	// Envd is the path of the envd that the initrd should hold; empty leaves
+	// that comparison out.
+	Envd string
+	// Drivers are asked whether they can run VMs here.
+	Drivers []vmm.Driver
+}
+
+// Doctor looks at all that this host needs, in the order in which it is best
+// mended. It changes nothing but what a driver's own Check caches, and runs
+// unprivileged too: what it cannot look at then is Unknown.
+func Doctor(ctx context.Context, o Options) []Check {
+	m := machine{
+		fsRoot:  "/",
+		root:    os.Geteuid() == 0,
+		missing: Missing,
+		probe:   probeNetwork,
+		statfs:  freeMiB,
+	}
+	return m.doctor(ctx, o)
+}
+
+// machine is the host, or the one that a test describes.
+type machine struct {
+	fsRoot  string // where /proc, /sys and /dev are found
+	root    bool
+	missing func() []Package
+	probe   func() networkProbe
+	statfs  func(path string) (freeMiB int64, err error)
+}
+
+// networkProbe is what came of trying, in a namespace of its own.
+type networkProbe struct {
+	netns error
+	nft   error // of nftables with NAT; nil and meaningless if netns is not
+}
+
+func (m machine) doctor(ctx context.Context, o Options) []Check {
+	checks := []Check{m.packages()}
+	checks = append(checks, m.drivers(ctx, o.Drivers)...)
+	checks = append(checks, m.tun())
+	checks = append(checks, m.network()...)
+	checks = append(checks, m.forwarding())
+	checks = append(checks, m.store(o)...)
+	return append(checks, m.disk(o.StateDir), m.memory(), m.cgroups())
+}
+
+// Ready says whether nothing that is required is missing.
+func Ready(checks []Check) bool {
+	return !slices.ContainsFunc(checks, func(c Check) bool { return c.Level == Required && !c.OK })
+}
+
+func (m machine) packages() Check {
+	c := Check{Name: "packages", Level: Required, Why: "these programs run microVMs and make their disks"}
+	want := m.missing()
+	if len(want) == 0 {
+		c.OK, c.Found = true, "all installed"
+		return c
+	}
+	var why []string
+	for _, p := range want {
+		why = append(why, p.Name+" ("+p.Why+")")
+	}
+	c.Found = "missing: " + strings.Join(why, ", ")
+	c.Fix = "sudo " + installCommand(want)
+	return c
+}
+
+// drivers reports each VMM, and whether any of them has KVM. One that works
+// is enough.
+func (m machine) drivers(ctx context.Context, drivers []vmm.Driver) []Check {
+	kvm := Check{
+		Name: "kvm", Level: Optional,
+		Why: "with hardware virtualisation a guest runs about as fast as the host; without it is emulated, and many times slower",
+	}
+	var list []Check
+	works := false
+	var notes []string
+	for _, d := range drivers {
+		c := Check{Name: "vmm " + d.Name(), Level: Required, Why: "the program that runs microVMs; one is enough"}
+		report, err := d.Check(ctx)
+		if err != nil {
+			c.Found = err.Error()
+			c.Fix = driverFix(d.Name())
+			// Without the right to look, "not there" would be a guess.
+			if !m.root && errors.Is(err, fs.ErrPermission) {
+				c.Unknown, c.Fix = true, "sudo wrenn doctor"
+			}
+		} else {
+			works = true
+			c.OK = true
+			c.Found = strings.TrimSpace(report.Version + " with " + report.Accel)
+			if report.Accel == "kvm" {
+				kvm.OK = true
+			}
+			if report.Why != "" {
+				notes = append(notes, d.Name()+": "+report.Why)
+			}
+		}
+		list = append(list, c)
+	}
+	if works {
+		for i := range list {
+			if !list[i].OK {
+				list[i].Level = Optional
+			}
+		}
+	}
+	kvm.Found = m.kvmFacts()
+	if len(notes) > 0 {
+		kvm.Found += "; " + strings.Join(notes, "; ")
+	}
+	if !kvm.OK {
+		kvm.Unknown = !works && !m.root
+		kvm.Fix = m.kvmFix()
+	}
+	return append([]Check{kvm}, list...)
+}
+
+func driverFix(name string) string {
+	switch name {
+	case "qemu":
+		return "sudo apt-get install -y --no-install-recommends qemu-system-x86"
+	case "firecracker":
+		return "sudo install firecracker jailer /usr/local/bin/ # both come with a Firecracker release; it needs KVM"
+	}
+	return ""
+}
+
+// kvmFacts is what can be seen without booting anything. A device that opens
+// proves nothing: only a guest that boots does.
+func (m machine) kvmFacts() string {
+	device := "no /dev/kvm"
+	if _, err := os.Stat(m.path("dev/kvm")); err == nil {
+		device = "/dev/kvm is there"
+		if f, err := os.OpenFile(m.path("dev/kvm"), os.O_RDWR, 0); err == nil {
+			f.Close()
+		} else {
+			device += " but does not open (" + errnoText(err) + ")"
+		}
+	}
+	if flag := m.cpuFlag(); flag != "" {
+		return device + ", the CPU has " + flag
+	}
+	return device + ", the CPU shows neither vmx nor svm"
+}
+
+func (m machine) kvmFix() string {
+	switch flag := m.cpuFlag(); {
+	case flag == "vmx":
+		return "sudo modprobe kvm_intel"
+	case flag == "svm":
+		return "sudo modprobe kvm_amd"
+	}
+	return "# enable virtualisation in the firmware, or nested virtualisation for this VM; no command here can"
+}
+
+// cpuFlag is vmx or svm if the CPU shows one, else empty.
+func (m machine) cpuFlag() string {
+	b, _ := os.ReadFile(m.path("proc/cpuinfo"))
+	for line := range strings.Lines(string(b)) {
+		key, flags, ok := strings.Cut(line, ":")
+		if !ok || strings.TrimSpace(key) != "flags" {
+			continue
+		}
+		for _, f := range strings.Fields(flags) {
+			if f == "vmx" || f == "svm" {
+				return f
+			}
+		}
+		break // the CPUs are alike
+	}
+	return ""
+}
+
+func (m machine) tun() Check {
+	c := Check{Name: "tun", Level: Required, Why: "each guest's network card is a tap device"}
+	f, err := os.OpenFile(m.path("dev/net/tun"), os.O_RDWR, 0)
+	switch {
+	case err == nil:
+		f.Close()
+		c.OK, c.Found = true, "/dev/net/tun opens"
+	case errors.Is(err, fs.ErrPermission) && !m.root:
+		c.Unknown, c.Found, c.Fix = true, "/dev/net/tun opens for root only", "sudo wrenn doctor"
+	default:
+		c.Found, c.Fix = "/dev/net/tun does not open ("+errnoText(err)+")", "sudo modprobe tun"
+	}
+	return c
+}
+
+func (m machine) network() []Check {
+	netns := Check{Name: "network namespaces", Level: Required, Why: "each sandbox has a network of its own"}
+	nft := Check{Name: "nftables", Level: Required, Why: "the kernel translates and filters the sandboxes' traffic"}
+	if !m.root {
+		for _, c := range []*Check{&netns, &nft} {
+			c.Unknown, c.Found, c.Fix = true, "only root can try", "sudo wrenn doctor"
+		}
+		return []Check{netns, nft}
+	}
+	p := m.probe()
+	if p.netns != nil {
+		netns.Found = p.netns.Error()
+		netns.Fix = "# run with the capability CAP_SYS_ADMIN on a kernel with CONFIG_NET_NS (in a container: --privileged)"
+		nft.Unknown, nft.Found = true, "could not be tried without a network namespace"
+		return []Check{netns, nft}
+	}
+	netns.OK, netns.Found = true, "made one"
+	if p.nft != nil {
+		nft.Found = p.nft.Error()
+		nft.Fix = "sudo modprobe -a nf_tables nft_chain_nat nft_nat nft_masq"
+		return []Check{netns, nft}
+	}
+	nft.OK, nft.Found = true, "the kernel took a table with NAT"
+	return []Check{netns, nft}
+}
+
+func (m machine) forwarding() Check {
+	c := Check{Name: "ip forwarding", Level: Optional, Why: "sandboxes reach the internet through this host; wrenn serve turns it on when it may"}
+	b, err := os.ReadFile(m.path("proc/sys/net/ipv4/ip_forward"))
+	switch v := strings.TrimSpace(string(b)); {
+	case err != nil:
+		c.Unknown, c.Found = true, "cannot read net.ipv4.ip_forward ("+errnoText(err)+")"
+	case v == "1":
+		c.OK, c.Found = true, "on"
+	default:
+		c.Found = "off"
+	}
+	if !c.OK {
+		c.Fix = "sudo sysctl -w net.ipv4.ip_forward=1"
+	}
+	return c
+}
+
+// store looks at what setup makes.
+func (m machine) store(o Options) []Check {
+	setup := "sudo wrenn setup --state-dir " + o.StateDir
+	kernel := Check{Name: "guest kernel", Level: Required, Why: "what a microVM boots", Fix: setup}
+	initrd := Check{Name: "initrd", Level: Required, Why: "carries the guest daemon, which must be of this version", Fix: setup}
+	tmpl := Check{Name: "template " + template.DefaultName, Level: Required, Why: "the root file system of a sandbox whose creator names none", Fix: setup}
+	all := func() []Check {
+		for _, c := range []*Check{&kernel, &initrd, &tmpl} {
+			if c.OK {
+				c.Fix = ""
+			}
+		}
+		return []Check{kernel, initrd, tmpl}
+	}
+	// A directory that we may not enter looks empty to the store.
+	if _, err := os.ReadDir(o.StateDir); errors.Is(err, fs.ErrPermission) {
+		for _, c := range []*Check{&kernel, &initrd, &tmpl} {
+			c.Unknown, c.Found, c.Fix = true, "only root may look into "+o.StateDir, "sudo wrenn doctor --state-dir "+o.StateDir
+		}
+		return all()
+	}
+	s := template.View(o.StateDir, slog.New(slog.DiscardHandler))
+	boot, err := s.Boot()
+	if err != nil {
+		kernel.Found, initrd.Found, tmpl.Found = err.Error(), "none without a kernel", "not usable without a kernel"
+		return all()
+	}
+	kernel.OK, kernel.Found = true, strings.TrimSpace(boot.Release+" from "+boot.Source)
+	switch sum, err := fileSHA256(o.Envd); {
+	case o.Envd == "":
+		initrd.OK, initrd.Found = true, "there"
+	case err != nil:
+		initrd.Unknown, initrd.Found, initrd.Fix = true, "cannot read envd to compare ("+errnoText(err)+")", "make build"
+	case sum != boot.EnvdSHA256:
+		initrd.Found = "holds another envd than this version's"
+	default:
+		initrd.OK, initrd.Found = true, "holds this version's envd"
+	}
+	t, err := s.Get(template.DefaultName)
+	if err != nil {
+		tmpl.Found = err.Error()
+		return all()
+	}
+	tmpl.OK, tmpl.Found = true, fmt.Sprintf("%d MiB", fileMiB(t.Base))
+	return all()
+}
+
+const (
+	// wantDiskMiB leaves room for setup and the first overlays.
+	wantDiskMiB = 2048
+	// wantMemMiB is one sandbox of the default size with its VMM.
+	wantMemMiB = 768
+)
+
+func (m machine) disk(dir string) Check {
+	c := Check{Name: "disk space", Level: Required, Why: "templates, the sandboxes' overlay disks and snapshots live there"}
+	// Before setup the state directory is not there: its parent will hold it.
+	at := dir
+	free, err := m.statfs(at)
+	for errors.Is(err, fs.ErrNotExist) && at != filepath.Dir(at) {
+		at = filepath.Dir(at)
+		free, err = m.statfs(at)
+	}
+	if err != nil {
+		c.Unknown, c.Found = true, "cannot look at "+at+" ("+errnoText(err)+")"
+		return c
+	}
+	c.Found = fmt.Sprintf("%d MiB free in %s", free, at)
+	if c.OK = free >= wantDiskMiB; !c.OK {
+		c.Found += fmt.Sprintf(", want %d", wantDiskMiB)
+		c.Fix = "sudo apt-get clean # or free space otherwise, or choose another --state-dir"
+	}
+	return c
+}
+
+func (m machine) memory() Check {
+	c := Check{Name: "memory", Level: Required, Why: "a guest's memory is the host's"}
+	b, err := os.ReadFile(m.path("proc/meminfo"))
+	if err != nil {
+		c.Unknown, c.Found = true, "cannot read /proc/meminfo ("+errnoText(err)+")"
+		return c
+	}
+	mib := int64(-1)
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) >= 2 && f[0] == "MemAvailable:" {
+			if kib, err := strconv.ParseInt(f[1], 10, 64); err == nil {
+				mib = kib >> 10
+			}
+		}
+	}
+	if mib < 0 {
+		c.Unknown, c.Found = true, "/proc/meminfo does not say what is available"
+		return c
+	}
+	c.Found = fmt.Sprintf("%d MiB available", mib)
+	if c.OK = mib >= wantMemMiB; !c.OK {
+		c.Found += fmt.Sprintf(", want %d for one sandbox of the default size", wantMemMiB)
+		c.Fix = "# end other programs, or run smaller sandboxes (--memory 128)"
+	}
+	return c
+}
+
+// cgroups looks for the controllers that bound a VMM, in either version.
+func (m machine) cgroups() Check {
+	c := Check{Name: "cgroups", Level: Optional, Why: "they bound what a VMM may take of the host's CPU, memory and processes"}
+	b, err := os.ReadFile(m.path("proc/self/mounts"))
+	if err != nil {
+		c.Unknown, c.Found = true, "cannot read /proc/self/mounts ("+errnoText(err)+")"
+		return c
+	}
+	var v1, v2 []string
+	unified := false
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		if len(f) < 4 {
+			continue
+		}
+		switch f[2] {
+		case "cgroup2":
+			unified = true
+			list, _ := os.ReadFile(m.path(filepath.Join(f[1], "cgroup.controllers")))
+			v2 = append(v2, strings.Fields(string(list))...)
+		case "cgroup":
+			for opt := range strings.SplitSeq(f[3], ",") {
+				if slices.Contains(wantControllers, opt) {
+					v1 = append(v1, opt)
+				}
+			}
+		}
+	}
+	var lacks []string
+	for _, w := range wantControllers {
+		if !slices.Contains(v1, w) && !slices.Contains(v2, w) {
+			lacks = append(lacks, w)
+		}
+	}
+	var found []string
+	if len(v2) > 0 {
+		found = append(found, "version 2 with "+strings.Join(v2, ", "))
+	} else if unified {
+		found = append(found, "version 2 without controllers")
+	}
+	if len(v1) > 0 {
+		found = append(found, "version 1 with "+strings.Join(v1, ", "))
+	}
+	if len(found) == 0 {
+		found = append(found, "none mounted")
+	}
+	c.Found = strings.Join(found, "; ")
+	if c.OK = len(lacks) == 0; !c.OK {
+		c.Found += "; lacks " + strings.Join(lacks, ", ")
+		c.Fix = "sudo mount -t cgroup2 none /sys/fs/cgroup"
+		if len(found) > 0 && (unified || len(v1) > 0) {
+			c.Fix = "# boot with systemd.unified_cgroup_hierarchy=1 cgroup_enable=memory"
+		}
+	}
+	return c
+}
+
+var wantControllers = []string{"cpu", "memory", "pids"}
+
+func (m machine) path(p string) string { return filepath.Join(m.fsRoot, p) }
+
+func freeMiB(path string) (int64, error) {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(path, &st); err != nil {
+		return 0, &fs.PathError{Op: "statfs", Path: path, Err: err}
+	}
+	return int64(st.Bavail) * st.Bsize >> 20, nil
+}
+
+func fileMiB(path string) int64 {
+	fi, err := os.Stat(path)
+	if err != nil {
+		return 0
+	}
+	return fi.Size() >> 20
+}
+
+func fileSHA256(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// errnoText is an error's cause without the path that the sentence around it
+// names already.
+func errnoText(err error) string {
+	var p *fs.PathError
+	if errors.As(err, &p) {
+		return p.Err.Error()
+	}
+	return err.Error()
+}

@@ -1,0 +1,343 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// driver answers Check as it is told; nothing else of it is ever called.
+type driver struct {
+	vmm.Driver
+	name   string
+	report vmm.Report
+	err    error
+}
+
+func (d driver) Name() string                              { return d.name }
+func (d driver) Check(context.Context) (vmm.Report, error) { return d.report, d.err }
+
+var (
+	qemuTCG     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "tcg", Why: "the CPU shows neither vmx nor svm"}}
+	qemuKVM     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "kvm", Why: "a probe guest booted"}}
+	noQEMU      = driver{name: "qemu", err: errdefs.Unavailable.Errorf("qemu-system-x86_64 is not installed")}
+	firecracker = driver{name: "firecracker", err: errdefs.Unavailable.Errorf("firecracker is not installed")}
+)
+
+// goodFiles are the /proc, /sys and /dev of a host that lacks nothing.
+func goodFiles() map[string]string {
+	return map[string]string{
+		"dev/kvm":                          "",
+		"dev/net/tun":                      "",
+		"proc/cpuinfo":                     "processor\t: 0\nflags\t\t: fpu vme vmx sse\n\n",
+		"proc/sys/net/ipv4/ip_forward":     "1\n",
+		"proc/meminfo":                     "MemTotal:  8000000 kB\nMemAvailable:  4194304 kB\n",
+		"proc/self/mounts":                 "cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n",
+		"sys/fs/cgroup/cgroup.controllers": "cpuset cpu io memory pids\n",
+	}
+}
+
+// host is a machine on which everything is well, as root.
+func host(t *testing.T, files map[string]string) machine {
+	t.Helper()
+	dir := t.TempDir()
+	for name, content := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return machine{
+		fsRoot:  dir,
+		root:    true,
+		missing: func() []Package { return nil },
+		probe:   func() networkProbe { return networkProbe{} },
+		statfs:  func(string) (int64, error) { return 50000, nil },
+	}
+}
+
+func find(t *testing.T, checks []Check, name string) Check {
+	t.Helper()
+	for _, c := range checks {
+		if c.Name == name {
+			return c
+		}
+	}
+	t.Fatalf("no check %q", name)
+	return Check{}
+}
+
+// Each case breaks one thing of a good host and says what becomes of it.
+func TestDoctor(t *testing.T) {
+	type verdict struct {
+		OK, Unknown bool
+		Level       Level
+	}
+	var (
+		ok      = verdict{OK: true, Level: Required}
+		okOpt   = verdict{OK: true, Level: Optional}
+		bad     = verdict{Level: Required}
+		badOpt  = verdict{Level: Optional}
+		unknown = verdict{Level: Required, Unknown: true}
+	)
+	cases := []struct {
+		name    string
+		change  func(files map[string]string)
+		machine func(m *machine)
+		drivers []vmm.Driver
+		check   string
+		want    verdict
+		found   string // in Check.Found
+		fix     string // in Check.Fix
+	}{
+		{check: "packages", want: ok},
+		{check: "packages", want: bad, found: "mmdebstrap (makes", fix: "apt-get install -y --no-install-recommends mmdebstrap",
+			machine: func(m *machine) {
+				m.missing = func() []Package { return []Package{{"mmdebstrap", "mmdebstrap", "makes roots"}} }
+			}},
+		{check: "kvm", want: okOpt, found: "/dev/kvm is there, the CPU has vmx; qemu: a probe guest booted"},
+		{check: "kvm", want: badOpt, drivers: []vmm.Driver{qemuTCG}, found: "neither vmx nor svm", fix: "modprobe kvm_intel"},
+		{check: "kvm", want: badOpt, drivers: []vmm.Driver{qemuTCG}, found: "no /dev/kvm", fix: "firmware",
+			change: func(f map[string]string) { delete(f, "dev/kvm"); f["proc/cpuinfo"] = "flags : fpu\n" }},
+		{check: "kvm", want: badOpt, drivers: []vmm.Driver{qemuTCG}, fix: "modprobe kvm_amd",
+			change: func(f map[string]string) { f["proc/cpuinfo"] = "flags : svm\n" }},
+		{check: "vmm qemu", want: ok, found: "7.2.22 with kvm"},
+		{check: "vmm qemu", want: ok, drivers: []vmm.Driver{qemuTCG, firecracker}, found: "7.2.22 with tcg"},
+		{check: "vmm firecracker", want: badOpt, drivers: []vmm.Driver{qemuTCG, firecracker}, found: "not installed", fix: "/usr/local/bin"},
+		{check: "vmm qemu", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}, fix: "apt-get install"},
+		{check: "vmm firecracker", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}},
+		{check: "tun", want: ok},
+		{check: "tun", want: bad, found: "no such file", fix: "modprobe tun", change: func(f map[string]string) { delete(f, "dev/net/tun") }},
+		{check: "network namespaces", want: ok},
+		{check: "network namespaces", want: bad, found: "permission denied", fix: "CAP_SYS_ADMIN",
+			machine: func(m *machine) { m.probe = func() networkProbe { return networkProbe{netns: fs.ErrPermission} } }},
+		{check: "nftables", want: unknown,
+			machine: func(m *machine) { m.probe = func() networkProbe { return networkProbe{netns: fs.ErrPermission} } }},
+		{check: "nftables", want: ok},
+		{check: "nftables", want: bad, found: "no such", fix: "modprobe -a nf_tables",
+			machine: func(m *machine) {
+				m.probe = func() networkProbe { return networkProbe{nft: errors.New("add a table with NAT: no such file")} }
+			}},
+		{check: "nftables", want: unknown, fix: "sudo wrenn doctor", machine: func(m *machine) { m.root = false }},
+		{check: "network namespaces", want: unknown, machine: func(m *machine) { m.root = false }},
+		{check: "ip forwarding", want: okOpt, found: "on"},
+		{check: "ip forwarding", want: badOpt, found: "off", fix: "sysctl", change: func(f map[string]string) { f["proc/sys/net/ipv4/ip_forward"] = "0\n" }},
+		{check: "ip forwarding", want: verdict{Level: Optional, Unknown: true}, change: func(f map[string]string) { delete(f, "proc/sys/net/ipv4/ip_forward") }},
+		{check: "guest kernel", want: bad, found: "no guest kernel yet", fix: "wrenn setup --state-dir"},
+		{check: "initrd", want: bad, fix: "wrenn setup"},
+		{check: "template minimal", want: bad, fix: "wrenn setup"},
+		{check: "disk space", want: ok, found: "50000 MiB free"},
+		{check: "disk space", want: bad, found: "want 2048", fix: "--state-dir", machine: func(m *machine) { m.statfs = func(string) (int64, error) { return 100, nil } }},
+		{check: "disk space", want: ok, found: "in /",
+			machine: func(m *machine) {
+				m.statfs = func(p string) (int64, error) {
+					if p != "/" {
+						return 0, &fs.PathError{Op: "statfs", Path: p, Err: fs.ErrNotExist}
+					}
+					return 9000, nil
+				}
+			}},
+		{check: "memory", want: ok, found: "4096 MiB available"},
+		{check: "memory", want: bad, found: "97 MiB", change: func(f map[string]string) { f["proc/meminfo"] = "MemAvailable: 100000 kB\n" }},
+		{check: "memory", want: unknown, change: func(f map[string]string) { f["proc/meminfo"] = "nonsense\n" }},
+		{check: "cgroups", want: okOpt, found: "version 2 with cpuset, cpu, io, memory, pids"},
+		{check: "cgroups", want: okOpt, found: "version 1 with cpu, memory, pids",
+			change: func(f map[string]string) {
+				f["proc/self/mounts"] = "cgroup /c/cpu cgroup rw,cpu,cpuacct 0 0\ncgroup /c/m cgroup rw,memory 0 0\ncgroup /c/p cgroup rw,pids 0 0\ncgroup2 /u cgroup2 rw 0 0\n"
+			}},
+		{check: "cgroups", want: badOpt, found: "lacks memory", fix: "cgroup_enable=memory",
+			change: func(f map[string]string) { f["sys/fs/cgroup/cgroup.controllers"] = "cpu pids\n" }},
+		{check: "cgroups", want: badOpt, found: "none mounted", fix: "mount -t cgroup2", change: func(f map[string]string) { f["proc/self/mounts"] = "" }},
+	}
+	for _, c := range cases {
+		t.Run(strings.TrimSpace(c.check+" "+c.found+c.fix), func(t *testing.T) {
+			files := goodFiles()
+			if c.change != nil {
+				c.change(files)
+			}
+			m := host(t, files)
+			if c.machine != nil {
+				c.machine(&m)
+			}
+			drivers := c.drivers
+			if drivers == nil {
+				drivers = []vmm.Driver{qemuKVM}
+			}
+			checks := m.doctor(context.Background(), Options{StateDir: filepath.Join(t.TempDir(), "state"), Drivers: drivers})
+			got := find(t, checks, c.check)
+			if diff := cmp.Diff(c.want, verdict{got.OK, got.Unknown, got.Level}); diff != "" {
+				t.Errorf("verdict (-want +got):\n%s%+v", diff, got)
+			}
+			if !strings.Contains(got.Found, c.found) || !strings.Contains(got.Fix, c.fix) {
+				t.Errorf("found %q, want %q in it; fix %q, want %q in it", got.Found, c.found, got.Fix, c.fix)
+			}
+			for _, c := range checks {
+				if c.Found == "" || c.Why == "" {
+					t.Errorf("%s says nothing: %+v", c.Name, c)
+				}
+				if c.OK && (c.Fix != "" || c.Unknown) {
+					t.Errorf("%s is fine and wants mending: %+v", c.Name, c)
+				}
+			}
+		})
+	}
+}
+
+// Looking does not make the state directory.
+func TestDoctorChangesNothing(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	host(t, goodFiles()).doctor(context.Background(), Options{StateDir: dir})
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("doctor made %s: %v", dir, err)
+	}
+}
+
+func TestReady(t *testing.T) {
+	for _, c := range []struct {
+		check Check
+		want  bool
+	}{
+		{Check{OK: true, Level: Required}, true},
+		{Check{Level: Optional}, true},
+		{Check{Level: Required}, false},
+		{Check{Level: Required, Unknown: true}, false},
+	} {
+		if got := Ready([]Check{{OK: true, Level: Required}, c.check}); got != c.want {
+			t.Errorf("Ready(%+v) = %v", c.check, got)
+		}
+	}
+}
+
+// The kernel of the machine that runs the tests, for real.
+func TestDoctorHere(t *testing.T) {
+	testenv.Root(t)
+	dir := testenv.StateDir(t)
+	testenv.NoLeaks(t, "wrenn-doctor")
+	checks := Doctor(context.Background(), Options{StateDir: dir, Drivers: []vmm.Driver{qemuTCG}})
+	for _, c := range checks {
+		t.Logf("%-20s ok=%-5v %-8s %s | %s", c.Name, c.OK, c.Level, c.Found, c.Fix)
+	}
+	if !Ready(checks) {
+		t.Error("this machine is not ready")
+	}
+	// This program is not the envd in the initrd.
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := find(t, Doctor(context.Background(), Options{StateDir: dir, Envd: self}), "initrd")
+	if got.OK || !strings.Contains(got.Found, "another envd") || !strings.Contains(got.Fix, "wrenn setup") {
+		t.Errorf("an initrd with another envd: %+v", got)
+	}
+}
+
+func TestProbeNetworkHere(t *testing.T) {
+	testenv.Root(t)
+	testenv.NoLeaks(t, "wrenn-doctor")
+	if p := probeNetwork(); p.netns != nil || p.nft != nil {
+		t.Errorf("probe = %+v", p)
+	}
+}
+
+func TestMissing(t *testing.T) {
+	all := []Package{{"a", "x", ""}, {"e2fsprogs", "mke2fs", ""}, {"e2fsprogs", "resize2fs", ""}}
+	got := missing(all, func(file string) bool { return file == "x" })
+	if diff := cmp.Diff([]Package{{"e2fsprogs", "mke2fs", ""}}, got); diff != "" {
+		t.Errorf("missing (-want +got):\n%s", diff)
+	}
+	if got := missing(all, func(string) bool { return true }); got != nil {
+		t.Errorf("missing on a complete machine: %v", got)
+	}
+	for _, p := range Packages() {
+		if p.Name == "" || p.File == "" || p.Why == "" {
+			t.Errorf("package %+v is not described", p)
+		}
+	}
+}
+
+func TestInstall(t *testing.T) {
+	dir := t.TempDir()
+	calls := filepath.Join(dir, "calls")
+	script := func(body string) func(string) (string, error) {
+		path := filepath.Join(dir, "apt-get")
+		if err := os.WriteFile(path, []byte("#!/bin/sh\necho \"$@\" >> "+calls+"\n"+body+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return func(string) (string, error) { return path, nil }
+	}
+	none := func(string) (string, error) { return "", errdefs.Unavailable.Errorf("apt-get is not installed") }
+	want := []Package{{"mmdebstrap", "mmdebstrap", ""}, {"e2fsprogs", "mke2fs", ""}}
+	cases := []struct {
+		name  string
+		apt   func() apt
+		want  []Package
+		class error
+		text  string
+		calls string
+	}{
+		{name: "nothing to do", apt: func() apt { return apt{find: none} }},
+		{name: "installs", apt: func() apt { return apt{true, script("echo Setting up")} }, want: want,
+			calls: "-q update\n-q -y --no-install-recommends install mmdebstrap e2fsprogs\n"},
+		{name: "not root", apt: func() apt { return apt{false, script("")} }, want: want, class: errdefs.Denied,
+			text: "sudo apt-get install -y --no-install-recommends mmdebstrap e2fsprogs"},
+		{name: "no apt", apt: func() apt { return apt{true, none} }, want: want, class: errdefs.Unsupported, text: "mmdebstrap, mke2fs"},
+		{name: "install breaks", apt: func() apt { return apt{true, script(`[ "$2" = update ] || { echo E: broken >&2; exit 100; }`)} },
+			want: want, class: errdefs.Unavailable, text: "E: broken",
+			calls: "-q update\n-q -y --no-install-recommends install mmdebstrap e2fsprogs\n"},
+		{name: "old lists will do", apt: func() apt { return apt{true, script(`[ "$2" != update ]`)} }, want: want,
+			calls: "-q update\n-q -y --no-install-recommends install mmdebstrap e2fsprogs\n"},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			os.Remove(calls)
+			var events []template.Phase
+			err := c.apt().install(context.Background(), c.want, func(e template.Event) { events = append(events, e.Phase) })
+			if !errors.Is(err, c.class) {
+				t.Fatalf("install = %v, want %v", err, c.class)
+			}
+			if err != nil && !strings.Contains(err.Error(), c.text) {
+				t.Errorf("%q lacks %q", err, c.text)
+			}
+			if b, _ := os.ReadFile(calls); string(b) != c.calls {
+				t.Errorf("calls:\n%s", b)
+			}
+			if err == nil && events[len(events)-1] == template.Going {
+				t.Errorf("events %v do not end", events)
+			}
+		})
+	}
+}
+
+func TestInstallObeysContext(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "apt-get")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\ntrap 'exit 130' INT\necho up\nwhile :; do sleep 0.01; done\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	began := make(chan struct{})
+	go func() { <-began; cancel() }()
+	a := apt{true, func(string) (string, error) { return path, nil }}
+	err := a.install(ctx, []Package{{"x", "x", ""}}, func(e template.Event) {
+		if e.Phase == template.Going {
+			close(began)
+		}
+	})
+	if !errors.Is(err, context.Canceled) {
+		t.Errorf("install = %v", err)
+	}
+}

@@ -1,0 +1,84 @@
+package network
+
+import (
+	"context"
+	"time"
+)
+
+// retryAfter is how long Run waits after a slot could not be built or removed.
+const retryAfter = time.Second
+
+// Run keeps Options.Pool slots built ahead until ctx ends; then it removes
+// those nobody has taken, and returns. The namespaces are always new: a used
+// one is never handed to another sandbox, only its number is, last of all
+// free ones and after Close has found nothing left. Call it once, after Setup
+// and after the slots of the records are claimed.
+func (n *Network) Run(ctx context.Context) {
+	var fenced []Slot // could be neither built nor removed; still reserved
+	retry := time.NewTimer(0)
+	defer retry.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			n.drain(ctx, fenced)
+			return
+		case <-n.taken:
+		case <-retry.C:
+		}
+		fenced = n.remove(ctx, fenced)
+		for ctx.Err() == nil && n.slots.warmCount() < n.opts.Pool {
+			s, err := n.slots.acquireForPool()
+			if err == nil {
+				if err = n.build(ctx, s); err == nil {
+					n.slots.warmed(s)
+					continue
+				}
+				fenced = append(fenced, n.remove(ctx, []Slot{s})...)
+			}
+			if ctx.Err() == nil {
+				n.opts.Log.Warn("network slot not built ahead", "slot", int(s), "err", err)
+				retry.Reset(retryAfter)
+			}
+			break
+		}
+		if len(fenced) > 0 {
+			retry.Reset(retryAfter)
+		}
+	}
+}
+
+// remove closes and frees slots, and returns those it could not.
+func (n *Network) remove(ctx context.Context, slots []Slot) (left []Slot) {
+	for _, s := range slots {
+		err := n.Close(ctx, s)
+		if err == nil {
+			err = n.slots.release(s)
+		}
+		if err != nil {
+			n.opts.Log.Error("network slot not removed", "slot", int(s), "err", err)
+			left = append(left, s)
+		}
+	}
+	return left
+}
+
+func (n *Network) drain(ctx context.Context, fenced []Slot) {
+	for {
+		s, ok := n.slots.acquireWarm()
+		if !ok {
+			break
+		}
+		fenced = append(fenced, s)
+	}
+	n.remove(ctx, fenced)
+}
+
+// Stats are the allocator's counts, for the metrics.
+type Stats struct {
+	Reserved int // all slots that are not free, those below among them
+	Open     int // with something on the host
+	Pool     int // built and waiting
+}
+
+// Stats returns the present counts.
+func (n *Network) Stats() Stats { return n.slots.stats() }

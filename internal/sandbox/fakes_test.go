@@ -1,0 +1,275 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// faults makes calls of the fakes misbehave, by the call's name. All fakes of
+// one agent share it.
+type faults struct {
+	mu    sync.Mutex
+	hooks map[string]func(context.Context) error
+	calls map[string]int
+	order []string
+	// dead: the agent was killed; no call of it comes back before grave closes.
+	dead  bool
+	grave chan struct{}
+}
+
+func newFaults() *faults {
+	return &faults{hooks: map[string]func(context.Context) error{}, calls: map[string]int{}, grave: make(chan struct{})}
+}
+
+// on sets what a call does before its work; with " done" behind its name,
+// after it.
+func (f *faults) on(call string, hook func(context.Context) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.hooks[call] = hook
+}
+
+// do is a call: hook, effect, hook.
+func (f *faults) do(ctx context.Context, call string, effect func() error) error {
+	if err := f.called(ctx, call); err != nil {
+		return err
+	}
+	if err := effect(); err != nil {
+		return err
+	}
+	return f.called(ctx, call+" done")
+}
+
+func (f *faults) called(ctx context.Context, call string) error {
+	f.mu.Lock()
+	dead := f.dead
+	f.calls[call]++
+	f.order = append(f.order, call)
+	hook := f.hooks[call]
+	f.mu.Unlock()
+	if dead {
+		f.rest()
+	}
+	if hook != nil {
+		return hook(ctx)
+	}
+	return nil
+}
+
+// die is kill -9 from within: nothing of this agent acts any more.
+func (f *faults) die() {
+	f.mu.Lock()
+	f.dead = true
+	f.mu.Unlock()
+}
+
+func (f *faults) rest() {
+	<-f.grave
+	runtime.Goexit()
+}
+
+func (f *faults) count(call string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.calls[call]
+}
+
+// hookedDriver is a driver whose calls go through faults.
+type hookedDriver struct {
+	vmm.Driver
+	*faults
+}
+
+type hookedVM struct {
+	vmm.VM
+	*faults
+}
+
+func (d hookedDriver) Start(ctx context.Context, spec vmm.Spec) (vm vmm.VM, err error) {
+	err = d.do(ctx, "start", func() error { vm, err = d.Driver.Start(ctx, spec); return err })
+	if err != nil && vm != nil { // the boundary promises that nothing is left
+		vm.Kill(context.Background())
+	}
+	return hookedVM{vm, d.faults}, err
+}
+
+func (d hookedDriver) Attach(ctx context.Context, h vmm.Handle) (vm vmm.VM, err error) {
+	err = d.do(ctx, "attach", func() error { vm, err = d.Driver.Attach(ctx, h); return err })
+	return hookedVM{vm, d.faults}, err
+}
+
+func (v hookedVM) Pause(ctx context.Context) error {
+	return v.do(ctx, "pause", func() error { return v.VM.Pause(ctx) })
+}
+
+func (v hookedVM) Resume(ctx context.Context) error {
+	return v.do(ctx, "resume", func() error { return v.VM.Resume(ctx) })
+}
+
+func (v hookedVM) Kill(ctx context.Context) error {
+	return v.do(ctx, "kill", func() error { return v.VM.Kill(ctx) })
+}
+
+// fakeNetwork keeps the book of slots as the real one does, and opens nothing.
+type fakeNetwork struct {
+	*faults
+	mu    sync.Mutex
+	taken map[network.Slot]bool
+	open  map[network.Slot]bool
+	limit int
+}
+
+func newFakeNetwork(f *faults) *fakeNetwork {
+	return &fakeNetwork{faults: f, taken: map[network.Slot]bool{}, open: map[network.Slot]bool{}, limit: int(network.MaxSlot)}
+}
+
+func (n *fakeNetwork) Plan() network.Plan              { return network.DefaultPlan() }
+func (n *fakeNetwork) Setup(ctx context.Context) error { return n.called(ctx, "network.setup") }
+
+func (n *fakeNetwork) Acquire(ctx context.Context) (network.Slot, error) {
+	if err := n.called(ctx, "network.acquire"); err != nil {
+		return 0, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for s := network.Slot(1); int(s) <= n.limit; s++ {
+		if !n.taken[s] {
+			n.taken[s] = true
+			return s, nil
+		}
+	}
+	return 0, errdefs.Exhausted.Errorf("all %d slots are in use", n.limit)
+}
+
+func (n *fakeNetwork) Claim(s network.Slot) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.taken[s] {
+		return errdefs.AlreadyExists.Errorf("slot %d is taken", s)
+	}
+	n.taken[s] = true
+	return nil
+}
+
+func (n *fakeNetwork) Release(s network.Slot) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	switch {
+	case !n.taken[s]:
+		return fmt.Errorf("slot %d released twice", s)
+	case n.open[s]:
+		return fmt.Errorf("slot %d released while open", s)
+	}
+	delete(n.taken, s)
+	return nil
+}
+
+func (n *fakeNetwork) Open(ctx context.Context, s network.Slot) error {
+	return n.do(ctx, "network.open", func() error {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if n.open[s] || !n.taken[s] {
+			return fmt.Errorf("slot %d opened twice or untaken", s)
+		}
+		n.open[s] = true
+		return nil
+	})
+}
+
+func (n *fakeNetwork) Close(ctx context.Context, s network.Slot) error {
+	return n.do(ctx, "network.close", func() error {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		delete(n.open, s)
+		return nil
+	})
+}
+
+func (n *fakeNetwork) Strays(ctx context.Context, used func(network.Slot) bool) ([]network.Slot, error) {
+	if err := n.called(ctx, "network.strays"); err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var strays []network.Slot
+	for _, s := range slices.Sorted(maps.Keys(n.open)) {
+		if !used(s) {
+			strays = append(strays, s)
+		}
+	}
+	return strays, nil
+}
+
+// restart is what the next agent finds: what is open, and an empty book.
+func (n *fakeNetwork) restart(f *faults) *fakeNetwork {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	next := newFakeNetwork(f)
+	maps.Copy(next.open, n.open)
+	return next
+}
+
+// fakeTemplates has the template "minimal", and disks of no size.
+type fakeTemplates struct{ *faults }
+
+func (t *fakeTemplates) Get(name string) (template.Template, error) {
+	if name != "minimal" {
+		return template.Template{}, errdefs.NotFound.Errorf("template %q does not exist", name)
+	}
+	return template.Template{Name: name, Boot: template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"}, Base: "/base.ext4"}, nil
+}
+
+func (t *fakeTemplates) NewOverlay(ctx context.Context, path string, _ int) error {
+	err := t.do(ctx, "overlay", func() error { return os.WriteFile(path, nil, 0o600) })
+	if err != nil { // the store promises that no half a disk is left
+		os.Remove(path)
+	}
+	return err
+}
+
+// fakeGuest answers at once.
+type fakeGuest struct {
+	*faults
+	open *atomic.Int64
+	exec func(context.Context, guest.Command) (guest.Result, error)
+}
+
+func (g fakeGuest) WaitReady(ctx context.Context) error { return g.called(ctx, "guest.ready") }
+func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
+	if i.AccessToken == "" {
+		return errors.New("no token")
+	}
+	return g.called(ctx, "guest.init")
+}
+func (g fakeGuest) Close() { g.open.Add(-1) }
+func (g fakeGuest) Exec(ctx context.Context, cmd guest.Command) (guest.Result, error) {
+	if err := g.called(ctx, "guest.exec"); err != nil {
+		return guest.Result{}, err
+	}
+	if g.exec != nil {
+		return g.exec(ctx, cmd)
+	}
+	return guest.Result{Stdout: []byte(cmd.Cmd)}, nil
+}
+
+// hang blocks until the context ends.
+func hang(ctx context.Context) error {
+	<-ctx.Done()
+	return context.Cause(ctx)
+}
+
+func addr(s string) netip.Addr { return netip.MustParseAddr(s) }

@@ -1,0 +1,235 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+// scenario is an operation whose every step is made to misbehave. prepare runs
+// before any fault.
+type scenario struct {
+	prepare func(*rig) ID
+	run     func(context.Context, *rig, ID) error
+	// keeps says that the agent's death in the middle costs no sandbox.
+	keeps bool
+}
+
+var scenarios = map[string]scenario{
+	"create": {
+		prepare: func(*rig) ID { return "" },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			_, err := r.Create(ctx, CreateRequest{})
+			return err
+		},
+	},
+	"pause": {
+		prepare: func(r *rig) ID { return r.create() },
+		run:     func(ctx context.Context, r *rig, id ID) error { return r.Pause(ctx, id) },
+		keeps:   true,
+	},
+	"resume": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if err := r.Pause(r.t.Context(), id); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run:   func(ctx context.Context, r *rig, id ID) error { return r.Resume(ctx, id) },
+		keeps: true,
+	},
+	"destroy": {
+		prepare: func(r *rig) ID { return r.create() },
+		run:     func(ctx context.Context, r *rig, id ID) error { return r.Destroy(ctx, id) },
+	},
+	"start of the agent": {
+		prepare: func(r *rig) ID { return prepareRuin(r) },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			return r.tryStart(ctx)
+		},
+	},
+}
+
+// prepareRuin leaves what an agent's death can leave: a sandbox in every state,
+// and things that no record names.
+func prepareRuin(r *rig) ID {
+	running, paused, stray := r.create(), r.create(), r.create()
+	if err := r.Pause(r.t.Context(), paused); err != nil {
+		r.t.Fatal(err)
+	}
+	half, ending := r.create(), r.create()
+	r.die()
+	disk := store{dir: r.store.dir}
+	for id, state := range map[ID]State{half: Creating, ending: Stopping} {
+		rec, err := disk.load(id)
+		if err == nil {
+			rec.State = state
+			err = disk.save(rec)
+		}
+		if err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	if err := disk.forget(stray); err != nil {
+		r.t.Fatal(err)
+	}
+	r.Manager = nil
+	return running
+}
+
+// steps runs a scenario without faults and returns its steps: every call of
+// what is below the manager and every change on disk, in order, each once.
+func (s scenario) steps(t *testing.T) (steps []string) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := s.prepare(r)
+		before := len(r.faults.order)
+		if err := s.run(t.Context(), r, id); err != nil {
+			t.Fatalf("without faults: %v", err)
+		}
+		r.faults.mu.Lock()
+		defer r.faults.mu.Unlock()
+		for _, step := range r.faults.order[before:] {
+			if !slices.Contains(steps, step) {
+				steps = append(steps, step)
+			}
+		}
+	})
+	return steps
+}
+
+var errFault = errors.New("injected fault")
+
+// TestFaultMatrix lets every step of every operation fail, hang, be cancelled,
+// or kill the agent, and then demands that nothing is lost or left.
+func TestFaultMatrix(t *testing.T) {
+	cases := 0
+	for name, s := range scenarios {
+		for _, step := range s.steps(t) {
+			for _, kind := range []string{"error", "hang", "cancel", "death"} {
+				if kind != "error" && kind != "death" && strings.HasPrefix(step, "record ") {
+					continue // the disk hangs or it does not; no context reaches it
+				}
+				cases++
+				t.Run(fmt.Sprintf("%s/%s/%s", name, step, kind), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) { s.under(t, step, kind) })
+				})
+			}
+		}
+	}
+	if cases < 100 {
+		t.Errorf("the matrix has only %d cases: steps are missing", cases)
+	}
+	t.Logf("%d cases", cases)
+}
+
+func (s scenario) under(t *testing.T, step, kind string) {
+	r := newRig(t)
+	id := s.prepare(r)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+
+	f := r.faults
+	died := make(chan struct{})
+	once := true
+	f.on(step, func(ctx context.Context) error {
+		f.mu.Lock()
+		first := once
+		once = false
+		f.mu.Unlock()
+		if !first {
+			return nil
+		}
+		switch kind {
+		case "hang":
+			return hang(ctx)
+		case "cancel":
+			cancel()
+			return context.Canceled
+		case "death":
+			f.die()
+			close(died)
+			f.rest()
+		}
+		return errFault
+	})
+	done := make(chan error, 1)
+	go func() { done <- s.run(ctx, r, id) }()
+	select {
+	case <-done:
+	case <-died:
+		manager := r.Manager
+		r.die()
+		defer func() { // the old agent's goroutines end with the test
+			close(f.grave)
+			if manager != nil {
+				manager.wg.Wait()
+			}
+		}()
+		r.Manager = nil
+	}
+	if r.Manager == nil { // it died, or did not come up
+		r.open.Store(0)
+		if kind != "death" {
+			r.faults.die() // what a failed start left to itself does no more
+			close(r.faults.grave)
+			r.die()
+		}
+		r.start()
+	}
+
+	// Whatever is to be tried again has been by then.
+	time.Sleep(5 * time.Minute)
+	synctest.Wait()
+	r.wantConsistent()
+	if kind == "death" && s.keeps {
+		if info, err := r.Get(id); err != nil || info.State != Running && info.State != Paused {
+			t.Errorf("the agent's death cost the sandbox: %+v, %v", info, err)
+		}
+	}
+	for _, info := range r.List(true) {
+		if err := r.Destroy(t.Context(), info.ID); err != nil && !errors.Is(err, errdefs.NotFound) {
+			t.Errorf("destroy afterwards: %v", err)
+		}
+	}
+	r.wantNothing()
+	if again := r.create(); r.wantState(again, Running).ID != again {
+		t.Error("no sandbox can be made afterwards")
+	}
+}
+
+// wantConsistent fails the test unless records, VMs and slots tell the same
+// story.
+func (r *rig) wantConsistent() {
+	r.t.Helper()
+	var vms []string
+	slots := 0
+	for _, info := range r.List(true) {
+		switch info.State {
+		case Running, Paused:
+			vms = append(vms, string(info.ID))
+			slots++
+			if paused := r.host.Paused(string(info.ID)); paused != (info.State == Paused) {
+				r.t.Errorf("sandbox %s is %s, its VM is paused: %v", info.ID, info.State, paused)
+			}
+		case Stopped:
+		default:
+			r.t.Errorf("sandbox %s stays %s (%s)", info.ID, info.State, info.Detail)
+		}
+	}
+	slices.Sort(vms)
+	if live := r.host.Live(); !slices.Equal(live, vms) && len(live)+len(vms) > 0 {
+		r.t.Errorf("VMs %v live, records name %v", live, vms)
+	}
+	if len(r.net.open) != slots || len(r.net.taken) != slots {
+		r.t.Errorf("%d sandboxes hold slots; open %v, taken %v", slots, r.net.open, r.net.taken)
+	}
+}

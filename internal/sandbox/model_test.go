@@ -1,0 +1,291 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
+)
+
+// expected are the classes that a caller may meet when others are at work.
+var expected = []*errdefs.Class{
+	errdefs.NotFound, errdefs.WrongState, errdefs.Busy, errdefs.Unavailable, errdefs.Exhausted,
+}
+
+func isExpected(err error) bool {
+	for _, class := range expected {
+		if errors.Is(err, class) {
+			return true
+		}
+	}
+	return err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}
+
+// TestManyAtOnce lets 120 callers do what they like with the same sandboxes
+// while VMs die, and then looks whether the story adds up.
+func TestManyAtOnce(t *testing.T) {
+	const callers, steps = 120, 60
+	r := newRig(t, func(c *Config) { c.Capacity.Sandboxes = 40; c.Capacity.Starts = 8 })
+	r.exec = func(ctx context.Context, _ guest.Command) (guest.Result, error) {
+		select {
+		case <-time.After(time.Duration(rand.IntN(2000)) * time.Microsecond):
+			return guest.Result{}, nil
+		case <-ctx.Done():
+			return guest.Result{}, context.Cause(ctx)
+		}
+	}
+	any := func() ID {
+		if infos := r.List(rand.IntN(4) == 0); len(infos) > 0 {
+			return infos[rand.IntN(len(infos))].ID
+		}
+		return "sb-0000000000000000"
+	}
+	var wg sync.WaitGroup
+	for range callers {
+		wg.Go(func() {
+			for range steps {
+				ctx, cancel := context.WithCancel(context.Background())
+				if rand.IntN(5) == 0 { // some callers lose patience
+					ctx, cancel = context.WithTimeout(ctx, time.Duration(rand.IntN(3000))*time.Microsecond)
+				}
+				var err error
+				what := ""
+				switch rand.IntN(10) {
+				case 0, 1:
+					what = "create"
+					_, err = r.Create(ctx, CreateRequest{})
+				case 2, 3:
+					what = "exec"
+					_, err = r.Exec(ctx, any(), Command{Cmd: "x"})
+				case 4:
+					what = "pause"
+					err = r.Pause(ctx, any())
+				case 5:
+					what = "resume"
+					err = r.Resume(ctx, any())
+				case 6:
+					what = "destroy"
+					err = r.Destroy(ctx, any())
+				case 7:
+					what = "timeout"
+					_, err = r.SetTimeout(ctx, any(), time.Duration(1+rand.IntN(3600))*time.Second)
+				case 8:
+					what = "sweep"
+					r.sweep(time.Now().Add(time.Duration(rand.IntN(3600)) * time.Second))
+				case 9:
+					what = "vm death"
+					if rand.IntN(4) == 0 {
+						r.host.Die(string(any()))
+					}
+				}
+				cancel()
+				if !isExpected(err) {
+					t.Errorf("%s: %v", what, err)
+				}
+				r.wantInvariants(t)
+			}
+		})
+	}
+	wg.Wait()
+	for _, info := range r.List(true) {
+		if err := r.Destroy(t.Context(), info.ID); err != nil && !errors.Is(err, errdefs.NotFound) {
+			t.Errorf("destroy: %v", err)
+		}
+	}
+	r.wantNothing()
+	r.wantLegalHistory(t)
+}
+
+// wantInvariants holds at any moment: no two sandboxes share an address, and
+// nothing exceeds the limits.
+func (r *rig) wantInvariants(t *testing.T) {
+	t.Helper()
+	seen := map[string]ID{}
+	for _, info := range r.List(false) {
+		if info.State == Stopping || info.State == Stopped {
+			continue
+		}
+		key := info.HostIP.String()
+		if other, ok := seen[key]; ok {
+			// The list is no single moment: look again before crying.
+			a, errA := r.Get(other)
+			b, errB := r.Get(info.ID)
+			if errA == nil && errB == nil && a.State != Stopping && a.State != Stopped && b.State != Stopping && b.State != Stopped {
+				t.Errorf("sandboxes %s and %s share %s", other, info.ID, key)
+			}
+		}
+		seen[key] = info.ID
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.used.Sandboxes < 0 || r.used.Sandboxes > r.cfg.Capacity.Sandboxes || r.used.MemMiB < 0 {
+		t.Errorf("capacity in use: %+v", r.used)
+	}
+}
+
+// wantLegalHistory reads the events, twice: each sandbox's states follow one
+// another as the table allows.
+func (r *rig) wantLegalHistory(t *testing.T) {
+	t.Helper()
+	read := func() (events []Event) {
+		if err := r.Events(context.Background(), 0, false, func(e Event) error {
+			events = append(events, e)
+			return nil
+		}); err != nil {
+			t.Errorf("events: %v", err)
+		}
+		return events
+	}
+	events := read()
+	if again := read(); len(again) != len(events) {
+		t.Errorf("%d events, then %d", len(events), len(again))
+	}
+	last := map[ID]State{}
+	for i, e := range events {
+		if i > 0 && e.Cursor != events[i-1].Cursor+1 {
+			t.Errorf("cursor %d follows %d", e.Cursor, events[i-1].Cursor)
+		}
+		from, known := last[e.ID]
+		legal := !known && e.To == Creating && e.From == ""
+		for _, to := range moves[from] {
+			legal = legal || known && e.From == from && e.To == to
+		}
+		if !legal {
+			t.Errorf("sandbox %s went from %s to %s (event says from %s)", e.ID, from, e.To, e.From)
+		}
+		last[e.ID] = e.To
+	}
+}
+
+// TestModel holds the manager against a model that anybody can read, in every
+// order that chance comes up with; an agent may die between any two steps.
+func TestModel(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		// Without t's Deadline, which a bubble does not have.
+		rapid.Check(struct{ rapid.TB }{t}, func(rt *rapid.T) {
+			r := newRig(t)
+			model := map[ID]State{}
+			pick := func(rt *rapid.T) ID {
+				var ids []ID
+				for _, info := range r.List(true) {
+					ids = append(ids, info.ID)
+				}
+				ids = append(ids, "sb-0000000000000000")
+				return rapid.SampledFrom(ids).Draw(rt, "sandbox")
+			}
+			want := func(rt *rapid.T, what string, id ID, err error, in ...State) bool {
+				state, known := model[id]
+				ok := false
+				for _, s := range in {
+					ok = ok || known && s == state
+				}
+				switch {
+				case ok && err != nil:
+					rt.Fatalf("%s of a %s sandbox: %v", what, state, err)
+				case !known && !errors.Is(err, errdefs.NotFound):
+					rt.Fatalf("%s of an unknown sandbox: %v", what, err)
+				case known && !ok && !errors.Is(err, errdefs.WrongState):
+					rt.Fatalf("%s of a %s sandbox: %v", what, state, err)
+				}
+				return ok
+			}
+			rt.Repeat(map[string]func(*rapid.T){
+				"create": func(rt *rapid.T) {
+					if len(model) > 8 {
+						rt.Skip()
+					}
+					info, err := r.Create(t.Context(), CreateRequest{})
+					if err != nil {
+						rt.Fatal(err)
+					}
+					model[info.ID] = Running
+				},
+				"failing create": func(rt *rapid.T) {
+					r.driver.Inject(vmmtest.OpStart, 1, vmmtest.Fault{Err: errFault})
+					if _, err := r.Create(t.Context(), CreateRequest{}); !errors.Is(err, errFault) {
+						rt.Fatal(err)
+					}
+					for _, info := range r.List(true) {
+						if _, known := model[info.ID]; !known {
+							model[info.ID] = Stopped
+						}
+					}
+				},
+				"exec": func(rt *rapid.T) {
+					id := pick(rt)
+					_, err := r.Exec(t.Context(), id, Command{Cmd: "x"})
+					want(rt, "exec", id, err, Running)
+				},
+				"pause": func(rt *rapid.T) {
+					id := pick(rt)
+					if want(rt, "pause", id, r.Pause(t.Context(), id), Running) {
+						model[id] = Paused
+					}
+				},
+				"resume": func(rt *rapid.T) {
+					id := pick(rt)
+					if want(rt, "resume", id, r.Resume(t.Context(), id), Paused) {
+						model[id] = Running
+					}
+				},
+				"destroy": func(rt *rapid.T) {
+					id := pick(rt)
+					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Stopped) {
+						delete(model, id)
+					}
+				},
+				"vm dies": func(rt *rapid.T) {
+					id := pick(rt)
+					r.host.Die(string(id))
+					synctest.Wait()
+					if s := model[id]; s == Running || s == Paused {
+						model[id] = Stopped
+					}
+				},
+				"agent dies": func(rt *rapid.T) {
+					r.die()
+					r.start()
+				},
+				"": func(rt *rapid.T) {
+					infos := r.List(true)
+					if len(infos) != len(model) {
+						rt.Fatalf("%d sandboxes, the model has %d", len(infos), len(model))
+					}
+					for _, info := range infos {
+						if model[info.ID] != info.State {
+							rt.Fatalf("sandbox %s is %s, the model says %s", info.ID, info.State, model[info.ID])
+						}
+					}
+					r.wantConsistent()
+				},
+			})
+			if err := r.Shutdown(context.Background(), true); err != nil {
+				rt.Fatal(err)
+			}
+			r.wantLegalHistory(t)
+		})
+	})
+}
+
+// BenchmarkList5000 is what a full host's listing costs.
+func BenchmarkList5000(b *testing.B) {
+	m := &Manager{boxes: map[ID]*box{}}
+	for range 5000 {
+		rec := Record{ID: newID(), State: Running, CreatedAt: time.Now()}
+		m.boxes[rec.ID] = newBox(rec)
+	}
+	for b.Loop() {
+		if n := len(m.List(false)); n != 5000 {
+			b.Fatal(n)
+		}
+	}
+}

@@ -1,0 +1,306 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+const (
+	cgroupRoot = "/sys/fs/cgroup"
+	// cgroupTimeout bounds how long a cgroup may take to become empty.
+	cgroupTimeout = 5 * time.Second
+	cgroupPoll    = 2 * time.Millisecond
+	// cpuPeriod is the kernel's customary one, in microseconds.
+	cpuPeriod = 100_000
+	// cgroupMark begins the name of every cgroup of ours; a parent is removed
+	// with its last child only if it has it.
+	cgroupMark = "wrenn"
+)
+
+var cgroupName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*(/[a-zA-Z0-9][a-zA-Z0-9_.-]*)*$`)
+
+// hierarchies are the cgroup trees of this host. A host has one v2 tree with
+// all controllers, or a v1 tree for each and perhaps a v2 tree without any.
+type hierarchies struct {
+	v2 string            // empty if there is none
+	v1 map[string]string // by controller
+}
+
+// v1Controllers are those used under v1; the freezer holds processes still
+// while they are killed where there is no cgroup.kill.
+var v1Controllers = []string{"cpu", "memory", "pids", "freezer"}
+
+func findHierarchies(root string) hierarchies {
+	h := hierarchies{v1: map[string]string{}}
+	if fsType(root) == unix.CGROUP2_SUPER_MAGIC {
+		h.v2 = root
+		return h
+	}
+	if dir := filepath.Join(root, "unified"); fsType(dir) == unix.CGROUP2_SUPER_MAGIC {
+		h.v2 = dir
+	}
+	for _, c := range v1Controllers {
+		if dir := filepath.Join(root, c); fsType(dir) == unix.CGROUP_SUPER_MAGIC {
+			h.v1[c] = dir
+		}
+	}
+	return h
+}
+
+func fsType(dir string) int64 {
+	var st unix.Statfs_t
+	if unix.Statfs(dir, &st) != nil {
+		return 0
+	}
+	return st.Type
+}
+
+// cgroup is one group, in every hierarchy.
+type cgroup struct {
+	name string
+	h    hierarchies
+}
+
+func openCgroup(name string) (cgroup, error) {
+	if len(name) > 200 || !cgroupName.MatchString(name) {
+		return cgroup{}, errdefs.InvalidArgument.Errorf("cgroup %.80q: want names of letters, digits and ._- between slashes", name)
+	}
+	return cgroup{name: name, h: findHierarchies(cgroupRoot)}, nil
+}
+
+// dirs are the group's directories.
+func (c cgroup) dirs() []string {
+	var dirs []string
+	if c.h.v2 != "" {
+		dirs = append(dirs, filepath.Join(c.h.v2, c.name))
+	}
+	for _, dir := range c.h.v1 {
+		dirs = append(dirs, filepath.Join(dir, c.name))
+	}
+	return dirs
+}
+
+// setting is one line to write into a group's file.
+type setting struct{ controller, file, value string }
+
+// settings renders limits for a hierarchy of the given version.
+func settings(l Limits, version int) []setting {
+	var out []setting
+	add := func(controller, file string, value int64) {
+		out = append(out, setting{controller, file, strconv.FormatInt(value, 10)})
+	}
+	if l.CPUMilli > 0 {
+		quota := int64(l.CPUMilli) * cpuPeriod / 1000
+		if version == 2 {
+			out = append(out, setting{"cpu", "cpu.max", fmt.Sprintf("%d %d", quota, cpuPeriod)})
+		} else {
+			add("cpu", "cpu.cfs_period_us", cpuPeriod)
+			add("cpu", "cpu.cfs_quota_us", quota)
+		}
+	}
+	if l.MemMiB > 0 {
+		file := "memory.max"
+		if version == 1 {
+			file = "memory.limit_in_bytes"
+		}
+		add("memory", file, int64(l.MemMiB)<<20)
+	}
+	if l.PIDs > 0 {
+		add("pids", "pids.max", int64(l.PIDs))
+	}
+	return out
+}
+
+// create makes the group with its limits. On error nothing is left.
+func (c cgroup) create(l Limits) (err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("make cgroup: %w", err), c.remove(context.Background()))
+		}
+	}()
+	if len(c.dirs()) == 0 {
+		return errdefs.Unsupported.Errorf("this host has no cgroups")
+	}
+	// A parent may be removed, as empty, between its making and its child's.
+	for try := 0; ; try++ {
+		if err = c.mkdirs(); err == nil || try == 10 || !errors.Is(err, os.ErrNotExist) {
+			break
+		}
+	}
+	if err != nil {
+		return err
+	}
+	version := 1
+	if len(c.h.v1) == 0 {
+		version = 2
+	}
+	for _, s := range settings(l, version) {
+		dir := c.h.v1[s.controller]
+		if version == 2 {
+			dir = c.h.v2
+		}
+		file := filepath.Join(dir, c.name, s.file)
+		if _, err := os.Stat(file); dir == "" || err != nil {
+			return errdefs.Unsupported.Errorf("this host's cgroups cannot limit %s", s.controller)
+		}
+		if err := os.WriteFile(file, []byte(s.value), 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c cgroup) mkdirs() error {
+	for _, dir := range c.dirs() {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if len(c.h.v1) > 0 {
+		return nil
+	}
+	// Under v2 a group has the controllers that its ancestors pass down. One
+	// that cannot be had shows when its limit is set.
+	dir := c.h.v2
+	for _, part := range strings.Split(filepath.Dir(c.name), "/") {
+		for _, controller := range []string{"cpu", "memory", "pids"} {
+			os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+controller), 0)
+		}
+		dir = filepath.Join(dir, part)
+	}
+	if dir != c.h.v2 {
+		for _, controller := range []string{"cpu", "memory", "pids"} {
+			os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+controller), 0)
+		}
+	}
+	return nil
+}
+
+// enterThread moves the calling thread into the group's v1 hierarchies; what
+// it starts is born there.
+func (c cgroup) enterThread() error {
+	for _, dir := range c.h.v1 {
+		if err := os.WriteFile(filepath.Join(dir, c.name, "tasks"), []byte("0"), 0); err != nil {
+			return fmt.Errorf("enter cgroup: %w", err)
+		}
+	}
+	return nil
+}
+
+// open returns the v2 directory for CLONE_INTO_CGROUP, or nil without v2.
+func (c cgroup) open() (*os.File, error) {
+	if c.h.v2 == "" {
+		return nil, nil
+	}
+	return os.OpenFile(filepath.Join(c.h.v2, c.name), unix.O_PATH|unix.O_DIRECTORY, 0)
+}
+
+// remove kills what is in the group and removes it. It returns when the group
+// is empty and gone; a group that is not there is no error.
+func (c cgroup) remove(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, cgroupTimeout,
+		errdefs.Unavailable.Errorf("cgroup does not become empty within %s", cgroupTimeout))
+	defer cancel()
+	for {
+		var errs []error
+		for _, dir := range c.dirs() {
+			if err := unix.Rmdir(dir); err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("remove cgroup %s: %w", dir, err))
+			}
+		}
+		if len(errs) == 0 {
+			c.removeParents()
+			return nil
+		}
+		if err := c.kill(); err != nil {
+			errs = append(errs, err)
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("remove cgroup: %w (%w)", context.Cause(ctx), errors.Join(errs...))
+		case <-time.After(cgroupPoll):
+		}
+	}
+}
+
+// removeParents removes those of our own that have become empty.
+func (c cgroup) removeParents() {
+	for name := filepath.Dir(c.name); name != "." && strings.HasPrefix(filepath.Base(name), cgroupMark); name = filepath.Dir(name) {
+		for _, dir := range (cgroup{name: name, h: c.h}).dirs() {
+			unix.Rmdir(dir) // it has other children, or is gone
+		}
+	}
+}
+
+// kill sends SIGKILL to everything in the group.
+func (c cgroup) kill() error {
+	if c.h.v2 != "" {
+		err := os.WriteFile(filepath.Join(c.h.v2, c.name, "cgroup.kill"), []byte("1"), 0)
+		if err == nil {
+			return nil
+		}
+	}
+	freezer, ok := c.h.v1["freezer"]
+	dir := filepath.Join(freezer, c.name)
+	if !ok {
+		return c.killEach(filepath.Join(c.h.v2, c.name, "cgroup.procs"))
+	}
+	// Nothing forks or exits while frozen, so the list is complete and its
+	// numbers stay their owners'.
+	state := filepath.Join(dir, "freezer.state")
+	if err := os.WriteFile(state, []byte("FROZEN"), 0); err != nil {
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		return err
+	}
+	err := c.killEach(filepath.Join(dir, "cgroup.procs"))
+	return errors.Join(err, os.WriteFile(state, []byte("THAWED"), 0))
+}
+
+func (c cgroup) killEach(procs string) error {
+	list, err := os.ReadFile(procs)
+	if err != nil {
+		return nil // gone
+	}
+	var errs []error
+	for _, field := range strings.Fields(string(list)) {
+		pid, err := strconv.Atoi(field)
+		if err != nil || pid == os.Getpid() {
+			continue // a thread of ours on its way out
+		}
+		pidfd, err := unix.PidfdOpen(pid, 0)
+		if err != nil {
+			continue // gone
+		}
+		if err := unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+			errs = append(errs, err)
+		}
+		unix.Close(pidfd)
+	}
+	return errors.Join(errs...)
+}
+
+// RemoveCgroup ends whatever lives in a cgroup and removes it, for a VM whose
+// end no agent has seen. No cgroup is no error.
+func RemoveCgroup(ctx context.Context, name string) error {
+	if name == "" {
+		return nil
+	}
+	c, err := openCgroup(name)
+	if err != nil {
+		return err
+	}
+	return c.remove(ctx)
+}

@@ -1,0 +1,435 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/undo"
+)
+
+const (
+	// killTimeout bounds how long Kill waits for a process that was sent
+	// SIGKILL. One that takes longer hangs in the kernel.
+	killTimeout = 10 * time.Second
+	// trimEvery is how often the watcher looks at the size of the files that
+	// the process appends to.
+	trimEvery = time.Second
+	// detailBytes bounds Exit.Detail.
+	detailBytes = 2 << 10
+)
+
+// Program is a VMM to be launched.
+type Program struct {
+	// Args is the argument vector; Args[0] is the program's absolute path. No
+	// shell ever sees it.
+	Args []string
+	// Files become descriptors 3, 4, …; the caller closes its own copies.
+	// Nothing else of the agent's is open in the program.
+	Files []*os.File
+	// NetNS is the path of the network namespace to run in; empty for ours.
+	NetNS string
+	// RunDir marks the program as ours for KillStrays; empty for no mark.
+	RunDir string
+	// Log receives what the program prints, bounded like Console; empty to
+	// throw it away.
+	Log string
+	// Console is a file that the program itself appends to (O_APPEND), which
+	// the watcher keeps below MaxConsoleBytes; empty for none.
+	Console string
+	// Cgroup is made with Limits before the program starts, in which it is
+	// born, and removed with everything in it when the program has ended;
+	// empty for ours.
+	Cgroup string
+	Limits Limits
+	// PrivateMounts gives the program a mount namespace of its own.
+	PrivateMounts bool
+}
+
+// Ref names a process for good, and what the launcher looks after for it:
+// enough for a later agent to adopt it.
+type Ref struct {
+	PID int `json:"pid"`
+	// Started is when, in clock ticks after the boot: a pid alone comes back.
+	Started uint64 `json:"started"`
+	// Boot is the id of the boot that both numbers belong to.
+	Boot string `json:"boot"`
+
+	Log     string `json:"log,omitempty"`
+	Console string `json:"console,omitempty"`
+	Cgroup  string `json:"cgroup,omitempty"`
+}
+
+// Process is a VMM that runs in a session of its own. It depends on nothing of
+// the agent's: the agent may be killed, and later adopt the process again.
+// Safe for concurrent use.
+type Process struct {
+	ref   Ref
+	child bool // ours to reap
+	pidfd *os.File
+
+	done    chan struct{}
+	exit    Exit  // valid once done is closed
+	cleanup error // what could not be freed after the exit; likewise
+}
+
+// maxFiles bounds the descriptors of a VMM.
+const maxFiles = 1024
+
+// Launch starts the program and returns when it runs. Its standard input is
+// empty, it gains no privileges by whatever it executes, it dumps no core. It
+// is watched until it has exited. On error nothing is left but the log.
+func Launch(p Program) (_ *Process, err error) {
+	var steps undo.Stack
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("launch %s: %w", p.Args[0], err), steps.Unwind(context.Background()))
+		}
+	}()
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close()
+	out := null
+	if p.Log != "" {
+		out, err = os.OpenFile(p.Log, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		defer out.Close()
+	}
+	files := []uintptr{null.Fd(), out.Fd(), out.Fd()}
+	for _, f := range p.Files {
+		files = append(files, f.Fd())
+	}
+	defer runtime.KeepAlive(p.Files)
+
+	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"}
+	if p.RunDir != "" {
+		env = append(env, runDirEnv+"="+p.RunDir)
+	}
+	pidfd := -1
+	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
+	var group cgroup
+	if p.Cgroup != "" {
+		if group, err = openCgroup(p.Cgroup); err != nil {
+			return nil, err
+		}
+		if err := group.create(p.Limits); err != nil {
+			return nil, err
+		}
+		steps.Push("remove cgroup", group.remove)
+		dir, err := group.open()
+		if err != nil {
+			return nil, err
+		}
+		if dir != nil {
+			defer dir.Close()
+			sys.UseCgroupFD, sys.CgroupFD = true, int(dir.Fd())
+		}
+	}
+
+	// What we open ourselves is never inherited. What our parent left open in
+	// us is, unless it is told now.
+	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
+		return nil, err
+	}
+	var pid int
+	err = onSpareThread(func() error {
+		if err := enterNetNS(p.NetNS); err != nil {
+			return err
+		}
+		if p.PrivateMounts {
+			if err := privateMounts(); err != nil {
+				return err
+			}
+		}
+		if err := group.enterThread(); err != nil {
+			return err
+		}
+		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+			return fmt.Errorf("set no_new_privs: %w", err)
+		}
+		pid, _, err = syscall.StartProcess(p.Args[0], p.Args, &syscall.ProcAttr{
+			Dir:   "/",
+			Env:   env,
+			Files: files,
+			Sys:   sys,
+		})
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	// It is not reaped before it is watched, so the number is its own.
+	steps.Push("kill", func(context.Context) error {
+		return errors.Join(unix.Kill(pid, unix.SIGKILL), reap(pid, &Exit{}))
+	})
+	for resource, limit := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles} {
+		if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: limit, Max: limit}, nil); err != nil {
+			return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
+		}
+	}
+	ref, err := identify(pid)
+	if err != nil {
+		return nil, errors.Join(err, unix.Close(pidfd))
+	}
+	ref.Log, ref.Console, ref.Cgroup = p.Log, p.Console, p.Cgroup
+	process, err := watch(&Process{ref: ref, child: true}, pidfd)
+	if err != nil {
+		return nil, err
+	}
+	steps.Keep()
+	return process, nil
+}
+
+// Adopt watches a process that an earlier agent launched. One that has exited,
+// or whose pid belongs to another by now, is errdefs.NotFound; its cgroup is
+// removed then.
+func Adopt(ctx context.Context, ref Ref) (*Process, error) {
+	pidfd, err := openSame(ref)
+	if errors.Is(err, errdefs.NotFound) {
+		return nil, errors.Join(err, RemoveCgroup(ctx, ref.Cgroup))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return watch(&Process{ref: ref}, pidfd)
+}
+
+// openSame returns a pidfd of the process that ref means, and no other.
+func openSame(ref Ref) (int, error) {
+	gone := errdefs.NotFound.Errorf("process %d has exited", ref.PID)
+	if ref.PID <= 0 {
+		return -1, gone
+	}
+	pidfd, err := unix.PidfdOpen(ref.PID, 0)
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EINVAL) {
+		return -1, gone
+	}
+	if err != nil {
+		return -1, fmt.Errorf("open process %d: %w", ref.PID, err)
+	}
+	// The descriptor pins whoever has the number now. If that one started
+	// when ours did, it is ours.
+	now, err := identify(ref.PID)
+	if err != nil || now.Started != ref.Started || now.Boot != ref.Boot || exited(pidfd) {
+		return -1, errors.Join(gone, unix.Close(pidfd))
+	}
+	return pidfd, nil
+}
+
+// watch takes over pidfd.
+func watch(p *Process, pidfd int) (*Process, error) {
+	// A non-blocking descriptor is waited for by the runtime's poller; no
+	// thread sits on it.
+	if err := unix.SetNonblock(pidfd, true); err != nil {
+		return nil, errors.Join(fmt.Errorf("watch process %d: %w", p.ref.PID, err), unix.Close(pidfd))
+	}
+	p.pidfd = os.NewFile(uintptr(pidfd), "pidfd")
+	if err := p.pidfd.SetReadDeadline(time.Time{}); err != nil {
+		return nil, errors.Join(fmt.Errorf("watch process %d: %w", p.ref.PID, err), p.pidfd.Close())
+	}
+	p.done = make(chan struct{})
+	go p.wait()
+	return p, nil
+}
+
+// wait is the watcher; it ends with the process.
+func (p *Process) wait() {
+	defer close(p.done)
+	defer p.pidfd.Close()
+	for p.trim(); !p.exitedWithin(trimEvery); p.trim() {
+	}
+	p.exit = Exit{At: time.Now().UTC(), Code: -1}
+	if p.child {
+		reap(p.ref.PID, &p.exit)
+	}
+	p.cleanup = RemoveCgroup(context.Background(), p.ref.Cgroup)
+	p.trim()
+	if p.ref.Log != "" {
+		tail, _ := Tail(p.ref.Log, detailBytes)
+		p.exit.Detail = strings.TrimSpace(string(tail))
+	}
+}
+
+func (p *Process) exitedWithin(d time.Duration) bool {
+	conn, err := p.pidfd.SyscallConn()
+	if err == nil {
+		p.pidfd.SetReadDeadline(time.Now().Add(d))
+		err = conn.Read(func(fd uintptr) bool { return exited(int(fd)) })
+	}
+	return !errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+func (p *Process) trim() {
+	for _, path := range []string{p.ref.Log, p.ref.Console} {
+		if path != "" {
+			trim(path, MaxConsoleBytes) // it is tried again soon
+		}
+	}
+}
+
+// Ref is what Adopt needs.
+func (p *Process) Ref() Ref { return p.ref }
+
+// Done is closed when the process has exited and its cgroup is gone.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Exit says how the process ended; valid once Done is closed.
+func (p *Process) Exit() Exit {
+	select {
+	case <-p.done:
+		return p.exit
+	default:
+		return Exit{Code: -1}
+	}
+}
+
+// Kill ends the process and returns when it and its cgroup are gone, or when
+// ctx or a bound of its own says that this takes too long; the process has then
+// been told all the same. Killing a process that is gone is no error.
+func (p *Process) Kill(ctx context.Context) error {
+	if err := p.signal(unix.SIGKILL); err != nil {
+		return fmt.Errorf("kill process %d: %w", p.ref.PID, err)
+	}
+	timer := time.NewTimer(killTimeout)
+	defer timer.Stop()
+	select {
+	case <-p.done:
+		return p.cleanup
+	case <-ctx.Done():
+		return fmt.Errorf("kill process %d: %w", p.ref.PID, context.Cause(ctx))
+	case <-timer.C:
+		return errdefs.Unavailable.Errorf("process %d is still there %s after SIGKILL", p.ref.PID, killTimeout)
+	}
+}
+
+// signal sends a signal to the process; to one that is gone it does nothing.
+func (p *Process) signal(sig unix.Signal) error {
+	conn, err := p.pidfd.SyscallConn()
+	if err != nil {
+		return nil // closed: the watcher has seen the end
+	}
+	var sent error
+	conn.Control(func(fd uintptr) { sent = unix.PidfdSendSignal(int(fd), sig, nil, 0) })
+	if errors.Is(sent, unix.ESRCH) {
+		return nil
+	}
+	return sent
+}
+
+// onSpareThread runs f on a thread that ends with it, so that f may move the
+// thread into other namespaces and never has to come back.
+func onSpareThread(f func() error) error {
+	errc := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread cannot end. Hold it while another one works.
+			defer runtime.UnlockOSThread()
+			errc <- onSpareThread(f)
+			return
+		}
+		errc <- f() // still locked: the thread ends here
+	}()
+	return <-errc
+}
+
+func enterNetNS(path string) error {
+	if path == "" {
+		return nil
+	}
+	ns, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("open network namespace: %w", err)
+	}
+	defer ns.Close()
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("enter network namespace: %w", err)
+	}
+	return nil
+}
+
+// privateMounts gives the thread mounts of its own. The host's are still seen
+// to come and go, so that none is kept busy.
+func privateMounts() error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("unshare mounts: %w", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return fmt.Errorf("unshare mounts: %w", err)
+	}
+	return nil
+}
+
+// exited reports whether the process of a pidfd has.
+func exited(pidfd int) bool {
+	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(fds, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return n > 0
+		}
+	}
+}
+
+// reap collects the status of our child, which has exited or is about to.
+func reap(pid int, exit *Exit) error {
+	var status unix.WaitStatus
+	for {
+		_, err := unix.Wait4(pid, &status, 0, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || exit == nil {
+			return err
+		}
+		break
+	}
+	if status.Signaled() {
+		exit.Signal = int(status.Signal())
+	} else {
+		exit.Code = status.ExitStatus()
+	}
+	return nil
+}
+
+// identify reads who has the pid now.
+func identify(pid int) (Ref, error) {
+	stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if err != nil {
+		return Ref{}, fmt.Errorf("identify process %d: %w", pid, err)
+	}
+	started, err := startTime(string(stat))
+	if err != nil {
+		return Ref{}, fmt.Errorf("identify process %d: %w", pid, err)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return Ref{}, fmt.Errorf("identify process %d: %w", pid, err)
+	}
+	return Ref{PID: pid, Started: started, Boot: strings.TrimSpace(string(boot))}, nil
+}
+
+// startTime finds field 22 of a /proc/PID/stat. The second field is the
+// program's name in parentheses and may hold anything, spaces and parentheses
+// included, so counting begins after the last one.
+func startTime(stat string) (uint64, error) {
+	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+1:])
+	if len(fields) < 20 {
+		return 0, fmt.Errorf("malformed stat %q", stat)
+	}
+	return strconv.ParseUint(fields[19], 10, 64)
+}

@@ -1,0 +1,98 @@
+package qemu
+
+import (
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// The descriptors that QEMU inherits.
+const (
+	qmpFD = 3 // the listening QMP socket
+)
+
+// machine is all that the argument vector depends on.
+type machine struct {
+	binary string
+	accel  string // kvm or tcg
+	spec   vmm.Spec
+}
+
+// argv renders QEMU's argument vector. The order and the PCI addresses of the
+// devices are part of a snapshot's format.
+func argv(m machine) []string {
+	s := m.spec
+	accel, cpu := "tcg,thread=multi", "qemu64" // boots faster than max
+	if m.accel == "kvm" {
+		accel, cpu = "kvm", "host"
+	}
+	// The filter comes before the change of user, which it must let pass.
+	// After that there is no privilege left to be gained with those calls.
+	elevate := "deny"
+	if s.UID != 0 || s.GID != 0 {
+		elevate = "allow"
+	}
+	args := []string{
+		m.binary,
+		"-name", "wrenn-" + s.ID,
+		"-no-user-config", "-nodefaults", "-display", "none",
+		"-machine", "q35,usb=off,smbus=off,sata=off,vmport=off,memory-backend=ram",
+		"-accel", accel,
+		"-cpu", cpu,
+		"-smp", strconv.Itoa(s.VCPUs),
+		"-m", fmt.Sprintf("%dM", s.MemMiB),
+		"-object", fmt.Sprintf("memory-backend-memfd,id=ram,size=%dM,share=on", s.MemMiB),
+		// Once everything is open, QEMU lives in an empty directory as
+		// somebody who may do nothing.
+		"-sandbox", "on,obsolete=deny,spawn=deny,resourcecontrol=deny,elevateprivileges=" + elevate,
+		"-chroot", jail(s.RunDir),
+		// A guest that powers off, reboots or panics ends its VMM.
+		"-no-reboot",
+		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", qmpFD),
+		"-mon", "chardev=qmp,mode=control",
+		"-chardev", "file,id=console,append=on,path=" + value(s.Console),
+		"-serial", "chardev:console",
+		"-kernel", s.Kernel,
+		"-append", cmdline(s.Cmdline),
+	}
+	if s.UID != 0 || s.GID != 0 {
+		args = append(args, "-runas", fmt.Sprintf("%d:%d", s.UID, s.GID))
+	}
+	if s.Initrd != "" {
+		args = append(args, "-initrd", s.Initrd)
+	}
+	args = append(args,
+		"-object", "rng-builtin,id=rng",
+		"-device", "virtio-rng-pci,rng=rng,addr=0x2")
+	if n := s.NIC; n != nil {
+		args = append(args,
+			"-netdev", "tap,id=net,script=no,downscript=no,vhost=off,ifname="+n.Tap,
+			"-device", "virtio-net-pci,netdev=net,romfile=,addr=0x3,mac="+n.MAC)
+	}
+	for i, d := range s.Disks {
+		mode := "read-only=off,discard=unmap"
+		if d.ReadOnly {
+			mode = "read-only=on"
+		}
+		args = append(args,
+			"-blockdev", fmt.Sprintf("driver=raw,node-name=disk%d,%s,file.driver=file,file.filename=%s", i, mode, value(d.Path)),
+			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,addr=0x%x", i, 0x10+i))
+	}
+	return args
+}
+
+// cmdline puts what this machine needs before the spec's own, which may
+// therefore overrule it.
+func cmdline(own string) string {
+	return strings.TrimSpace("console=ttyS0 reboot=k panic=-1 " + own)
+}
+
+// value quotes a value of QEMU's key=value lists.
+func value(s string) string { return strings.ReplaceAll(s, ",", ",,") }
+
+func qmpSocket(runDir string) string { return filepath.Join(runDir, "qmp.sock") }
+func jail(runDir string) string      { return filepath.Join(runDir, "empty") }
+func vmmLog(runDir string) string    { return filepath.Join(runDir, "vmm.log") }

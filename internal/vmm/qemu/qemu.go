@@ -1,0 +1,286 @@
+// Package qemu runs microVMs with QEMU, under KVM or by translation (TCG).
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/undo"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// Name is the driver's name in handles and settings.
+const Name = "qemu"
+
+// readBack bounds the question for a VM's state after an answer went missing.
+const readBack = 2 * time.Second
+
+// Config says what a Driver works with.
+type Config struct {
+	// Binary is qemu-system-x86_64's path or its name in PATH; empty for that
+	// name.
+	Binary string
+	// CacheFile keeps what the probe guest showed. Its directory exists.
+	CacheFile string
+	// ProbeKernel and ProbeInitrd are booted with "wrenn.probe=1" to see
+	// whether KVM works; the guest then prints "wrenn-probe-ok" on its console
+	// and powers off. As long as they are not there, KVM is not used.
+	ProbeKernel, ProbeInitrd string
+}
+
+// Driver implements vmm.Driver.
+type Driver struct {
+	cfg Config
+
+	checking chan struct{} // held by the one that probes
+	checked  *vmm.Report   // guarded by checking
+}
+
+// New returns a driver; it does nothing yet.
+func New(cfg Config) *Driver {
+	if cfg.Binary == "" {
+		cfg.Binary = "qemu-system-x86_64"
+	}
+	return &Driver{cfg: cfg, checking: make(chan struct{}, 1)}
+}
+
+// Name implements vmm.Driver.
+func (d *Driver) Name() string { return Name }
+
+// Start implements vmm.Driver.
+func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
+	report, err := d.Check(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return d.start(ctx, spec, report)
+}
+
+func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_ vmm.VM, err error) {
+	if err := spec.Validate(); err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("start vm: %w", context.Cause(ctx))
+	}
+	binary, err := d.binary()
+	if err != nil {
+		return nil, err
+	}
+	var steps undo.Stack
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, steps.Unwind(ctx))
+		}
+	}()
+
+	// The socket is there before QEMU is, so nobody has to wait for it to
+	// appear: a connection is accepted when QEMU serves, and breaks if it dies.
+	socket, err := listen(qmpSocket(spec.RunDir))
+	if err != nil {
+		return nil, fmt.Errorf("start vm: %w", err)
+	}
+	defer socket.Close()
+	steps.Push("remove control socket", func(context.Context) error { return remove(qmpSocket(spec.RunDir)) })
+
+	if err := os.Mkdir(jail(spec.RunDir), 0o555); err != nil && !errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("start vm: %w", err)
+	}
+	steps.Push("remove jail", func(context.Context) error { return remove(jail(spec.RunDir)) })
+	if err := touch(spec.Console); err != nil {
+		return nil, fmt.Errorf("start vm: %w", err)
+	}
+	process, err := vmm.Launch(vmm.Program{
+		Args:    argv(machine{binary: binary, accel: report.Accel, spec: spec}),
+		Files:   []*os.File{socket},
+		NetNS:   spec.NetNS,
+		RunDir:  spec.RunDir,
+		Log:     vmmLog(spec.RunDir),
+		Console: spec.Console,
+		Cgroup:  spec.Cgroup,
+		Limits:  spec.Limits,
+
+		PrivateMounts: true,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("start vm: %w", err)
+	}
+	steps.Push("kill vmm", process.Kill)
+	socket.Close() // with QEMU's copy alone open, its death is seen at once
+
+	v := &vm{process: process, version: report.Version, state: state{
+		Process: process.Ref(),
+		QMP:     qmpSocket(spec.RunDir),
+	}}
+	err = v.with(ctx, func(m *monitor) error {
+		status, err := m.status()
+		if err == nil && status != statusRunning {
+			err = fmt.Errorf("vm is %s", status)
+		}
+		return err
+	})
+	if exit, ok := v.ended(err); ok {
+		// Unclassed: QEMU's own words name the host's files.
+		return nil, fmt.Errorf("start vm: qemu %s: %s", exit, exit.Detail)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("start vm: %w", err)
+	}
+	steps.Keep()
+	return v, nil
+}
+
+// Attach implements vmm.Driver.
+func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
+	v := &vm{version: h.Version}
+	if h.Driver != Name {
+		return nil, errdefs.InvalidArgument.Errorf("attach: handle of driver %.40q, not of %s", h.Driver, Name)
+	}
+	if err := json.Unmarshal(h.State, &v.state); err != nil {
+		return nil, errdefs.InvalidArgument.Errorf("attach: malformed handle: %w", err)
+	}
+	process, err := vmm.Adopt(ctx, v.state.Process)
+	if err != nil {
+		return nil, fmt.Errorf("attach: %w", err)
+	}
+	v.process = process
+	if _, err := v.status(ctx); err != nil {
+		select {
+		case <-process.Done():
+			return nil, errdefs.NotFound.Errorf("attach: the vm has exited")
+		default:
+			return nil, fmt.Errorf("attach: %w", err)
+		}
+	}
+	return v, nil
+}
+
+// state is the driver's part of a handle.
+type state struct {
+	Process vmm.Ref `json:"process"`
+	QMP     string  `json:"qmp"`
+}
+
+// vm implements vmm.VM.
+type vm struct {
+	process *vmm.Process
+	version string
+	state   state
+}
+
+func (v *vm) Handle() vmm.Handle {
+	state, err := json.Marshal(v.state)
+	if err != nil {
+		panic(err) // strings and numbers always encode
+	}
+	return vmm.Handle{Driver: Name, Version: v.version, State: state}
+}
+
+func (v *vm) Done() <-chan struct{}          { return v.process.Done() }
+func (v *vm) Exit() vmm.Exit                 { return v.process.Exit() }
+func (v *vm) Kill(ctx context.Context) error { return v.process.Kill(ctx) }
+
+func (v *vm) Pause(ctx context.Context) error {
+	return v.change(ctx, "pause", "stop", statusPaused)
+}
+
+func (v *vm) Resume(ctx context.Context) error {
+	return v.change(ctx, "resume", "cont", statusRunning)
+}
+
+// change runs a command that brings the VM into the wanted state, or finds it
+// there. If the answer is lost, the VM's state decides what has happened.
+func (v *vm) change(ctx context.Context, what, command, want string) error {
+	err := v.with(ctx, func(m *monitor) error {
+		if err := m.call(command, nil, nil); err != nil {
+			return err
+		}
+		status, err := m.status()
+		if err == nil && status != want {
+			err = errdefs.WrongState.Errorf("vm is %s", status)
+		}
+		return err
+	})
+	if err == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBack)
+	defer cancel()
+	if status, e := v.status(ctx); e == nil && status == want {
+		return nil
+	}
+	if exit, ok := v.ended(err); ok {
+		return errdefs.Unavailable.Errorf("%s vm: its VMM %s", what, exit)
+	}
+	return fmt.Errorf("%s vm: %w", what, err)
+}
+
+func (v *vm) status(ctx context.Context) (status string, err error) {
+	err = v.with(ctx, func(m *monitor) error {
+		status, err = m.status()
+		return err
+	})
+	return status, err
+}
+
+// with runs f on a connection of its own.
+func (v *vm) with(ctx context.Context, f func(*monitor) error) error {
+	m, err := dial(ctx, v.state.QMP)
+	if err != nil {
+		return err
+	}
+	defer m.close()
+	return f(m)
+}
+
+// ended reports how the VMM has ended, if that is why err came back.
+func (v *vm) ended(err error) (vmm.Exit, bool) {
+	if !errors.Is(err, errdefs.Unavailable) {
+		return vmm.Exit{}, false
+	}
+	// The connection breaks a moment before the process is seen to be gone.
+	timer := time.NewTimer(50 * time.Millisecond)
+	defer timer.Stop()
+	select {
+	case <-v.process.Done():
+		return v.process.Exit(), true
+	case <-timer.C:
+		return vmm.Exit{}, false
+	}
+}
+
+// listen makes the control socket and returns it as a file that QEMU inherits.
+func listen(path string) (*os.File, error) {
+	if err := remove(path); err != nil {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	l.SetUnlinkOnClose(false)
+	return l.File()
+}
+
+// touch makes the file, readable by root alone, if it is not there.
+func touch(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+func remove(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}

@@ -1,0 +1,152 @@
+package qemu
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+// callTimeout bounds a QMP call whose caller sets no limit. QEMU answers the
+// calls made here in milliseconds, or is in trouble.
+const callTimeout = 10 * time.Second
+
+// queuePoll is how often a connection is tried while the queue for one is
+// full. QEMU's has room for two.
+const queuePoll = 5 * time.Millisecond
+
+// The states of a VM that matter here, as query-status names them.
+const (
+	statusRunning   = "running"
+	statusPaused    = "paused"
+	statusInMigrate = "inmigrate"
+)
+
+// refusal is QEMU's own no: the call has had no effect.
+type refusal struct {
+	Class string `json:"class"`
+	Desc  string `json:"desc"`
+}
+
+func (e *refusal) Error() string { return e.Desc }
+
+// monitor is one connection to a QEMU. QEMU serves one at a time, a second
+// waits its turn, so a connection is made for an operation and closed with it:
+// no agent keeps another one out.
+type monitor struct {
+	ctx    context.Context
+	cancel context.CancelFunc
+	conn   *net.UnixConn
+	dec    *json.Decoder
+	stop   func() bool // takes ctx's hand off conn
+}
+
+// dial connects to the QMP socket at path and waits until QEMU serves it. ctx
+// bounds the connection's whole life. When QEMU dies, or has died, every wait
+// ends at once with errdefs.Unavailable.
+func dial(ctx context.Context, path string) (*monitor, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, callTimeout,
+		errdefs.Unavailable.Errorf("the VMM did not answer within %s", callTimeout))
+	m := &monitor{ctx: ctx, cancel: cancel}
+	if err := m.connect(path); err != nil {
+		m.close()
+		return nil, err
+	}
+	return m, nil
+}
+
+func (m *monitor) connect(path string) error {
+	var d net.Dialer
+	conn, err := d.DialContext(m.ctx, "unix", path)
+	for errors.Is(err, unix.EAGAIN) && m.ctx.Err() == nil {
+		// Others wait for their turn, as many as the socket lets.
+		select {
+		case <-m.ctx.Done():
+		case <-time.After(queuePoll):
+			conn, err = d.DialContext(m.ctx, "unix", path)
+		}
+	}
+	if err != nil {
+		return m.broken(err)
+	}
+	m.conn, m.dec = conn.(*net.UnixConn), json.NewDecoder(conn)
+	m.stop = context.AfterFunc(m.ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	var greeting struct {
+		QMP *json.RawMessage `json:"QMP"`
+	}
+	if err := m.dec.Decode(&greeting); err != nil {
+		return m.broken(err)
+	}
+	if greeting.QMP == nil {
+		return errdefs.Unavailable.Errorf("the VMM's control socket does not speak QMP")
+	}
+	return m.call("qmp_capabilities", nil, nil)
+}
+
+func (m *monitor) close() {
+	if m.conn != nil {
+		m.stop()
+		m.conn.Close()
+	}
+	m.cancel()
+}
+
+// call runs one command. An error that is no *refusal leaves open whether it
+// took effect.
+func (m *monitor) call(command string, arguments, result any) error {
+	request, err := json.Marshal(struct {
+		Execute   string `json:"execute"`
+		Arguments any    `json:"arguments,omitempty"`
+	}{command, arguments})
+	if err != nil {
+		return fmt.Errorf("qmp %s: %w", command, err)
+	}
+	if _, err := m.conn.Write(append(request, '\n')); err != nil {
+		return fmt.Errorf("qmp %s: %w", command, m.broken(err))
+	}
+	for {
+		var reply struct {
+			Event  string          `json:"event"`
+			Return json.RawMessage `json:"return"`
+			Error  *refusal        `json:"error"`
+		}
+		if err := m.dec.Decode(&reply); err != nil {
+			return fmt.Errorf("qmp %s: %w", command, m.broken(err))
+		}
+		switch {
+		case reply.Event != "":
+			continue // nobody waits for one here
+		case reply.Error != nil:
+			return fmt.Errorf("qmp %s: %w", command, reply.Error)
+		case result != nil:
+			if err := json.Unmarshal(reply.Return, result); err != nil {
+				return fmt.Errorf("qmp %s: %w", command, err)
+			}
+		}
+		return nil
+	}
+}
+
+// broken says why the connection failed: because its time is over, or because
+// there is no QEMU at its other end.
+func (m *monitor) broken(err error) error {
+	if m.ctx.Err() != nil {
+		return context.Cause(m.ctx)
+	}
+	return errdefs.Unavailable.Errorf("the VMM does not answer: %w", err)
+}
+
+// status is query-status.
+func (m *monitor) status() (string, error) {
+	var s struct {
+		Status string `json:"status"`
+	}
+	err := m.call("query-status", nil, &s)
+	return s.Status, err
+}

@@ -1,0 +1,344 @@
+package vmmtest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// Subject is a driver under test.
+type Subject struct {
+	Driver vmm.Driver
+	// Again returns another instance of the driver on the same machine, as an
+	// agent that comes after would have it.
+	Again func() vmm.Driver
+	// Spec is of a guest that runs until it is ended. Its run directory and
+	// its console's directory are the test's own.
+	Spec vmm.Spec
+	// Exiting is appended to Spec.Cmdline to make the guest end by itself.
+	Exiting string
+	// Live returns how many VMM processes of Spec.ID there are.
+	Live func() int
+}
+
+// soon is how long a driver may take for what it does at once, on a machine
+// that has other things to do.
+const soon = 20 * time.Second
+
+// Run checks that a driver keeps the promises of the boundary. subject is
+// called for each test anew.
+func Run(t *testing.T, subject func(*testing.T) Subject) {
+	for _, c := range []struct {
+		name string
+		test func(*testing.T, Subject)
+	}{
+		{"check", testCheck},
+		{"runs until killed", testKill},
+		{"kill by many", testKillByMany},
+		{"exits by itself", testExit},
+		{"pause and resume", testPauseResume},
+		{"calls on a dead vm", testDead},
+		{"outlives its context", testOutlivesContext},
+		{"cancelled start", testCancelledStart},
+		{"attach", testAttach},
+		{"attach to a dead vm", testAttachDead},
+		{"attach to nonsense", testAttachNonsense},
+		{"bad specs", testBadSpecs},
+	} {
+		t.Run(strings.ReplaceAll(c.name, " ", "_"), func(t *testing.T) {
+			s := subject(t)
+			c.test(t, s)
+			if n := s.Live(); n != 0 {
+				t.Errorf("%d VMM processes are left", n)
+			}
+		})
+	}
+}
+
+// start starts the subject's VM and ends it with the test, at the latest.
+func start(t *testing.T, s Subject) vmm.VM {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), soon)
+	defer cancel()
+	v, err := s.Driver.Start(ctx, s.Spec)
+	if err != nil {
+		t.Fatalf("start: %v", err)
+	}
+	t.Cleanup(func() { kill(t, v) })
+	return v
+}
+
+func kill(t *testing.T, v vmm.VM) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), soon)
+	defer cancel()
+	if err := v.Kill(ctx); err != nil {
+		t.Errorf("kill: %v", err)
+	}
+}
+
+func gone(t *testing.T, v vmm.VM) {
+	t.Helper()
+	select {
+	case <-v.Done():
+	case <-time.After(soon):
+		t.Fatal("the vm is still there")
+	}
+}
+
+func running(t *testing.T, v vmm.VM) {
+	t.Helper()
+	select {
+	case <-v.Done():
+		t.Fatalf("the vm has ended: %v %s", v.Exit(), v.Exit().Detail)
+	default:
+	}
+}
+
+func testCheck(t *testing.T, s Subject) {
+	first, err := s.Driver.Check(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if first.Version == "" || first.Why == "" || first.Accel != "kvm" && first.Accel != "tcg" {
+		t.Errorf("incomplete report %+v", first)
+	}
+	if again, err := s.Driver.Check(t.Context()); err != nil || again != first {
+		t.Errorf("second report %+v, %v; want %+v", again, err, first)
+	}
+}
+
+func testKill(t *testing.T, s Subject) {
+	v := start(t, s)
+	running(t, v)
+	if n := s.Live(); n != 1 {
+		t.Errorf("%d VMM processes, want 1", n)
+	}
+	if _, err := os.Stat(s.Spec.Console); err != nil && s.Driver.Name() != "fake" {
+		t.Errorf("console: %v", err)
+	}
+	before := time.Now()
+	kill(t, v)
+	gone(t, v)
+	if n := s.Live(); n != 0 {
+		t.Errorf("%d VMM processes after kill", n)
+	}
+	if e := v.Exit(); e.Signal != 9 || e.Code != -1 || e.At.Before(before.Add(-time.Second)) {
+		t.Errorf("exit = %+v, want signal 9 now", e)
+	}
+	kill(t, v)
+}
+
+func testKillByMany(t *testing.T, s Subject) {
+	v := start(t, s)
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			kill(t, v)
+			select {
+			case <-v.Done():
+			default:
+				t.Error("kill returned before the vm was gone")
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func testExit(t *testing.T, s Subject) {
+	s.Spec.Cmdline += " " + s.Exiting
+	v := start(t, s)
+	gone(t, v)
+	if e := v.Exit(); e.Signal != 0 || e.Code != 0 {
+		t.Errorf("exit = %+v, want status 0", e)
+	}
+	kill(t, v)
+}
+
+func testPauseResume(t *testing.T, s Subject) {
+	v := start(t, s)
+	for _, step := range []struct {
+		name string
+		call func(context.Context) error
+	}{
+		{"resume of a running vm", v.Resume},
+		{"pause", v.Pause}, {"second pause", v.Pause},
+		{"resume", v.Resume}, {"second resume", v.Resume},
+		{"pause again", v.Pause},
+	} {
+		if err := step.call(t.Context()); err != nil {
+			t.Fatalf("%s: %v", step.name, err)
+		}
+		running(t, v)
+	}
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := v.Pause(cancelled); err != nil && !errors.Is(err, context.Canceled) {
+		t.Errorf("pause with a cancelled context: %v", err)
+	}
+	kill(t, v) // a paused one dies too
+	gone(t, v)
+}
+
+func testDead(t *testing.T, s Subject) {
+	v := start(t, s)
+	kill(t, v)
+	for name, call := range map[string]func(context.Context) error{"pause": v.Pause, "resume": v.Resume} {
+		began := time.Now()
+		err := call(t.Context())
+		if !errors.Is(err, errdefs.Unavailable) {
+			t.Errorf("%s: %v, want unavailable", name, err)
+		}
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("%s took %s to see that the vm is gone", name, took)
+		}
+	}
+}
+
+func testOutlivesContext(t *testing.T, s Subject) {
+	ctx, cancel := context.WithCancel(t.Context())
+	v, err := s.Driver.Start(ctx, s.Spec)
+	if err != nil {
+		t.Fatalf("start: %v", err)
+	}
+	defer kill(t, v)
+	cancel()
+	if err := v.Pause(t.Context()); err != nil {
+		t.Errorf("pause after the start's context has ended: %v", err)
+	}
+	if err := v.Resume(t.Context()); err != nil {
+		t.Errorf("resume after the start's context has ended: %v", err)
+	}
+	running(t, v)
+}
+
+func testCancelledStart(t *testing.T, s Subject) {
+	// Cancelled before, and at moments that meet a start in its steps.
+	for _, after := range []time.Duration{0, time.Millisecond, 3 * time.Millisecond, 10 * time.Millisecond, 30 * time.Millisecond} {
+		ctx, cancel := context.WithTimeout(t.Context(), after)
+		v, err := s.Driver.Start(ctx, s.Spec)
+		cancel()
+		if err == nil {
+			kill(t, v)
+		} else if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("cancelled after %s: %v, want the context's error", after, err)
+		}
+		if n := s.Live(); n != 0 {
+			t.Fatalf("cancelled after %s: %d VMM processes are left", after, n)
+		}
+	}
+}
+
+func testAttach(t *testing.T, s Subject) {
+	first := start(t, s)
+	if err := first.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	stored, err := json.Marshal(first.Handle())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var h vmm.Handle
+	if err := json.Unmarshal(stored, &h); err != nil {
+		t.Fatal(err)
+	}
+	second, err := s.Again().Attach(t.Context(), h)
+	if err != nil {
+		t.Fatalf("attach: %v", err)
+	}
+	if got := second.Handle(); string(got.State) != string(h.State) || got.Version != h.Version || got.Driver != h.Driver {
+		t.Errorf("handle changed from %s to %s", h.State, got.State)
+	}
+	if err := second.Resume(t.Context()); err != nil {
+		t.Errorf("resume: %v", err)
+	}
+	if err := first.Pause(t.Context()); err != nil {
+		t.Errorf("pause by the first: %v", err)
+	}
+	running(t, second)
+	kill(t, second)
+	gone(t, second)
+	gone(t, first)
+}
+
+func testAttachDead(t *testing.T, s Subject) {
+	v := start(t, s)
+	kill(t, v)
+	if _, err := s.Again().Attach(t.Context(), v.Handle()); !errors.Is(err, errdefs.NotFound) {
+		t.Errorf("attach: %v, want not found", err)
+	}
+}
+
+func testAttachNonsense(t *testing.T, s Subject) {
+	for name, h := range map[string]vmm.Handle{
+		"empty":        {},
+		"other driver": {Driver: "other", State: json.RawMessage(`{}`)},
+		"no state":     {Driver: s.Driver.Name()},
+		"not json":     {Driver: s.Driver.Name(), State: json.RawMessage(`{"pid":`)},
+	} {
+		if _, err := s.Driver.Attach(t.Context(), h); !errors.Is(err, errdefs.InvalidArgument) {
+			t.Errorf("%s: %v, want invalid argument", name, err)
+		}
+	}
+	h := vmm.Handle{Driver: s.Driver.Name(), State: json.RawMessage(`{}`)}
+	if _, err := s.Driver.Attach(t.Context(), h); !errors.Is(err, errdefs.NotFound) {
+		t.Errorf("empty state: %v, want not found", err)
+	}
+}
+
+func testBadSpecs(t *testing.T, s Subject) {
+	for name, spoil := range map[string]func(*vmm.Spec){
+		"no id":             func(s *vmm.Spec) { s.ID = "" },
+		"id with a comma":   func(s *vmm.Spec) { s.ID = "a,b" },
+		"id with a slash":   func(s *vmm.Spec) { s.ID = "a/b" },
+		"long id":           func(s *vmm.Spec) { s.ID = strings.Repeat("a", 64) },
+		"leading dash":      func(s *vmm.Spec) { s.ID = "-a" },
+		"no vcpu":           func(s *vmm.Spec) { s.VCPUs = 0 },
+		"many vcpus":        func(s *vmm.Spec) { s.VCPUs = 1 << 30 },
+		"negative memory":   func(s *vmm.Spec) { s.MemMiB = -1 },
+		"huge memory":       func(s *vmm.Spec) { s.MemMiB = 1 << 31 },
+		"no kernel":         func(s *vmm.Spec) { s.Kernel = "" },
+		"absent kernel":     func(s *vmm.Spec) { s.Kernel = "/nonexistent/vmlinux" },
+		"relative kernel":   func(s *vmm.Spec) { s.Kernel = "vmlinux" },
+		"absent initrd":     func(s *vmm.Spec) { s.Initrd = "/nonexistent/initrd" },
+		"absent disk":       func(s *vmm.Spec) { s.Disks = []vmm.Disk{{Path: "/nonexistent/disk"}} },
+		"disk is directory": func(s *vmm.Spec) { s.Disks = []vmm.Disk{{Path: s.RunDir}} },
+		"too many disks":    func(s *vmm.Spec) { s.Disks = make([]vmm.Disk, 100) },
+		"absent namespace":  func(s *vmm.Spec) { s.NetNS = "/nonexistent/ns" },
+		"absent run dir":    func(s *vmm.Spec) { s.RunDir = "/nonexistent" },
+		"long run dir":      func(s *vmm.Spec) { s.RunDir = "/" + strings.Repeat("a", 100) },
+		"absent console":    func(s *vmm.Spec) { s.Console = "/nonexistent/console.log" },
+		"no console":        func(s *vmm.Spec) { s.Console = "" },
+		"bad tap":           func(s *vmm.Spec) { s.NIC = &vmm.NIC{Tap: "a,b=c", MAC: "02:fc:00:00:00:05"} },
+		"bad mac":           func(s *vmm.Spec) { s.NIC = &vmm.NIC{Tap: "tap0", MAC: "nonsense"} },
+		"cmdline with NUL":  func(s *vmm.Spec) { s.Cmdline = "a\x00b" },
+		"long cmdline":      func(s *vmm.Spec) { s.Cmdline = strings.Repeat("a", 1<<16) },
+		"negative uid":      func(s *vmm.Spec) { s.UID = -1 },
+	} {
+		spec := s.Spec
+		spoil(&spec)
+		v, err := s.Driver.Start(t.Context(), spec)
+		if err == nil {
+			kill(t, v)
+		}
+		if !errors.Is(err, errdefs.InvalidArgument) {
+			t.Errorf("%s: %v, want invalid argument", name, err)
+		} else if strings.Contains(err.Error(), "/nonexistent") {
+			t.Errorf("%s: the text names a host path: %v", name, err)
+		}
+	}
+	if n := s.Live(); n != 0 {
+		t.Errorf("%d VMM processes are left", n)
+	}
+	if left, err := os.ReadDir(s.Spec.RunDir); err != nil || len(left) != 0 {
+		t.Errorf("left in the run directory: %v, %v", left, err)
+	}
+}

@@ -1,0 +1,375 @@
+// Package vmmtest tests drivers and whoever uses them: a fake driver whose
+// n-th call can fail, hang or die, and the contract that every driver meets.
+package vmmtest
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// Op is a call of the boundary.
+type Op string
+
+// The calls that a fault can be injected into.
+const (
+	OpCheck  Op = "check"
+	OpStart  Op = "start"
+	OpAttach Op = "attach"
+	OpPause  Op = "pause"
+	OpResume Op = "resume"
+	OpKill   Op = "kill"
+)
+
+// Ops returns every Op, so that a fault matrix can range over them.
+func Ops() []Op { return []Op{OpCheck, OpStart, OpAttach, OpPause, OpResume, OpKill} }
+
+// Fault is what happens to one call. Its parts combine: the call hangs first,
+// then (with After) takes effect, then the VM dies, then Err is returned.
+type Fault struct {
+	// Err is returned; nil leaves the call's own result.
+	Err error
+	// Hang holds the call until its context ends, whose error it then
+	// returns, or until Fake.Release.
+	Hang bool
+	// Die ends the VM that the call is about, as if it had crashed.
+	Die bool
+	// After lets the call take effect before Err is returned: the answer is
+	// lost, the deed is done. A Start that does so leaves nothing all the
+	// same, as the boundary promises.
+	After bool
+}
+
+// ExitingCmdline makes a fake guest power off at once, after Start.
+const ExitingCmdline = "vmmtest.exit"
+
+// Host is the machine on which fake VMs run. It survives its Fakes, as VMs
+// survive agents: make a second Fake on the same Host to play the agent that
+// comes after. Safe for concurrent use.
+type Host struct {
+	mu   sync.Mutex
+	next int
+	vms  map[int]*machine
+}
+
+// machine is a running VM, or one that ran.
+type machine struct {
+	pid    int
+	spec   vmm.Spec
+	paused bool
+	done   chan struct{}
+	exit   vmm.Exit
+}
+
+// NewHost returns a machine without VMs.
+func NewHost() *Host { return &Host{vms: map[int]*machine{}} }
+
+// Live returns the ids of the VMs that run or are paused, sorted; an id twice
+// is two VMs.
+func (h *Host) Live() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	ids := []string{}
+	for _, m := range h.vms {
+		ids = append(ids, m.spec.ID)
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// Paused reports whether the VM with that id is there and paused.
+func (h *Host) Paused(id string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.vms {
+		if m.spec.ID == id {
+			return m.paused
+		}
+	}
+	return false
+}
+
+// Spec returns what the VM with that id was started with.
+func (h *Host) Spec(id string) (vmm.Spec, bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.vms {
+		if m.spec.ID == id {
+			return m.spec, true
+		}
+	}
+	return vmm.Spec{}, false
+}
+
+// Die ends every VM with that id, as if its VMM had been killed from outside.
+func (h *Host) Die(id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.vms {
+		if m.spec.ID == id {
+			h.end(m, vmm.Exit{Code: -1, Signal: 9})
+		}
+	}
+}
+
+// Exit ends every VM with that id, as if its guest had powered off.
+func (h *Host) Exit(id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.vms {
+		if m.spec.ID == id {
+			h.end(m, vmm.Exit{Code: 0})
+		}
+	}
+}
+
+// Reboot ends every VM.
+func (h *Host) Reboot() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.vms {
+		h.end(m, vmm.Exit{Code: -1})
+	}
+}
+
+// end is called with mu held.
+func (h *Host) end(m *machine, exit vmm.Exit) {
+	if h.vms[m.pid] == nil {
+		return
+	}
+	delete(h.vms, m.pid)
+	exit.At = time.Now().UTC()
+	m.exit = exit
+	close(m.done)
+}
+
+func (h *Host) boot(spec vmm.Spec) *machine {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.next++
+	m := &machine{pid: h.next, spec: spec, done: make(chan struct{})}
+	h.vms[m.pid] = m
+	if strings.Contains(spec.Cmdline, ExitingCmdline) {
+		h.end(m, vmm.Exit{Code: 0})
+	}
+	return m
+}
+
+func (h *Host) find(pid int) *machine {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.vms[pid]
+}
+
+// Fake is a vmm.Driver without VMMs. Safe for concurrent use.
+type Fake struct {
+	host *Host
+	// Lenient skips the look at the files that a Spec names, for callers whose
+	// other parts are fakes too. Set it before use.
+	Lenient bool
+
+	mu      sync.Mutex
+	calls   map[Op]int
+	faults  map[Op]map[int]Fault
+	release chan struct{}
+	hanging int
+}
+
+var _ vmm.Driver = (*Fake)(nil)
+
+// NewFake returns a driver of VMs on the host.
+func NewFake(h *Host) *Fake {
+	return &Fake{host: h, calls: map[Op]int{}, faults: map[Op]map[int]Fault{}, release: make(chan struct{})}
+}
+
+// Inject lets fault happen to the n-th call of op from now on; 1 is the next.
+func (f *Fake) Inject(op Op, n int, fault Fault) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.faults[op] == nil {
+		f.faults[op] = map[int]Fault{}
+	}
+	f.faults[op][f.calls[op]+n] = fault
+}
+
+// Calls returns how often op was called.
+func (f *Fake) Calls(op Op) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.calls[op]
+}
+
+// Hanging returns how many calls hang at this moment.
+func (f *Fake) Hanging() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.hanging
+}
+
+// Release lets all calls go on that hang now.
+func (f *Fake) Release() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	close(f.release)
+	f.release = make(chan struct{})
+}
+
+// run is one call: its fault, if any, around its effect. about returns the VM
+// that the call is about, once there is one.
+func (f *Fake) run(ctx context.Context, op Op, about func() *machine, effect func() error) error {
+	f.mu.Lock()
+	f.calls[op]++
+	fault, faulty := f.faults[op][f.calls[op]]
+	delete(f.faults[op], f.calls[op])
+	release := f.release
+	if faulty && fault.Hang {
+		f.hanging++
+	}
+	f.mu.Unlock()
+
+	released := false
+	if faulty && fault.Hang {
+		select {
+		case <-ctx.Done():
+		case <-release:
+			released = true
+		}
+		f.mu.Lock()
+		f.hanging--
+		f.mu.Unlock()
+	}
+	// A kill works under a cancelled context too, unless it hangs.
+	if ctx.Err() != nil && !released && (op != OpKill || fault.Hang) {
+		return fmt.Errorf("%s vm: %w", op, context.Cause(ctx))
+	}
+	var err error
+	if fault.Err == nil || fault.After {
+		err = effect()
+	}
+	if m := about(); fault.Die && m != nil {
+		f.host.mu.Lock()
+		f.host.end(m, vmm.Exit{Code: -1, Signal: 9})
+		f.host.mu.Unlock()
+	}
+	if fault.Err != nil {
+		return fault.Err
+	}
+	return err
+}
+
+// Name implements vmm.Driver.
+func (f *Fake) Name() string { return "fake" }
+
+// Check implements vmm.Driver.
+func (f *Fake) Check(ctx context.Context) (vmm.Report, error) {
+	report := vmm.Report{Version: "1.0.0", Accel: "tcg", Why: "it is a fake"}
+	err := f.run(ctx, OpCheck, func() *machine { return nil }, func() error { return nil })
+	if err != nil {
+		return vmm.Report{}, err
+	}
+	return report, nil
+}
+
+// Start implements vmm.Driver.
+func (f *Fake) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
+	if !f.Lenient {
+		if err := spec.Validate(); err != nil {
+			return nil, err
+		}
+	}
+	var m *machine
+	err := f.run(ctx, OpStart, func() *machine { return m }, func() error {
+		m = f.host.boot(spec)
+		return nil
+	})
+	if err != nil {
+		if m != nil {
+			f.host.mu.Lock()
+			f.host.end(m, vmm.Exit{Code: -1, Signal: 9})
+			f.host.mu.Unlock()
+		}
+		return nil, err
+	}
+	return &fakeVM{fake: f, m: m}, nil
+}
+
+// Attach implements vmm.Driver.
+func (f *Fake) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
+	var state fakeState
+	if h.Driver != f.Name() || json.Unmarshal(h.State, &state) != nil {
+		return nil, errdefs.InvalidArgument.Errorf("attach: not a handle of this driver")
+	}
+	m := f.host.find(state.PID)
+	err := f.run(ctx, OpAttach, func() *machine { return m }, func() error {
+		if m == nil || f.host.find(state.PID) == nil {
+			return errdefs.NotFound.Errorf("attach: the vm has exited")
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &fakeVM{fake: f, m: m}, nil
+}
+
+type fakeState struct {
+	PID int `json:"pid"`
+}
+
+type fakeVM struct {
+	fake *Fake
+	m    *machine
+}
+
+func (v *fakeVM) Handle() vmm.Handle {
+	state, err := json.Marshal(fakeState{v.m.pid})
+	if err != nil {
+		panic(err) // a number always encodes
+	}
+	return vmm.Handle{Driver: v.fake.Name(), Version: "1.0.0", State: state}
+}
+
+func (v *fakeVM) Pause(ctx context.Context) error  { return v.set(ctx, OpPause, true) }
+func (v *fakeVM) Resume(ctx context.Context) error { return v.set(ctx, OpResume, false) }
+
+func (v *fakeVM) set(ctx context.Context, op Op, paused bool) error {
+	return v.fake.run(ctx, op, v.self, func() error {
+		h := v.fake.host
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.vms[v.m.pid] == nil {
+			return errdefs.Unavailable.Errorf("%s vm: its VMM %s", op, v.m.exit)
+		}
+		v.m.paused = paused
+		return nil
+	})
+}
+
+func (v *fakeVM) Kill(ctx context.Context) error {
+	return v.fake.run(ctx, OpKill, v.self, func() error {
+		h := v.fake.host
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		h.end(v.m, vmm.Exit{Code: -1, Signal: 9})
+		return nil
+	})
+}
+
+func (v *fakeVM) self() *machine        { return v.m }
+func (v *fakeVM) Done() <-chan struct{} { return v.m.done }
+
+func (v *fakeVM) Exit() vmm.Exit {
+	select {
+	case <-v.m.done:
+		return v.m.exit
+	default:
+		return vmm.Exit{Code: -1}
+	}
+}

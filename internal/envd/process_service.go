@@ -85,6 +85,10 @@ func (s processService) Start(ctx context.Context, req *connect.Request[processv
 	}
 	defer sub.close()
 	send := func(e *processv1.ProcessEvent) error {
+		if e.GetEnd() != nil && p.overran.Load() {
+			// It did not end by itself.
+			return connect.NewError(connect.CodeDeadlineExceeded, context.DeadlineExceeded)
+		}
 		return stream.Send(&processv1.StartResponse{Event: e})
 	}
 	err = s.follow(ctx, p, sub, keepalive(req.Header()), send)

@@ -36,6 +36,8 @@ const (
 	stopLimit  = 60 * time.Second
 	patience   = 30 * time.Second
 	pollEvery  = 5 * time.Millisecond
+	// ranges is how many pairs of address ranges the agents share.
+	ranges = 32
 )
 
 // agent is one `wrenn serve` with a state directory and address ranges of its
@@ -88,14 +90,26 @@ var agents atomic.Int32
 
 // newAgent names an agent's directory, address and ranges; nothing is there yet.
 func newAgent(prepared, bin string) (*agent, error) {
-	n := agents.Add(1) - 1
 	port, err := freePort()
 	if err != nil {
 		return nil, err
 	}
+	n := agents.Add(1)
 	a := &agent{
-		bin: bin, ranges: int(n) % 32, addr: fmt.Sprintf("127.0.0.1:%d", port),
+		bin: bin, ranges: int(n) % ranges, addr: fmt.Sprintf("127.0.0.1:%d", port),
 		stateDir: filepath.Join(filepath.Dir(prepared), fmt.Sprintf("wrenn-e2e-%d-%d", os.Getpid(), n)),
+	}
+	// Whoever else runs agents on this machine may have chosen as we did.
+	for range ranges {
+		hosts, herr := testenv.Take(a.hostRange())
+		links, lerr := testenv.Take(a.linkRange())
+		if err := errors.Join(herr, lerr); err != nil {
+			return nil, err
+		}
+		if len(hosts)+len(links) == 0 {
+			break
+		}
+		a.ranges = int(agents.Add(1)) % ranges
 	}
 	a.url = "http://" + a.addr
 	a.HostAgentServiceClient = hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: &http.Transport{}}, a.url)
@@ -183,7 +197,7 @@ func (a *agent) start(args ...string) error {
 		}
 		select {
 		case <-gone:
-			return fmt.Errorf("the agent ended at its start: %v", a.err)
+			return fmt.Errorf("the agent ended at its start: %v\n%s", a.err, a.log.String())
 		case <-ctx.Done():
 			return errors.Join(errors.New("the agent does not serve"), a.signal(syscall.SIGKILL))
 		case <-time.After(pollEvery):

@@ -100,6 +100,8 @@ type serveConfig struct {
 	insecure   bool
 	onShutdown string
 	dns        string
+	egress     string
+	pool       int
 	overlayMiB int
 	capacity   sandbox.Capacity
 	boot       time.Duration
@@ -136,6 +138,8 @@ adopts those that run.`,
 	f.BoolVar(&c.insecure, "insecure", false, "let --listen name an address that others can reach; the API has no authentication")
 	f.StringVar(&c.onShutdown, "on-shutdown", env("WRENN_ON_SHUTDOWN", "leave"), "what becomes of sandboxes: leave (for the next agent) or destroy (env WRENN_ON_SHUTDOWN)")
 	f.StringVar(&c.dns, "dns", env("WRENN_DNS", ""), "resolvers of the guests, comma-separated; the host's own when empty (env WRENN_DNS)")
+	f.StringVar(&c.egress, "egress", env("WRENN_EGRESS", string(network.Public)), "what sandboxes may reach: public (the internet, no private networks), none, or all (env WRENN_EGRESS)")
+	f.IntVar(&c.pool, "pool", 4, "networks kept built ahead of use")
 	f.IntVar(&c.overlayMiB, "disk", 4096, "size of each sandbox's disk in MiB; it takes only what is written")
 	f.IntVar(&c.capacity.Sandboxes, "max-sandboxes", 1000, "most sandboxes at a time")
 	f.IntVar(&c.capacity.VCPUs, "max-vcpus", 32*cpus, "most virtual CPUs of all sandboxes together")
@@ -168,7 +172,11 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 	if c.logFormat != "text" && c.logFormat != "json" {
 		errs = append(errs, fmt.Errorf("--log-format %q is unknown: use text or json", c.logFormat))
 	}
+	if _, err := network.ParseMode(c.egress); err != nil {
+		errs = append(errs, fmt.Errorf("--egress: %w", err))
+	}
 	for name, n := range map[string]int{
+		"pool": c.pool + 1,
 		"disk": c.overlayMiB - 63, "max-sandboxes": c.capacity.Sandboxes, "max-vcpus": c.capacity.VCPUs,
 		"max-memory": c.capacity.MemMiB, "max-starts": c.capacity.Starts,
 	} {
@@ -243,7 +251,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	defer listener.Close()
 
 	runDir := filepath.Join("/run", plan.Instance)
-	net := network.New(plan, network.Options{Log: log})
+	net := network.New(plan, network.Options{Egress: network.Policy{Mode: network.Mode(c.egress)}, Resolvers: dns, Pool: c.pool, Log: log})
 	manager, found, err := sandbox.Open(ctx, sandbox.Config{
 		StateDir: c.stateDir, RunDir: runDir,
 		Driver: driver, Network: net, Templates: templates, KillStrays: vmm.KillStrays,
@@ -257,11 +265,16 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 		return err
 	}
 	log.Info("state taken over: "+found.String(), "dir", c.stateDir)
+	pool, endPool := context.WithCancel(context.WithoutCancel(ctx))
+	pooled := make(chan struct{})
+	go func() { defer close(pooled); net.Run(pool) }()
+	defer func() { endPool(); <-pooled }()
 
 	version := server.Version{Version: buildVersion(), VMM: driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")"}
 	mux := http.NewServeMux()
 	mux.Handle(server.New(manager, version, log))
 	mux.Handle("/", server.Health(manager))
+	mux.Handle("GET /metrics", server.Metrics(manager))
 	srv := &http.Server{
 		Handler:           gateway.New(manager, mux, log),
 		ReadHeaderTimeout: 10 * time.Second,
@@ -290,6 +303,8 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	merr := manager.Shutdown(end, c.onShutdown == "destroy")
 	srv.Close()
 	<-drained
+	endPool()
+	<-pooled
 	if merr == nil && len(manager.List(false)) == 0 {
 		// Nothing needs the host's rules and routes any more.
 		merr = net.Teardown(end)

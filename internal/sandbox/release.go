@@ -81,17 +81,22 @@ func (m *Manager) release(b *box, reason Reason, detail string) error {
 	defer cancel()
 	rec := b.record()
 	if err := m.free(ctx, b, rec); err != nil {
+		m.mu.Lock()
 		b.mu.Lock()
+		if b.failures == 0 {
+			m.pending++
+		}
 		b.failures++
 		b.retryAt = time.Now().Add(min(retryFirst<<min(b.failures-1, 10), retryMost))
 		b.mu.Unlock()
+		m.mu.Unlock()
 		m.log.Error("sandbox not freed, will try again", "sandbox", b.id, "reason", rec.Reason, "err", err)
 		return errdefs.Unavailable.Errorf("sandbox %s is %s but not all of it could be freed yet; the host tries again by itself", b.id, rec.Reason)
 	}
 	if err := m.move(b, Stopped, func(r *Record) { r.VM = nil }); err != nil {
 		return err
 	}
-	m.giveBack(rec)
+	m.giveBack(b, rec)
 	if rec.Reason == Destroyed || reason == Destroyed {
 		return m.forget(b)
 	}
@@ -123,13 +128,20 @@ func (m *Manager) free(ctx context.Context, b *box, rec Record) error {
 }
 
 // giveBack returns the slot and the capacity of a freed record.
-func (m *Manager) giveBack(rec Record) {
+func (m *Manager) giveBack(b *box, rec Record) {
 	if err := m.cfg.Network.Release(rec.Slot); err != nil {
 		m.log.Error("slot not given back", "sandbox", rec.ID, "slot", rec.Slot, "err", err)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.used = m.used.minus(rec.takes())
+	m.ends[rec.Reason]++
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.failures > 0 {
+		m.pending--
+		b.failures = 0
+	}
 }
 
 // forget drops a stopped sandbox. Called with the op lock held.
@@ -160,7 +172,11 @@ func (m *Manager) janitor() {
 			m.sweep(time.Now())
 		case <-fences.C:
 			ctx, cancel := context.WithTimeout(m.life, releaseTimeout)
+			before := len(m.fenced)
 			m.fenced = slices.DeleteFunc(m.fenced, func(s network.Slot) bool { return m.closeStray(ctx, s) })
+			m.mu.Lock()
+			m.pending -= before - len(m.fenced)
+			m.mu.Unlock()
 			cancel()
 		case <-m.life.Done():
 			return

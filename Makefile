@@ -5,7 +5,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 TOOL := go tool -modfile=$(CURDIR)/tools/go.mod
 TEST_STATE ?= /var/tmp/wrenn-test-state
 TEST_ENV := WRENN_TEST_STATE_DIR=$(TEST_STATE) WRENN_BIN=$(CURDIR)/bin
-FUZZTIME ?= 5s
+FUZZTIME ?= 5000x
 CYCLES ?= 1000
 SETUP := bin/wrenn setup --state-dir
 
@@ -38,7 +38,7 @@ soak: build ## CYCLES times create, exec, destroy: what the agent holds must not
 	$(SETUP) $(TEST_STATE)
 	$(TEST_ENV) WRENN_SOAK=$(CYCLES) go test -count=1 -timeout 24h -v -run Soak ./e2e
 
-fuzz: ## feed the parsers nonsense, for FUZZTIME each
+fuzz: ## feed the parsers nonsense, FUZZTIME each
 	@grep -rlE '^func Fuzz' --include='*_test.go' internal | xargs -n1 dirname | sort -u | while read -r dir; do \
 	  for f in $$(grep -hoE '^func Fuzz[A-Za-z0-9]+' $$dir/*_test.go | sed 's/func //'); do \
 	    go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) ./$$dir; done; done

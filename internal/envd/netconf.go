@@ -34,6 +34,10 @@ func upEthernet(p BootParams) error {
 	// Announced when the link comes up, therefore set before it.
 	_ = os.WriteFile("/proc/sys/net/ipv4/conf/eth0/arp_notify", []byte("1"), 0o644)
 
+	// Only IPv4 passes a sandbox's tap: addresses that nobody can use are only
+	// work, also for the driver, at moments that nobody chose.
+	_ = os.WriteFile("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", []byte("1"), 0o644)
+
 	addr := &netlink.Addr{IPNet: &net.IPNet{
 		IP:   p.Addr.Addr().AsSlice(),
 		Mask: net.CIDRMask(p.Addr.Bits(), p.Addr.Addr().BitLen()),
@@ -52,6 +56,15 @@ func upEthernet(p BootParams) error {
 		return fmt.Errorf("set the default route: %w", err)
 	}
 	return nil
+}
+
+// downEthernet takes eth0 down, if there is one.
+func downEthernet() error {
+	eth, err := netlink.LinkByName("eth0")
+	if err != nil {
+		return nil
+	}
+	return netlink.LinkSetDown(eth)
 }
 
 func waitLink(name string, timeout time.Duration) (netlink.Link, error) {

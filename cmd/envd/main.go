@@ -39,7 +39,7 @@ func guest() {
 	default:
 		server := envd.New(envd.Config{Log: log, Guest: true, CgroupRoot: envd.CgroupRoot, Addr: params.Addr.Addr()})
 		go server.ReapOrphans(context.Background())
-		log.Info("booted", "hostname", params.Hostname)
+		log.Info("booted", "hostname", params.Hostname, "uptime", envd.Uptime())
 		failed := make(chan error, 1)
 		go func() { failed <- serve(context.Background(), server, fmt.Sprintf(":%d", envd.Port)) }()
 		select {

@@ -41,7 +41,7 @@ const ProbeSign = "wrenn-probe-ok"
 // by PID 1, once, before anything else. An error means that the guest is of no
 // use; what it can do without is logged and passed over.
 func Boot(log *slog.Logger) (BootParams, error) {
-	b := &booter{log: log}
+	b := &booter{log: log, grouped: make(chan struct{})}
 	unix.Umask(0o022)
 	for _, m := range []mount{
 		{"proc", "/proc", "proc", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
@@ -63,9 +63,22 @@ func Boot(log *slog.Logger) (BootParams, error) {
 	if p.Probe {
 		return p, ErrProbe
 	}
+	// The kernel takes its time over cgroups, most of it waiting.
+	go func() {
+		defer close(b.grouped)
+		b.cgroups()
+	}()
+	// Only IPv4 passes a sandbox's tap: on a link addresses that nobody can use
+	// are work for the driver at moments that nobody chose. For the links to
+	// come; the loopback keeps its own. A kernel without IPv6 is as good.
+	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0o644)
 	if err := loadModules("/modules"); err != nil {
 		return BootParams{}, err
 	}
+
+	// The address is announced when the link comes up: a host that waits for
+	// the guest need not sit out a second until it asks for it again.
+	b.optional("announce the address", os.WriteFile("/proc/sys/net/ipv4/conf/all/arp_notify", []byte("1"), 0o644))
 
 	// The network takes as long as the disks: side by side. It is needed,
 	// too: a guest that nobody reaches is of no use.
@@ -80,7 +93,11 @@ func Boot(log *slog.Logger) (BootParams, error) {
 	return p, nil
 }
 
-type booter struct{ log *slog.Logger }
+type booter struct {
+	log *slog.Logger
+	// grouped is closed when the cgroups are made.
+	grouped chan struct{}
+}
 
 // optional logs the error of a step that a guest can do without.
 func (b *booter) optional(step string, err error) {
@@ -129,6 +146,7 @@ func (b *booter) root(p BootParams) error {
 	if err := (mount{"overlay", root, "overlay", unix.MS_NOATIME, layers}).do(); err != nil {
 		return err
 	}
+	<-b.grouped // it uses paths, which are about to move
 	if err := switchRoot(root); err != nil {
 		return err
 	}
@@ -164,6 +182,17 @@ func switchRoot(root string) error {
 	return os.Chdir("/")
 }
 
+// cgroups makes the cgroup that users' processes live in. It moves along with
+// /sys.
+func (b *booter) cgroups() {
+	const dir = "/sys/fs/cgroup"
+	err := (mount{"cgroup2", dir, "cgroup2", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, "nsdelegate"}).do()
+	if err == nil {
+		err = setupCgroups(dir, CgroupRoot)
+	}
+	b.optional("make cgroups", err)
+}
+
 // mounts adds what programs expect of a Linux system.
 func (b *booter) mounts() {
 	const safe = unix.MS_NOSUID | unix.MS_NODEV
@@ -171,7 +200,6 @@ func (b *booter) mounts() {
 		{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"},
 		{"tmpfs", "/dev/shm", "tmpfs", safe, "mode=1777"},
 		{"tmpfs", "/run", "tmpfs", safe, "mode=0755,size=20%"},
-		{"cgroup2", "/sys/fs/cgroup", "cgroup2", safe | unix.MS_NOEXEC, "nsdelegate"},
 	} {
 		b.optional("mount "+m.target, m.do())
 	}
@@ -234,7 +262,6 @@ func (b *booter) limits() {
 	// What a distribution's init gives: programs that want more raise it.
 	b.optional("raise the limit of open files",
 		unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 524288}))
-	b.optional("make the users' cgroup", setupCgroups("/sys/fs/cgroup", CgroupRoot))
 	for name, value := range map[string]string{
 		"HOME": "/root", "PATH": DefaultPath, "TERM": "",
 	} {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -23,21 +22,14 @@ func upLoopback() error {
 	return nil
 }
 
-// upEthernet gives eth0 its address and the default route. The kernel then
-// announces the address to the link, so that a host that waits for the guest
-// does not sit out a second until it asks for it again.
+// upEthernet gives eth0 its address and the default route. It uses no
+// paths: the root changes under it.
 func upEthernet(p BootParams) error {
 	eth, err := waitLink("eth0", deviceTimeout)
 	if err != nil {
 		return err
 	}
-	// Announced when the link comes up, therefore set before it.
-	_ = os.WriteFile("/proc/sys/net/ipv4/conf/eth0/arp_notify", []byte("1"), 0o644)
-
-	// Only IPv4 passes a sandbox's tap: addresses that nobody can use are only
-	// work, also for the driver, at moments that nobody chose.
-	_ = os.WriteFile("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", []byte("1"), 0o644)
-
+	// Before the link comes up, so that it is announced then.
 	addr := &netlink.Addr{IPNet: &net.IPNet{
 		IP:   p.Addr.Addr().AsSlice(),
 		Mask: net.CIDRMask(p.Addr.Bits(), p.Addr.Addr().BitLen()),

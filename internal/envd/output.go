@@ -77,7 +77,21 @@ type subscriber struct {
 func (o *output) subscribe() *subscriber {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	s := &subscriber{out: o, next: o.first + len(o.chunks), seen: o.total, wake: make(chan struct{}, 1)}
+	return o.join(&subscriber{out: o, next: o.first + len(o.chunks), seen: o.total, wake: make(chan struct{}, 1)})
+}
+
+// resume returns a subscriber that has seen that many bytes of each stream:
+// what is still held of the rest comes again, and what is not shows as missed.
+func (o *output) resume(seen [streams]int64) *subscriber {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for st := range streams {
+		seen[st] = min(max(seen[st], 0), o.total[st])
+	}
+	return o.join(&subscriber{out: o, next: o.first, seen: seen, wake: make(chan struct{}, 1)})
+}
+
+func (o *output) join(s *subscriber) *subscriber {
 	o.subs[s] = struct{}{}
 	o.progressed()
 	return s
@@ -184,8 +198,14 @@ func (s *subscriber) take() (c chunk, ok, more bool) {
 	if s.next < o.first {
 		s.next = o.first
 	}
-	if i := s.next - o.first; i < len(o.chunks) {
+	for i := s.next - o.first; i < len(o.chunks); i++ {
 		c = o.chunks[i]
+		if known := s.seen[c.stream] - c.offset; known >= int64(len(c.data)) {
+			s.next++
+			continue
+		} else if known > 0 {
+			c.data, c.offset = c.data[known:], s.seen[c.stream]
+		}
 		if missed := c.offset - s.seen[c.stream]; missed > 0 {
 			s.seen[c.stream] = c.offset
 			return missedChunk(c.stream, missed), true, true

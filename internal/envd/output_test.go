@@ -173,3 +173,36 @@ func TestOutputMarksWhatIsMissingWhereItIsMissing(t *testing.T) {
 		}
 	})
 }
+
+func TestOutputResume(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o := newOutput()
+		o.write(stdout, []byte("abc"))
+		o.write(stderr, []byte("ERR"))
+		o.write(stdout, []byte("def"))
+		for _, tt := range []struct {
+			seen [streams]int64
+			want string
+		}{
+			{[streams]int64{}, "abcERRdef"},
+			{[streams]int64{stdout: 1}, "bcERRdef"},
+			{[streams]int64{stdout: 3, stderr: 3}, "def"},
+			{[streams]int64{stdout: 5, stderr: 3}, "f"},
+			{[streams]int64{stdout: 100, stderr: 100}, ""},
+			{[streams]int64{stdout: -1, stderr: 3}, "abcdef"},
+		} {
+			s := o.resume(tt.seen)
+			if got := drain(s); got != tt.want {
+				t.Errorf("%v: %q, want %q", tt.seen, got, tt.want)
+			}
+			s.close()
+		}
+		<-writeBlocks(o, 20)
+		s := o.resume([streams]int64{stdout: 2, stderr: 3})
+		got := drain(s)
+		held := strings.Count(got, "x")
+		if want := missedText(20*readSize + 4 - held); !strings.HasPrefix(got, want) || held == 0 {
+			t.Errorf("got %.60q…, want %q first", got, want)
+		}
+	})
+}

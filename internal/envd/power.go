@@ -15,6 +15,10 @@ const stopGrace = 2 * time.Second
 // PowerOffRequests delivers the signals that ask PID 1 to end: SIGTERM, SIGINT
 // (which is what ctrl-alt-del becomes) and SIGPWR.
 func PowerOffRequests() <-chan os.Signal {
+	// Whatever else is sent to PID 1 must not end it, as it would end any other
+	// program: all of it goes where nobody looks. Ignoring it instead would be
+	// passed on to every child.
+	signal.Notify(make(chan os.Signal, 1))
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGPWR)
@@ -53,4 +57,13 @@ func awaitAlone(limit time.Duration) {
 			return
 		}
 	}
+}
+
+// Uptime is the time since the machine was switched on.
+func Uptime() time.Duration {
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return 0
+	}
+	return time.Duration(ts.Nano()).Round(time.Millisecond)
 }

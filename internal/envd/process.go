@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -69,6 +70,8 @@ type process struct {
 	cgroup  *cgroup // nil: none
 	out     *output
 	started time.Time
+	// overran is set when the process is ended because its time is up.
+	overran atomic.Bool
 
 	// input is the writing end of stdin, or the terminal; nil for neither. It is
 	// closed at will: os.File then wakes whoever writes.
@@ -311,6 +314,7 @@ func (p *process) endAfter(limit time.Duration, gentle bool) {
 	select {
 	case <-p.reaped:
 	case <-timer.C:
+		p.overran.Store(true)
 		p.terminate(gentle)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -25,6 +26,11 @@ const (
 	// whether by its time limit, its client's leaving or its client's death.
 	lifetimeHeader = "Wrenn-Process-Lifetime"
 	lifetimeStream = "stream"
+
+	// offsetHeader on a Connect says how many bytes of each stream the client
+	// has seen, as in "stdout=120,stderr=0". It then gets the rest, as far as
+	// that is still held, instead of what is new only.
+	offsetHeader = "Wrenn-Output-Offset"
 )
 
 // processService serves process.Process.
@@ -79,6 +85,10 @@ func (s processService) Start(ctx context.Context, req *connect.Request[processv
 	}
 	defer sub.close()
 	send := func(e *processv1.ProcessEvent) error {
+		if e.GetEnd() != nil && p.overran.Load() {
+			// It did not end by itself.
+			return connect.NewError(connect.CodeDeadlineExceeded, context.DeadlineExceeded)
+		}
 		return stream.Send(&processv1.StartResponse{Event: e})
 	}
 	err = s.follow(ctx, p, sub, keepalive(req.Header()), send)
@@ -101,7 +111,14 @@ func (s processService) Connect(ctx context.Context, req *connect.Request[proces
 	if err != nil {
 		return err
 	}
-	sub := p.out.subscribe()
+	var sub *subscriber
+	if text := req.Header().Get(offsetHeader); text == "" {
+		sub = p.out.subscribe()
+	} else if seen, err := parseOffsets(text); err != nil {
+		return connect.NewError(connect.CodeInvalidArgument, err)
+	} else {
+		sub = p.out.resume(seen)
+	}
 	defer sub.close()
 	return s.follow(ctx, p, sub, keepalive(req.Header()), func(e *processv1.ProcessEvent) error {
 		return stream.Send(&processv1.ConnectResponse{Event: e})
@@ -304,4 +321,20 @@ func (s processService) running(sel *processv1.ProcessSelector) (*process, error
 		return nil, connect.NewError(connect.CodeNotFound, fmt.Errorf("process with pid %d not found", p.child.pid))
 	}
 	return p, nil
+}
+
+// parseOffsets reads an offsetHeader. A stream that it does not name was not
+// seen at all.
+func parseOffsets(text string) (seen [streams]int64, err error) {
+	names := map[string]stream{"stdout": stdout, "stderr": stderr, "pty": terminal}
+	for item := range strings.SplitSeq(text, ",") {
+		name, value, _ := strings.Cut(strings.TrimSpace(item), "=")
+		st, ok := names[name]
+		n, err := strconv.ParseInt(value, 10, 64)
+		if !ok || err != nil || n < 0 {
+			return seen, fmt.Errorf("%s: cannot read %q", offsetHeader, item)
+		}
+		seen[st] = n
+	}
+	return seen, nil
 }

@@ -602,3 +602,21 @@ func TestStartAsPlainJSON(t *testing.T) {
 		t.Errorf("got %s", strings.Join(got, "\n"))
 	}
 }
+
+// Whether the process or the deadline is noticed first, the answer is that
+// time is up.
+func TestTimeLimitIsNoEndOfItsOwn(t *testing.T) {
+	_, url := serve(t, Config{})
+	c := processClient(url)
+	for range 20 {
+		e, _ := start(t, c, bySh("exec yes"), "Connect-Timeout-Ms", "20", lifetimeHeader, lifetimeStream)
+		for e.Receive() {
+			if end := e.event().GetEnd(); end != nil {
+				t.Fatalf("end event: %v", end)
+			}
+		}
+		if connect.CodeOf(e.Err()) != connect.CodeDeadlineExceeded {
+			t.Fatalf("got %v", e.Err())
+		}
+	}
+}

@@ -46,6 +46,9 @@ type Result struct {
 	// ExitCode is the exit status, or 128+N for a command that signal N
 	// ended.
 	ExitCode int
+	// Detail is what the guest says about an end other than exit status 0:
+	// "signal: killed", "out of memory: signal: killed".
+	Detail string
 }
 
 // Exec runs a command in the guest, without input, and returns when it has
@@ -89,7 +92,7 @@ func (c *Client) Exec(ctx context.Context, cmd Command) (Result, error) {
 	if err != nil {
 		return result, execError(ctx, cmd, err)
 	}
-	result.ExitCode = exitCode(end)
+	result.ExitCode, result.Detail = exitCode(end), end.GetError()
 	return result, nil
 }
 

@@ -47,6 +47,7 @@ const (
 type Client struct {
 	base      string
 	token     string
+	conns     *conns
 	transport *http.Transport
 	http      *http.Client
 	process   processconnect.ProcessClient
@@ -55,23 +56,28 @@ type Client struct {
 // New returns a client of the guest whose envd serves at addr. It does no I/O.
 // token is sent with every request; empty for none.
 func New(addr netip.AddrPort, token string) *Client {
+	conns := &conns{dialer: net.Dialer{Timeout: dialTimeout}}
 	transport := &http.Transport{
-		DialContext:         (&net.Dialer{Timeout: dialTimeout}).DialContext,
+		DialContext:         conns.dial,
 		DisableCompression:  true,
 		MaxIdleConnsPerHost: 16,
 		IdleConnTimeout:     90 * time.Second,
 	}
 	c := &Client{
 		base: "http://" + addr.String(), token: token,
-		transport: transport,
-		http:      &http.Client{Transport: withToken{transport, token}},
+		conns: conns, transport: transport,
+		http: &http.Client{Transport: withToken{transport, token}},
 	}
 	c.process = processconnect.NewProcessClient(c.http, c.base, connect.WithAcceptCompression("gzip", nil, nil))
 	return c
 }
 
-// Close drops the connections that no request is using.
-func (c *Client) Close() { c.transport.CloseIdleConnections() }
+// Close drops all connections; requests that are under way fail, and so do later
+// ones. Closing again does nothing.
+func (c *Client) Close() {
+	c.conns.closeAll()
+	c.transport.CloseIdleConnections()
+}
 
 // HTTPClient speaks to the guest over the client's connections, with its
 // token; for requests that this package has no method for. It has no time-out

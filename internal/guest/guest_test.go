@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"strconv"
 	"testing"
 	"time"
 
@@ -118,5 +120,29 @@ func TestInitRefusesAnotherProtocol(t *testing.T) {
 		}
 		c.Close()
 		server.Close()
+	}
+}
+
+// Nothing of a client outlives the incarnation of its guest.
+func TestCloseEndsWhatIsUnderWay(t *testing.T) {
+	c := serveEnvd(t)
+	ended := make(chan error, 1)
+	go func() {
+		_, err := c.Exec(t.Context(), guest.Command{Cmd: "sleep", Args: []string{"100"}})
+		ended <- err
+	}()
+	other := guest.New(netip.MustParseAddrPort(c.URL()[len("http://"):]), "")
+	defer other.Close()
+	waitUntil(t, func() bool {
+		got, err := other.Exec(t.Context(), guest.Command{Cmd: "pgrep", Args: []string{"-P", strconv.Itoa(os.Getpid()), "-x", "sleep"}})
+		return err == nil && got.ExitCode == 0
+	})
+	c.Close()
+	c.Close()
+	if err := <-ended; errdefs.ClassOf(err) != errdefs.Unavailable {
+		t.Errorf("under way: %v, want unavailable", err)
+	}
+	if _, err := c.Exec(t.Context(), guest.Command{Cmd: "true"}); errdefs.ClassOf(err) != errdefs.Unavailable {
+		t.Errorf("after close: %v, want unavailable", err)
 	}
 }

@@ -84,7 +84,7 @@ func New(plan Plan, opts Options) *Network {
 func (n *Network) Plan() Plan { return n.plan }
 
 // Setup prepares the host: it refuses a plan that collides with a route of the
-// host (InvalidArgument, naming the link), turns on IPv4 forwarding, replaces
+// host (InvalidArgument, naming the link), turns on IPv4 forwarding, refills
 // our table atomically, and makes the plan's ranges unreachable but for the
 // slots in use, so that packets to a sandbox that is gone do not leave by the
 // default route. It is idempotent and leaves open slots working.

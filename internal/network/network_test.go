@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
@@ -56,7 +57,7 @@ func TestTrafficInAndOut(t *testing.T) {
 func TestIsolation(t *testing.T) {
 	n := world(t, Options{})
 	_, a, ga := open(t, n)
-	_, b, gb := open(t, n)
+	sb, b, gb := open(t, n)
 	free, err := n.Acquire(t.Context())
 	must(t, err)
 	defer n.Release(free)
@@ -94,12 +95,19 @@ func TestIsolation(t *testing.T) {
 	defer in(t, internet, func() {
 		must(t, netlink.RouteDel(&netlink.Route{Dst: ipNet(n.Plan().Hosts), Gw: uplinkAddr.AsSlice()}))
 	})
-	for _, network := range []string{"tcp", "udp"} {
-		if got := ask(t, internet, network, b.HostIP, 49983, silence); got != "" {
-			t.Errorf("outside to sandbox over %s: answered %q", network, got)
+	before, err := n.Counters(t.Context(), sb)
+	must(t, err)
+	for range 5 {
+		for _, network := range []string{"tcp", "udp"} {
+			if got := ask(t, internet, network, b.HostIP, 49983, silence/5); got != "" {
+				t.Errorf("outside to sandbox over %s: answered %q", network, got)
+			}
 		}
 	}
 	inB.nothing(t, "outside to sandbox")
+	if after, err := n.Counters(t.Context(), sb); err != nil || after.InPackets > before.InPackets+4 {
+		t.Errorf("packets from outside came up to the sandbox's link: %+v, before %+v, %v", after, before, err)
+	}
 
 	// Whatever runs in the namespace beside the guest, such as a VMM gone
 	// astray, speaks to nobody.
@@ -111,9 +119,14 @@ func TestIsolation(t *testing.T) {
 		if addr.IsUnspecified() {
 			addr = a.HostVeth.Addr()
 		}
-		if got := ask(t, ns, "udp", addr, to.Port(), silence); got != "" {
-			t.Errorf("namespace itself to %s: answered %q", addr, got)
-		}
+		in(t, ns, func() {
+			c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, to.Port())))
+			must(t, err)
+			defer c.Close()
+			if _, err := c.Write([]byte("astray")); !errors.Is(err, unix.EPERM) {
+				t.Errorf("namespace itself to %s: %v, want it refused", addr, err)
+			}
+		})
 	}
 	onHost.nothing(t, "namespace itself")
 	far.nothing(t, "namespace itself")
@@ -180,6 +193,47 @@ func TestSpoofedFramesAreDropped(t *testing.T) {
 	far.gets(t, "honest frame after spoofed ones", "udp still honest from 203.0.113.1")
 }
 
+// The guard at the tap holds without what stands behind it.
+func TestGuardAlone(t *testing.T) {
+	n := world(t, Options{})
+	s, a, g := open(t, n)
+	ns, err := netns.GetFromPath(a.NetNSPath)
+	must(t, err)
+	defer ns.Close()
+	var gw net.HardwareAddr
+	in(t, ns, func() {
+		must(t, removeTable(slotRules(a, nil)[1]))
+		must(t, writeSysctl("net/ipv4/conf/all/rp_filter", "0"))
+		l, err := netlink.LinkByName(Tap)
+		must(t, err)
+		gw = l.Attrs().HardwareAddr
+	})
+	mac, _ := net.ParseMAC(GuestMAC)
+	other, _ := net.ParseMAC("02:FC:00:00:00:06")
+	out := func(mac net.HardwareAddr, src netip.Addr) uint64 {
+		t.Helper()
+		before, err := n.Counters(t.Context(), s)
+		must(t, err)
+		for range 100 {
+			_, err := g.tap.Write(udpFrame(gw, mac, src, internetAddr, 7003, "x"))
+			must(t, err)
+		}
+		time.Sleep(silence) // for what is on its way
+		after, err := n.Counters(t.Context(), s)
+		must(t, err)
+		return after.OutPackets - before.OutPackets
+	}
+	if k := out(mac, GuestAddr.Addr()); k < 100 {
+		t.Errorf("%d of 100 honest packets came out", k)
+	}
+	if k := out(mac, netip.MustParseAddr("198.51.100.1")); k > 5 {
+		t.Errorf("%d of 100 packets with a forged address came out", k)
+	}
+	if k := out(other, GuestAddr.Addr()); k > 5 {
+		t.Errorf("%d of 100 packets with a forged MAC came out", k)
+	}
+}
+
 // The host's own rules hold against a namespace whose rules are gone.
 func TestHostDoesNotTrustNamespaces(t *testing.T) {
 	n := world(t, Options{})
@@ -195,6 +249,7 @@ func TestHostDoesNotTrustNamespaces(t *testing.T) {
 		for _, r := range slotRules(a, nil) {
 			must(t, removeTable(r))
 		}
+		must(t, writeSysctl("net/ipv4/conf/all/rp_filter", "0"))
 	})
 	for src, what := range map[netip.Addr]string{GuestAddr.Addr(): "guest's", b.HostIP: "other's", a.HostIP: "own"} {
 		// The guest itself takes the address, and the namespace lets it pass.
@@ -216,7 +271,9 @@ func TestHostDoesNotTrustNamespaces(t *testing.T) {
 	}
 	inB.nothing(t, "sandbox without rules to sandbox")
 	onHost.nothing(t, "sandbox without rules to host")
-	far.nothing(t, "sandbox without rules, not translated")
+	// Its own address is what it may use: that one packet shows the way open.
+	far.gets(t, "sandbox's own address", "udp own from 203.0.113.1")
+	far.nothing(t, "addresses that are not the sandbox's")
 }
 
 func TestSegmentSizeFitsUplink(t *testing.T) {

@@ -162,6 +162,14 @@ func TestPolicyEndsConnections(t *testing.T) {
 	if out, back := exchange(timeout); out != "out" || back != "back" {
 		t.Fatalf("before: %q, %q", out, back)
 	}
+	// The new rules alone refuse what exists; the old ones let it go on.
+	for _, p := range []Policy{{Deny: prefixes("203.0.113.2/32")}, {}} {
+		must(t, inNS(a.NetNSPath, func() error { return swapPolicy(egressRules(n.plan, n.opts, p)) }))
+		out, _ := exchange(timeout / 4)
+		if want := p.Deny == nil; (out != "") != want {
+			t.Errorf("with deny %v: %q got out", p.Deny, out)
+		}
+	}
 	// The far end goes on sending, which must not keep the connection alive.
 	fmt.Fprint(conn, "out")
 	_, peer := receive(server, timeout)

@@ -39,7 +39,8 @@ func tail(f *os.File, n int64) ([]byte, error) {
 
 // trim cuts a file that has grown beyond limit to its last half, from a line's
 // beginning where there is one. Whoever appends to it (O_APPEND) goes on
-// undisturbed; what it writes during the cut may be lost. No file is no error.
+// undisturbed; what it writes during the cut may be lost, or stand before what
+// was kept. No file is no error.
 func trim(path string, limit int64) error {
 	info, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) || err == nil && info.Size() <= limit {

@@ -78,6 +78,7 @@ type Process struct {
 	child bool // ours to reap
 	pidfd *os.File
 
+	ended   chan struct{} // closed when the watcher has ended
 	done    chan struct{}
 	exit    Exit  // valid once done is closed
 	cleanup error // what could not be freed after the exit; likewise
@@ -241,17 +242,26 @@ func watch(p *Process, pidfd int) (*Process, error) {
 	if err := p.pidfd.SetReadDeadline(time.Time{}); err != nil {
 		return nil, errors.Join(fmt.Errorf("watch process %d: %w", p.ref.PID, err), p.pidfd.Close())
 	}
-	p.done = make(chan struct{})
+	p.done, p.ended = make(chan struct{}), make(chan struct{})
 	go p.wait()
 	return p, nil
 }
 
-// wait is the watcher; it ends with the process.
+// wait is the watcher; it ends with the process, or when that is released.
 func (p *Process) wait() {
-	defer close(p.done)
+	defer close(p.ended)
 	defer p.pidfd.Close()
-	for p.trim(); !p.exitedWithin(trimEvery); p.trim() {
+	for {
+		p.trim()
+		err := p.exitWithin(trimEvery)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return // the descriptor is closed: released
+		}
 	}
+	defer close(p.done)
 	p.exit = Exit{At: time.Now().UTC(), Code: -1}
 	if p.child {
 		reap(p.ref.PID, &p.exit)
@@ -264,13 +274,23 @@ func (p *Process) wait() {
 	}
 }
 
-func (p *Process) exitedWithin(d time.Duration) bool {
+// exitWithin waits for the exit, at most d.
+func (p *Process) exitWithin(d time.Duration) error {
 	conn, err := p.pidfd.SyscallConn()
-	if err == nil {
-		p.pidfd.SetReadDeadline(time.Now().Add(d))
-		err = conn.Read(func(fd uintptr) bool { return exited(int(fd)) })
+	if err != nil {
+		return err
 	}
-	return !errors.Is(err, os.ErrDeadlineExceeded)
+	if err := p.pidfd.SetReadDeadline(time.Now().Add(d)); err != nil {
+		return err
+	}
+	return conn.Read(func(fd uintptr) bool { return exited(int(fd)) })
+}
+
+// Release ends the watching of an adopted process, which lives on. Done is
+// never closed after that.
+func (p *Process) Release() {
+	p.pidfd.Close()
+	<-p.ended
 }
 
 func (p *Process) trim() {

@@ -235,6 +235,31 @@ func TestAdoptAStranger(t *testing.T) {
 	}
 }
 
+func TestRelease(t *testing.T) {
+	p := launch(t, sh("sleep 60"))
+	goroutines := runtime.NumGoroutine()
+	for range 20 {
+		a, err := Adopt(t.Context(), p.Ref())
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.Release()
+		select {
+		case <-a.Done():
+			t.Fatal("released means exited")
+		default:
+		}
+	}
+	if n := runtime.NumGoroutine(); n > goroutines {
+		t.Errorf("goroutines %d -> %d", goroutines, n)
+	}
+	select {
+	case <-p.Done():
+		t.Error("the process has ended")
+	default:
+	}
+}
+
 func TestStartTime(t *testing.T) {
 	const rest = " S 1 5 5 0 -1 4194304 100 0 0 0 1 2 0 0 20 0 1 0 123456 1000 10"
 	for _, name := range []string{"sleep", "a b", "a) S (b", ")", ""} {

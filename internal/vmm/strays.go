@@ -103,6 +103,7 @@ func killStray(ctx context.Context, pid int, root, name string) error {
 	}
 	// Looked at again now that the pid cannot pass to another process.
 	if again, ok := runDirOf(pid, root); !ok || again != name {
+		p.Release()
 		return nil
 	}
 	return p.Kill(ctx)

@@ -57,6 +57,31 @@ type VM interface {
 	Exit() Exit
 }
 
+// Snapshotter is a VM that can be written to disk.
+type Snapshotter interface {
+	// Snapshot writes memory and device state into dir, an existing directory
+	// for this snapshot alone; the disks are the caller's to copy meanwhile.
+	// Only a paused VM can be written, others are errdefs.WrongState; it stays
+	// paused, and may be resumed. A dir that holds a snapshot already is
+	// errdefs.AlreadyExists; on other errors nothing of it is left there. The
+	// files are not flushed to stable storage: whoever publishes the directory
+	// does that.
+	Snapshot(ctx context.Context, dir string) error
+}
+
+// Restorer is a Driver that can start a VM from a snapshot.
+type Restorer interface {
+	// Restore is Start from a snapshot that a VM of the same driver wrote into
+	// dir; the VM comes back paused. The spec has the shape of that VM's
+	// (errdefs.InvalidArgument else), its disks hold what they held then. The
+	// memory file is mapped privately by every VM restored from it, so dir
+	// must not change while one lives. A snapshot that is incomplete or
+	// damaged, as far as that can be seen without reading all of its memory,
+	// is errdefs.Corrupt; one of another version of the VMM is
+	// errdefs.Unsupported.
+	Restore(ctx context.Context, spec Spec, dir string) (VM, error)
+}
+
 // Spec describes a VM. It is plain data; everything that it names exists
 // already, but for the console file, which Start makes.
 type Spec struct {

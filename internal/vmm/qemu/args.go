@@ -11,14 +11,18 @@ import (
 
 // The descriptors that QEMU inherits.
 const (
-	qmpFD = 3 // the listening QMP socket
+	qmpFD   = 3 // the listening QMP socket
+	stateFD = 4 // the device state to restore
 )
 
 // machine is all that the argument vector depends on.
 type machine struct {
-	binary string
-	accel  string // kvm or tcg
-	spec   vmm.Spec
+	binary  string
+	version string
+	accel   string // kvm or tcg
+	spec    vmm.Spec
+	// memory is the file of a snapshot to restore, empty to boot.
+	memory string
 }
 
 // argv renders QEMU's argument vector. The order and the PCI addresses of the
@@ -35,34 +39,42 @@ func argv(m machine) []string {
 	if s.UID != 0 || s.GID != 0 {
 		elevate = "allow"
 	}
+	// A booted VM's memory is a file in memory, of which a snapshot is a copy.
+	// Restored VMs share the pages of one snapshot's file until they write.
+	ram := "memory-backend-memfd,share=on"
+	if m.memory != "" {
+		ram = "memory-backend-file,share=off,mem-path=" + value(m.memory)
+	}
 	args := []string{
 		m.binary,
 		"-name", "wrenn-" + s.ID,
 		"-no-user-config", "-nodefaults", "-display", "none",
-		"-machine", "q35,usb=off,smbus=off,sata=off,vmport=off,memory-backend=ram",
+		"-machine", "q35,usb=off,smbus=off,sata=off,vmport=off,suppress-vmdesc=on,memory-backend=ram",
 		"-accel", accel,
 		"-cpu", cpu,
 		"-smp", strconv.Itoa(s.VCPUs),
 		"-m", fmt.Sprintf("%dM", s.MemMiB),
-		"-object", fmt.Sprintf("memory-backend-memfd,id=ram,size=%dM,share=on", s.MemMiB),
+		"-object", fmt.Sprintf("%s,id=ram,size=%dM", ram, s.MemMiB),
+		// A snapshot is device state alone, without a migration's preamble.
+		"-global", "migration.send-configuration=off",
 		// Once everything is open, QEMU lives in an empty directory as
 		// somebody who may do nothing.
 		"-sandbox", "on,obsolete=deny,spawn=deny,resourcecontrol=deny,elevateprivileges=" + elevate,
-		"-chroot", jail(s.RunDir),
 		// A guest that powers off, reboots or panics ends its VMM.
 		"-no-reboot",
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", qmpFD),
 		"-mon", "chardev=qmp,mode=control",
 		"-chardev", "file,id=console,append=on,path=" + value(s.Console),
 		"-serial", "chardev:console",
-		"-kernel", s.Kernel,
-		"-append", cmdline(s.Cmdline),
 	}
-	if s.UID != 0 || s.GID != 0 {
-		args = append(args, "-runas", fmt.Sprintf("%d:%d", s.UID, s.GID))
-	}
-	if s.Initrd != "" {
-		args = append(args, "-initrd", s.Initrd)
+	args = append(args, confine(m)...)
+	if m.memory != "" {
+		args = append(args, "-S", "-incoming", fmt.Sprintf("fd:%d", stateFD))
+	} else {
+		args = append(args, "-kernel", s.Kernel, "-append", cmdline(s.Cmdline))
+		if s.Initrd != "" {
+			args = append(args, "-initrd", s.Initrd)
+		}
 	}
 	args = append(args,
 		"-object", "rng-builtin,id=rng",
@@ -82,6 +94,33 @@ func argv(m machine) []string {
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,addr=0x%x", i, 0x10+i))
 	}
 	return args
+}
+
+// confine renders the change of root directory and user, whose options were
+// renamed in 8.1 and 9.1.
+func confine(m machine) []string {
+	root, user := jail(m.spec.RunDir), fmt.Sprintf("%d:%d", m.spec.UID, m.spec.GID)
+	drop := m.spec.UID != 0 || m.spec.GID != 0
+	var args []string
+	switch {
+	case drop && since(m.version, 9, 1):
+		return []string{"-run-with", "chroot=" + value(root) + ",user=" + user}
+	case since(m.version, 8, 1):
+		args = []string{"-run-with", "chroot=" + value(root)}
+	default:
+		args = []string{"-chroot", root}
+	}
+	if drop {
+		args = append(args, "-runas", user)
+	}
+	return args
+}
+
+// since reports whether a version is the given one or later.
+func since(version string, major, minor int) bool {
+	var x, y int
+	fmt.Sscanf(version, "%d.%d", &x, &y)
+	return x > major || x == major && y >= minor
 }
 
 // cmdline puts what this machine needs before the spec's own, which may

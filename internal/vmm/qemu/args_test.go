@@ -27,10 +27,12 @@ func TestArgv(t *testing.T) {
 	full.UID, full.GID = 20001, 20002
 	full.NIC = &vmm.NIC{Tap: "tap0", MAC: "02:FC:00:00:00:05"}
 
+	const binary = "/usr/bin/qemu-system-x86_64"
 	for name, m := range map[string]machine{
-		"small-tcg": {binary: "/usr/bin/qemu-system-x86_64", accel: "tcg", spec: small},
-		"full-tcg":  {binary: "/usr/bin/qemu-system-x86_64", accel: "tcg", spec: full},
-		"full-kvm":  {binary: "/usr/bin/qemu-system-x86_64", accel: "kvm", spec: full},
+		"small-tcg":    {binary: binary, version: "7.2.22", accel: "tcg", spec: small},
+		"full-tcg":     {binary: binary, version: "7.2.22", accel: "tcg", spec: full},
+		"full-kvm":     {binary: binary, version: "8.2.0", accel: "kvm", spec: full},
+		"full-restore": {binary: binary, version: "10.0.0", accel: "tcg", spec: full, memory: "/t/ready/1/mem"},
 	} {
 		got := render(argv(m))
 		golden := filepath.Join("testdata", name+".golden")
@@ -45,6 +47,17 @@ func TestArgv(t *testing.T) {
 		}
 		if diff := cmp.Diff(string(want), got); diff != "" {
 			t.Errorf("%s (run with -update to accept):\n%s", name, diff)
+		}
+	}
+}
+
+func TestSince(t *testing.T) {
+	for _, c := range []struct {
+		version string
+		want    bool // since 8.1
+	}{{"7.2.22", false}, {"8.0.9", false}, {"8.1.0", true}, {"8.10.0", true}, {"9.0.0", true}, {"10.0.0", true}, {"", false}} {
+		if got := since(c.version, 8, 1); got != c.want {
+			t.Errorf("%q: %v", c.version, got)
 		}
 	}
 }

@@ -143,11 +143,11 @@ func (d *Driver) probe(ctx context.Context, report vmm.Report) (took time.Durati
 	defer cancel()
 	began := time.Now()
 	console := filepath.Join(dir, "console.log")
-	v, err := d.start(ctx, vmm.Spec{
+	v, err := d.launch(ctx, vmm.Spec{
 		ID: "probe", RunDir: dir, VCPUs: 1, MemMiB: probeMemMiB,
 		Kernel: d.cfg.ProbeKernel, Initrd: d.cfg.ProbeInitrd, Cmdline: "quiet wrenn.probe=1",
 		Console: console,
-	}, report)
+	}, report, nil)
 	if err != nil {
 		return 0, err
 	}

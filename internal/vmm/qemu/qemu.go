@@ -18,6 +18,9 @@ import (
 // Name is the driver's name in handles and settings.
 const Name = "qemu"
 
+// loadPoll is how often a VM that is being restored is asked whether it is.
+const loadPoll = time.Millisecond
+
 // readBack bounds the question for a VM's state after an answer went missing.
 const readBack = 2 * time.Second
 
@@ -59,15 +62,21 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	return d.start(ctx, spec, report)
-}
-
-func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_ vmm.VM, err error) {
 	if err := spec.Validate(); err != nil {
 		return nil, err
 	}
+	v, err := d.launch(ctx, spec, report, nil)
+	if err != nil {
+		return nil, fmt.Errorf("start vm: %w", err)
+	}
+	return v, nil
+}
+
+// launch starts QEMU with a valid spec, to boot it or, with a snapshot, to go on
+// where that stopped.
+func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, from *snapshot) (_ *vm, err error) {
 	if err := ctx.Err(); err != nil {
-		return nil, fmt.Errorf("start vm: %w", context.Cause(ctx))
+		return nil, context.Cause(ctx)
 	}
 	binary, err := d.binary()
 	if err != nil {
@@ -84,21 +93,27 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_
 	// appear: a connection is accepted when QEMU serves, and breaks if it dies.
 	socket, err := listen(qmpSocket(spec.RunDir))
 	if err != nil {
-		return nil, fmt.Errorf("start vm: %w", err)
+		return nil, err
 	}
 	defer socket.Close()
 	steps.Push("remove control socket", func(context.Context) error { return remove(qmpSocket(spec.RunDir)) })
 
 	if err := os.Mkdir(jail(spec.RunDir), 0o555); err != nil && !errors.Is(err, os.ErrExist) {
-		return nil, fmt.Errorf("start vm: %w", err)
+		return nil, err
 	}
 	steps.Push("remove jail", func(context.Context) error { return remove(jail(spec.RunDir)) })
 	if err := touch(spec.Console); err != nil {
-		return nil, fmt.Errorf("start vm: %w", err)
+		return nil, err
+	}
+	m := machine{binary: binary, version: report.Version, accel: report.Accel, spec: spec}
+	files, want := []*os.File{socket}, statusRunning
+	if from != nil {
+		m.memory = from.memory()
+		files, want = append(files, from.state), statusPaused
 	}
 	process, err := vmm.Launch(vmm.Program{
-		Args:    argv(machine{binary: binary, accel: report.Accel, spec: spec}),
-		Files:   []*os.File{socket},
+		Args:    argv(m),
+		Files:   files,
 		NetNS:   spec.NetNS,
 		RunDir:  spec.RunDir,
 		Log:     vmmLog(spec.RunDir),
@@ -109,7 +124,7 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_
 		PrivateMounts: true,
 	})
 	if err != nil {
-		return nil, fmt.Errorf("start vm: %w", err)
+		return nil, err
 	}
 	steps.Push("kill vmm", process.Kill)
 	socket.Close() // with QEMU's copy alone open, its death is seen at once
@@ -117,20 +132,26 @@ func (d *Driver) start(ctx context.Context, spec vmm.Spec, report vmm.Report) (_
 	v := &vm{process: process, version: report.Version, state: state{
 		Process: process.Ref(),
 		QMP:     qmpSocket(spec.RunDir),
+		Shape:   shapeOf(spec, report),
 	}}
-	err = v.with(ctx, func(m *monitor) error {
+	err = v.with(ctx, callTimeout, func(m *monitor) error {
 		status, err := m.status()
-		if err == nil && status != statusRunning {
+		for ; err == nil && status == statusInMigrate; status, err = m.status() {
+			if err := sleep(ctx, loadPoll); err != nil {
+				return err
+			}
+		}
+		if err == nil && status != want {
 			err = fmt.Errorf("vm is %s", status)
 		}
 		return err
 	})
 	if exit, ok := v.ended(err); ok {
 		// Unclassed: QEMU's own words name the host's files.
-		return nil, fmt.Errorf("start vm: qemu %s: %s", exit, exit.Detail)
+		return nil, fmt.Errorf("qemu %s: %s", exit, exit.Detail)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("start vm: %w", err)
+		return nil, err
 	}
 	steps.Keep()
 	return v, nil
@@ -155,6 +176,7 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 		case <-process.Done():
 			return nil, errdefs.NotFound.Errorf("attach: the vm has exited")
 		default:
+			process.Release()
 			return nil, fmt.Errorf("attach: %w", err)
 		}
 	}
@@ -165,6 +187,7 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 type state struct {
 	Process vmm.Ref `json:"process"`
 	QMP     string  `json:"qmp"`
+	Shape   shape   `json:"shape"`
 }
 
 // vm implements vmm.VM.
@@ -197,7 +220,7 @@ func (v *vm) Resume(ctx context.Context) error {
 // change runs a command that brings the VM into the wanted state, or finds it
 // there. If the answer is lost, the VM's state decides what has happened.
 func (v *vm) change(ctx context.Context, what, command, want string) error {
-	err := v.with(ctx, func(m *monitor) error {
+	err := v.with(ctx, callTimeout, func(m *monitor) error {
 		if err := m.call(command, nil, nil); err != nil {
 			return err
 		}
@@ -222,16 +245,16 @@ func (v *vm) change(ctx context.Context, what, command, want string) error {
 }
 
 func (v *vm) status(ctx context.Context) (status string, err error) {
-	err = v.with(ctx, func(m *monitor) error {
+	err = v.with(ctx, callTimeout, func(m *monitor) error {
 		status, err = m.status()
 		return err
 	})
 	return status, err
 }
 
-// with runs f on a connection of its own.
-func (v *vm) with(ctx context.Context, f func(*monitor) error) error {
-	m, err := dial(ctx, v.state.QMP)
+// with runs f on a connection of its own, and nobody else's meanwhile.
+func (v *vm) with(ctx context.Context, limit time.Duration, f func(*monitor) error) error {
+	m, err := dial(ctx, v.state.QMP, limit)
 	if err != nil {
 		return err
 	}
@@ -252,6 +275,18 @@ func (v *vm) ended(err error) (vmm.Exit, bool) {
 		return v.process.Exit(), true
 	case <-timer.C:
 		return vmm.Exit{}, false
+	}
+}
+
+// sleep waits for d or for ctx.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -48,11 +49,11 @@ type monitor struct {
 }
 
 // dial connects to the QMP socket at path and waits until QEMU serves it. ctx
-// bounds the connection's whole life. When QEMU dies, or has died, every wait
+// and limit bound the connection's whole life. When QEMU dies, or has died, every wait
 // ends at once with errdefs.Unavailable.
-func dial(ctx context.Context, path string) (*monitor, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, callTimeout,
-		errdefs.Unavailable.Errorf("the VMM did not answer within %s", callTimeout))
+func dial(ctx context.Context, path string, limit time.Duration) (*monitor, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, limit,
+		errdefs.Unavailable.Errorf("the VMM did not answer within %s", limit))
 	m := &monitor{ctx: ctx, cancel: cancel}
 	if err := m.connect(path); err != nil {
 		m.close()
@@ -100,6 +101,11 @@ func (m *monitor) close() {
 // call runs one command. An error that is no *refusal leaves open whether it
 // took effect.
 func (m *monitor) call(command string, arguments, result any) error {
+	return m.callWith(command, arguments, result, nil)
+}
+
+// callWith passes descriptors along with the command.
+func (m *monitor) callWith(command string, arguments, result any, rights []byte) error {
 	request, err := json.Marshal(struct {
 		Execute   string `json:"execute"`
 		Arguments any    `json:"arguments,omitempty"`
@@ -107,7 +113,7 @@ func (m *monitor) call(command string, arguments, result any) error {
 	if err != nil {
 		return fmt.Errorf("qmp %s: %w", command, err)
 	}
-	if _, err := m.conn.Write(append(request, '\n')); err != nil {
+	if _, _, err := m.conn.WriteMsgUnix(append(request, '\n'), rights, nil); err != nil {
 		return fmt.Errorf("qmp %s: %w", command, m.broken(err))
 	}
 	for {
@@ -149,4 +155,23 @@ func (m *monitor) status() (string, error) {
 	}
 	err := m.call("query-status", nil, &s)
 	return s.Status, err
+}
+
+// passFile gives QEMU a file that is open for writing, under a path of its own.
+func (m *monitor) passFile(set int, f *os.File) (path string, err error) {
+	err = m.callWith("add-fd", map[string]any{"fdset-id": set}, nil, unix.UnixRights(int(f.Fd())))
+	return fmt.Sprintf("/dev/fdset/%d", set), err
+}
+
+// dropFile takes the file of a set back.
+func (m *monitor) dropFile(set int) error {
+	return m.call("remove-fd", map[string]any{"fdset-id": set}, nil)
+}
+
+// saveDevices writes the state of all devices, without memory, to a path. It
+// is meant for Xen, whose guests' memory QEMU does not hold; here the memory
+// is copied beside it.
+func (m *monitor) saveDevices(path string) error {
+	// A "live" save would hand the disks over to somebody else.
+	return m.call("xen-save-devices-state", map[string]any{"filename": path, "live": false}, nil)
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -23,9 +24,13 @@ type Subject struct {
 	// Spec is of a guest that runs until it is ended. Its run directory and
 	// its console's directory are the test's own.
 	Spec vmm.Spec
+	// Clone returns a spec for a VM restored from one of Spec's: the same
+	// shape, with an ID that begins with Spec.ID and a run directory and
+	// console of its own.
+	Clone func() vmm.Spec
 	// Exiting is appended to Spec.Cmdline to make the guest end by itself.
 	Exiting string
-	// Live returns how many VMM processes of Spec.ID there are.
+	// Live returns how many VMM processes of Spec.ID and its clones there are.
 	Live func() int
 }
 
@@ -52,6 +57,10 @@ func Run(t *testing.T, subject func(*testing.T) Subject) {
 		{"attach to a dead vm", testAttachDead},
 		{"attach to nonsense", testAttachNonsense},
 		{"bad specs", testBadSpecs},
+		{"snapshot and restore", testSnapshot},
+		{"snapshot of a restored vm", testSnapshotOfRestored},
+		{"failed snapshot", testFailedSnapshot},
+		{"bad snapshots", testBadSnapshots},
 	} {
 		t.Run(strings.ReplaceAll(c.name, " ", "_"), func(t *testing.T) {
 			s := subject(t)
@@ -341,4 +350,209 @@ func testBadSpecs(t *testing.T, s Subject) {
 	if left, err := os.ReadDir(s.Spec.RunDir); err != nil || len(left) != 0 {
 		t.Errorf("left in the run directory: %v, %v", left, err)
 	}
+}
+
+// snapshotter returns the VM's ability to be written, or skips the test.
+func snapshotter(t *testing.T, s Subject, v vmm.VM) (vmm.Snapshotter, vmm.Restorer) {
+	t.Helper()
+	snap, ok := v.(vmm.Snapshotter)
+	restore, ok2 := s.Driver.(vmm.Restorer)
+	if ok != ok2 {
+		t.Fatalf("vm can be snapshotted: %v; driver can restore: %v", ok, ok2)
+	}
+	if !ok {
+		t.Skip("this driver has no snapshots")
+	}
+	return snap, restore
+}
+
+func restored(t *testing.T, s Subject, dir string) vmm.VM {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), soon)
+	defer cancel()
+	v, err := s.Driver.(vmm.Restorer).Restore(ctx, s.Clone(), dir)
+	if err != nil {
+		t.Fatalf("restore: %v", err)
+	}
+	t.Cleanup(func() { kill(t, v) })
+	return v
+}
+
+func testSnapshot(t *testing.T, s Subject) {
+	v := start(t, s)
+	snap, _ := snapshotter(t, s, v)
+	dir := t.TempDir()
+	if err := snap.Snapshot(t.Context(), dir); !errors.Is(err, errdefs.WrongState) {
+		t.Errorf("snapshot of a running vm: %v, want wrong state", err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("it left %v, %v", left, err)
+	}
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := snap.Snapshot(t.Context(), dir); err != nil {
+		t.Fatalf("snapshot: %v", err)
+	}
+	if err := snap.Snapshot(t.Context(), dir); !errors.Is(err, errdefs.AlreadyExists) {
+		t.Errorf("second snapshot into the same directory: %v, want already exists", err)
+	}
+	clones := []vmm.VM{restored(t, s, dir), restored(t, s, dir)}
+	if err := v.Resume(t.Context()); err != nil {
+		t.Errorf("the source does not go on: %v", err)
+	}
+	for i, c := range clones {
+		if err := c.Resume(t.Context()); err != nil {
+			t.Errorf("clone %d: resume: %v", i, err)
+		}
+	}
+	if n := s.Live(); n != 3 {
+		t.Errorf("%d VMM processes, want 3", n)
+	}
+	// The clones need nothing of the source's; an agent that comes after
+	// finds them.
+	kill(t, v)
+	again, err := s.Again().Attach(t.Context(), clones[0].Handle())
+	if err != nil {
+		t.Fatalf("attach to a clone: %v", err)
+	}
+	if err := again.Pause(t.Context()); err != nil {
+		t.Errorf("pause of an attached clone: %v", err)
+	}
+	for _, c := range clones {
+		running(t, c)
+		kill(t, c)
+	}
+}
+
+func testSnapshotOfRestored(t *testing.T, s Subject) {
+	v := start(t, s)
+	snap, _ := snapshotter(t, s, v)
+	first, second := t.TempDir(), t.TempDir()
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := snap.Snapshot(t.Context(), first); err != nil {
+		t.Fatal(err)
+	}
+	child := restored(t, s, first)
+	// As restored, and after it ran, by another agent.
+	if err := child.(vmm.Snapshotter).Snapshot(t.Context(), t.TempDir()); err != nil {
+		t.Errorf("snapshot of what was just restored: %v", err)
+	}
+	if err := child.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := child.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	again, err := s.Again().Attach(t.Context(), child.Handle())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := again.(vmm.Snapshotter).Snapshot(t.Context(), second); err != nil {
+		t.Fatalf("snapshot of a restored vm: %v", err)
+	}
+	if err := os.RemoveAll(first); err != nil {
+		t.Fatal(err)
+	}
+	grandchild := restored(t, s, second)
+	if err := grandchild.Resume(t.Context()); err != nil {
+		t.Errorf("resume: %v", err)
+	}
+	kill(t, grandchild)
+	kill(t, child)
+	kill(t, v)
+}
+
+func testFailedSnapshot(t *testing.T, s Subject) {
+	v := start(t, s)
+	snap, _ := snapshotter(t, s, v)
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	cancelled, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := snap.Snapshot(cancelled, dir); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	if err := snap.Snapshot(t.Context(), "/nonexistent/dir"); err == nil {
+		t.Error("into nowhere: no error")
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+	if err := snap.Snapshot(t.Context(), dir); err != nil {
+		t.Errorf("snapshot after failed ones: %v", err)
+	}
+	if err := v.Resume(t.Context()); err != nil {
+		t.Errorf("resume after failed snapshots: %v", err)
+	}
+	kill(t, v)
+	if err := snap.Snapshot(t.Context(), t.TempDir()); !errors.Is(err, errdefs.Unavailable) {
+		t.Errorf("of a dead vm: %v, want unavailable", err)
+	}
+}
+
+func testBadSnapshots(t *testing.T, s Subject) {
+	v := start(t, s)
+	snap, restore := snapshotter(t, s, v)
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := snap.Snapshot(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	kill(t, v)
+	try := func(what string, spec vmm.Spec, dir string, want *errdefs.Class) {
+		t.Helper()
+		v, err := restore.Restore(t.Context(), spec, dir)
+		if err == nil {
+			kill(t, v)
+		}
+		if !errors.Is(err, want) {
+			t.Errorf("%s: %v, want %v", what, err, want)
+		}
+	}
+	other := s.Clone()
+	other.MemMiB *= 2
+	try("more memory", other, dir, errdefs.InvalidArgument)
+	other = s.Clone()
+	other.VCPUs++
+	try("more vCPUs", other, dir, errdefs.InvalidArgument)
+	other = s.Clone()
+	other.Disks = append(other.Disks, vmm.Disk{Path: other.Kernel, ReadOnly: true})
+	try("more disks", other, dir, errdefs.InvalidArgument)
+	other = s.Clone()
+	other.ID = ""
+	try("no id", other, dir, errdefs.InvalidArgument)
+	try("empty directory", s.Clone(), t.TempDir(), errdefs.Corrupt)
+	try("no directory", s.Clone(), "/nonexistent", errdefs.Corrupt)
+
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) == 0 {
+		t.Fatal(files, err)
+	}
+	for _, f := range files {
+		path := filepath.Join(dir, f.Name())
+		whole, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(path, int64(len(whole)/2)); err != nil {
+			t.Fatal(err)
+		}
+		try("half of "+f.Name(), s.Clone(), dir, errdefs.Corrupt)
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		try("without "+f.Name(), s.Clone(), dir, errdefs.Corrupt)
+		if err := os.WriteFile(path, whole, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again := restored(t, s, dir) // a failed restore spoils nothing
+	kill(t, again)
 }

@@ -5,7 +5,10 @@ package vmmtest
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -26,10 +29,15 @@ const (
 	OpPause  Op = "pause"
 	OpResume Op = "resume"
 	OpKill   Op = "kill"
+
+	OpSnapshot Op = "snapshot"
+	OpRestore  Op = "restore"
 )
 
 // Ops returns every Op, so that a fault matrix can range over them.
-func Ops() []Op { return []Op{OpCheck, OpStart, OpAttach, OpPause, OpResume, OpKill} }
+func Ops() []Op {
+	return []Op{OpCheck, OpStart, OpAttach, OpPause, OpResume, OpKill, OpSnapshot, OpRestore}
+}
 
 // Fault is what happens to one call. Its parts combine: the call hangs first,
 // then (with After) takes effect, then the VM dies, then Err is returned.
@@ -42,8 +50,8 @@ type Fault struct {
 	// Die ends the VM that the call is about, as if it had crashed.
 	Die bool
 	// After lets the call take effect before Err is returned: the answer is
-	// lost, the deed is done. A Start that does so leaves nothing all the
-	// same, as the boundary promises.
+	// lost, the deed is done. A Start, Restore or Snapshot that does so leaves
+	// nothing all the same, as the boundary promises.
 	After bool
 }
 
@@ -182,7 +190,11 @@ type Fake struct {
 	hanging int
 }
 
-var _ vmm.Driver = (*Fake)(nil)
+var (
+	_ vmm.Driver      = (*Fake)(nil)
+	_ vmm.Restorer    = (*Fake)(nil)
+	_ vmm.Snapshotter = (*fakeVM)(nil)
+)
 
 // NewFake returns a driver of VMs on the host.
 func NewFake(h *Host) *Fake {
@@ -284,9 +296,14 @@ func (f *Fake) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 			return nil, err
 		}
 	}
+	return f.bring(ctx, OpStart, func() *machine { return f.host.boot(spec) })
+}
+
+// bring runs a call that makes a VM.
+func (f *Fake) bring(ctx context.Context, op Op, boot func() *machine) (vmm.VM, error) {
 	var m *machine
-	err := f.run(ctx, OpStart, func() *machine { return m }, func() error {
-		m = f.host.boot(spec)
+	err := f.run(ctx, op, func() *machine { return m }, func() error {
+		m = boot()
 		return nil
 	})
 	if err != nil {
@@ -298,6 +315,78 @@ func (f *Fake) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 		return nil, err
 	}
 	return &fakeVM{fake: f, m: m}, nil
+}
+
+// fakeSnapshot is the one file of a fake's snapshot.
+const fakeSnapshot = "fake-snapshot.json"
+
+type fakeShape struct {
+	VCPUs, MemMiB, Disks int
+	NIC                  bool
+}
+
+func fakeShapeOf(s vmm.Spec) fakeShape {
+	return fakeShape{VCPUs: s.VCPUs, MemMiB: s.MemMiB, Disks: len(s.Disks), NIC: s.NIC != nil}
+}
+
+// Restore implements vmm.Restorer.
+func (f *Fake) Restore(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM, error) {
+	if !f.Lenient {
+		if err := spec.Validate(); err != nil {
+			return nil, err
+		}
+	}
+	data, err := os.ReadFile(filepath.Join(dir, fakeSnapshot))
+	var shape fakeShape
+	if err != nil || json.Unmarshal(data, &shape) != nil {
+		return nil, errdefs.Corrupt.Errorf("restore vm: snapshot is incomplete")
+	}
+	if shape != fakeShapeOf(spec) {
+		return nil, errdefs.InvalidArgument.Errorf("restore vm: snapshot is of a vm with %+v, not %+v", shape, fakeShapeOf(spec))
+	}
+	return f.bring(ctx, OpRestore, func() *machine {
+		m := f.host.boot(spec)
+		f.host.mu.Lock()
+		defer f.host.mu.Unlock()
+		m.paused = true
+		return m
+	})
+}
+
+// Snapshot implements vmm.Snapshotter.
+func (v *fakeVM) Snapshot(ctx context.Context, dir string) error {
+	path := filepath.Join(dir, fakeSnapshot)
+	wrote := false
+	err := v.fake.run(ctx, OpSnapshot, v.self, func() error {
+		h := v.fake.host
+		h.mu.Lock()
+		gone, paused := h.vms[v.m.pid] == nil, v.m.paused
+		h.mu.Unlock()
+		if gone {
+			return errdefs.Unavailable.Errorf("snapshot vm: its VMM %s", v.m.exit)
+		}
+		if !paused {
+			return errdefs.WrongState.Errorf("snapshot vm: vm is running, not paused")
+		}
+		data, err := json.Marshal(fakeShapeOf(v.m.spec))
+		if err != nil {
+			return err
+		}
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if errors.Is(err, os.ErrExist) {
+			return errdefs.AlreadyExists.Errorf("snapshot vm: the directory holds one")
+		}
+		if err != nil {
+			return err
+		}
+		wrote = true
+		_, err = f.Write(data)
+		return errors.Join(err, f.Close())
+	})
+	if err != nil && wrote {
+		err = errors.Join(err, os.Remove(path))
+	}
+	return err
 }
 
 // Attach implements vmm.Driver.

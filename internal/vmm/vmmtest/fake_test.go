@@ -28,10 +28,16 @@ func TestFakeMeetsTheContract(t *testing.T) {
 		if err := os.WriteFile(kernel, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
+		spec := vmm.Spec{ID: "sb1", RunDir: runDir, VCPUs: 1, MemMiB: 128, Kernel: kernel, Console: filepath.Join(dir, "console.log")}
 		return vmmtest.Subject{
-			Driver:  vmmtest.NewFake(host),
-			Again:   func() vmm.Driver { return vmmtest.NewFake(host) },
-			Spec:    vmm.Spec{ID: "sb1", RunDir: runDir, VCPUs: 1, MemMiB: 128, Kernel: kernel, Console: filepath.Join(dir, "console.log")},
+			Driver: vmmtest.NewFake(host),
+			Again:  func() vmm.Driver { return vmmtest.NewFake(host) },
+			Spec:   spec,
+			Clone: func() vmm.Spec {
+				clone := spec
+				clone.ID += "-clone"
+				return clone
+			},
 			Exiting: vmmtest.ExitingCmdline,
 			Live:    func() int { return len(host.Live()) },
 		}

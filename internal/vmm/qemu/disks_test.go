@@ -1,0 +1,58 @@
+package qemu
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// A snapshot takes no disk away, neither from its source nor from a clone.
+func TestDisksAfterSnapshot(t *testing.T) {
+	s := subject(t)
+	disk := func() string {
+		path := filepath.Join(t.TempDir(), "disk")
+		if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	s.Spec.Disks = []vmm.Disk{{Path: disk()}}
+	s.Spec.UID, s.Spec.GID = 871234, 871234
+	v := start(t, s)
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := v.Snapshot(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	clone := s.Clone()
+	clone.Disks = []vmm.Disk{{Path: disk()}}
+	clone.UID, clone.GID = s.Spec.UID, s.Spec.GID
+	restored, err := s.Driver.(*Driver).Restore(t.Context(), clone, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { restored.Kill(t.Context()) })
+	for name, c := range map[string]struct {
+		vm   *vm
+		path string
+	}{"source": {v, s.Spec.Disks[0].Path}, "clone": {restored.(*vm), clone.Disks[0].Path}} {
+		if err := c.vm.Resume(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		var said string
+		if err := c.vm.with(t.Context(), callTimeout, func(m *monitor) error {
+			return m.call("human-monitor-command", map[string]any{"command-line": `qemu-io -d /machine/peripheral-anon/device[1]/virtio-backend "write -P 0x5a 4096 512"`}, &said)
+		}); err != nil {
+			t.Fatal(err)
+		}
+		data, err := os.ReadFile(c.path)
+		if err != nil || !bytes.Equal(data[4096:4608], bytes.Repeat([]byte{0x5a}, 512)) {
+			t.Errorf("%s: the disk does not take a write: %q, %v", name, said, err)
+		}
+	}
+}

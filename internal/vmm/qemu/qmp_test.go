@@ -1,0 +1,149 @@
+package qemu
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+const greeting = `{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}`
+
+// monitorOf serves QMP with answers of the test's: a line for each command,
+// after which the connection stays; none ends it.
+func monitorOf(t *testing.T, hello string, answer func(command string) string) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "qmp.sock")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			fmt.Fprintln(conn, hello)
+			lines := bufio.NewScanner(conn)
+			for lines.Scan() {
+				var request struct{ Execute string }
+				if err := json.Unmarshal(lines.Bytes(), &request); err != nil {
+					t.Errorf("request %q: %v", lines.Text(), err)
+				}
+				reply := `{"return": {}}`
+				if request.Execute != "qmp_capabilities" {
+					reply = answer(request.Execute)
+				}
+				if reply == "" {
+					break
+				}
+				fmt.Fprintln(conn, reply)
+			}
+			conn.Close()
+		}
+	})
+	t.Cleanup(func() { l.Close(); wg.Wait() })
+	return path
+}
+
+// vmAt is a VM behind a monitor of the test's; its process only sleeps.
+func vmAt(t *testing.T, path string) *vm {
+	t.Helper()
+	process, err := vmm.Launch(vmm.Program{Args: []string{"/bin/sleep", "60"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := process.Kill(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	return &vm{process: process, state: state{Process: process.Ref(), QMP: path}}
+}
+
+func TestLostAnswers(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		works bool // the command takes effect before its answer is lost
+	}{{"done", true}, {"not done", false}} {
+		status := "running"
+		path := monitorOf(t, greeting, func(command string) string {
+			switch command {
+			case "stop":
+				if c.works {
+					status = "paused"
+				}
+				return ""
+			case "query-status":
+				return fmt.Sprintf(`{"return": {"status": %q}}`, status)
+			}
+			return `{"return": {}}`
+		})
+		err := vmAt(t, path).Pause(t.Context())
+		if c.works && err != nil || !c.works && !errors.Is(err, errdefs.Unavailable) {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+}
+
+func TestAnswers(t *testing.T) {
+	const running = `{"return": {"status": "running"}}`
+	for _, c := range []struct {
+		name, hello string
+		answers     map[string]string
+		class       *errdefs.Class
+		text        string
+	}{
+		{"fine", greeting, map[string]string{"cont": `{"return": {}}`, "query-status": running}, nil, ""},
+		{"event between", greeting, map[string]string{"cont": `{"event": "RESUME", "timestamp": {}}` + "\n" + `{"return": {}}`, "query-status": running}, nil, ""},
+		{"refusal", greeting, map[string]string{"cont": `{"error": {"class": "GenericError", "desc": "no room"}}`, "query-status": `{"return": {"status": "paused"}}`}, nil, "qmp cont: no room"},
+		{"other state", greeting, map[string]string{"cont": `{"return": {}}`, "query-status": `{"return": {"status": "internal-error"}}`}, errdefs.WrongState, "vm is internal-error"},
+		{"nonsense", greeting, map[string]string{"cont": `what?`}, errdefs.Unavailable, "does not answer"},
+		{"other protocol", `{"hello": 1}`, nil, errdefs.Unavailable, "does not speak QMP"},
+		{"no json", `220 mail.example.org`, nil, errdefs.Unavailable, "does not answer"},
+	} {
+		path := monitorOf(t, c.hello, func(command string) string { return c.answers[command] })
+		err := vmAt(t, path).Resume(t.Context())
+		if errdefs.ClassOf(err) != c.class || (err == nil) != (c.text == "") || err != nil && !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%s: %v, want %v: %q", c.name, err, c.class, c.text)
+		}
+	}
+}
+
+// More callers than the socket's queue has room for wait for their turn.
+func TestManyCallers(t *testing.T) {
+	s := subject(t)
+	v := start(t, s)
+	var wg sync.WaitGroup
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	for i := range 20 {
+		wg.Go(func() {
+			call := v.Pause
+			if i%2 == 0 {
+				call = v.Resume
+			}
+			// The other half may have changed the state again by the time it
+			// is read; that is no failure of the call's transport.
+			if err := call(ctx); err != nil && !errors.Is(err, errdefs.WrongState) {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if err := v.Pause(ctx); err != nil {
+		t.Error(err)
+	}
+}

@@ -270,6 +270,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 		Handler:           gateway.New(manager, mux, log),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       10 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		Protocols:         new(http.Protocols),
 	}

@@ -31,7 +31,11 @@ import (
 
 const defaultStateDir = "/var/lib/wrenn"
 
-// hostConfig is what setup, serve and doctor know of the host.
+func stateDirFlag(cmd *cobra.Command, dir *string) {
+	cmd.Flags().StringVar(dir, "state-dir", env("WRENN_STATE_DIR", defaultStateDir), "directory of kernels, templates, disks and records (env WRENN_STATE_DIR)")
+}
+
+// hostConfig is what serve and doctor know of the host.
 type hostConfig struct {
 	stateDir string
 	vmm      string
@@ -42,7 +46,7 @@ type hostConfig struct {
 func (c *hostConfig) flags(cmd *cobra.Command) {
 	plan := network.DefaultPlan()
 	f := cmd.Flags()
-	f.StringVar(&c.stateDir, "state-dir", env("WRENN_STATE_DIR", defaultStateDir), "directory of kernels, templates, disks and records (env WRENN_STATE_DIR)")
+	stateDirFlag(cmd, &c.stateDir)
 	f.StringVar(&c.vmm, "vmm", env("WRENN_VMM", "auto"), "VMM to run sandboxes with: auto or qemu (env WRENN_VMM)")
 	f.StringVar(&c.hosts, "host-range", env("WRENN_HOST_RANGE", plan.Hosts.String()), "IPv4 /16 by which the host sees its sandboxes (env WRENN_HOST_RANGE)")
 	f.StringVar(&c.links, "link-range", env("WRENN_LINK_RANGE", plan.Veths.String()), "IPv4 /16 of the links between host and sandboxes (env WRENN_LINK_RANGE)")
@@ -279,6 +283,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 		Handler:           gateway.New(manager, mux, log),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       10 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		Protocols:         new(http.Protocols),
 	}

@@ -29,7 +29,7 @@ func envdPath() string {
 }
 
 func newSetup() *cobra.Command {
-	var c hostConfig
+	var stateDir string
 	var o template.Options
 	cmd := &cobra.Command{
 		Use:   "setup",
@@ -39,12 +39,12 @@ with the guest daemon, and the template "minimal" in the state directory. What
 is there and complete is kept, so that it can be run again at any time; an
 interrupted run is picked up. It needs root.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			if os.Geteuid() != 0 {
 				return errors.New("setup needs root: sudo wrenn setup")
 			}
-			if _, err := c.plan(); err != nil {
-				return err
+			if stateDir, err = filepath.Abs(stateDir); err != nil {
+				return fmt.Errorf("--state-dir: %w", err)
 			}
 			if _, err := os.Stat(o.Envd); err != nil {
 				return fmt.Errorf("find the guest daemon: %w; build it with `make build`, or name it with --envd", err)
@@ -54,7 +54,7 @@ interrupted run is picked up. It needs root.`,
 			if err := host.InstallMissing(cmd.Context(), p.show); err != nil {
 				return err
 			}
-			store, err := template.Open(c.stateDir, slog.New(slog.DiscardHandler))
+			store, err := template.Open(stateDir, slog.New(slog.DiscardHandler))
 			if err != nil {
 				return err
 			}
@@ -62,11 +62,11 @@ interrupted run is picked up. It needs root.`,
 				return err
 			}
 			p.end()
-			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `wrenn serve`\n", c.stateDir)
+			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `wrenn serve`\n", stateDir)
 			return nil
 		},
 	}
-	c.flags(cmd)
+	stateDirFlag(cmd, &stateDir)
 	cmd.Flags().StringVar(&o.Envd, "envd", env("WRENN_ENVD", envdPath()), "the guest daemon to put into the initrd (env WRENN_ENVD)")
 	cmd.Flags().StringVar(&o.Kernel, "kernel", "", `guest kernel: "debian", or the path of a vmlinux or bzImage; empty keeps what is there`)
 	cmd.Flags().StringVar(&o.Modules, "modules", "", "directory of the modules that belong to --kernel")

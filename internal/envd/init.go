@@ -26,11 +26,11 @@ const (
 	// maxEntropy bounds what one initialisation can credit.
 	maxEntropy = 4096
 	// A clock that is off by less is left alone: jumps disturb programs.
-	clockBehind = 50 * time.Millisecond
+	clockBehind = 5 * time.Millisecond
 	clockAhead  = 5 * time.Second
 )
 
-// initRequest is the body of POST /init. The last three fields are ours, the
+// initRequest is the body of POST /init. The last four fields are ours, the
 // others E2B's.
 type initRequest struct {
 	EnvVars        map[string]string `json:"envVars"`
@@ -43,6 +43,9 @@ type initRequest struct {
 	Hostname  string `json:"hostname"`
 	SandboxID string `json:"sandboxId"`
 	Entropy   []byte `json:"entropy"`
+	// Restored says that the guest went on from a snapshot: whoever was
+	// connected to it then is connected no more, and its clock stood still.
+	Restored bool `json:"restored"`
 }
 
 // init tells the guest who it is and what time it is: after its boot, and
@@ -85,6 +88,9 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
+	}
+	if req.Restored {
+		s.conns.closeOthers(r)
 	}
 	s.mu.Lock()
 	s.state = req.merge(state)
@@ -150,7 +156,7 @@ func (req initRequest) merge(old initState) initState {
 // applyToMachine sets clock, entropy, name and certificates.
 func (req initRequest) applyToMachine(s *Server) error {
 	if req.Timestamp != nil {
-		if err := setClock(*req.Timestamp); err != nil {
+		if err := setClock(*req.Timestamp, req.Restored); err != nil {
 			return err
 		}
 	}
@@ -169,11 +175,18 @@ func (req initRequest) applyToMachine(s *Server) error {
 			s.log.Warn("set the host name", "err", err)
 		}
 	}
+	if req.SandboxID != "" && req.SandboxID != s.defaults().ownEnv["E2B_SANDBOX_ID"] {
+		if err := setMachineID(); err != nil {
+			s.log.Warn("set the machine's id", "err", err)
+		}
+	}
 	return nil
 }
 
-func setClock(now time.Time) error {
-	if ahead := time.Since(now); ahead > -clockBehind && ahead < clockAhead {
+// setClock sets the wall clock. A restored guest's is set in any case: what it
+// shows is a snapshot's time.
+func setClock(now time.Time, always bool) error {
+	if ahead := time.Since(now); !always && ahead > -clockBehind && ahead < clockAhead {
 		return nil
 	}
 	ts := unix.NsecToTimespec(now.UnixNano())

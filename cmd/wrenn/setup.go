@@ -35,15 +35,17 @@ func newSetup() *cobra.Command {
 		Use:   "setup",
 		Short: "Install and prepare what the host needs",
 		Long: `Install missing packages through apt, and prepare the guest kernel, the initrd
-with the guest daemon, and the template "minimal" in the state directory. What
-is there and complete is kept, so that it can be run again at any time; an
-interrupted run is picked up. It needs root.`,
+with the guest daemon, the template "minimal" and a ready snapshot of it, from
+which sandboxes start, in the state directory. What is there and complete is
+kept, so that it can be run again at any time; an interrupted run is picked up.
+It needs root.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if os.Geteuid() != 0 {
 				return errors.New("setup needs root: sudo wrenn setup")
 			}
-			if _, err := c.plan(); err != nil {
+			plan, err := c.plan()
+			if err != nil {
 				return err
 			}
 			if _, err := os.Stat(o.Envd); err != nil {
@@ -61,6 +63,7 @@ interrupted run is picked up. It needs root.`,
 			if err := template.Setup(cmd.Context(), store, o, p.show); err != nil {
 				return err
 			}
+			c.prepareReady(cmd.Context(), plan, store, p.show)
 			p.end()
 			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `wrenn serve`\n", c.stateDir)
 			return nil

@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"strconv"
 	"time"
 	"unsafe"
 
@@ -19,6 +20,8 @@ const (
 	// protocol; the host refuses a guest whose version it does not know.
 	Protocol       = "1"
 	protocolHeader = "Wrenn-Guest-Protocol"
+	// clockHeader tells what time it is here, in nanoseconds since 1970.
+	clockHeader = "Wrenn-Guest-Clock"
 	// e2bVersion is the version of E2B's daemon whose protocol this is.
 	e2bVersion = "0.6.4"
 
@@ -79,11 +82,12 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(protocolHeader, Protocol)
 	if req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
 		// A late copy of a request: newer data is in place.
+		w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
 	if s.guest {
-		if err := req.applyToMachine(s); err != nil {
+		if err := req.applyToMachine(s, func() time.Duration { return s.conns.age(r) }); err != nil {
 			s.log.Error("initialise", "err", err)
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
@@ -98,6 +102,7 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	if !state.done {
 		s.log.Info("initialised", "sandbox", req.SandboxID)
 	}
+	w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
 	w.WriteHeader(http.StatusNoContent)
 }
 
@@ -153,10 +158,11 @@ func (req initRequest) merge(old initState) initState {
 	return state
 }
 
-// applyToMachine sets clock, entropy, name and certificates.
-func (req initRequest) applyToMachine(s *Server) error {
+// applyToMachine sets clock, entropy, name and certificates. age is how long
+// ago the request arrived: where code runs for the first time, that is long.
+func (req initRequest) applyToMachine(s *Server, age func() time.Duration) error {
 	if req.Timestamp != nil {
-		if err := setClock(*req.Timestamp, req.Restored); err != nil {
+		if err := setClock(req.Timestamp.Add(age()), req.Restored); err != nil {
 			return err
 		}
 	}

@@ -5,10 +5,12 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"strconv"
 	"sync"
 	"time"
@@ -29,6 +31,7 @@ const (
 // of it. With ?quiet=1 it waits, too, until the guest has nothing to do.
 func (s *Server) quiesce(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Query().Get("quiet") != "" && s.guest {
+		s.rehearse(r.Context())
 		waitQuiet(r.Context())
 	}
 	if s.guest {
@@ -37,6 +40,37 @@ func (s *Server) quiesce(w http.ResponseWriter, r *http.Request) {
 	// The connection would be in the picture.
 	w.Header().Set("Connection", "close")
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// rehearse does once what every clone does first, so that what is made or read
+// at the first use is in the picture already. Nothing of it is visible
+// afterwards.
+func (s *Server) rehearse(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, maxQuiet)
+	defer cancel()
+	var req initRequest
+	stamp := time.Now()
+	sample := initRequest{
+		Timestamp: &stamp, DefaultUser: "root", EnvVars: map[string]string{"A": "b"},
+		SandboxID: "sb-0123456789abcdef", Entropy: make([]byte, 64), Restored: true,
+	}
+	body, err := json.Marshal(sample)
+	if err == nil {
+		err = json.Unmarshal(body, &req)
+	}
+	if err == nil {
+		err = req.check(s.accounts)
+	}
+	if err == nil {
+		err = setMachineID()
+	}
+	if err == nil {
+		// Shells and programs come from the disk the first time.
+		err = exec.CommandContext(ctx, "/bin/sh", "-c", "ls / | cat; id; date; uname; [ ! -x /bin/bash ] || /bin/bash -c :").Run()
+	}
+	if err != nil {
+		s.log.Warn("rehearse", "err", err)
+	}
 }
 
 func waitQuiet(ctx context.Context) {
@@ -94,36 +128,52 @@ func setMachineID() error {
 	return nil
 }
 
-// openConns knows the connections that are open, by their local and remote
-// addresses.
+// openConns knows the connections that are open, and since when each has had
+// something to say.
 type openConns struct {
 	mu   sync.Mutex
-	open map[net.Conn]struct{}
+	open map[net.Conn]time.Time
 }
 
 func (c *openConns) state(conn net.Conn, state http.ConnState) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch state {
-	case http.StateNew:
+	case http.StateNew, http.StateActive:
 		if c.open == nil {
-			c.open = map[net.Conn]struct{}{}
+			c.open = map[net.Conn]time.Time{}
 		}
-		c.open[conn] = struct{}{}
+		c.open[conn] = time.Now()
 	case http.StateClosed, http.StateHijacked:
 		delete(c.open, conn)
 	}
 }
 
+// of reports whether a request came over a connection.
+func of(r *http.Request, conn net.Conn) bool {
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	return ok && conn.LocalAddr().String() == local.String() && conn.RemoteAddr().String() == r.RemoteAddr
+}
+
+// age is how long ago a request began to arrive.
+func (c *openConns) age(r *http.Request) time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for conn, since := range c.open {
+		if of(r, conn) {
+			return time.Since(since)
+		}
+	}
+	return 0
+}
+
 // closeOthers closes all connections but that of a request.
 func (c *openConns) closeOthers(r *http.Request) {
-	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for conn := range c.open {
-		if local != nil && conn.LocalAddr().String() == local.String() && conn.RemoteAddr().String() == r.RemoteAddr {
-			continue
+		if !of(r, conn) {
+			_ = conn.Close()
 		}
-		_ = conn.Close()
 	}
 }

@@ -195,7 +195,7 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took
 
 	restored := from.ready.Dir != ""
 	if restored {
-		if err := m.restore(ctx, b, tmpl, from.ready.Dir, took); err != nil {
+		if err := m.restore(ctx, b, tmpl, from.ready.Dir, identity(b.record(), true), took); err != nil {
 			if context.Cause(ctx) != nil {
 				return err
 			}
@@ -212,13 +212,6 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took
 		}
 	}
 
-	rec := b.record()
-	ctx, cancelBoth := both(ctx, b.alive)
-	defer cancelBoth()
-	if err := b.guest.Init(ctx, identity(rec, restored)); err != nil {
-		return m.bootFailed(b, "initialise guest", err)
-	}
-	took.end("init")
 	how := []any{"sandbox", b.id, "from", "ready snapshot"}
 	if !restored {
 		how = []any{"sandbox", b.id, "from", "cold boot", "why", from.why}
@@ -271,6 +264,10 @@ func (m *Manager) coldBoot(ctx context.Context, b *box, tmpl template.Template, 
 		}
 		took.end("snapshot")
 	}
+	if err := b.guest.Init(ctx, identity(b.record(), false)); err != nil {
+		return m.bootFailed(b, "initialise guest", err)
+	}
+	took.end("init")
 	return nil
 }
 

@@ -114,8 +114,8 @@ func readyKey(machine string, spec vmm.Spec, tmpl template.Template, diskMiB int
 }
 
 // restore starts a sandbox's VM from a snapshot in dir, its disk in place, and
-// returns when its guest answers. Called with the op lock held.
-func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, dir string, took *phases) error {
+// tells its guest in who it is now. Called with the op lock held.
+func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, dir string, in guest.Init, took *phases) error {
 	restorer, ok := m.cfg.Driver.(vmm.Restorer)
 	if !ok {
 		return errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", m.cfg.Driver.Name())
@@ -138,10 +138,12 @@ func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, d
 	if err := vm.Resume(ctx); err != nil {
 		return fmt.Errorf("wake vm: %w", err)
 	}
-	if err := b.guest.WaitReady(ctx); err != nil {
-		return m.bootFailed(b, "wait for guest", err)
-	}
 	took.end("wake")
+	// No packet is lost before the guest runs: the first connection is the one.
+	if err := b.guest.Init(ctx, in); err != nil {
+		return m.bootFailed(b, "initialise guest", err)
+	}
+	took.end("init")
 	return nil
 }
 
@@ -245,7 +247,7 @@ func (m *Manager) Prepare(ctx context.Context, req CreateRequest) (made bool, er
 	if err != nil {
 		return false, err
 	}
-	rec := Record{ID: "sb-0000000000000000", VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: m.cfg.OverlayMiB}
+	rec := Record{ID: "sb-0000000000000000", Slot: 1, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: m.cfg.OverlayMiB}
 	there := func() (bool, error) {
 		o := m.origin(ctx, rec, tmpl)
 		defer o.close()

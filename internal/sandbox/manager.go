@@ -41,12 +41,17 @@ type Network interface {
 type Templates interface {
 	Get(name string) (template.Template, error)
 	NewOverlay(ctx context.Context, path string, sizeMiB int) error
+	CloneOverlay(ctx context.Context, path, from string) error
+	Ready(ctx context.Context, name, key string) (template.Ready, error)
+	StageReady(ctx context.Context, name string) (template.Stage, error)
+	DropReady(name, key string) error
 }
 
 // Guest is a running guest; *guest.Client is one.
 type Guest interface {
 	WaitReady(context.Context) error
 	Init(context.Context, guest.Init) error
+	Quiesce(ctx context.Context, quiet bool) error
 	Exec(context.Context, guest.Command) (guest.Result, error)
 	Close()
 }
@@ -148,8 +153,14 @@ type box struct {
 
 func newBox(rec Record) *box {
 	b := &box{id: rec.ID, op: make(chan struct{}, 1), rec: rec}
-	b.alive, b.kill = context.WithCancelCause(context.Background())
+	b.renew()
 	return b
+}
+
+// renew begins another incarnation of the VM. Called with mu held, or before
+// anybody else knows the box.
+func (b *box) renew() {
+	b.alive, b.kill = context.WithCancelCause(context.Background())
 }
 
 // hold takes the op lock, waiting within ctx.

@@ -23,8 +23,15 @@ type scenario struct {
 }
 
 var scenarios = map[string]scenario{
-	"create": {
+	"first create": {
 		prepare: func(*rig) ID { return "" },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			_, err := r.Create(ctx, CreateRequest{})
+			return err
+		},
+	},
+	"create": {
+		prepare: func(r *rig) ID { return r.create() },
 		run: func(ctx context.Context, r *rig, _ ID) error {
 			_, err := r.Create(ctx, CreateRequest{})
 			return err

@@ -129,6 +129,8 @@ type Record struct {
 	Token string `json:"token"`
 	// VM is set from the start of the VMM until the sandbox is stopped.
 	VM *vmm.Handle `json:"vm,omitempty"`
+	// Restored says that the VM came from a snapshot and was not booted.
+	Restored bool `json:"restored,omitempty"`
 
 	CreatedAt time.Time `json:"createdAt"`
 	// StateAt is when State was entered.

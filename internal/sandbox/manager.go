@@ -357,14 +357,17 @@ func (m *Manager) Pause(ctx context.Context, id ID) error {
 	return nil
 }
 
-// Resume lets a paused sandbox go on, its clock set right. On error it stays
-// paused.
+// Resume lets a paused or hibernated sandbox go on, its clock set right. On
+// error it stays as it is.
 func (m *Manager) Resume(ctx context.Context, id ID) error {
 	b, ctx, end, err := m.begin(ctx, id, OpResume, "resumed")
 	if err != nil {
 		return err
 	}
 	defer end()
+	if b.state() == Hibernated {
+		return m.awaken(ctx, b)
+	}
 
 	err = b.vm.Resume(ctx)
 	if err == nil {
@@ -419,7 +422,11 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 		b.unhold()
 		return nil, nil, nil, err
 	}
-	ctx, stop := context.WithTimeoutCause(ctx, opTimeout, errdefs.Unavailable.Errorf("the vm did not answer within %s", opTimeout))
+	limit := opTimeout
+	if rec := b.record(); op == OpHibernate || rec.State == Hibernated {
+		limit = moveTimeout(rec)
+	}
+	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))
 	ctx, abort := context.WithCancelCause(ctx)
 	b.mu.Lock()
 	b.abort = abort

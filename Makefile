@@ -5,10 +5,11 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 TOOL := go tool -modfile=$(CURDIR)/tools/go.mod
 TEST_STATE ?= /var/tmp/wrenn-test-state
 TEST_ENV := WRENN_TEST_STATE_DIR=$(TEST_STATE) WRENN_BIN=$(CURDIR)/bin
-FUZZTIME ?= 5s
+FUZZTIME ?= 5000x
+CYCLES ?= 1000
 SETUP := bin/wrenn setup --state-dir
 
-.PHONY: help build run test test-unit fuzz lint generate check-generated bench clean
+.PHONY: help build run test test-unit test-faults soak fuzz lint generate check-generated bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,7 +30,15 @@ test: lint check-generated build ## everything that CI runs: lint, unit, race an
 test-unit: ## tests that need nothing but Go
 	go test -race ./...
 
-fuzz: ## feed the parsers nonsense, for FUZZTIME each
+test-faults: build ## the fault matrix, the model, and the agent killed at any moment, in their long form
+	$(SETUP) $(TEST_STATE)
+	$(TEST_ENV) WRENN_TEST_LONG=1 go test -race -count=1 -timeout 60m -v -run 'Fault|Model|ManyAtOnce|ManyCallers|AnyMoment' ./internal/sandbox ./e2e
+
+soak: build ## CYCLES times create, exec, destroy: what the agent holds must not grow
+	$(SETUP) $(TEST_STATE)
+	$(TEST_ENV) WRENN_SOAK=$(CYCLES) go test -count=1 -timeout 24h -v -run Soak ./e2e
+
+fuzz: ## feed the parsers nonsense, FUZZTIME each
 	@grep -rlE '^func Fuzz' --include='*_test.go' internal | xargs -n1 dirname | sort -u | while read -r dir; do \
 	  for f in $$(grep -hoE '^func Fuzz[A-Za-z0-9]+' $$dir/*_test.go | sed 's/func //'); do \
 	    go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) ./$$dir; done; done

@@ -275,8 +275,14 @@ func startAgent(t testing.TB, args ...string) *agent {
 			t.Logf("the agent's log:\n%s", a.log.String())
 		}
 	})
-	if !slices.ContainsFunc(args, func(s string) bool { return strings.HasPrefix(s, "--on-shutdown") }) {
+	has := func(flag string) bool {
+		return slices.ContainsFunc(args, func(s string) bool { return strings.HasPrefix(s, flag) })
+	}
+	if !has("--on-shutdown") {
 		args = append(args, "--on-shutdown=destroy")
+	}
+	if !has("--pool") { // a pool comes and goes in the pictures of what is there
+		args = append(args, "--pool=0")
 	}
 	if err := a.start(args...); err != nil {
 		t.Fatal(err)

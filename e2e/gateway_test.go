@@ -9,9 +9,19 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"connectrpc.com/connect"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/api/process"
+	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
 )
 
 // viaHeaders and viaHost are the two ways to name a sandbox and a port.
@@ -105,17 +115,15 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 			if _, body, _ := answer(t, via(t, b, port, "GET", "/big")); len(body) != 3000000 || !strings.HasPrefix(b.sh("cat /srv/web/big.sha256"), sum(body)) {
 				t.Errorf("%d bytes, or others than were sent", len(body))
 			}
-			wantRefusal(t, via(t, b, 8124, "GET", "/"), 502, "8124", b.id)
+			wantRefusal(t, via(t, b, 8124, "GET", "/"), 502, "The sandbox is running but port is not open")
 			gone := &sandbox{t, b.a, "sb-0123456789abcdef"}
 			wantRefusal(t, via(t, gone, port, "GET", "/"), 404, gone.id)
-			for _, path := range []string{"/init", "/freeze", "/upgrade"} {
+			// However they are spelled.
+			for _, path := range []string{
+				"/init", "/freeze", "/unfreeze", "/fsfreeze", "/fsthaw", "/collapse", "/upgrade",
+				"//init", "/./init", "/x/../init", "/%69nit", "/%2finit", "/%2e/init", "/init/", "/init//", "/init?x=y", "/../init",
+			} {
 				wantRefusal(t, via(t, b, 49983, "POST", path), 404, "reserved")
-			}
-			// Nor by another spelling of the same path.
-			for _, path := range []string{"//init", "/./init", "/x/../init", "/%69nit", "/init/", "/init?x=y"} {
-				if status, body, _ := answer(t, via(t, b, 49983, "POST", path)); status < 300 {
-					t.Errorf("%s: HTTP %d %s", path, status, body)
-				}
 			}
 			if status, body, _ := answer(t, via(t, b, 49983, "GET", "/health")); status != 204 {
 				t.Errorf("envd's health: HTTP %d %s", status, body)
@@ -124,7 +132,8 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 				t.Fatal(err)
 			}
 			wantRefusal(t, via(t, b, port, "GET", "/"), 409, "paused")
-			wantRefusal(t, via(t, b, 49983, "GET", "/health"), 409, "paused")
+			wantRefusal(t, via(t, b, 49983, "GET", "/envs"), 409, "paused")
+			wantRefusal(t, via(t, b, 49983, "GET", "/health"), 502, "paused")
 			if err := b.resume(); err != nil {
 				t.Fatal(err)
 			}
@@ -228,4 +237,170 @@ nohup python3 /tmp/server.py >/dev/null 2>&1 & echo $! >/tmp/server.pid`)
 func sum(s string) string {
 	h := sha256.Sum256([]byte(s))
 	return hex.EncodeToString(h[:])
+}
+
+// echoServer runs testdata/echo at an address in the sandbox until stopped.
+func (b *sandbox) echoServer(addr string) (stop func()) {
+	b.t.Helper()
+	bin := filepath.Join(b.t.TempDir(), "echo")
+	build := exec.Command("go", "build", "-o", bin, "./testdata/echo")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		b.t.Fatalf("build echo: %v\n%s", err, out)
+	}
+	f, err := os.Open(bin)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	defer f.Close()
+	req := viaHeaders(b.t, b, 0, "POST", "/files?path=/tmp/echo")
+	req.Body = f
+	if status, body, _ := answer(b.t, req); status != 200 {
+		b.t.Fatalf("upload echo: HTTP %d %s", status, body)
+	}
+	pid := b.sh("chmod 755 /tmp/echo && (nohup /tmp/echo '" + addr + "' >/dev/null 2>&1 & echo $!)")
+	_, text, _ := net.SplitHostPort(addr)
+	port, err := strconv.Atoi(text)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	waitFor(b.t, "the echo server", func() bool {
+		status, _, _ := answer(b.t, viaHeaders(b.t, b, port, "GET", "/"))
+		return status == 200
+	})
+	return func() { b.sh("kill " + pid + "; rm -f /tmp/echo") }
+}
+
+// What a guest's server and its client send passes both ways at once, in the
+// protocol that they need, with trailers; one on the guest's loopback is
+// reached as well.
+func TestDataPlaneBothWays(t *testing.T) {
+	b := sharedBox(t)
+	defer b.echoServer("127.0.0.1:8126")()
+	h2c := new(http.Protocols)
+	h2c.SetUnencryptedHTTP2(true)
+	for name, c := range map[string]struct {
+		client      *http.Client
+		contentType string
+		want        string
+	}{
+		"HTTP/1.1":           {&http.Client{Transport: &http.Transport{}}, "text/plain", "HTTP/1.1"},
+		"h2c":                {&http.Client{Transport: &http.Transport{Protocols: h2c}}, "text/plain", "HTTP/1.1"},
+		"gRPC's way of HTTP": {&http.Client{Transport: &http.Transport{Protocols: h2c}}, "application/grpc", "HTTP/2.0"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			defer c.client.CloseIdleConnections()
+			body, lines := io.Pipe()
+			defer lines.Close()
+			req := viaHeaders(t, b, 8126, "POST", "/")
+			req.Body = body
+			req.Header.Set("Content-Type", c.contentType)
+			resp, err := c.client.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			if got := resp.Header.Get("X-Protocol"); got != c.want {
+				t.Errorf("the guest was spoken to in %s, want %s", got, c.want)
+			}
+			if got := resp.Header.Get("X-Headers"); strings.Contains(got, "Sandbox") || strings.Contains(got, "Token") || !strings.Contains(got, "X-Forwarded-For") {
+				t.Errorf("the guest got the headers %s", got)
+			}
+			r := bufio.NewReader(resp.Body)
+			for _, word := range []string{"both", "ways", "at once"} {
+				fmt.Fprintln(lines, word)
+				if line, err := r.ReadString('\n'); err != nil || line != strings.ToUpper(word)+"\n" {
+					t.Fatalf("sent %s, got %q, %v", word, line, err)
+				}
+			}
+			lines.Close()
+			if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 || resp.Trailer.Get("X-Lines") != "3" {
+				t.Errorf("at the end: %q, %v, trailers %v", rest, err, resp.Trailer)
+			}
+		})
+	}
+	t.Run("no connection is used twice", func(t *testing.T) {
+		_, _, first := answer(t, viaHeaders(t, b, 8126, "GET", "/"))
+		_, _, second := answer(t, viaHeaders(t, b, 8126, "GET", "/"))
+		if first.Get("X-Client") == second.Get("X-Client") {
+			t.Errorf("both came from %s", first.Get("X-Client"))
+		}
+	})
+	t.Run("a long header", func(t *testing.T) {
+		req := viaHeaders(t, b, 8126, "GET", "/")
+		req.Header.Set("X-Long", strings.Repeat("x", 100<<10))
+		if status, _, _ := answer(t, req); status != 431 {
+			t.Errorf("HTTP %d", status)
+		}
+	})
+}
+
+// gRPC reaches envd.
+func TestDataPlaneGRPC(t *testing.T) {
+	b := sharedBox(t)
+	h2c := new(http.Protocols)
+	h2c.SetUnencryptedHTTP2(true)
+	transport := &http.Transport{Protocols: h2c}
+	defer transport.CloseIdleConnections()
+	guest := processconnect.NewProcessClient(&http.Client{Transport: transport}, b.a.url, connect.WithGRPC())
+	req := connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "sh", Args: []string{"-c", "echo by gRPC; exit 3"}}})
+	req.Header().Set("E2b-Sandbox-Id", b.id)
+	stream, err := guest.Start(t.Context(), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	var out []byte
+	code := int32(-1)
+	for stream.Receive() {
+		out = append(out, stream.Msg().GetEvent().GetData().GetStdout()...)
+		if end := stream.Msg().GetEvent().GetEnd(); end != nil {
+			code = end.ExitCode
+		}
+	}
+	if stream.Err() != nil || string(out) != "by gRPC\n" || code != 3 {
+		t.Errorf("got %q, %d, %v", out, code, stream.Err())
+	}
+	missing := connect.NewRequest(&process.ConnectRequest{Process: &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: 1 << 30}}})
+	missing.Header().Set("E2b-Sandbox-Id", b.id)
+	gone, err := guest.Connect(t.Context(), missing)
+	if err == nil {
+		for gone.Receive() {
+		}
+		err = gone.Err()
+	}
+	wantCode(t, err, connect.CodeNotFound, "not found")
+}
+
+// A sandbox does not expire under an open stream, but when that has ended.
+func TestDataPlaneIsActivity(t *testing.T) {
+	a := sharedAgent(t)
+	b := a.create(t, &hostagentv1.CreateSandboxRequest{MemoryMb: 256, TimeoutSec: 2})
+	b.sh("(nohup python3 -m http.server 8127 >/dev/null 2>&1 &)")
+	waitFor(t, "the guest's web server", func() bool {
+		status, _, _ := answer(t, viaHeaders(t, b, 8127, "HEAD", "/"))
+		return status == 200
+	})
+	conn, err := net.Dial("tcp", a.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	fmt.Fprintf(conn, "CONNECT 8127-%s.x:80 HTTP/1.1\r\nHost: x\r\n\r\n", b.id)
+	resp, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: "CONNECT"})
+	if err != nil || resp.StatusCode != 200 {
+		t.Fatalf("connect: %v, %v", resp, err)
+	}
+	for began := time.Now(); time.Since(began) < 4*time.Second; time.Sleep(100 * time.Millisecond) {
+		if s := b.info(); s == nil || s.Status != "running" {
+			t.Fatalf("after %s of an open connection: %v", time.Since(began), s)
+		}
+	}
+	conn.Close()
+	took := b.waitStopped("expired")
+	t.Logf("expired %s after the connection's end", took)
+	if took < time.Second || took > 10*time.Second {
+		t.Errorf("expired after %s", took)
+	}
+	wantRefusal(t, viaHeaders(t, b, 8127, "GET", "/"), 409, "stopped")
 }

@@ -100,6 +100,9 @@ func TestGuestNetworkSetUp(t *testing.T) {
 	if got := b.sh("ls /sys/class/net"); strings.Join(strings.Fields(got), " ") != "eth0 lo" {
 		t.Errorf("links are %q", got)
 	}
+	if got := b.sh("cat /proc/net/if_inet6"); strings.Contains(got, "eth0") || !strings.Contains(got, "lo") {
+		t.Errorf("IPv6 addresses are %q, want the loopback's alone", got)
+	}
 	var servers []netip.Addr
 	for line := range strings.Lines(b.sh("cat /etc/resolv.conf")) {
 		if f := strings.Fields(line); len(f) == 2 && f[0] == "nameserver" {

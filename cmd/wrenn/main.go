@@ -23,19 +23,65 @@ type exitError int
 
 func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	// A second signal ends the program the hard way.
-	context.AfterFunc(ctx, stop)
-	err := newRoot().ExecuteContext(ctx)
-	var exit exitError
-	switch {
-	case errors.As(err, &exit):
-		os.Exit(int(exit))
-	case err != nil:
-		fmt.Fprintln(os.Stderr, "wrenn: "+explain(err))
-		os.Exit(1)
+// statusError is an error that ends the program with a status of its own.
+type statusError struct {
+	status int
+	err    error
+}
+
+func (e *statusError) Error() string { return e.err.Error() }
+func (e *statusError) Unwrap() error { return e.err }
+
+// signalError is why the program's context ended.
+type signalError struct{ syscall.Signal }
+
+func (e signalError) Error() string { return e.Signal.String() + " signal received" }
+
+// signalled is the exit status of a program that a signal ended.
+func signalled(ctx context.Context) (status int, ok bool) {
+	var sig signalError
+	if errors.As(context.Cause(ctx), &sig) {
+		return 128 + int(sig.Signal), true
 	}
+	return 0, false
+}
+
+// untilSignal returns a context that the first signal to end ends. A second
+// one ends the program the hard way.
+func untilSignal() context.Context {
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // nohup
+		signals = append(signals, syscall.SIGHUP)
+	}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	received := make(chan os.Signal, 1)
+	signal.Notify(received, signals...)
+	go func() {
+		sig := <-received
+		signal.Reset(signals...)
+		cancel(signalError{sig.(syscall.Signal)})
+	}()
+	return ctx
+}
+
+func main() {
+	ctx := untilSignal()
+	err := newRoot().ExecuteContext(ctx)
+	if err == nil {
+		return
+	}
+	status := 1
+	var exit exitError
+	var own *statusError
+	if errors.As(err, &exit) {
+		os.Exit(int(exit))
+	} else if errors.As(err, &own) {
+		status = own.status
+	} else if n, ok := signalled(ctx); ok {
+		status = n
+	}
+	fmt.Fprintln(os.Stderr, "wrenn: "+explain(err))
+	os.Exit(status)
 }
 
 // explain is an error as a person wants to read it, with the next step.
@@ -81,7 +127,7 @@ Then, as anybody who may reach the agent:
 		}
 	}
 	add("host", newSetup(), newServe(), newDoctor())
-	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newPause(c), newResume(c), newRm(c),
+	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newShell(c), newCp(c), newTop(c), newPort(c), newPause(c), newResume(c), newRm(c),
 		newTimeout(c), newInspect(c), newLogs(c), newEvents(c))
 	root.AddCommand(newVersion(c))
 	return root

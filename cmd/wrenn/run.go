@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,7 +16,9 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
+	"git.omukk.dev/wrenn/sandbox/api/filesystem/filesystemconnect"
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
 )
@@ -23,6 +27,7 @@ import (
 type command struct {
 	env         []string
 	cwd         string
+	user        string
 	interactive bool
 	tty         bool
 }
@@ -30,50 +35,72 @@ type command struct {
 func (x *command) flags(cmd *cobra.Command) {
 	cmd.Flags().StringArrayVarP(&x.env, "env", "e", nil, "set NAME=VALUE for the command; may be repeated")
 	cmd.Flags().StringVarP(&x.cwd, "workdir", "w", "", "directory of the command in the sandbox")
-	cmd.Flags().BoolVarP(&x.interactive, "interactive", "i", false, "connect stdin (not supported yet)")
-	cmd.Flags().BoolVarP(&x.tty, "tty", "t", false, "give the command a terminal (not supported yet)")
+	cmd.Flags().StringVarP(&x.user, "user", "u", "", "user of the command in the sandbox")
+	cmd.Flags().BoolVarP(&x.interactive, "interactive", "i", false, "connect stdin")
+	cmd.Flags().BoolVarP(&x.tty, "tty", "t", false, "run the command in this terminal")
 	cmd.Flags().SetInterspersed(false) // flags behind the command are its own
 }
 
-func (x *command) config(args []string) (*process.ProcessConfig, error) {
-	if x.interactive || x.tty {
-		return nil, errors.New("-i and -t are not supported yet: commands run without stdin and without a terminal; " +
-			"pass input in the command itself, as in `wrenn exec ID -- sh -c 'echo hello | cat'`")
+// session is the command connected as the flags say.
+func (x *command) session(args []string) (*session, error) {
+	s := &session{
+		config: &process.ProcessConfig{Cmd: args[0], Args: args[1:], Envs: map[string]string{}},
+		user:   x.user, stdout: os.Stdout, stderr: os.Stderr,
 	}
-	config := &process.ProcessConfig{Cmd: args[0], Args: args[1:], Envs: map[string]string{}}
 	for _, kv := range x.env {
 		name, value, ok := strings.Cut(kv, "=")
 		if !ok || name == "" {
 			return nil, fmt.Errorf("--env %q is not of the form NAME=VALUE", kv)
 		}
-		config.Envs[name] = value
+		s.config.Envs[name] = value
 	}
 	if x.cwd != "" {
-		config.Cwd = &x.cwd
+		s.config.Cwd = &x.cwd
 	}
-	return config, nil
+	if x.interactive || x.tty {
+		s.stdin = os.Stdin
+	}
+	if x.tty {
+		if !term.IsTerminal(int(os.Stdin.Fd())) {
+			return nil, errors.New("-t needs a terminal, and stdin is none; -i alone connects stdin whatever it is")
+		}
+		// What a terminal that closes leaves behind, nobody would find.
+		s.terminal, s.tied = os.Stdin, true
+	}
+	return s, nil
 }
 
-// guestHeaders names a sandbox to the data plane.
-func guestHeaders(id string) connect.Interceptor {
-	return headerInterceptor{id}
+// dataPlane speaks to the guests over the agent's proxy.
+var dataPlane = &http.Client{Transport: refusals{http.DefaultTransport}}
+
+// processes and filesystem are clients of a sandbox's envd, which act as user.
+func (c *client) processes(id, user string) processconnect.ProcessClient {
+	return processconnect.NewProcessClient(dataPlane, c.host, connect.WithInterceptors(guestHeaders{id, user}))
 }
 
-type headerInterceptor struct{ id string }
+func (c *client) filesystem(id, user string) filesystemconnect.FilesystemClient {
+	return filesystemconnect.NewFilesystemClient(dataPlane, c.host, connect.WithInterceptors(guestHeaders{id, user}))
+}
 
-func (h headerInterceptor) set(header http.Header) {
+// guestHeaders names a sandbox and a user in it to the data plane.
+type guestHeaders struct{ id, user string }
+
+func (h guestHeaders) set(header http.Header) {
 	header.Set("E2b-Sandbox-Id", h.id)
 	header.Set("Keepalive-Ping-Interval", "50")
+	if h.user != "" {
+		header.Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(h.user+":")))
+	}
 }
 
-func (h headerInterceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+func (h guestHeaders) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		h.set(req.Header())
 		return next(ctx, req)
 	}
 }
 
-func (h headerInterceptor) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+func (h guestHeaders) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
 	return func(ctx context.Context, spec connect.Spec) connect.StreamingClientConn {
 		conn := next(ctx, spec)
 		h.set(conn.RequestHeader())
@@ -81,7 +108,7 @@ func (h headerInterceptor) WrapStreamingClient(next connect.StreamingClientFunc)
 	}
 }
 
-func (h headerInterceptor) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+func (h guestHeaders) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return next
 }
 
@@ -98,14 +125,22 @@ func (r refusals) RoundTrip(req *http.Request) (*http.Response, error) {
 	if !ok {
 		return resp, nil
 	}
-	defer resp.Body.Close()
-	var refusal struct{ Message string }
-	data, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+	data, err := io.ReadAll(io.LimitReader(resp.Body, 1<<20))
+	resp.Body.Close()
+	var refusal struct {
+		Code    json.RawMessage
+		Message string
+	}
 	if err == nil {
 		err = json.Unmarshal(data, &refusal)
 	}
 	if err != nil || refusal.Message == "" {
 		return nil, connect.NewError(code, fmt.Errorf("the host answered %s", resp.Status))
+	}
+	if bytes.HasPrefix(refusal.Code, []byte(`"`)) {
+		// A code with a name is the guest's own error in Connect's form.
+		resp.Body = io.NopCloser(bytes.NewReader(data))
+		return resp, nil
 	}
 	return nil, connect.NewError(code, errors.New(refusal.Message))
 }
@@ -117,59 +152,6 @@ var refusalCodes = map[int]connect.Code{
 	http.StatusConflict:           connect.CodeFailedPrecondition,
 	http.StatusBadGateway:         connect.CodeUnavailable,
 	http.StatusServiceUnavailable: connect.CodeUnavailable,
-}
-
-// stream runs a command in a sandbox, its output on ours, and returns its exit
-// status. When ctx ends the command is killed.
-func (c *client) stream(ctx context.Context, id string, config *process.ProcessConfig) (int, error) {
-	guest := processconnect.NewProcessClient(&http.Client{Transport: refusals{http.DefaultTransport}}, c.host, connect.WithInterceptors(guestHeaders(id)))
-	// Not ctx itself: the end of the stream is awaited after an interrupt, too.
-	life, hangUp := context.WithCancel(context.WithoutCancel(ctx))
-	defer hangUp()
-	events, err := guest.Start(life, connect.NewRequest(&process.StartRequest{Process: config, Stdin: new(bool)}))
-	if err != nil {
-		return 0, err
-	}
-	defer events.Close()
-	for events.Receive() {
-		switch event := events.Msg().GetEvent().GetEvent().(type) {
-		case *process.ProcessEvent_Start:
-			stop := context.AfterFunc(ctx, func() { interrupt(guest, event.Start.Pid, hangUp) })
-			defer stop()
-		case *process.ProcessEvent_Data:
-			if out := event.Data.GetStdout(); len(out) > 0 {
-				if _, err := os.Stdout.Write(out); err != nil {
-					return 0, fmt.Errorf("write output: %w", err)
-				}
-			}
-			if out := event.Data.GetStderr(); len(out) > 0 {
-				os.Stderr.Write(out)
-			}
-		case *process.ProcessEvent_End:
-			return exitStatus(event.End), nil
-		}
-	}
-	if err := events.Err(); err != nil {
-		return 0, err
-	}
-	return 0, errors.New("the stream ended before the command did; whether it still runs is unknown")
-}
-
-// interrupt asks a process to end, then insists, then leaves.
-func interrupt(guest processconnect.ProcessClient, pid uint32, hangUp func()) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	send := func(signal process.Signal) {
-		guest.SendSignal(ctx, connect.NewRequest(&process.SendSignalRequest{
-			Process: &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: pid}}, Signal: signal,
-		}))
-	}
-	send(process.Signal_SIGNAL_SIGTERM)
-	grace := time.NewTimer(2 * time.Second)
-	defer grace.Stop()
-	<-grace.C
-	send(process.Signal_SIGNAL_SIGKILL)
-	hangUp()
 }
 
 // exitStatus is a process's end as shells count it.
@@ -192,11 +174,16 @@ func newExec(c *client) *cobra.Command {
 		Use:   "exec ID [--] COMMAND [ARG...]",
 		Short: "Run a command in a running sandbox",
 		Long: `Run a command in a running sandbox. Its output comes as it is written; the exit
-status is the command's own, or 128+N when signal N ended it.`,
-		Example: "  wrenn exec 3fa -- sh -c 'echo $HOME; exit 3'",
+status is the command's own, 128+N when signal N ended it, 127 when it does not
+exist, 126 when it cannot be executed.
+
+With -i the command reads our stdin, with -t it runs in our terminal: keys,
+Ctrl-C too, go to it. Without -t, Ctrl-C ends the command, and the exit status
+is 130.`,
+		Example: "  wrenn exec 3fa -- sh -c 'echo $HOME; exit 3'\n  wrenn exec -it 3fa -- python3\n  tar c dir | wrenn exec -i 3fa -- tar x -C /tmp",
 		Args:    cobra.MinimumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			config, err := x.config(withoutDash(args[1:]))
+			s, err := x.session(withoutDash(args[1:]))
 			if err != nil {
 				return err
 			}
@@ -204,7 +191,7 @@ status is the command's own, or 128+N when signal N ended it.`,
 			if err != nil {
 				return err
 			}
-			return exit(c.stream(cmd.Context(), id, config))
+			return exit(c.run(cmd.Context(), id, s))
 		},
 	}
 	x.flags(cmd)
@@ -226,6 +213,40 @@ func exit(status int, err error) error {
 	return err
 }
 
+func newShell(c *client) *cobra.Command {
+	var user string
+	cmd := &cobra.Command{
+		Use:   "shell ID",
+		Short: "Open a shell in a running sandbox",
+		Long: `Open a login shell, bash or else sh, in a running sandbox; the exit status is
+the shell's. The shell and what runs in it end when the connection does. Where
+stdin is no terminal, the shell reads its commands from it.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := c.resolve(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			x := command{user: user, interactive: true, tty: term.IsTerminal(int(os.Stdin.Fd()))}
+			var missing *statusError
+			for _, shell := range []string{"bash", "sh"} {
+				var s *session
+				if s, err = x.session([]string{shell, "-l"}); err != nil {
+					return err
+				}
+				var status int
+				status, err = c.run(cmd.Context(), id, s)
+				if !errors.As(err, &missing) || missing.status != notFoundStatus {
+					return exit(status, err)
+				}
+			}
+			return err
+		},
+	}
+	cmd.Flags().StringVarP(&user, "user", "u", "", "user of the shell in the sandbox")
+	return cmd
+}
+
 func newRun(c *client) *cobra.Command {
 	var s size
 	var x command
@@ -234,10 +255,10 @@ func newRun(c *client) *cobra.Command {
 		Short: "Run a command in a sandbox of its own, destroyed afterwards",
 		Long: `Create a sandbox, run a command in it with its output here, destroy the sandbox,
 and exit with the command's status.`,
-		Example: "  wrenn run -- sh -c 'uname -a; id'\n  wrenn run -m 1g -- python3 -c 'print(6*7)'",
+		Example: "  wrenn run -- sh -c 'uname -a; id'\n  wrenn run -m 1g -it -- bash",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			config, err := x.config(args)
+			session, err := x.session(args)
 			if err != nil {
 				return err
 			}
@@ -252,7 +273,7 @@ and exit with the command's status.`,
 					fmt.Fprintf(os.Stderr, "wrenn: sandbox %s is still there: %s\n", sandbox.SandboxId, explain(derr))
 				}
 			}()
-			return exit(c.stream(cmd.Context(), sandbox.SandboxId, config))
+			return exit(c.run(cmd.Context(), sandbox.SandboxId, session))
 		},
 	}
 	s.flags(cmd)

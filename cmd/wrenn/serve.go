@@ -29,7 +29,11 @@ import (
 
 const defaultStateDir = "/var/lib/wrenn"
 
-// hostConfig is what setup, serve and doctor know of the host.
+func stateDirFlag(cmd *cobra.Command, dir *string) {
+	cmd.Flags().StringVar(dir, "state-dir", env("WRENN_STATE_DIR", defaultStateDir), "directory of kernels, templates, disks and records (env WRENN_STATE_DIR)")
+}
+
+// hostConfig is what serve and doctor know of the host.
 type hostConfig struct {
 	stateDir string
 	vmm      string
@@ -40,7 +44,7 @@ type hostConfig struct {
 func (c *hostConfig) flags(cmd *cobra.Command) {
 	plan := network.DefaultPlan()
 	f := cmd.Flags()
-	f.StringVar(&c.stateDir, "state-dir", env("WRENN_STATE_DIR", defaultStateDir), "directory of kernels, templates, disks and records (env WRENN_STATE_DIR)")
+	stateDirFlag(cmd, &c.stateDir)
 	f.StringVar(&c.vmm, "vmm", env("WRENN_VMM", "auto"), "VMM to run sandboxes with: auto or qemu (env WRENN_VMM)")
 	f.StringVar(&c.hosts, "host-range", env("WRENN_HOST_RANGE", plan.Hosts.String()), "IPv4 /16 by which the host sees its sandboxes (env WRENN_HOST_RANGE)")
 	f.StringVar(&c.links, "link-range", env("WRENN_LINK_RANGE", plan.Veths.String()), "IPv4 /16 of the links between host and sandboxes (env WRENN_LINK_RANGE)")
@@ -98,6 +102,8 @@ type serveConfig struct {
 	insecure   bool
 	onShutdown string
 	dns        string
+	egress     string
+	pool       int
 	overlayMiB int
 	capacity   sandbox.Capacity
 	boot       time.Duration
@@ -134,6 +140,8 @@ adopts those that run.`,
 	f.BoolVar(&c.insecure, "insecure", false, "let --listen name an address that others can reach; the API has no authentication")
 	f.StringVar(&c.onShutdown, "on-shutdown", env("WRENN_ON_SHUTDOWN", "leave"), "what becomes of sandboxes: leave (for the next agent) or destroy (env WRENN_ON_SHUTDOWN)")
 	f.StringVar(&c.dns, "dns", env("WRENN_DNS", ""), "resolvers of the guests, comma-separated; the host's own when empty (env WRENN_DNS)")
+	f.StringVar(&c.egress, "egress", env("WRENN_EGRESS", string(network.Public)), "what sandboxes may reach: public (the internet, no private networks), none, or all (env WRENN_EGRESS)")
+	f.IntVar(&c.pool, "pool", 4, "networks kept built ahead of use")
 	f.IntVar(&c.overlayMiB, "disk", 4096, "size of each sandbox's disk in MiB; it takes only what is written")
 	f.IntVar(&c.capacity.Sandboxes, "max-sandboxes", 1000, "most sandboxes at a time")
 	f.IntVar(&c.capacity.VCPUs, "max-vcpus", 32*cpus, "most virtual CPUs of all sandboxes together")
@@ -166,7 +174,11 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 	if c.logFormat != "text" && c.logFormat != "json" {
 		errs = append(errs, fmt.Errorf("--log-format %q is unknown: use text or json", c.logFormat))
 	}
+	if _, err := network.ParseMode(c.egress); err != nil {
+		errs = append(errs, fmt.Errorf("--egress: %w", err))
+	}
 	for name, n := range map[string]int{
+		"pool": c.pool + 1,
 		"disk": c.overlayMiB - 63, "max-sandboxes": c.capacity.Sandboxes, "max-vcpus": c.capacity.VCPUs,
 		"max-memory": c.capacity.MemMiB, "max-starts": c.capacity.Starts,
 	} {
@@ -241,7 +253,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	defer listener.Close()
 
 	cfg := c.managerConfig(plan, templates, log)
-	net := network.New(plan, network.Options{Log: log})
+	net := network.New(plan, network.Options{Egress: network.Policy{Mode: network.Mode(c.egress)}, Resolvers: dns, Pool: c.pool, Log: log})
 	cfg.Driver, cfg.Network = driver, net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
 	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused = c.boot, c.keep, c.keepPaused
@@ -250,15 +262,21 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 		return err
 	}
 	log.Info("state taken over: "+found.String(), "dir", c.stateDir)
+	pool, endPool := context.WithCancel(context.WithoutCancel(ctx))
+	pooled := make(chan struct{})
+	go func() { defer close(pooled); net.Run(pool) }()
+	defer func() { endPool(); <-pooled }()
 
 	version := server.Version{Version: buildVersion(), VMM: driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")"}
 	mux := http.NewServeMux()
 	mux.Handle(server.New(manager, version, log))
 	mux.Handle("/", server.Health(manager))
+	mux.Handle("GET /metrics", server.Metrics(manager))
 	srv := &http.Server{
 		Handler:           gateway.New(manager, mux, log),
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       10 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		Protocols:         new(http.Protocols),
 	}
@@ -283,6 +301,8 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	merr := manager.Shutdown(end, c.onShutdown == "destroy")
 	srv.Close()
 	<-drained
+	endPool()
+	<-pooled
 	if merr == nil && len(manager.List(false)) == 0 {
 		// Nothing needs the host's rules and routes any more.
 		merr = net.Teardown(end)

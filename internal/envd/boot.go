@@ -68,6 +68,10 @@ func Boot(log *slog.Logger) (BootParams, error) {
 		defer close(b.grouped)
 		b.cgroups()
 	}()
+	// Only IPv4 passes a sandbox's tap: on a link addresses that nobody can use
+	// are work for the driver at moments that nobody chose. For the links to
+	// come; the loopback keeps its own. A kernel without IPv6 is as good.
+	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0o644)
 	if err := loadModules("/modules"); err != nil {
 		return BootParams{}, err
 	}

@@ -54,7 +54,7 @@ func groups(t *testing.T, dir string) int {
 
 func TestCgroupCatchesWhoeverLeftTheSession(t *testing.T) {
 	dir := cgroupDir(t)
-	_, url := serve(t, Config{CgroupRoot: dir})
+	s, url := serve(t, Config{CgroupRoot: dir})
 	msg := bySh(`trap '' TERM; cat /proc/self/cgroup; setsid sh -c 'trap "" TERM; echo away $$; exec sleep 100' & wait`)
 	e, _ := start(t, processClient(url), msg, "Connect-Timeout-Ms", "500", lifetimeHeader, lifetimeStream)
 	got := readUntil(t, e, "away ")
@@ -63,7 +63,8 @@ func TestCgroupCatchesWhoeverLeftTheSession(t *testing.T) {
 	}
 	for e.Receive() {
 	}
-	eventually(t, "the cgroup to be removed", func() bool { return groups(t, dir) == 0 })
+	// PID 1 sweeps whenever it has reaped an orphan.
+	eventually(t, "the cgroup to be removed", func() bool { s.processes.cgroups.sweep(); return groups(t, dir) == 0 })
 }
 
 func TestCgroupGoesWithItsLastProcess(t *testing.T) {

@@ -106,7 +106,7 @@ func New(c Config) *Server {
 	mux.HandleFunc("POST /files/compose", s.compose)
 	mux.Handle(processconnect.NewProcessHandler(processService{s}, options))
 	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystemService{s}, options))
-	s.handler = cors(s.guard(mux))
+	s.handler = cors(s.guard(s.tunnels(mux)))
 	return s
 }
 

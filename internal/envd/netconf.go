@@ -50,6 +50,15 @@ func upEthernet(p BootParams) error {
 	return nil
 }
 
+// downEthernet takes eth0 down, if there is one.
+func downEthernet() error {
+	eth, err := netlink.LinkByName("eth0")
+	if err != nil {
+		return nil
+	}
+	return netlink.LinkSetDown(eth)
+}
+
 func waitLink(name string, timeout time.Duration) (netlink.Link, error) {
 	deadline := time.Now().Add(timeout)
 	for {

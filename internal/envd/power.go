@@ -33,6 +33,11 @@ func PowerOff(log *slog.Logger) {
 		_ = unix.Kill(-1, unix.SIGKILL)
 		awaitAlone(time.Second)
 	}
+	// The kernel's way down resets the network card while the link is up, and
+	// whatever then still wants something of it waits in a busy loop for ever.
+	if err := downEthernet(); err != nil {
+		log.Warn("take eth0 down", "err", err)
+	}
 	unix.Sync()
 	// Without ACPI nothing can switch the machine off; a restart ends the
 	// VMM as well.

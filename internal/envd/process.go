@@ -205,6 +205,11 @@ func (ps *processes) run(p *process, files *stdio, c command) {
 	}
 
 	p.ending = endEvent(status)
+	if err != nil {
+		// Nobody knows how it ended: that is no success.
+		text := "exit status unknown"
+		p.ending = &processv1.ProcessEvent_EndEvent{ExitCode: -1, Status: text, Error: &text}
+	}
 	if p.cgroup != nil {
 		if n := p.cgroup.oomKills(); n > 0 {
 			text := "out of memory: " + p.ending.GetStatus()

@@ -167,11 +167,14 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	b.tryHold("created")
 
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.draining { // began meanwhile, and has not seen this box
+	draining := m.draining // began meanwhile, and has not seen this box
+	if !draining {
+		m.boxes[id] = b
+	}
+	m.mu.Unlock()
+	if draining {
 		return nil, errdefs.Unavailable.Errorf("the host is shutting down")
 	}
-	m.boxes[id] = b
 	temp.Keep()
 	m.tell(Event{Time: now, ID: id, To: Creating})
 	return b, nil

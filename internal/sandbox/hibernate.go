@@ -133,17 +133,20 @@ func (m *Manager) letGo(b *box) error {
 		return errdefs.Unavailable.Errorf("sandbox %s is hibernated but not all of it could be freed yet; the host tries again by itself", b.id)
 	}
 	b.mu.Lock()
-	b.vm, b.failures = nil, 0
+	b.vm, b.naps = nil, 0
 	b.renew()
 	b.mu.Unlock()
 	if rec.Slot != 0 {
 		if err := m.cfg.Network.Release(rec.Slot); err != nil {
 			m.log.Error("slot not given back", "sandbox", b.id, "slot", rec.Slot, "err", err)
 		}
-		m.mu.Lock()
-		m.used = m.used.minus(rec.awake())
-		m.mu.Unlock()
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if rec.Slot != 0 {
+		m.used = m.used.minus(rec.awake())
+	}
+	m.settled(b)
 	return nil
 }
 
@@ -283,10 +286,20 @@ func (m *Manager) takeUpHibernated(ctx context.Context, b *box, found *Recovery)
 
 // postpone sets when the janitor tries again.
 func (m *Manager) postpone(b *box) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.failures == 0 {
+		m.pending++
+	}
 	b.failures++
-	b.retryAt = time.Now().Add(min(retryFirst<<min(b.failures-1, 10), retryMost))
+	b.retryAt = time.Now().Add(backOff(b.failures))
+}
+
+// backOff is the pause after so many failures in a row.
+func backOff(failures int) time.Duration {
+	return min(retryFirst<<min(failures-1, 10), retryMost)
 }
 
 // hibernateExpired is what the janitor does to an expired sandbox that is to
@@ -300,7 +313,10 @@ func (m *Manager) hibernateExpired(b *box) {
 	b.abort = abort
 	b.mu.Unlock()
 	if err := m.hibernate(ctx, b); err != nil {
-		m.postpone(b)
+		b.mu.Lock()
+		b.naps++
+		b.retryAt = time.Now().Add(backOff(b.naps))
+		b.mu.Unlock()
 		m.log.Error("expired sandbox not hibernated, will try again", "sandbox", b.id, "err", err)
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"runtime/debug"
@@ -120,8 +121,10 @@ type Manager struct {
 	mu       sync.Mutex
 	boxes    map[ID]*box
 	used     Resources
-	draining bool // no more creates
-	ended    bool // no more goroutines
+	ends     map[Reason]int // since the start
+	pending  int            // releases and slots that did not come off yet
+	draining bool           // no more creates
+	ended    bool           // no more goroutines
 }
 
 // box is a sandbox in memory.
@@ -145,7 +148,10 @@ type box struct {
 	leases int
 	// failures and retryAt belong to a release that did not finish.
 	failures int
-	retryAt  time.Time
+	// naps counts the times in a row that it could not be hibernated when it
+	// expired.
+	naps    int
+	retryAt time.Time
 }
 
 func newBox(rec Record) *box {
@@ -322,6 +328,29 @@ func (m *Manager) List(stopped bool) []Info {
 		return strings.Compare(string(a.ID), string(b.ID))
 	})
 	return infos
+}
+
+// Stats are the manager's numbers at one moment.
+type Stats struct {
+	States map[State]int
+	// Ended counts since the manager opened.
+	Ended           map[Reason]int
+	Reserved, Limit Resources
+	// Pending counts what could not be freed yet.
+	Pending int
+}
+
+// Stats returns the manager's numbers. It never waits for an operation.
+func (m *Manager) Stats() Stats {
+	s := Stats{States: map[State]int{}, Ended: map[Reason]int{}}
+	for _, info := range m.List(true) {
+		s.States[info.State]++
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	maps.Copy(s.Ended, m.ends)
+	s.Reserved, s.Limit, s.Pending = m.used, m.cfg.Capacity.Resources, m.pending
+	return s
 }
 
 // Draining says whether the manager has begun to shut down.

@@ -63,9 +63,18 @@ func (r *rig) start() {
 }
 
 func (r *rig) tryStart(ctx context.Context) error {
+	f := r.faults
 	m, found, err := Open(ctx, r.config())
 	if err != nil {
 		return err
+	}
+	f.mu.Lock()
+	dead := f.dead
+	f.mu.Unlock()
+	if dead { // killed while it started, and let go on only to end
+		m.end()
+		m.lock.release()
+		return errFault
 	}
 	r.Manager, r.found = m, found
 	r.t.Cleanup(func() {

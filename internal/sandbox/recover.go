@@ -51,6 +51,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		cfg: cfg, log: cfg.Log, lock: lock,
 		starts: make(chan struct{}, cfg.Capacity.Starts),
 		boxes:  map[ID]*box{},
+		ends:   map[Reason]int{},
 	}
 	m.life, m.end = context.WithCancel(context.Background())
 	found, err := m.recover(ctx)
@@ -147,6 +148,7 @@ func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool,
 		}
 		if !m.closeStray(ctx, s) {
 			m.fenced = append(m.fenced, s)
+			m.pending++
 			continue
 		}
 		found.Strays = append(found.Strays, fmt.Sprintf("slot %d", s))

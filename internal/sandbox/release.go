@@ -88,7 +88,7 @@ func (m *Manager) release(b *box, reason Reason, detail string) error {
 	if err := m.move(b, Stopped, func(r *Record) { r.VM = nil }); err != nil {
 		return err
 	}
-	m.giveBack(rec)
+	m.giveBack(b, rec)
 	if rec.Reason == Destroyed || reason == Destroyed {
 		return m.forget(b)
 	}
@@ -131,7 +131,7 @@ func (m *Manager) freeHost(ctx context.Context, b *box, rec Record) error {
 }
 
 // giveBack returns the slot and the capacity of a freed record.
-func (m *Manager) giveBack(rec Record) {
+func (m *Manager) giveBack(b *box, rec Record) {
 	if rec.Slot != 0 {
 		if err := m.cfg.Network.Release(rec.Slot); err != nil {
 			m.log.Error("slot not given back", "sandbox", rec.ID, "slot", rec.Slot, "err", err)
@@ -140,6 +140,18 @@ func (m *Manager) giveBack(rec Record) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.used = m.used.minus(rec.takes())
+	m.ends[rec.Reason]++
+	m.settled(b)
+}
+
+// settled ends a series of failures. Called with Manager.mu held.
+func (m *Manager) settled(b *box) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.failures > 0 {
+		m.pending--
+		b.failures = 0
+	}
 }
 
 // forget drops a stopped sandbox. Called with the op lock held.
@@ -170,7 +182,11 @@ func (m *Manager) janitor() {
 			m.sweep(time.Now())
 		case <-fences.C:
 			ctx, cancel := context.WithTimeout(m.life, releaseTimeout)
+			before := len(m.fenced)
 			m.fenced = slices.DeleteFunc(m.fenced, func(s network.Slot) bool { return m.closeStray(ctx, s) })
+			m.mu.Lock()
+			m.pending -= before - len(m.fenced)
+			m.mu.Unlock()
 			cancel()
 		case <-m.life.Done():
 			return
@@ -222,7 +238,7 @@ func (m *Manager) expired(b *box, now time.Time) bool {
 	switch {
 	case b.leases > 0:
 		return false
-	case b.rec.State == Running && b.rec.OnTimeout == HibernateOnTimeout && b.failures > 0 && now.Before(b.retryAt):
+	case b.rec.State == Running && b.naps > 0 && now.Before(b.retryAt):
 		return false
 	case b.rec.State == Running:
 		return b.rec.Timeout > 0 && !now.Before(b.rec.LastActiveAt.Add(b.rec.Timeout))

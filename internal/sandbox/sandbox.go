@@ -107,6 +107,9 @@ const (
 	Lost         Reason = "lost"
 )
 
+// Reasons returns all reasons.
+func Reasons() []Reason { return []Reason{Destroyed, Expired, CreateFailed, VMExited, Lost} }
+
 // Record is all that is known of a sandbox, as it is kept on disk.
 type Record struct {
 	Version int    `json:"version"`

@@ -4,6 +4,7 @@ package testenv
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 )
@@ -43,4 +44,12 @@ func StateDir(t testing.TB) string {
 		t.Fatalf("%s is not prepared: %v", StateDirEnv, err)
 	}
 	return dir
+}
+
+// Program skips the test unless a program is installed.
+func Program(t testing.TB, name string) {
+	t.Helper()
+	if _, err := exec.LookPath(name); err != nil {
+		missing(t, name, "install it")
+	}
 }

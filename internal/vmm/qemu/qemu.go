@@ -146,11 +146,14 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		}
 		return err
 	})
-	if exit, ok := v.ended(err); ok {
+	exit, ended := v.ended(err)
+	switch {
+	case ended && exit.Signal != 0: // somebody killed it: its own words are empty
+		return nil, errdefs.Unavailable.Errorf("the vmm %s while it started", exit)
+	case ended:
 		// Unclassed: QEMU's own words name the host's files.
 		return nil, fmt.Errorf("qemu %s: %s", exit, exit.Detail)
-	}
-	if err != nil {
+	case err != nil:
 		return nil, err
 	}
 	steps.Keep()

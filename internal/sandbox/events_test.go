@@ -1,0 +1,192 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+// history reads what is remembered beyond a cursor.
+func (r *rig) history(after uint64) (lines []string) {
+	r.t.Helper()
+	err := r.Events(r.t.Context(), after, false, func(e Event) error {
+		lines = append(lines, fmt.Sprintf("%d %s %s %s", e.Cursor, e.From, e.To, e.Reason))
+		return nil
+	})
+	if err != nil {
+		r.t.Fatalf("events: %v", err)
+	}
+	return lines
+}
+
+func TestEventsTellALife(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	if err := errors.Join(r.Pause(t.Context(), id), r.Resume(t.Context(), id), r.Destroy(t.Context(), id)); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{
+		"1  creating ", "2 creating running ", "3 running paused ", "4 paused running ",
+		"5 running stopping destroyed", "6 stopping stopped destroyed",
+	}
+	if got := r.history(0); !slices.Equal(got, want) {
+		t.Errorf("events are %q, want %q", got, want)
+	}
+	if got := r.history(4); !slices.Equal(got, want[4:]) {
+		t.Errorf("after 4: %q", got)
+	}
+
+	// The next agent remembers and goes on counting, also after a torn line.
+	r.die()
+	file := filepath.Join(r.dir, "state", "events.jsonl")
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND, 0)
+	if err == nil {
+		_, err = f.WriteString(`{"cursor":7,"ti`)
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	if got := r.history(0); !slices.Equal(got, want) {
+		t.Errorf("after the restart: %q", got)
+	}
+	r.create()
+	if got := r.history(6); len(got) != 2 || got[0] != "7  creating " {
+		t.Errorf("the next events are %q", got)
+	}
+	err = r.Events(t.Context(), 99, false, func(Event) error { return nil })
+	wantClass(t, err, errdefs.InvalidArgument)
+}
+
+func TestEventsThatAreForgotten(t *testing.T) {
+	l, err := openEvents(filepath.Join(t.TempDir(), "events"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.shut()
+	const n = 2*keptEvents + 10
+	for range n {
+		if err := l.add(Event{To: Creating}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, _, err = l.after(1)
+	wantClass(t, err, errdefs.NotFound)
+	events, _, err := l.after(0)
+	if err != nil || events[len(events)-1].Cursor != n || len(events) < keptEvents {
+		t.Errorf("%d events are kept, %v", len(events), err)
+	}
+}
+
+func TestEventsAreFollowed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		var seen []State
+		ended := make(chan error, 1)
+		go func() {
+			ended <- r.Events(ctx, 0, true, func(e Event) error { seen = append(seen, e.To); return nil })
+		}()
+		synctest.Wait()
+		r.create()
+		synctest.Wait()
+		if !slices.Equal(seen, []State{Creating, Running}) {
+			t.Errorf("seen %v", seen)
+		}
+		cancel()
+		if err := <-ended; !errors.Is(err, context.Canceled) {
+			t.Errorf("the watch ended with %v", err)
+		}
+	})
+}
+
+func TestSetTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		info, err := r.Create(t.Context(), CreateRequest{Timeout: time.Minute})
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := info.ID
+		time.Sleep(50 * time.Second)
+		set := func(d time.Duration) {
+			t.Helper()
+			info, err := r.SetTimeout(t.Context(), id, d)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := time.Now().Add(d); d > 0 && !info.ExpiresAt.Equal(want) || d == 0 && !info.ExpiresAt.IsZero() {
+				t.Errorf("expires at %s, want %s", info.ExpiresAt, want)
+			}
+		}
+		set(2 * time.Minute) // longer, counted from now
+		time.Sleep(110 * time.Second)
+		r.wantState(id, Running)
+		set(0) // never
+		time.Sleep(24 * time.Hour)
+		r.wantState(id, Running)
+		set(5 * time.Second) // shorter
+		time.Sleep(7 * time.Second)
+		if info := r.wantState(id, Stopped); info.Reason != Expired {
+			t.Errorf("reason %s", info.Reason)
+		}
+		for _, bad := range []time.Duration{-time.Second, MaxTimeout + time.Second} {
+			_, err := r.SetTimeout(t.Context(), id, bad)
+			wantClass(t, err, errdefs.InvalidArgument)
+		}
+		_, err = r.SetTimeout(t.Context(), id, time.Minute)
+		wantClass(t, err, errdefs.WrongState)
+	})
+}
+
+func TestPausedHaveTheirOwnRetention(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) { c.KeepPaused = time.Hour })
+		info, err := r.Create(t.Context(), CreateRequest{Timeout: time.Minute})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Pause(t.Context(), info.ID); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(59 * time.Minute)
+		r.wantState(info.ID, Paused)
+		time.Sleep(2 * time.Minute)
+		r.wantState(info.ID, Stopped)
+	})
+}
+
+// A slot whose stray network does not come off is fenced off and tried again.
+func TestStraySlotIsFencedAndRetried(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		stray := r.create()
+		r.die()
+		if err := (store{dir: r.store.dir}).forget(stray); err != nil {
+			t.Fatal(err)
+		}
+		r.faults.on("network.close", func(context.Context) error { return errFault })
+		r.start()
+		if n := r.Stats().Pending; n != 1 {
+			t.Errorf("%d are pending", n)
+		}
+		if info := r.wantState(r.create(), Running); info.HostIP == addr("10.11.0.1") {
+			t.Error("the fenced slot was handed out")
+		}
+		r.faults.on("network.close", nil)
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		if n := r.Stats().Pending; n != 0 {
+			t.Errorf("%d are still pending", n)
+		}
+	})
+}

@@ -1,0 +1,56 @@
+package server
+
+import (
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+)
+
+// metrics reads the manager's numbers when somebody asks for them; it keeps
+// none of its own.
+type metrics struct{ manager *sandbox.Manager }
+
+var (
+	sandboxesDesc = prometheus.NewDesc("wrenn_sandboxes", "Sandboxes by state.", []string{"state"}, nil)
+	endedDesc     = prometheus.NewDesc("wrenn_sandboxes_ended_total", "Sandboxes that ended since the agent started, by reason.", []string{"reason"}, nil)
+	usedDesc      = prometheus.NewDesc("wrenn_reserved", "What sandboxes have reserved of the host: sandboxes, vcpus, memory_mib, disk_mib.", []string{"resource"}, nil)
+	limitDesc     = prometheus.NewDesc("wrenn_limit", "What sandboxes may reserve of the host.", []string{"resource"}, nil)
+	fencedDesc    = prometheus.NewDesc("wrenn_cleanup_pending", "Sandboxes and slots that could not be freed yet.", nil, nil)
+)
+
+func (m metrics) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(m, ch) }
+
+func (m metrics) Collect(ch chan<- prometheus.Metric) {
+	gauge := func(d *prometheus.Desc, v int, labels ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)
+	}
+	stats := m.manager.Stats()
+	for _, state := range sandbox.States() {
+		gauge(sandboxesDesc, stats.States[state], string(state))
+	}
+	for _, reason := range sandbox.Reasons() {
+		ch <- prometheus.MustNewConstMetric(endedDesc, prometheus.CounterValue, float64(stats.Ended[reason]), string(reason))
+	}
+	for desc, r := range map[*prometheus.Desc]sandbox.Resources{usedDesc: stats.Reserved, limitDesc: stats.Limit} {
+		gauge(desc, r.Sandboxes, "sandboxes")
+		gauge(desc, r.VCPUs, "vcpus")
+		gauge(desc, r.MemMiB, "memory_mib")
+		gauge(desc, r.DiskMiB, "disk_mib")
+	}
+	gauge(fencedDesc, stats.Pending)
+}
+
+// Metrics answers GET /metrics in Prometheus' text format.
+func Metrics(manager *sandbox.Manager) http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(
+		metrics{manager},
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
+}

@@ -37,6 +37,8 @@ type CreateRequest struct {
 	MemMiB int
 	// Timeout is the inactivity after which the sandbox expires; 0 is never.
 	Timeout time.Duration
+	// OnTimeout is what happens then; destroy when empty.
+	OnTimeout OnTimeout
 }
 
 func (r *CreateRequest) check() error {
@@ -56,7 +58,7 @@ func (r *CreateRequest) check() error {
 	if r.MemMiB < MinMemMiB || r.MemMiB > MaxMemMiB {
 		errs = append(errs, fmt.Errorf("memory is %d MiB, must be %d to %d", r.MemMiB, MinMemMiB, MaxMemMiB))
 	}
-	errs = append(errs, checkTimeout(r.Timeout))
+	errs = append(errs, checkTimeout(r.Timeout), r.OnTimeout.check())
 	if err := errors.Join(errs...); err != nil {
 		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
@@ -86,7 +88,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 	took.begin()
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
-	b, err := m.reserve(ctx, req, abort)
+	b, err := m.reserve(ctx, req, tmpl.BaseSHA256, abort)
 	if err != nil {
 		return Info{}, fmt.Errorf("create sandbox: %w", err)
 	}
@@ -113,7 +115,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 
 // reserve takes capacity, a slot and an ID, and commits to them by writing the
 // record. The box comes back with its op lock held.
-func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.CancelCauseFunc) (_ *box, err error) {
+func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, abort context.CancelCauseFunc) (_ *box, err error) {
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 
@@ -154,6 +156,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: Creating,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
+		OnTimeout: req.OnTimeout, Base: base,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})

@@ -148,7 +148,10 @@ type box struct {
 	leases int
 	// failures and retryAt belong to a release that did not finish.
 	failures int
-	retryAt  time.Time
+	// naps counts the times in a row that it could not be hibernated when it
+	// expired.
+	naps    int
+	retryAt time.Time
 }
 
 func newBox(rec Record) *box {
@@ -383,14 +386,17 @@ func (m *Manager) Pause(ctx context.Context, id ID) error {
 	return nil
 }
 
-// Resume lets a paused sandbox go on, its clock set right. On error it stays
-// paused.
+// Resume lets a paused or hibernated sandbox go on, its clock set right. On
+// error it stays as it is.
 func (m *Manager) Resume(ctx context.Context, id ID) error {
 	b, ctx, end, err := m.begin(ctx, id, OpResume, "resumed")
 	if err != nil {
 		return err
 	}
 	defer end()
+	if b.state() == Hibernated {
+		return m.awaken(ctx, b)
+	}
 
 	err = b.vm.Resume(ctx)
 	if err == nil {
@@ -445,7 +451,11 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 		b.unhold()
 		return nil, nil, nil, err
 	}
-	ctx, stop := context.WithTimeoutCause(ctx, opTimeout, errdefs.Unavailable.Errorf("the vm did not answer within %s", opTimeout))
+	limit := opTimeout
+	if rec := b.record(); op == OpHibernate || rec.State == Hibernated {
+		limit = moveTimeout(rec)
+	}
+	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))
 	ctx, abort := context.WithCancelCause(ctx)
 	b.mu.Lock()
 	b.abort = abort

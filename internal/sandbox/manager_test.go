@@ -267,14 +267,14 @@ func TestStateTable(t *testing.T) {
 func TestOperationsByState(t *testing.T) {
 	may := map[State][]Operation{
 		Creating:   {OpDestroy},
-		Running:    {OpPause, OpCall, OpTimeout, OpDestroy},
-		Paused:     {OpResume, OpTimeout, OpDestroy},
-		Hibernated: {OpTimeout, OpDestroy},
+		Running:    {OpPause, OpHibernate, OpCall, OpTimeout, OpDestroy},
+		Paused:     {OpResume, OpHibernate, OpTimeout, OpDestroy},
+		Hibernated: {OpResume, OpTimeout, OpDestroy},
 		Stopping:   {OpDestroy},
 		Stopped:    {OpDestroy},
 	}
 	for _, state := range States() {
-		for _, op := range []Operation{OpPause, OpResume, OpCall, OpTimeout, OpDestroy} {
+		for _, op := range []Operation{OpPause, OpHibernate, OpResume, OpCall, OpTimeout, OpDestroy} {
 			err := check("sb-0", op, state)
 			if got := err == nil; got != slices.Contains(may[state], op) {
 				t.Errorf("%s of a %s sandbox: %v", op, state, err)

@@ -92,6 +92,7 @@ type size struct {
 	vcpus    int32
 	memory   string
 	timeout  time.Duration
+	then     string
 }
 
 func (s *size) flags(cmd *cobra.Command) {
@@ -99,6 +100,7 @@ func (s *size) flags(cmd *cobra.Command) {
 	cmd.Flags().Int32Var(&s.vcpus, "vcpus", 1, "number of virtual CPUs")
 	cmd.Flags().StringVarP(&s.memory, "memory", "m", "512", "memory in MiB, or with a unit: 512m, 2g")
 	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox after so long without activity (10m, 1h); 0 is never")
+	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens then: destroy, or hibernate to disk")
 }
 
 func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
@@ -111,7 +113,7 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 		return nil, err
 	}
 	return &hostagentv1.CreateSandboxRequest{
-		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout,
+		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then,
 	}, nil
 }
 
@@ -284,24 +286,27 @@ func (c *client) each(cmd *cobra.Command, refs []string, do func(ctx context.Con
 }
 
 func newPause(c *client) *cobra.Command {
-	return &cobra.Command{
+	var toDisk bool
+	cmd := &cobra.Command{
 		Use:   "pause ID...",
-		Short: "Stop the vCPUs of sandboxes; their memory stays",
+		Short: "Stop the vCPUs of sandboxes; their memory stays, or goes to disk",
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			return c.each(cmd, refs, func(ctx context.Context, id string) error {
-				_, err := c.agent().PauseSandbox(ctx, connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: id}))
+				_, err := c.agent().PauseSandbox(ctx, connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: id, ToDisk: toDisk}))
 				return err
 			})
 		},
 	}
+	cmd.Flags().BoolVar(&toDisk, "to-disk", false, "hibernate: write the memory to disk and end the VM")
+	return cmd
 }
 
 func newResume(c *client) *cobra.Command {
 	return &cobra.Command{
 		Use:     "resume ID...",
 		Aliases: []string{"unpause"},
-		Short:   "Let paused sandboxes go on where they stopped",
+		Short:   "Let paused or hibernated sandboxes go on where they stopped",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			return c.each(cmd, refs, func(ctx context.Context, id string) error {

@@ -20,12 +20,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/gateway"
-	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/server"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 )
 
@@ -254,17 +252,12 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	}
 	defer listener.Close()
 
-	runDir := filepath.Join("/run", plan.Instance)
+	cfg := c.managerConfig(plan, templates, log)
 	net := network.New(plan, network.Options{Egress: network.Policy{Mode: network.Mode(c.egress)}, Resolvers: dns, Pool: c.pool, Log: log})
-	manager, found, err := sandbox.Open(ctx, sandbox.Config{
-		StateDir: c.stateDir, RunDir: runDir,
-		Driver: driver, Network: net, Templates: templates, KillStrays: vmm.KillStrays,
-		Guests: func(addr netip.Addr, token string) sandbox.Guest {
-			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
-		},
-		Capacity: c.capacity, OverlayMiB: c.overlayMiB, DNS: dns,
-		BaseUID: baseUID, BootTimeout: c.boot, KeepStopped: c.keep, KeepPaused: c.keepPaused, Log: log,
-	})
+	cfg.Driver, cfg.Network = driver, net
+	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
+	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused = c.boot, c.keep, c.keepPaused
+	manager, found, err := sandbox.Open(ctx, cfg)
 	if err != nil {
 		return err
 	}

@@ -29,22 +29,24 @@ func envdPath() string {
 }
 
 func newSetup() *cobra.Command {
-	var stateDir string
+	var c hostConfig
 	var o template.Options
 	cmd := &cobra.Command{
 		Use:   "setup",
 		Short: "Install and prepare what the host needs",
 		Long: `Install missing packages through apt, and prepare the guest kernel, the initrd
-with the guest daemon, and the template "minimal" in the state directory. What
-is there and complete is kept, so that it can be run again at any time; an
-interrupted run is picked up. It needs root.`,
+with the guest daemon, the template "minimal" and a ready snapshot of it, from
+which sandboxes start, in the state directory. What is there and complete is
+kept, so that it can be run again at any time; an interrupted run is picked up.
+It needs root.`,
 		Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+		RunE: func(cmd *cobra.Command, _ []string) error {
 			if os.Geteuid() != 0 {
 				return errors.New("setup needs root: sudo wrenn setup")
 			}
-			if stateDir, err = filepath.Abs(stateDir); err != nil {
-				return fmt.Errorf("--state-dir: %w", err)
+			plan, err := c.plan()
+			if err != nil {
+				return err
 			}
 			if _, err := os.Stat(o.Envd); err != nil {
 				return fmt.Errorf("find the guest daemon: %w; build it with `make build`, or name it with --envd", err)
@@ -54,19 +56,20 @@ interrupted run is picked up. It needs root.`,
 			if err := host.InstallMissing(cmd.Context(), p.show); err != nil {
 				return err
 			}
-			store, err := template.Open(stateDir, slog.New(slog.DiscardHandler))
+			store, err := template.Open(c.stateDir, slog.New(slog.DiscardHandler))
 			if err != nil {
 				return err
 			}
 			if err := template.Setup(cmd.Context(), store, o, p.show); err != nil {
 				return err
 			}
+			c.prepareReady(cmd.Context(), plan, store, p.show)
 			p.end()
-			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `wrenn serve`\n", stateDir)
+			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `wrenn serve`\n", c.stateDir)
 			return nil
 		},
 	}
-	stateDirFlag(cmd, &stateDir)
+	c.flags(cmd)
 	cmd.Flags().StringVar(&o.Envd, "envd", env("WRENN_ENVD", envdPath()), "the guest daemon to put into the initrd (env WRENN_ENVD)")
 	cmd.Flags().StringVar(&o.Kernel, "kernel", "", `guest kernel: "debian", or the path of a vmlinux or bzImage; empty keeps what is there`)
 	cmd.Flags().StringVar(&o.Modules, "modules", "", "directory of the modules that belong to --kernel")

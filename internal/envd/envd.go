@@ -59,6 +59,7 @@ type Server struct {
 	accounts  accounts
 	watchers  watchers
 	meter     meter
+	conns     openConns
 	handler   http.Handler
 
 	// initMu serialises initialisations.
@@ -97,6 +98,7 @@ func New(c Config) *Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /health", s.health)
 	mux.HandleFunc("POST /init", s.init)
+	mux.HandleFunc("POST /quiesce", s.quiesce)
 	mux.HandleFunc("GET /metrics", s.metrics)
 	mux.HandleFunc("GET /envs", s.envs)
 	mux.HandleFunc("GET /files", s.download)
@@ -119,7 +121,8 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	protocols.SetUnencryptedHTTP2(true)
 	server := &http.Server{
 		Handler: s, Protocols: &protocols, IdleTimeout: idleTimeout, ReadHeaderTimeout: 30 * time.Second,
-		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+		ErrorLog:  slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+		ConnState: s.conns.state,
 	}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
@@ -163,7 +166,7 @@ func (s *Server) guard(next http.Handler) http.Handler {
 		ready, token := s.state.done || !s.guest, s.state.token
 		s.mu.Unlock()
 		switch {
-		case !ready:
+		case !ready && r.URL.Path != "/quiesce":
 			writeError(w, http.StatusServiceUnavailable, "the guest is not initialised yet")
 		case r.URL.Path != "/files" && !tokenMatches(token, r.Header.Get(tokenHeader)):
 			writeError(w, http.StatusUnauthorized,

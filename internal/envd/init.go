@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"strconv"
 	"time"
 	"unsafe"
 
@@ -19,6 +20,8 @@ const (
 	// protocol; the host refuses a guest whose version it does not know.
 	Protocol       = "1"
 	protocolHeader = "Wrenn-Guest-Protocol"
+	// clockHeader tells what time it is here, in nanoseconds since 1970.
+	clockHeader = "Wrenn-Guest-Clock"
 	// e2bVersion is the version of E2B's daemon whose protocol this is.
 	e2bVersion = "0.6.4"
 
@@ -26,11 +29,11 @@ const (
 	// maxEntropy bounds what one initialisation can credit.
 	maxEntropy = 4096
 	// A clock that is off by less is left alone: jumps disturb programs.
-	clockBehind = 50 * time.Millisecond
+	clockBehind = 5 * time.Millisecond
 	clockAhead  = 5 * time.Second
 )
 
-// initRequest is the body of POST /init. The last three fields are ours, the
+// initRequest is the body of POST /init. The last four fields are ours, the
 // others E2B's.
 type initRequest struct {
 	EnvVars        map[string]string `json:"envVars"`
@@ -43,6 +46,9 @@ type initRequest struct {
 	Hostname  string `json:"hostname"`
 	SandboxID string `json:"sandboxId"`
 	Entropy   []byte `json:"entropy"`
+	// Restored says that the guest went on from a snapshot: whoever was
+	// connected to it then is connected no more, and its clock stood still.
+	Restored bool `json:"restored"`
 }
 
 // init tells the guest who it is and what time it is: after its boot, and
@@ -76,15 +82,19 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(protocolHeader, Protocol)
 	if req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
 		// A late copy of a request: newer data is in place.
+		w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
 	if s.guest {
-		if err := req.applyToMachine(s); err != nil {
+		if err := req.applyToMachine(s, func() time.Duration { return s.conns.age(r) }); err != nil {
 			s.log.Error("initialise", "err", err)
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
+	}
+	if req.Restored {
+		s.conns.closeOthers(r)
 	}
 	s.mu.Lock()
 	s.state = req.merge(state)
@@ -92,6 +102,7 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	if !state.done {
 		s.log.Info("initialised", "sandbox", req.SandboxID)
 	}
+	w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
 	w.WriteHeader(http.StatusNoContent)
 }
 
@@ -147,10 +158,11 @@ func (req initRequest) merge(old initState) initState {
 	return state
 }
 
-// applyToMachine sets clock, entropy, name and certificates.
-func (req initRequest) applyToMachine(s *Server) error {
+// applyToMachine sets clock, entropy, name and certificates. age is how long
+// ago the request arrived: where code runs for the first time, that is long.
+func (req initRequest) applyToMachine(s *Server, age func() time.Duration) error {
 	if req.Timestamp != nil {
-		if err := setClock(*req.Timestamp); err != nil {
+		if err := setClock(req.Timestamp.Add(age()), req.Restored); err != nil {
 			return err
 		}
 	}
@@ -169,11 +181,18 @@ func (req initRequest) applyToMachine(s *Server) error {
 			s.log.Warn("set the host name", "err", err)
 		}
 	}
+	if req.SandboxID != "" && req.SandboxID != s.defaults().ownEnv["E2B_SANDBOX_ID"] {
+		if err := setMachineID(); err != nil {
+			s.log.Warn("set the machine's id", "err", err)
+		}
+	}
 	return nil
 }
 
-func setClock(now time.Time) error {
-	if ahead := time.Since(now); ahead > -clockBehind && ahead < clockAhead {
+// setClock sets the wall clock. A restored guest's is set in any case: what it
+// shows is a snapshot's time.
+func setClock(now time.Time, always bool) error {
+	if ahead := time.Since(now); !always && ahead > -clockBehind && ahead < clockAhead {
 		return nil
 	}
 	ts := unix.NsecToTimespec(now.UnixNano())

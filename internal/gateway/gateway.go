@@ -33,7 +33,7 @@ const (
 )
 
 // reserved are envd's endpoints for the host agent alone.
-var reserved = []string{"/init", "/freeze", "/unfreeze", "/fsfreeze", "/fsthaw", "/collapse", "/upgrade"}
+var reserved = []string{"/init", "/quiesce", "/freeze", "/unfreeze", "/fsfreeze", "/fsthaw", "/collapse", "/upgrade"}
 
 // hostPattern is <port>-<sandbox id>.<anything>.
 var hostPattern = regexp.MustCompile(`^([0-9]{1,5})-(sb-[0-9a-f]+)\.`)

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strconv"
 	"strings"
 	"time"
 
@@ -30,6 +31,11 @@ const (
 	// guest restored from an old snapshot may speak another.
 	protocol       = "1"
 	protocolHeader = "Wrenn-Guest-Protocol"
+	// clockHeader is the guest's time, in nanoseconds since 1970.
+	clockHeader = "Wrenn-Guest-Clock"
+	// maxClockError is by how much a restored guest's clock may be off, the way
+	// of its answer included.
+	maxClockError = 20 * time.Millisecond
 
 	// A guest that boots does not answer at all: attempts that wait for the
 	// kernel to send its packets again would miss the moment it does.
@@ -159,6 +165,11 @@ type Init struct {
 	// Entropy is credited to the guest's random generator; at most 4096
 	// bytes.
 	Entropy []byte
+	// Restored says that the guest goes on from a snapshot: it drops the
+	// connections of before, and sets its clock however little it is off.
+	Restored bool
+	// again counts the corrections of the clock.
+	again int
 }
 
 // Init initialises the guest. It may be repeated; an older Time than that of
@@ -168,13 +179,15 @@ type Init struct {
 func (c *Client) Init(ctx context.Context, in Init) error {
 	ctx, cancel := context.WithTimeout(ctx, initTimeout)
 	defer cancel()
+	stamp := in.Time.UTC().Format(stampFormat)
 	if in.Time.IsZero() {
-		in.Time = time.Now()
+		stamp = stampFormat // stands for the time until it is known
 	}
 	body, err := json.Marshal(map[string]any{
-		"accessToken": in.AccessToken, "timestamp": in.Time.UTC(), "envVars": in.Env,
+		"accessToken": in.AccessToken, "timestamp": stamp, "envVars": in.Env,
 		"defaultUser": in.DefaultUser, "defaultWorkdir": in.DefaultWorkdir,
 		"hostname": in.Hostname, "sandboxId": in.SandboxID, "entropy": in.Entropy,
+		"restored": in.Restored,
 	})
 	if err != nil {
 		return fmt.Errorf("initialise the guest: %w", err)
@@ -182,6 +195,13 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+"/init", bytes.NewReader(body))
 	if err != nil {
 		return fmt.Errorf("initialise the guest: %w", err)
+	}
+	if in.Time.IsZero() {
+		// The time it takes to connect to a guest that wakes up would be an
+		// error of its clock.
+		fresh := func() (io.ReadCloser, error) { return &stamped{body: body}, nil }
+		req.Body, _ = fresh()
+		req.GetBody = fresh
 	}
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := c.http.Do(req)
@@ -195,7 +215,7 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 		if version := resp.Header.Get(protocolHeader); version != protocol {
 			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q", version, protocol)
 		}
-		return nil
+		return c.adjust(ctx, in, resp.Header.Get(clockHeader))
 	case http.StatusUnauthorized:
 		return errdefs.Unauthenticated.Errorf("initialise the guest: %s", reason)
 	case http.StatusBadRequest:
@@ -203,6 +223,63 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	default:
 		return errdefs.Unavailable.Errorf("initialise the guest: %s: %s", resp.Status, reason)
 	}
+}
+
+// adjust tells the guest the time once more if it took the guest too long to
+// hear it: a restored one runs its first code slowly. clock is what the guest's
+// said when it answered, which is never later than now.
+func (c *Client) adjust(ctx context.Context, in Init, clock string) error {
+	ns, err := strconv.ParseInt(clock, 10, 64)
+	if err != nil || !in.Time.IsZero() || !in.Restored || in.again > 2 || time.Since(time.Unix(0, ns)).Abs() < maxClockError {
+		return nil
+	}
+	return c.Init(ctx, Init{AccessToken: in.AccessToken, Restored: true, again: in.again + 1})
+}
+
+// stampFormat is RFC 3339 with a fraction of fixed length.
+const stampFormat = "2006-01-02T15:04:05.000000000Z07:00"
+
+// stamped is a body in which the present time takes the place of stampFormat
+// when it is first read.
+type stamped struct {
+	body   []byte
+	reader *bytes.Reader
+}
+
+func (s *stamped) Read(p []byte) (int, error) {
+	if s.reader == nil {
+		now := time.Now().UTC().Format(stampFormat)
+		now += strings.Repeat(" ", len(stampFormat)-len(now))
+		s.reader = bytes.NewReader(bytes.Replace(s.body, []byte(`"`+stampFormat+`"`), []byte(`"`+strings.TrimSpace(now)+`"`+now[len(strings.TrimSpace(now)):]), 1))
+	}
+	return s.reader.Read(p)
+}
+
+func (s *stamped) Close() error { return nil }
+
+// Quiesce has the guest write to its disk what it has in memory; with quiet it
+// returns when the guest's CPUs have nothing to do, or no later than a few
+// seconds from then. No connection is open afterwards.
+func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
+	url := c.base + "/quiesce"
+	if quiet {
+		url += "?quiet=1"
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, nil)
+	if err != nil {
+		return fmt.Errorf("quiesce the guest: %w", err)
+	}
+	req.Close = true
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
+	}
+	defer resp.Body.Close()
+	c.transport.CloseIdleConnections()
+	if resp.StatusCode != http.StatusNoContent {
+		return errdefs.Unavailable.Errorf("quiesce the guest: it answered %s", resp.Status)
+	}
+	return nil
 }
 
 // plain is an error's text without the URL that it was made for: addresses

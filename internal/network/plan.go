@@ -29,6 +29,9 @@ const (
 	// GuestMAC is the hardware address of the guest's eth0; frames with any
 	// other source do not pass the tap.
 	GuestMAC = "02:FC:00:00:00:05"
+	// TapMAC is the hardware address of the tap, which a guest that goes on in
+	// another slot still knows as its gateway's.
+	TapMAC = "02:FC:00:00:00:06"
 	// Tap is the name of the tap in each namespace.
 	Tap = "tap0"
 	// peerName is the name of the veth pair's end in each namespace.

@@ -171,6 +171,9 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 	if _, err := up("lo", nil); err != nil {
 		return err
 	}
+	if err := setMAC(h, Tap, TapMAC); err != nil {
+		return err
+	}
 	tap, err := up(Tap, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(GuestGateway, GuestAddr.Bits()))})
 	if err != nil {
 		return err
@@ -273,4 +276,19 @@ func disableIPv6(link string) error {
 		return nil
 	}
 	return err
+}
+
+func setMAC(h *netlink.Handle, name, text string) error {
+	mac, err := net.ParseMAC(text)
+	if err != nil {
+		return fmt.Errorf("parse MAC of %s: %w", name, err)
+	}
+	l, err := h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", name, err)
+	}
+	if err := h.LinkSetHardwareAddr(l, mac); err != nil {
+		return fmt.Errorf("set MAC of %s: %w", name, err)
+	}
+	return nil
 }

@@ -60,7 +60,16 @@ func (m *Manager) need(vcpus, memMiB int) Resources {
 
 // takes is what a record's sandbox takes.
 func (r Record) takes() Resources {
-	return Resources{Sandboxes: 1, VCPUs: r.VCPUs, MemMiB: r.MemMiB + VMMOverheadMiB, DiskMiB: r.DiskMiB}
+	takes := Resources{Sandboxes: 1, DiskMiB: r.DiskMiB}
+	if r.Slot != 0 {
+		takes = takes.plus(r.awake())
+	}
+	return takes
+}
+
+// awake is what a record's sandbox takes only when it is not hibernated.
+func (r Record) awake() Resources {
+	return Resources{VCPUs: r.VCPUs, MemMiB: r.MemMiB + VMMOverheadMiB}
 }
 
 // admit reserves what a new sandbox needs, or says which limit is in the way

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -36,6 +37,8 @@ type CreateRequest struct {
 	MemMiB int
 	// Timeout is the inactivity after which the sandbox expires; 0 is never.
 	Timeout time.Duration
+	// OnTimeout is what happens then; destroy when empty.
+	OnTimeout OnTimeout
 }
 
 func (r *CreateRequest) check() error {
@@ -55,7 +58,7 @@ func (r *CreateRequest) check() error {
 	if r.MemMiB < MinMemMiB || r.MemMiB > MaxMemMiB {
 		errs = append(errs, fmt.Errorf("memory is %d MiB, must be %d to %d", r.MemMiB, MinMemMiB, MaxMemMiB))
 	}
-	errs = append(errs, checkTimeout(r.Timeout))
+	errs = append(errs, checkTimeout(r.Timeout), r.OnTimeout.check())
 	if err := errors.Join(errs...); err != nil {
 		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
@@ -81,15 +84,18 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
+	var took phases
+	took.begin()
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
-	b, err := m.reserve(ctx, req, abort)
+	b, err := m.reserve(ctx, req, tmpl.BaseSHA256, abort)
 	if err != nil {
 		return Info{}, fmt.Errorf("create sandbox: %w", err)
 	}
 	defer b.unhold()
 
-	if err := m.boot(ctx, b, tmpl); err != nil {
+	took.end("reserve")
+	if err := m.boot(ctx, b, tmpl, &took); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
@@ -109,7 +115,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 
 // reserve takes capacity, a slot and an ID, and commits to them by writing the
 // record. The box comes back with its op lock held.
-func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.CancelCauseFunc) (_ *box, err error) {
+func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, abort context.CancelCauseFunc) (_ *box, err error) {
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 
@@ -150,6 +156,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: Creating,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
+		OnTimeout: req.OnTimeout, Base: base,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
@@ -160,19 +167,24 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, abort context.
 	b.tryHold("created")
 
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.draining { // began meanwhile, and has not seen this box
+	draining := m.draining // began meanwhile, and has not seen this box
+	if !draining {
+		m.boxes[id] = b
+	}
+	m.mu.Unlock()
+	if draining {
 		return nil, errdefs.Unavailable.Errorf("the host is shutting down")
 	}
-	m.boxes[id] = b
 	temp.Keep()
 	m.tell(Event{Time: now, ID: id, To: Creating})
 	return b, nil
 }
 
-// boot brings a reserved sandbox up. Called with the op lock held; the caller
-// releases on error.
-func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template) error {
+// boot brings a reserved sandbox up, from a ready snapshot if there is one.
+// Called with the op lock held; the caller releases on error.
+func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took *phases) error {
+	from := m.origin(ctx, b.record(), tmpl)
+	defer from.close()
 	done, err := m.startSlot(ctx)
 	if err != nil {
 		return err
@@ -181,16 +193,62 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template) erro
 	ctx, cancel := context.WithTimeoutCause(ctx, m.cfg.BootTimeout,
 		errdefs.Unavailable.Errorf("the guest was not ready within %s", m.cfg.BootTimeout))
 	defer cancel()
-
-	var took phases
-	took.begin()
-	if err := m.prepare(ctx, b); err != nil {
+	took.end("wait")
+	if err := m.prepare(ctx, b, &from, took); err != nil {
 		return err
 	}
-	took.end("prepare")
+	took.begin()
 
-	rec := b.record()
-	vm, err := m.cfg.Driver.Start(ctx, m.spec(rec, tmpl))
+	restored := from.ready.Dir != ""
+	if restored {
+		if err := m.restore(ctx, b, tmpl, from.ready.Dir, identity(b.record(), true), took); err != nil {
+			if context.Cause(ctx) != nil {
+				return err
+			}
+			m.log.Warn("not restored, the sandbox boots", "sandbox", b.id, "key", from.key, "err", err)
+			if err := m.unrestore(ctx, b, tmpl, from.key, err); err != nil {
+				return err
+			}
+			restored, from.why = false, "the restore failed: "+first(err)
+		}
+	}
+	if !restored {
+		if err := m.coldBoot(ctx, b, tmpl, &from, took); err != nil {
+			return err
+		}
+	}
+
+	how := []any{"sandbox", b.id, "from", "ready snapshot"}
+	if !restored {
+		how = []any{"sandbox", b.id, "from", "cold boot", "why", from.why}
+	}
+	m.log.Info("sandbox started", append(how, took.attrs...)...)
+	return m.move(b, Running, nil)
+}
+
+// unrestore takes back a restore that failed with cause. If the snapshot is to
+// blame, it is dropped: the next create makes another.
+func (m *Manager) unrestore(ctx context.Context, b *box, tmpl template.Template, key string, cause error) error {
+	blamed := slices.Contains([]*errdefs.Class{errdefs.Corrupt, errdefs.Unsupported, errdefs.InvalidArgument, errdefs.Unavailable}, errdefs.ClassOf(cause))
+	if blamed {
+		if err := m.cfg.Templates.DropReady(tmpl.Name, key); err != nil {
+			m.log.Error("ready snapshot not removed", "template", tmpl.Name, "key", key, "err", err)
+		}
+	}
+	if err := m.unstart(ctx, b); err != nil {
+		return err
+	}
+	if err := m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), b.record().DiskMiB); err != nil {
+		return fmt.Errorf("make overlay: %w", err)
+	}
+	return nil
+}
+
+// coldBoot starts the VM from its kernel and waits for the guest. If a ready
+// snapshot is to be made of it, this is the moment: nobody has told the guest
+// yet who it is.
+func (m *Manager) coldBoot(ctx context.Context, b *box, tmpl template.Template, from *origin, took *phases) error {
+	vm, err := m.cfg.Driver.Start(ctx, m.spec(b.record(), tmpl))
 	if err != nil {
 		return fmt.Errorf("start vm: %w", err)
 	}
@@ -199,35 +257,51 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template) erro
 	if err := m.save(b, func(r *Record) { r.VM = &handle }); err != nil {
 		return err
 	}
-	took.end("start")
-
-	ctx, cancelBoth := both(ctx, b.alive)
-	defer cancelBoth()
+	took.end("spawn")
+	ctx, cancel := both(ctx, b.alive)
+	defer cancel()
 	if err := b.guest.WaitReady(ctx); err != nil {
 		return m.bootFailed(b, "wait for guest", err)
 	}
 	took.end("guest")
-	err = b.guest.Init(ctx, guest.Init{
-		AccessToken: rec.Token, Time: time.Now(), Hostname: string(rec.ID), SandboxID: string(rec.ID),
-		DefaultUser: "root", Entropy: entropy(),
-	})
-	if err != nil {
+	if from.stage != nil {
+		if err := m.saveReady(ctx, b, tmpl, from); err != nil {
+			return m.bootFailed(b, "go on after the snapshot", err)
+		}
+		took.end("snapshot")
+	}
+	if err := b.guest.Init(ctx, identity(b.record(), false)); err != nil {
 		return m.bootFailed(b, "initialise guest", err)
 	}
 	took.end("init")
-	m.log.Info("sandbox booted", append([]any{"sandbox", b.id}, took.attrs...)...)
-	return m.move(b, Running, nil)
+	return nil
 }
 
 // prepare makes what the VM needs before it starts: disk, network, run
 // directory. The first two are independent.
-func (m *Manager) prepare(ctx context.Context, b *box) error {
+func (m *Manager) prepare(ctx context.Context, b *box, from *origin, took *phases) error {
 	rec := b.record()
+	began := time.Now()
 	var opened error
+	var openTook time.Duration
 	var wg sync.WaitGroup
-	wg.Go(func() { opened = m.cfg.Network.Open(ctx, rec.Slot) })
-	made := m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), rec.DiskMiB)
+	wg.Go(func() {
+		opened = m.cfg.Network.Open(ctx, rec.Slot)
+		openTook = time.Since(began)
+	})
+	var made error
+	if from.ready.Dir != "" {
+		made = m.cfg.Templates.CloneOverlay(ctx, m.store.overlay(b.id), from.ready.Overlay)
+		if errors.Is(made, fs.ErrNotExist) {
+			from.ready, from.why = template.Ready{}, "the ready snapshot was removed meanwhile"
+		}
+	}
+	if from.ready.Dir == "" {
+		made = m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), rec.DiskMiB)
+	}
+	took.add("disk", time.Since(began))
 	wg.Wait()
+	took.add("network", openTook)
 	if made != nil {
 		made = fmt.Errorf("make overlay: %w", made)
 	}
@@ -251,7 +325,7 @@ func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
 		VCPUs: rec.VCPUs, MemMiB: rec.MemMiB,
 		Kernel: tmpl.Kernel, Initrd: tmpl.Initrd,
 		Cmdline: guest.Cmdline(guest.Boot{
-			Addr: network.GuestAddr, Gateway: network.GuestGateway, DNS: m.cfg.DNS, Hostname: string(rec.ID),
+			Addr: network.GuestAddr, Gateway: network.GuestGateway, DNS: m.cfg.DNS, Hostname: bootName,
 		}),
 		Disks:   []vmm.Disk{{Path: tmpl.Base, ReadOnly: true}, {Path: m.store.overlay(rec.ID)}},
 		NIC:     &vmm.NIC{Tap: network.Tap, MAC: network.GuestMAC},
@@ -271,24 +345,25 @@ func (m *Manager) adopt(b *box, vm vmm.VM) {
 	b.mu.Lock()
 	b.vm = vm
 	b.guest = m.cfg.Guests(b.rec.HostIP, b.rec.Token)
+	kill := b.kill
 	b.mu.Unlock()
-	m.goes("watch vm", func() { m.watch(b, vm) })
+	m.goes("watch vm", func() { m.watch(b, vm, kill) })
 }
 
 // watch waits for the VM's end and frees the sandbox, unless it was its end
 // that ended the VM.
-func (m *Manager) watch(b *box, vm vmm.VM) {
+func (m *Manager) watch(b *box, vm vmm.VM, kill context.CancelCauseFunc) {
 	select {
 	case <-vm.Done():
 	case <-m.life.Done():
 		return
 	}
-	b.kill(errdefs.Unavailable.Errorf("the vm of sandbox %s ended: %s", b.id, vm.Exit()))
+	kill(errdefs.Unavailable.Errorf("the vm of sandbox %s ended: %s", b.id, vm.Exit()))
 	if b.hold(m.life, "freed") != nil {
 		return // the next agent finds it
 	}
 	defer b.unhold()
-	if s := b.state(); s != Running && s != Paused {
+	if s := b.state(); s != Running && s != Paused || b.vm != vm {
 		return
 	}
 	m.release(b, VMExited, vm.Exit().String()+m.lastWords(b.id))
@@ -330,6 +405,10 @@ func (p *phases) begin() { p.last = time.Now() }
 
 func (p *phases) end(name string) {
 	now := time.Now()
-	p.attrs = append(p.attrs, name, now.Sub(p.last).Round(100*time.Microsecond))
+	p.add(name, now.Sub(p.last))
 	p.last = now
+}
+
+func (p *phases) add(name string, took time.Duration) {
+	p.attrs = append(p.attrs, name, took.Round(100*time.Microsecond))
 }

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"sync"
@@ -110,6 +111,31 @@ func (d hookedDriver) Start(ctx context.Context, spec vmm.Spec) (vm vmm.VM, err 
 func (d hookedDriver) Attach(ctx context.Context, h vmm.Handle) (vm vmm.VM, err error) {
 	err = d.do(ctx, "attach", func() error { vm, err = d.Driver.Attach(ctx, h); return err })
 	return hookedVM{vm, d.faults}, err
+}
+
+func (d hookedDriver) Restore(ctx context.Context, spec vmm.Spec, dir string) (vm vmm.VM, err error) {
+	err = d.do(ctx, "restore", func() error { vm, err = d.Driver.(vmm.Restorer).Restore(ctx, spec, dir); return err })
+	if err != nil && vm != nil { // the boundary promises that nothing is left
+		vm.Kill(context.Background())
+	}
+	return hookedVM{vm, d.faults}, err
+}
+
+func (d hookedDriver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error) {
+	return d.Driver.(vmm.Restorer).SnapshotKey(ctx, spec)
+}
+
+func (v hookedVM) Snapshot(ctx context.Context, dir string) error {
+	err := v.do(ctx, "snapshot", func() error { return v.VM.(vmm.Snapshotter).Snapshot(ctx, dir) })
+	if err != nil { // the boundary promises that nothing is left
+		entries, _ := os.ReadDir(dir)
+		for _, e := range entries {
+			if e.Name() != "overlay.ext4" {
+				os.Remove(filepath.Join(dir, e.Name()))
+			}
+		}
+	}
+	return err
 }
 
 func (v hookedVM) Pause(ctx context.Context) error {
@@ -223,8 +249,62 @@ func (n *fakeNetwork) restart(f *faults) *fakeNetwork {
 	return next
 }
 
-// fakeTemplates has the template "minimal", and disks of no size.
-type fakeTemplates struct{ *faults }
+// fakeTemplates has the template "minimal", disks of no size, and ready
+// snapshots in a directory that outlives the agent.
+type fakeTemplates struct {
+	*faults
+	dir    string
+	making chan struct{}
+}
+
+func newFakeTemplates(f *faults, dir string) *fakeTemplates {
+	return &fakeTemplates{f, dir, make(chan struct{}, 1)}
+}
+
+func (t *fakeTemplates) Ready(_ context.Context, _, key string) (template.Ready, error) {
+	dir := filepath.Join(t.dir, key)
+	if _, err := os.Stat(dir); err != nil {
+		return template.Ready{}, errdefs.NotFound.Errorf("no ready snapshot")
+	}
+	return template.Ready{Dir: dir, Overlay: filepath.Join(dir, "overlay.ext4")}, nil
+}
+
+func (t *fakeTemplates) DropReady(_, key string) error {
+	return os.RemoveAll(filepath.Join(t.dir, key))
+}
+
+func (t *fakeTemplates) StageReady(ctx context.Context, _ string) (template.Stage, error) {
+	select {
+	case t.making <- struct{}{}:
+	case <-ctx.Done():
+		return template.Stage{}, context.Cause(ctx)
+	}
+	if err := os.MkdirAll(t.dir, 0o700); err != nil {
+		return template.Stage{}, err
+	}
+	tmp, err := os.MkdirTemp(t.dir, ".ready-")
+	return template.Stage{
+		Dir: tmp,
+		AddOverlay: func(ctx context.Context, disk string) error {
+			return t.do(ctx, "ready.overlay", func() error { return os.Link(disk, filepath.Join(tmp, "overlay.ext4")) })
+		},
+		Publish: func(ctx context.Context, key string, _ template.Shape) error {
+			return t.do(ctx, "ready.publish", func() error { return os.Rename(tmp, filepath.Join(t.dir, key)) })
+		},
+		Discard: func() {
+			os.RemoveAll(tmp)
+			<-t.making
+		},
+	}, err
+}
+
+func (t *fakeTemplates) CloneOverlay(ctx context.Context, path, from string) error {
+	err := t.do(ctx, "overlay clone", func() error { return os.Link(from, path) })
+	if err != nil {
+		os.Remove(path)
+	}
+	return err
+}
 
 func (t *fakeTemplates) Get(name string) (template.Template, error) {
 	if name != "minimal" {
@@ -255,7 +335,8 @@ func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
 	}
 	return g.called(ctx, "guest.init")
 }
-func (g fakeGuest) Close() { g.open.Add(-1) }
+func (g fakeGuest) Quiesce(ctx context.Context, _ bool) error { return g.called(ctx, "guest.quiesce") }
+func (g fakeGuest) Close()                                    { g.open.Add(-1) }
 func (g fakeGuest) Exec(ctx context.Context, cmd guest.Command) (guest.Result, error) {
 	if err := g.called(ctx, "guest.exec"); err != nil {
 		return guest.Result{}, err

@@ -41,12 +41,17 @@ type Network interface {
 type Templates interface {
 	Get(name string) (template.Template, error)
 	NewOverlay(ctx context.Context, path string, sizeMiB int) error
+	CloneOverlay(ctx context.Context, path, from string) error
+	Ready(ctx context.Context, name, key string) (template.Ready, error)
+	StageReady(ctx context.Context, name string) (template.Stage, error)
+	DropReady(name, key string) error
 }
 
 // Guest is a running guest; *guest.Client is one.
 type Guest interface {
 	WaitReady(context.Context) error
 	Init(context.Context, guest.Init) error
+	Quiesce(ctx context.Context, quiet bool) error
 	Exec(context.Context, guest.Command) (guest.Result, error)
 	Close()
 }
@@ -143,13 +148,22 @@ type box struct {
 	leases int
 	// failures and retryAt belong to a release that did not finish.
 	failures int
-	retryAt  time.Time
+	// naps counts the times in a row that it could not be hibernated when it
+	// expired.
+	naps    int
+	retryAt time.Time
 }
 
 func newBox(rec Record) *box {
 	b := &box{id: rec.ID, op: make(chan struct{}, 1), rec: rec}
-	b.alive, b.kill = context.WithCancelCause(context.Background())
+	b.renew()
 	return b
+}
+
+// renew begins another incarnation of the VM. Called with mu held, or before
+// anybody else knows the box.
+func (b *box) renew() {
+	b.alive, b.kill = context.WithCancelCause(context.Background())
 }
 
 // hold takes the op lock, waiting within ctx.
@@ -372,14 +386,17 @@ func (m *Manager) Pause(ctx context.Context, id ID) error {
 	return nil
 }
 
-// Resume lets a paused sandbox go on, its clock set right. On error it stays
-// paused.
+// Resume lets a paused or hibernated sandbox go on, its clock set right. On
+// error it stays as it is.
 func (m *Manager) Resume(ctx context.Context, id ID) error {
 	b, ctx, end, err := m.begin(ctx, id, OpResume, "resumed")
 	if err != nil {
 		return err
 	}
 	defer end()
+	if b.state() == Hibernated {
+		return m.awaken(ctx, b)
+	}
 
 	err = b.vm.Resume(ctx)
 	if err == nil {
@@ -434,7 +451,11 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 		b.unhold()
 		return nil, nil, nil, err
 	}
-	ctx, stop := context.WithTimeoutCause(ctx, opTimeout, errdefs.Unavailable.Errorf("the vm did not answer within %s", opTimeout))
+	limit := opTimeout
+	if rec := b.record(); op == OpHibernate || rec.State == Hibernated {
+		limit = moveTimeout(rec)
+	}
+	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))
 	ctx, abort := context.WithCancelCause(ctx)
 	b.mu.Lock()
 	b.abort = abort

@@ -19,6 +19,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
@@ -42,7 +43,8 @@ type rig struct {
 func newRig(t *testing.T, change ...func(*Config)) *rig {
 	t.Helper()
 	f := newFaults()
-	r := &rig{t: t, dir: t.TempDir(), faults: f, net: newFakeNetwork(f), tmpl: &fakeTemplates{f}, host: vmmtest.NewHost()}
+	r := &rig{t: t, dir: t.TempDir(), faults: f, net: newFakeNetwork(f), host: vmmtest.NewHost()}
+	r.tmpl = newFakeTemplates(f, filepath.Join(r.dir, "ready"))
 	if len(change) > 0 {
 		r.changed = change[0]
 	}
@@ -135,7 +137,7 @@ func (r *rig) die() {
 		r.mu.Unlock()
 	}
 	r.faults = newFaults()
-	r.net, r.tmpl = r.net.restart(r.faults), &fakeTemplates{r.faults}
+	r.net, r.tmpl = r.net.restart(r.faults), newFakeTemplates(r.faults, filepath.Join(r.dir, "ready"))
 	r.open.Store(0)
 }
 
@@ -265,14 +267,14 @@ func TestStateTable(t *testing.T) {
 func TestOperationsByState(t *testing.T) {
 	may := map[State][]Operation{
 		Creating:   {OpDestroy},
-		Running:    {OpPause, OpCall, OpTimeout, OpDestroy},
-		Paused:     {OpResume, OpTimeout, OpDestroy},
-		Hibernated: {OpTimeout, OpDestroy},
+		Running:    {OpPause, OpHibernate, OpCall, OpTimeout, OpDestroy},
+		Paused:     {OpResume, OpHibernate, OpTimeout, OpDestroy},
+		Hibernated: {OpResume, OpTimeout, OpDestroy},
 		Stopping:   {OpDestroy},
 		Stopped:    {OpDestroy},
 	}
 	for _, state := range States() {
-		for _, op := range []Operation{OpPause, OpResume, OpCall, OpTimeout, OpDestroy} {
+		for _, op := range []Operation{OpPause, OpHibernate, OpResume, OpCall, OpTimeout, OpDestroy} {
 			err := check("sb-0", op, state)
 			if got := err == nil; got != slices.Contains(may[state], op) {
 				t.Errorf("%s of a %s sandbox: %v", op, state, err)
@@ -729,7 +731,10 @@ func TestAdmission(t *testing.T) {
 
 func TestStartsWaitTheirTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, func(c *Config) { c.Capacity.Starts = 1; c.Capacity.StartQueue = 5 * time.Second })
+		r := newRig(t, func(c *Config) {
+			c.Capacity.Starts, c.Capacity.StartQueue = 1, 5*time.Second
+			c.Driver = struct{ vmm.Driver }{c.Driver} // which cannot restore
+		})
 		ctx, cancel := context.WithCancel(t.Context())
 		r.faults.on("guest.ready", hang)
 		done := make(chan struct{})

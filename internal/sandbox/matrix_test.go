@@ -20,11 +20,20 @@ type scenario struct {
 	run     func(context.Context, *rig, ID) error
 	// keeps says that the agent's death in the middle costs no sandbox.
 	keeps bool
+	// asleep says that no failure costs the sandbox: its snapshot is safe.
+	asleep bool
 }
 
 var scenarios = map[string]scenario{
-	"create": {
+	"first create": {
 		prepare: func(*rig) ID { return "" },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			_, err := r.Create(ctx, CreateRequest{})
+			return err
+		},
+	},
+	"create": {
+		prepare: func(r *rig) ID { return r.create() },
 		run: func(ctx context.Context, r *rig, _ ID) error {
 			_, err := r.Create(ctx, CreateRequest{})
 			return err
@@ -46,6 +55,43 @@ var scenarios = map[string]scenario{
 		run:   func(ctx context.Context, r *rig, id ID) error { return r.Resume(ctx, id) },
 		keeps: true,
 	},
+	"hibernate": {
+		prepare: func(r *rig) ID { return r.create() },
+		run:     func(ctx context.Context, r *rig, id ID) error { return r.Hibernate(ctx, id) },
+		keeps:   true,
+	},
+	"hibernate a paused one": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if err := r.Pause(r.t.Context(), id); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run:   func(ctx context.Context, r *rig, id ID) error { return r.Hibernate(ctx, id) },
+		keeps: true,
+	},
+	"resume from disk": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if err := r.Hibernate(r.t.Context(), id); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run:   func(ctx context.Context, r *rig, id ID) error { return r.Resume(ctx, id) },
+		keeps: true, asleep: true,
+	},
+	"destroy a hibernated one": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if err := r.Hibernate(r.t.Context(), id); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run: func(ctx context.Context, r *rig, id ID) error { return r.Destroy(ctx, id) },
+	},
 	"destroy": {
 		prepare: func(r *rig) ID { return r.create() },
 		run:     func(ctx context.Context, r *rig, id ID) error { return r.Destroy(ctx, id) },
@@ -61,8 +107,8 @@ var scenarios = map[string]scenario{
 // prepareRuin leaves what an agent's death can leave: a sandbox in every state,
 // and things that no record names.
 func prepareRuin(r *rig) ID {
-	running, paused, stray := r.create(), r.create(), r.create()
-	if err := r.Pause(r.t.Context(), paused); err != nil {
+	running, paused, stray, asleep := r.create(), r.create(), r.create(), r.create()
+	if err := errors.Join(r.Pause(r.t.Context(), paused), r.Hibernate(r.t.Context(), asleep)); err != nil {
 		r.t.Fatal(err)
 	}
 	half, ending := r.create(), r.create()
@@ -191,9 +237,21 @@ func (s scenario) under(t *testing.T, step, kind string) {
 	synctest.Wait()
 	r.wantConsistent()
 	if kind == "death" && s.keeps {
-		if info, err := r.Get(id); err != nil || info.State != Running && info.State != Paused {
+		if info, err := r.Get(id); err != nil || info.State != Running && info.State != Paused && info.State != Hibernated {
 			t.Errorf("the agent's death cost the sandbox: %+v, %v", info, err)
 		}
+	}
+	if s.asleep {
+		info, err := r.Get(id)
+		if err == nil && info.State == Hibernated {
+			err = r.Resume(t.Context(), id)
+		} else if err == nil && info.State != Running {
+			err = fmt.Errorf("it is %s (%s, %s)", info.State, info.Reason, info.Detail)
+		}
+		if err != nil {
+			t.Errorf("a failed resume cost the sandbox: %v", err)
+		}
+		r.wantConsistent()
 	}
 	for _, info := range r.List(true) {
 		if err := r.Destroy(t.Context(), info.ID); err != nil && !errors.Is(err, errdefs.NotFound) {
@@ -221,6 +279,10 @@ func (r *rig) wantConsistent() {
 				r.t.Errorf("sandbox %s is %s, its VM is paused: %v", info.ID, info.State, paused)
 			}
 		case Stopped:
+		case Hibernated:
+			if err := r.store.checkSnapshot(info.ID); err != nil {
+				r.t.Errorf("sandbox %s is hibernated: %v", info.ID, err)
+			}
 		default:
 			r.t.Errorf("sandbox %s stays %s (%s)", info.ID, info.State, info.Detail)
 		}

@@ -211,6 +211,7 @@ func TestModel(t *testing.T) {
 				},
 				"failing create": func(rt *rapid.T) {
 					r.driver.Inject(vmmtest.OpStart, 1, vmmtest.Fault{Err: errFault})
+					r.driver.Inject(vmmtest.OpRestore, 1, vmmtest.Fault{Err: errFault})
 					if _, err := r.Create(t.Context(), CreateRequest{}); !errors.Is(err, errFault) {
 						rt.Fatal(err)
 					}

@@ -98,6 +98,9 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 			continue
 		}
 		m.used = m.used.plus(rec.takes())
+		if rec.Slot == 0 {
+			continue
+		}
 		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
 			return found, fmt.Errorf("claim slot of sandbox %s: %w", rec.ID, err)
 		}
@@ -193,6 +196,8 @@ func (m *Manager) takeUp(ctx context.Context, b *box, found *Recovery) *[]ID {
 			return &found.Lost
 		}
 		return &found.Adopted
+	case Hibernated:
+		return m.takeUpHibernated(ctx, b, found)
 	default:
 		return nil
 	}
@@ -211,6 +216,10 @@ func (m *Manager) reattach(ctx context.Context, b *box, rec Record) error {
 		return fmt.Errorf("attach vm: %w", err)
 	}
 	m.adopt(b, vm)
+	// Of a hibernation that did not come to its end.
+	if err := m.store.dropSnapshots(b.id); err != nil {
+		return err
+	}
 	if rec.State == Paused {
 		if err := vm.Pause(ctx); err != nil {
 			return fmt.Errorf("keep vm paused: %w", err)

@@ -81,15 +81,7 @@ func (m *Manager) release(b *box, reason Reason, detail string) error {
 	defer cancel()
 	rec := b.record()
 	if err := m.free(ctx, b, rec); err != nil {
-		m.mu.Lock()
-		b.mu.Lock()
-		if b.failures == 0 {
-			m.pending++
-		}
-		b.failures++
-		b.retryAt = time.Now().Add(min(retryFirst<<min(b.failures-1, 10), retryMost))
-		b.mu.Unlock()
-		m.mu.Unlock()
+		m.postpone(b)
 		m.log.Error("sandbox not freed, will try again", "sandbox", b.id, "reason", rec.Reason, "err", err)
 		return errdefs.Unavailable.Errorf("sandbox %s is %s but not all of it could be freed yet; the host tries again by itself", b.id, rec.Reason)
 	}
@@ -107,6 +99,15 @@ func (m *Manager) release(b *box, reason Reason, detail string) error {
 // VMM goes first, for it uses all the rest; one that an earlier agent started
 // is found by its run directory.
 func (m *Manager) free(ctx context.Context, b *box, rec Record) error {
+	err := m.freeHost(ctx, b, rec)
+	if serr := m.store.dropSnapshots(b.id); serr != nil {
+		err = errors.Join(err, serr)
+	}
+	return err
+}
+
+// freeHost takes apart what a hibernated sandbox does not need either.
+func (m *Manager) freeHost(ctx context.Context, b *box, rec Record) error {
 	if b.vm != nil {
 		if err := b.vm.Kill(ctx); err != nil {
 			return fmt.Errorf("kill vm: %w", err)
@@ -115,8 +116,10 @@ func (m *Manager) free(ctx context.Context, b *box, rec Record) error {
 		return fmt.Errorf("kill vm: %w", err)
 	}
 	var errs []error
-	if err := m.cfg.Network.Close(ctx, rec.Slot); err != nil {
-		errs = append(errs, fmt.Errorf("close network: %w", err))
+	if rec.Slot != 0 {
+		if err := m.cfg.Network.Close(ctx, rec.Slot); err != nil {
+			errs = append(errs, fmt.Errorf("close network: %w", err))
+		}
 	}
 	if err := os.RemoveAll(m.runDir(b.id)); err != nil {
 		errs = append(errs, fmt.Errorf("remove run directory: %w", err))
@@ -129,13 +132,20 @@ func (m *Manager) free(ctx context.Context, b *box, rec Record) error {
 
 // giveBack returns the slot and the capacity of a freed record.
 func (m *Manager) giveBack(b *box, rec Record) {
-	if err := m.cfg.Network.Release(rec.Slot); err != nil {
-		m.log.Error("slot not given back", "sandbox", rec.ID, "slot", rec.Slot, "err", err)
+	if rec.Slot != 0 {
+		if err := m.cfg.Network.Release(rec.Slot); err != nil {
+			m.log.Error("slot not given back", "sandbox", rec.ID, "slot", rec.Slot, "err", err)
+		}
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.used = m.used.minus(rec.takes())
 	m.ends[rec.Reason]++
+	m.settled(b)
+}
+
+// settled ends a series of failures. Called with Manager.mu held.
+func (m *Manager) settled(b *box) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.failures > 0 {
@@ -204,8 +214,12 @@ func (m *Manager) due(b *box, now time.Time) bool {
 // attend does what is due, judged again under the op lock.
 func (m *Manager) attend(b *box, now time.Time) {
 	switch {
+	case m.expired(b, now) && b.record().OnTimeout == HibernateOnTimeout && b.state() == Running:
+		m.hibernateExpired(b)
 	case m.expired(b, now):
 		m.release(b, Expired, "")
+	case b.retryDue(now) && b.state() == Hibernated:
+		_ = m.letGo(b)
 	case b.retryDue(now):
 		m.release(b, b.record().Reason, "")
 	case b.state() == Creating: // and nobody holds it: its create panicked
@@ -224,6 +238,8 @@ func (m *Manager) expired(b *box, now time.Time) bool {
 	switch {
 	case b.leases > 0:
 		return false
+	case b.rec.State == Running && b.naps > 0 && now.Before(b.retryAt):
+		return false
 	case b.rec.State == Running:
 		return b.rec.Timeout > 0 && !now.Before(b.rec.LastActiveAt.Add(b.rec.Timeout))
 	case b.rec.State == Paused:
@@ -236,7 +252,8 @@ func (m *Manager) expired(b *box, now time.Time) bool {
 func (b *box) retryDue(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.rec.State == Stopping && !now.Before(b.retryAt)
+	unfinished := b.rec.State == Stopping || b.rec.State == Hibernated && b.rec.Slot != 0
+	return unfinished && !now.Before(b.retryAt)
 }
 
 func (m *Manager) stale(b *box, now time.Time) bool {

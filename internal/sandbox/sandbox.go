@@ -65,20 +65,23 @@ var moves = map[State][]State{
 type Operation string
 
 const (
-	OpPause   Operation = "pause"
-	OpResume  Operation = "resume"
-	OpCall    Operation = "exec"
-	OpTimeout Operation = "a timeout"
-	OpDestroy Operation = "destroy"
+	OpPause Operation = "pause"
+	// OpHibernate is a pause to disk.
+	OpHibernate Operation = "hibernate"
+	OpResume    Operation = "resume"
+	OpCall      Operation = "exec"
+	OpTimeout   Operation = "a timeout"
+	OpDestroy   Operation = "destroy"
 )
 
 // allowed says in which states an operation may begin.
 var allowed = map[Operation][]State{
-	OpPause:   {Running},
-	OpResume:  {Paused},
-	OpCall:    {Running},
-	OpTimeout: {Running, Paused, Hibernated},
-	OpDestroy: {Creating, Running, Paused, Hibernated, Stopping, Stopped},
+	OpPause:     {Running},
+	OpHibernate: {Running, Paused},
+	OpResume:    {Paused, Hibernated},
+	OpCall:      {Running},
+	OpTimeout:   {Running, Paused, Hibernated},
+	OpDestroy:   {Creating, Running, Paused, Hibernated, Stopping, Stopped},
 }
 
 // check says whether op may begin in state, naming the state if not.
@@ -123,12 +126,21 @@ type Record struct {
 	// Timeout is the inactivity after which the sandbox expires; 0 is never.
 	Timeout time.Duration `json:"timeout"`
 
+	// OnTimeout is what happens when it expires; empty is destroy.
+	OnTimeout OnTimeout `json:"onTimeout,omitempty"`
+	// Base is the digest of the base image that the disk is laid over.
+	Base string `json:"base,omitempty"`
+
+	// Slot is 0, and HostIP invalid, while the sandbox is hibernated and all
+	// that it had of the host is free.
 	Slot   network.Slot `json:"slot"`
 	HostIP netip.Addr   `json:"hostIP"`
 	// Token is what the guest demands of its callers. Secret.
 	Token string `json:"token"`
 	// VM is set from the start of the VMM until the sandbox is stopped.
 	VM *vmm.Handle `json:"vm,omitempty"`
+	// Restored says that the VM came from a snapshot and was not booted.
+	Restored bool `json:"restored,omitempty"`
 
 	CreatedAt time.Time `json:"createdAt"`
 	// StateAt is when State was entered.
@@ -167,6 +179,7 @@ type Info struct {
 	VCPUs        int
 	MemMiB       int
 	Timeout      time.Duration
+	OnTimeout    OnTimeout
 	HostIP       netip.Addr
 	CreatedAt    time.Time
 	StateAt      time.Time
@@ -178,7 +191,7 @@ type Info struct {
 func (r Record) info() Info {
 	info := Info{
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
-		Template: r.Template, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout,
+		Template: r.Template, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
 		HostIP: r.HostIP, CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 	}
 	if r.Timeout > 0 && r.State == Running {

@@ -77,6 +77,8 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 		VCPUs:    int(req.Msg.Vcpus),
 		MemMiB:   int(req.Msg.MemoryMb),
 		Timeout:  time.Duration(req.Msg.TimeoutSec) * time.Second,
+
+		OnTimeout: sandbox.OnTimeout(req.Msg.OnTimeout),
 	})
 	if err != nil {
 		return nil, err
@@ -98,6 +100,9 @@ func (s *service) PauseSandbox(ctx context.Context, req *connect.Request[hostage
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
+	}
+	if req.Msg.ToDisk {
+		return connect.NewResponse(&hostagentv1.PauseSandboxResponse{}), s.manager.Hibernate(ctx, id)
 	}
 	return connect.NewResponse(&hostagentv1.PauseSandboxResponse{}), s.manager.Pause(ctx, id)
 }
@@ -168,10 +173,13 @@ func (s *service) ListSandboxes(_ context.Context, req *connect.Request[hostagen
 func sandboxInfo(info sandbox.Info) *hostagentv1.SandboxInfo {
 	pb := &hostagentv1.SandboxInfo{
 		SandboxId: string(info.ID), Status: string(info.State), Template: info.Template,
-		Vcpus: int32(info.VCPUs), MemoryMb: int32(info.MemMiB), HostIp: info.HostIP.String(),
+		Vcpus: int32(info.VCPUs), MemoryMb: int32(info.MemMiB), OnTimeout: string(info.OnTimeout),
 		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
 		TimeoutSec: int32(info.Timeout / time.Second),
 		Reason:     string(info.Reason), Detail: info.Detail,
+	}
+	if info.HostIP.IsValid() {
+		pb.HostIp = info.HostIP.String()
 	}
 	if !info.ExpiresAt.IsZero() {
 		pb.ExpiresAtUnix = info.ExpiresAt.Unix()

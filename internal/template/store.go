@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"sync"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
@@ -28,6 +29,10 @@ const kernelName = "default"
 type Store struct {
 	dir string
 	log *slog.Logger
+
+	verifyMu sync.Mutex
+	// verified are the manifests of ready snapshots whose files were read.
+	verified map[string]os.FileInfo
 }
 
 // Open makes the store's directories if they are missing and removes what

@@ -80,6 +80,12 @@ type Restorer interface {
 	// is errdefs.Corrupt; one of another version of the VMM is
 	// errdefs.Unsupported.
 	Restore(ctx context.Context, spec Spec, dir string) (VM, error)
+
+	// SnapshotKey identifies what a snapshot of the spec's VM depends on
+	// besides the files that the spec names: the VMM and its version, the
+	// acceleration, the CPU, the machine and its devices. Snapshots with
+	// different keys cannot be restored from each other's specs.
+	SnapshotKey(ctx context.Context, spec Spec) (string, error)
 }
 
 // Spec describes a VM. It is plain data; everything that it names exists

@@ -435,3 +435,51 @@ func (d *Driver) Restore(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM
 	}
 	return v, nil
 }
+
+// SnapshotKey implements vmm.Restorer.
+func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error) {
+	report, err := d.Check(ctx)
+	if err != nil {
+		return "", err
+	}
+	// The arguments are the machine; what differs from one VM to the next
+	// without the guest seeing it is left out.
+	spec.ID, spec.RunDir, spec.NetNS, spec.Console, spec.Cgroup = "", "", "", "", ""
+	spec.Kernel, spec.Initrd, spec.Cmdline = "", "", ""
+	spec.UID, spec.GID, spec.Limits = 0, 0, vmm.Limits{}
+	disks := make([]vmm.Disk, len(spec.Disks))
+	for i, disk := range spec.Disks {
+		disks[i].ReadOnly = disk.ReadOnly
+	}
+	spec.Disks = disks
+	args := argv(machine{version: report.Version, accel: report.Accel, spec: spec})
+	args = append(args, Name, report.Version, report.Accel)
+	if report.Accel == "kvm" { // whose guests see the host's CPU
+		cpu, err := hostCPU()
+		if err != nil {
+			return "", fmt.Errorf("look at the host's CPU: %w", err)
+		}
+		args = append(args, cpu)
+	}
+	digest := sha256.Sum256([]byte(strings.Join(args, "\x00")))
+	return hex.EncodeToString(digest[:]), nil
+}
+
+// hostCPU is what the guests of this host's first CPU can see of it.
+func hostCPU() (string, error) {
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "", err
+	}
+	var seen []string
+	for line := range strings.Lines(string(info)) {
+		name, _, _ := strings.Cut(line, ":")
+		switch strings.TrimSpace(name) {
+		case "vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "flags":
+			seen = append(seen, strings.TrimSpace(line))
+		case "":
+			return strings.Join(seen, "\n"), nil
+		}
+	}
+	return strings.Join(seen, "\n"), nil
+}

@@ -353,6 +353,12 @@ func (f *Fake) Restore(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM, 
 	})
 }
 
+// SnapshotKey implements vmm.Restorer.
+func (f *Fake) SnapshotKey(_ context.Context, spec vmm.Spec) (string, error) {
+	key, err := json.Marshal(fakeShapeOf(spec))
+	return "fake 1.0.0 " + string(key), err
+}
+
 // Snapshot implements vmm.Snapshotter.
 func (v *fakeVM) Snapshot(ctx context.Context, dir string) error {
 	path := filepath.Join(dir, fakeSnapshot)

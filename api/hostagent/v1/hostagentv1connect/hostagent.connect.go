@@ -75,9 +75,10 @@ type HostAgentServiceClient interface {
 	CreateSandbox(context.Context, *connect.Request[v1.CreateSandboxRequest]) (*connect.Response[v1.CreateSandboxResponse], error)
 	// DestroySandbox ends a sandbox for good, whatever its state.
 	DestroySandbox(context.Context, *connect.Request[v1.DestroySandboxRequest]) (*connect.Response[v1.DestroySandboxResponse], error)
-	// PauseSandbox stops the vCPUs of a running sandbox; its memory stays.
+	// PauseSandbox stops the vCPUs of a running sandbox; its memory stays, or
+	// goes to disk.
 	PauseSandbox(context.Context, *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error)
-	// ResumeSandbox lets a paused sandbox go on where it stopped.
+	// ResumeSandbox lets a paused or hibernated sandbox go on where it stopped.
 	ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error)
 	// Exec runs one command in a running sandbox and answers when it has ended.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
@@ -254,9 +255,10 @@ type HostAgentServiceHandler interface {
 	CreateSandbox(context.Context, *connect.Request[v1.CreateSandboxRequest]) (*connect.Response[v1.CreateSandboxResponse], error)
 	// DestroySandbox ends a sandbox for good, whatever its state.
 	DestroySandbox(context.Context, *connect.Request[v1.DestroySandboxRequest]) (*connect.Response[v1.DestroySandboxResponse], error)
-	// PauseSandbox stops the vCPUs of a running sandbox; its memory stays.
+	// PauseSandbox stops the vCPUs of a running sandbox; its memory stays, or
+	// goes to disk.
 	PauseSandbox(context.Context, *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error)
-	// ResumeSandbox lets a paused sandbox go on where it stopped.
+	// ResumeSandbox lets a paused or hibernated sandbox go on where it stopped.
 	ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error)
 	// Exec runs one command in a running sandbox and answers when it has ended.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)

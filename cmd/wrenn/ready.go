@@ -1,0 +1,70 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// managerConfig is what setup and serve open the sandboxes of a host with.
+func (c *hostConfig) managerConfig(plan network.Plan, templates *template.Store, log *slog.Logger) sandbox.Config {
+	return sandbox.Config{
+		StateDir: c.stateDir, RunDir: filepath.Join("/run", plan.Instance),
+		Driver: c.driver(), Network: network.New(plan, network.Options{Log: log}), Templates: templates, KillStrays: vmm.KillStrays,
+		Guests: func(addr netip.Addr, token string) sandbox.Guest {
+			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
+		},
+		OverlayMiB: template.DefaultOverlayMiB, DNS: network.Resolvers(),
+		BaseUID: baseUID, BootTimeout: 2 * time.Minute, KeepStopped: time.Hour, Log: log,
+	}
+}
+
+// prepareReady makes the ready snapshot that a create without wishes starts
+// from. It is a convenience: what it cannot make, the first create does.
+func (c *hostConfig) prepareReady(ctx context.Context, plan network.Plan, templates *template.Store, progress template.Progress) {
+	const step = "ready snapshot"
+	progress(template.Event{Step: step, Phase: template.Began, Detail: "booting a guest to start others from"})
+	made, err := c.makeReady(ctx, plan, templates)
+	switch {
+	case errors.Is(err, errdefs.Busy):
+		progress(template.Event{Step: step, Phase: template.Kept, Detail: "left to the host agent, which is running;"})
+	case err != nil:
+		progress(template.Event{Step: step, Phase: template.Did, Detail: fmt.Sprintf("not made, the first create does it (%v)", err)})
+	case made:
+		progress(template.Event{Step: step, Phase: template.Did, Detail: "1 vCPU, 512 MiB"})
+	default:
+		progress(template.Event{Step: step, Phase: template.Kept, Detail: "1 vCPU, 512 MiB"})
+	}
+}
+
+func (c *hostConfig) makeReady(ctx context.Context, plan network.Plan, templates *template.Store) (made bool, err error) {
+	cfg := c.managerConfig(plan, templates, slog.New(slog.DiscardHandler))
+	cfg.Capacity = sandbox.Capacity{
+		Resources: sandbox.Resources{Sandboxes: 1 << 20, VCPUs: 1 << 20, MemMiB: 1 << 30},
+		Starts:    max(2, runtime.NumCPU()), StartQueue: time.Minute,
+	}
+	manager, _, err := sandbox.Open(ctx, cfg)
+	if err != nil {
+		return false, err
+	}
+	made, err = manager.Prepare(ctx, sandbox.CreateRequest{})
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
+	defer cancel()
+	err = errors.Join(err, manager.Shutdown(end, false))
+	if err == nil && len(manager.List(false)) == 0 {
+		err = cfg.Network.(*network.Network).Teardown(end)
+	}
+	return made, err
+}

@@ -1,0 +1,147 @@
+package e2e_test
+
+import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/vishvananda/netns"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+)
+
+func (b *sandbox) hibernate() error {
+	_, err := b.a.PauseSandbox(b.t.Context(), connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: b.id, ToDisk: true}))
+	return err
+}
+
+// count starts a process that counts in its memory alone and tells on demand.
+func (b *sandbox) count() {
+	b.t.Helper()
+	b.sh(`mkfifo /tmp/ask /tmp/tell
+cat >/tmp/counter <<'END'
+n=0
+while read line </tmp/ask; do n=$((n+1)); echo $n >/tmp/tell; done
+END
+setsid sh /tmp/counter >/dev/null 2>&1 </dev/null &`)
+}
+
+func (b *sandbox) next() int {
+	b.t.Helper()
+	n, err := strconv.Atoi(b.sh("echo >/tmp/ask; cat /tmp/tell"))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return n
+}
+
+// TestHibernateOutlivesTheHost: memory and disk go on where they were after
+// every process and namespace of ours is gone.
+func TestHibernateOutlivesTheHost(t *testing.T) {
+	a := startAgent(t)
+	b := a.create(t, nil)
+	b.count()
+	for want := 1; want <= 3; want++ {
+		if n := b.next(); n != want {
+			t.Fatalf("the counter is at %d, want %d", n, want)
+		}
+	}
+	b.sh("head -c 5000000 /dev/urandom >/root/data; sha256sum /root/data >/root/sum; echo $RANDOM-unsynced >/root/late")
+	late := b.sh("cat /root/late")
+
+	for round := range 2 { // the second time it was restored itself
+		began := time.Now()
+		if err := b.hibernate(); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("hibernate took %s", time.Since(began).Round(time.Millisecond))
+		info := b.info()
+		if info.Status != "hibernated" || info.HostIp != "" {
+			t.Fatalf("it is %s at %q", info.Status, info.HostIp)
+		}
+		left, err := testenv.Take(b.id)
+		if err != nil || len(left) > 0 {
+			t.Errorf("a hibernated sandbox has %q, %v", left.Lines(), err)
+		}
+		other := a.create(t, nil) // dies with the host, and takes the old slot
+		if err := a.signal(syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		a.reboot(t)
+		if err := a.start("--on-shutdown=destroy"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := other.exec("true"); err == nil {
+			t.Error("the other sandbox lives")
+		}
+		began = time.Now()
+		if err := b.resume(); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("resume from disk took %s", time.Since(began).Round(time.Millisecond))
+		if n := b.next(); n != 4+round {
+			t.Errorf("the counter is at %d, want %d", n, 4+round)
+		}
+		b.sh("sha256sum -c /root/sum")
+		if got := b.sh("cat /root/late"); got != late {
+			t.Errorf("the file says %q, want %q", got, late)
+		}
+		if off, known := b.clockError(); off.Abs()+known > 50*time.Millisecond {
+			t.Errorf("clock is off by %s (± %s)", off, known)
+		}
+		if name := b.sh("hostname"); name != b.id {
+			t.Errorf("host name is %q", name)
+		}
+	}
+}
+
+// reboot removes what a restart of the host would: every process and every
+// namespace of the agent's, which is dead.
+func (a *agent) reboot(t *testing.T) {
+	t.Helper()
+	procs, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range procs {
+		data, err := os.ReadFile(p)
+		pid, aerr := strconv.Atoi(filepath.Base(filepath.Dir(p)))
+		if err != nil || aerr != nil || !strings.Contains(string(data), a.stateDir) || pid == os.Getpid() {
+			continue
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(patience); syscall.Kill(pid, 0) == nil && time.Now().Before(deadline); {
+			time.Sleep(pollEvery)
+		}
+	}
+	spaces, err := filepath.Glob("/run/netns/" + a.instance() + "-*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range spaces {
+		if err := netns.DeleteNamed(filepath.Base(path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.RemoveAll("/run/" + a.instance()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestHibernateWhenIdle(t *testing.T) {
+	a := sharedAgent(t)
+	b := a.create(t, &hostagentv1.CreateSandboxRequest{TimeoutSec: 1, OnTimeout: "hibernate"})
+	waitFor(t, "the sandbox to hibernate", func() bool { return b.info().GetStatus() == "hibernated" })
+	if err := b.resume(); err != nil {
+		t.Fatal(err)
+	}
+	b.sh("true")
+}

@@ -1,0 +1,142 @@
+package sandbox
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
+)
+
+// TestHibernated: a hibernated sandbox has nothing of the host but its disk, and
+// goes on after the agent's death and the host's.
+func TestHibernated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		before := r.Manager.used
+		if err := r.Hibernate(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		info := r.wantState(id, Hibernated)
+		if info.HostIP.IsValid() || len(r.host.Live()) > 0 || len(r.net.taken)+len(r.net.open) > 0 {
+			t.Errorf("it has address %s, vms %v, slots %v", info.HostIP, r.host.Live(), r.net.taken)
+		}
+		if want := (Resources{Sandboxes: 1, DiskMiB: before.DiskMiB}); r.Manager.used != want {
+			t.Errorf("it takes %+v, want %+v", r.Manager.used, want)
+		}
+		if _, err := r.Lease(t.Context(), id); errdefs.ClassOf(err) != errdefs.WrongState {
+			t.Errorf("lease: %v", err)
+		}
+		wantClass(t, r.Hibernate(t.Context(), id), errdefs.WrongState)
+
+		r.die()
+		r.host.Reboot()
+		clear(r.net.open)
+		r.start()
+		r.wantState(id, Hibernated)
+		if err := r.Resume(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		info = r.wantState(id, Running)
+		if !info.HostIP.IsValid() || r.Manager.used != before {
+			t.Errorf("it has address %s and takes %+v, want %+v", info.HostIP, r.Manager.used, before)
+		}
+		if _, err := os.Stat(r.store.snapshot(id)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the used snapshot is still there: %v", err)
+		}
+		// And again, without an agent's death between.
+		if err := errors.Join(r.Hibernate(t.Context(), id), r.Resume(t.Context(), id)); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Destroy(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		r.wantNothing()
+	})
+}
+
+// TestFailedResumeKeepsTheSnapshot, whatever fails, and however often.
+func TestFailedResumeKeepsTheSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		if err := r.Hibernate(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		for _, fault := range []vmmtest.Fault{{Err: errFault}, {Die: true, Err: errFault}} {
+			r.driver.Inject(vmmtest.OpRestore, 1, fault)
+			if err := r.Resume(t.Context(), id); err == nil {
+				t.Error("resumed")
+			}
+			r.wantState(id, Hibernated)
+			r.wantConsistent()
+		}
+		// It wakes, changes its disk, and dies before it answers.
+		r.driver.Inject(vmmtest.OpResume, 1, vmmtest.Fault{After: true, Die: true, Err: errFault})
+		if err := r.Resume(t.Context(), id); err == nil {
+			t.Error("resumed")
+		}
+		r.wantState(id, Hibernated)
+		if err := r.Resume(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		r.wantState(id, Running)
+	})
+}
+
+func TestIncompleteSnapshotIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		if err := r.Hibernate(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(filepath.Join(r.store.snapshot(id), snapshotManifest)); err != nil {
+			t.Fatal(err)
+		}
+		wantClass(t, r.Resume(t.Context(), id), errdefs.Corrupt)
+		r.wantState(id, Hibernated)
+		r.die()
+		r.start()
+		r.wantState(id, Hibernated)
+		if err := r.Destroy(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		r.wantNothing()
+	})
+}
+
+func TestHibernateOnTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		info, err := r.Create(t.Context(), CreateRequest{Timeout: 10 * time.Second, OnTimeout: HibernateOnTimeout})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.driver.Inject(vmmtest.OpSnapshot, 1, vmmtest.Fault{Err: errFault})
+		for before := r.driver.Calls(vmmtest.OpSnapshot); r.driver.Calls(vmmtest.OpSnapshot) == before; synctest.Wait() {
+			time.Sleep(100 * time.Millisecond)
+		}
+		r.wantState(info.ID, Running) // a failure costs nothing and is not the end
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		r.wantState(info.ID, Hibernated)
+		time.Sleep(24 * time.Hour)
+		synctest.Wait()
+		r.wantState(info.ID, Hibernated)
+		if err := r.Resume(t.Context(), info.ID); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Second)
+		synctest.Wait()
+		r.wantState(info.ID, Running)
+
+		_, err = r.Create(t.Context(), CreateRequest{OnTimeout: "explode"})
+		wantClass(t, err, errdefs.InvalidArgument)
+	})
+}

@@ -1,0 +1,149 @@
+package template
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+func readyStore(t *testing.T) *Store {
+	t.Helper()
+	s, err := Open(t.TempDir(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(s.templates(), "minimal"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func makeReady(t *testing.T, s *Store, key string, shape Shape) {
+	t.Helper()
+	ctx := t.Context()
+	stage, err := s.StageReady(ctx, "minimal")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stage.Discard()
+	disk := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(disk, []byte("disk"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mem, err := os.Create(filepath.Join(stage.Dir, "mem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	if err := mem.Truncate(64 << 20); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := mem.WriteAt([]byte("memory of "+key), 32<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := stage.AddOverlay(ctx, disk); err != nil {
+		t.Fatal(err)
+	}
+	if err := stage.Publish(ctx, key, shape); err != nil {
+		t.Fatal(err)
+	}
+}
+
+const keyA, keyB = "00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100"
+
+func TestReadySnapshots(t *testing.T) {
+	s := readyStore(t)
+	small, large := Shape{"qemu", 1, 512, 4096}, Shape{"qemu", 2, 1024, 4096}
+	if _, err := s.Ready(t.Context(), "minimal", keyA); errdefs.ClassOf(err) != errdefs.NotFound {
+		t.Errorf("none is there: %v", err)
+	}
+	makeReady(t, s, keyA, small)
+	r, err := s.Ready(t.Context(), "minimal", keyA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if data, err := os.ReadFile(r.Overlay); err != nil || string(data) != "disk" {
+		t.Errorf("overlay is %q, %v", data, err)
+	}
+	// Another of the same shape supersedes it, one of another shape does not.
+	makeReady(t, s, keyB, large)
+	if _, err := s.Ready(t.Context(), "minimal", keyA); err != nil {
+		t.Errorf("one of another shape came: %v", err)
+	}
+	makeReady(t, s, "0123456789abcdef", small)
+	if _, err := s.Ready(t.Context(), "minimal", keyA); errdefs.ClassOf(err) != errdefs.NotFound {
+		t.Errorf("superseded: %v", err)
+	}
+	if err := s.DropReady("minimal", keyB); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Ready(t.Context(), "minimal", keyB); errdefs.ClassOf(err) != errdefs.NotFound {
+		t.Errorf("dropped: %v", err)
+	}
+	for _, key := range []string{"", "..", "../x", "ABCDEF0123456789", "0123456789abcdef/.."} {
+		if _, err := s.Ready(t.Context(), "minimal", key); errdefs.ClassOf(err) != errdefs.InvalidArgument {
+			t.Errorf("key %q: %v", key, err)
+		}
+	}
+}
+
+func TestDamagedReadySnapshot(t *testing.T) {
+	for name, damage := range map[string]func(dir string) error{
+		"a bit of the memory": func(dir string) error {
+			f, err := os.OpenFile(filepath.Join(dir, "mem"), os.O_RDWR, 0)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			_, err = f.WriteAt([]byte{1}, 12345)
+			return err
+		},
+		"a shorter disk": func(dir string) error { return os.Truncate(filepath.Join(dir, readyOverlay), 1) },
+		"no memory":      func(dir string) error { return os.Remove(filepath.Join(dir, "mem")) },
+		"no manifest":    func(dir string) error { return os.Remove(filepath.Join(dir, readyManifest)) },
+		"half a manifest": func(dir string) error {
+			return os.Truncate(filepath.Join(dir, readyManifest), 100)
+		},
+	} {
+		s := readyStore(t)
+		makeReady(t, s, keyA, Shape{})
+		if err := damage(filepath.Join(s.readyDir("minimal"), keyA)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Ready(t.Context(), "minimal", keyA); errdefs.ClassOf(err) != errdefs.Corrupt {
+			t.Errorf("%s: %v", name, err)
+		}
+		makeReady(t, s, keyA, Shape{})
+		if _, err := s.Ready(t.Context(), "minimal", keyA); err != nil {
+			t.Errorf("%s, made again: %v", name, err)
+		}
+	}
+}
+
+func TestOneMakesTheReadySnapshot(t *testing.T) {
+	s := readyStore(t)
+	stage, err := s.StageReady(t.Context(), "minimal")
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := View(s.Dir(), s.log) // another process
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := other.StageReady(ctx, "minimal"); err == nil {
+		t.Error("two make it at once")
+	}
+	stage.Discard()
+	next, err := other.StageReady(t.Context(), "minimal")
+	if err != nil {
+		t.Fatal(err)
+	}
+	next.Discard()
+	if left, err := filepath.Glob(filepath.Join(s.readyDir("minimal"), ".*")); err != nil || len(left) > 0 {
+		t.Errorf("left: %q, %v", left, err)
+	}
+}

@@ -121,7 +121,7 @@ func TestTerminal(t *testing.T) {
 		s.typeIn("until stty size | grep '43 132'; do sleep 0.05; done\r")
 		s.sees("\r43 132")
 		// Ctrl-C is the guest's: it ends what runs in the shell, not the shell.
-		s.typeIn("echo slee''ping; sleep 1000\r")
+		s.typeIn("sh -c 'echo slee\"\"ping; exec sleep 1000'\r")
 		s.sees("sleeping")
 		s.typeIn("\x03")
 		s.typeIn("echo sti''ll here\r")

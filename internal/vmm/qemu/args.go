@@ -29,7 +29,9 @@ type machine struct {
 // devices are part of a snapshot's format.
 func argv(m machine) []string {
 	s := m.spec
-	accel, cpu := "tcg,thread=multi", "qemu64" // boots faster than max
+	// What TCG keeps of translated code, in MiB, has to fit the VMM's memory
+	// limit beside the guest: by itself it would take 1 GiB in the end.
+	accel, cpu := "tcg,thread=multi,tb-size=256", "qemu64" // boots faster than max
 	if m.accel == "kvm" {
 		accel, cpu = "kvm", "host"
 	}

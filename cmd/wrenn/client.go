@@ -302,6 +302,39 @@ func newPause(c *client) *cobra.Command {
 	return cmd
 }
 
+func newFork(c *client) *cobra.Command {
+	var count int32
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "fork ID",
+		Short: "Make new sandboxes from the present state of one, which goes on",
+		Long: `Make new sandboxes from the present state of one, and print their ids. They have
+the memory, the processes and the disk of their source, and an id, a network and
+a token of their own. The source stands still only while its state is copied.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := c.resolve(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			resp, err := c.agent().ForkSandbox(cmd.Context(), connect.NewRequest(&hostagentv1.ForkSandboxRequest{SandboxId: id, Count: count}))
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), resp.Msg)
+			}
+			for _, box := range resp.Msg.Sandboxes {
+				fmt.Fprintln(cmd.OutOrStdout(), box.SandboxId)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().Int32VarP(&count, "count", "n", 1, "how many")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	return cmd
+}
+
 func newResume(c *client) *cobra.Command {
 	return &cobra.Command{
 		Use:     "resume ID...",

@@ -39,6 +39,9 @@ type CreateRequest struct {
 	Timeout time.Duration
 	// OnTimeout is what happens then; destroy when empty.
 	OnTimeout OnTimeout
+
+	// diskMiB is a fork's; Config.OverlayMiB when zero.
+	diskMiB int
 }
 
 func (r *CreateRequest) check() error {
@@ -84,18 +87,25 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 	if err != nil {
 		return Info{}, err
 	}
+	return m.make(ctx, req, tmpl.BaseSHA256, func(ctx context.Context, b *box, took *phases) error {
+		return m.boot(ctx, b, tmpl, took)
+	})
+}
+
+// make makes a sandbox whose VM start brings up; on error nothing is left.
+func (m *Manager) make(ctx context.Context, req CreateRequest, base string, start func(context.Context, *box, *phases) error) (Info, error) {
 	var took phases
 	took.begin()
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
-	b, err := m.reserve(ctx, req, tmpl.BaseSHA256, abort)
+	b, err := m.reserve(ctx, req, base, abort)
 	if err != nil {
 		return Info{}, fmt.Errorf("create sandbox: %w", err)
 	}
 	defer b.unhold()
 
 	took.end("reserve")
-	if err := m.boot(ctx, b, tmpl, &took); err != nil {
+	if err := start(ctx, b, &took); err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
@@ -120,6 +130,9 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 
 	need := m.need(req.VCPUs, req.MemMiB)
+	if req.diskMiB != 0 {
+		need.DiskMiB = req.diskMiB
+	}
 	m.mu.Lock()
 	if m.draining {
 		err = errdefs.Unavailable.Errorf("the host is shutting down")
@@ -201,7 +214,7 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took
 
 	restored := from.ready.Dir != ""
 	if restored {
-		if err := m.restore(ctx, b, tmpl, from.ready.Dir, identity(b.record(), true), took); err != nil {
+		if err := m.restore(ctx, b, tmpl, from.ready.Dir, identity(b.record(), true), "", took); err != nil {
 			if context.Cause(ctx) != nil {
 				return err
 			}

@@ -193,7 +193,7 @@ func (m *Manager) awaken(ctx context.Context, b *box) (err error) {
 		}
 		took.begin()
 		in := guest.Init{AccessToken: rec.Token, Entropy: entropy(), Restored: true}
-		if err := m.restore(ctx, b, tmpl, dir, in, &took); err != nil {
+		if err := m.restore(ctx, b, tmpl, dir, in, "", &took); err != nil {
 			return err
 		}
 		return m.move(b, Running, nil)

@@ -452,7 +452,7 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 		return nil, nil, nil, err
 	}
 	limit := opTimeout
-	if rec := b.record(); op == OpHibernate || rec.State == Hibernated {
+	if rec := b.record(); op == OpHibernate || op == OpFork || rec.State == Hibernated {
 		limit = moveTimeout(rec)
 	}
 	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))

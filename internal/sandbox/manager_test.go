@@ -267,14 +267,14 @@ func TestStateTable(t *testing.T) {
 func TestOperationsByState(t *testing.T) {
 	may := map[State][]Operation{
 		Creating:   {OpDestroy},
-		Running:    {OpPause, OpHibernate, OpCall, OpTimeout, OpDestroy},
-		Paused:     {OpResume, OpHibernate, OpTimeout, OpDestroy},
+		Running:    {OpPause, OpHibernate, OpFork, OpCall, OpTimeout, OpDestroy},
+		Paused:     {OpResume, OpHibernate, OpFork, OpTimeout, OpDestroy},
 		Hibernated: {OpResume, OpTimeout, OpDestroy},
 		Stopping:   {OpDestroy},
 		Stopped:    {OpDestroy},
 	}
 	for _, state := range States() {
-		for _, op := range []Operation{OpPause, OpHibernate, OpResume, OpCall, OpTimeout, OpDestroy} {
+		for _, op := range []Operation{OpPause, OpHibernate, OpFork, OpResume, OpCall, OpTimeout, OpDestroy} {
 			err := check("sb-0", op, state)
 			if got := err == nil; got != slices.Contains(may[state], op) {
 				t.Errorf("%s of a %s sandbox: %v", op, state, err)

@@ -71,6 +71,14 @@ var scenarios = map[string]scenario{
 		run:   func(ctx context.Context, r *rig, id ID) error { return r.Hibernate(ctx, id) },
 		keeps: true,
 	},
+	"fork": {
+		prepare: func(r *rig) ID { return r.create() },
+		run: func(ctx context.Context, r *rig, id ID) error {
+			_, err := r.Fork(ctx, id, 2)
+			return err
+		},
+		keeps: true,
+	},
 	"resume from disk": {
 		prepare: func(r *rig) ID {
 			id := r.create()

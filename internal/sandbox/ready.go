@@ -114,8 +114,9 @@ func readyKey(machine string, spec vmm.Spec, tmpl template.Template, diskMiB int
 }
 
 // restore starts a sandbox's VM from a snapshot in dir, its disk in place, and
-// tells its guest in who it is now. Called with the op lock held.
-func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, dir string, in guest.Init, took *phases) error {
+// tells its guest in who it is now. token is what the guest knows as its own,
+// if it is not the sandbox's. Called with the op lock held.
+func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, dir string, in guest.Init, token string, took *phases) error {
 	restorer, ok := m.cfg.Driver.(vmm.Restorer)
 	if !ok {
 		return errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", m.cfg.Driver.Name())
@@ -140,7 +141,12 @@ func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, d
 	}
 	took.end("wake")
 	// No packet is lost before the guest runs: the first connection is the one.
-	if err := b.guest.Init(ctx, in); err != nil {
+	g := b.guest
+	if token != "" {
+		g = m.cfg.Guests(b.record().HostIP, token)
+		defer g.Close()
+	}
+	if err := g.Init(ctx, in); err != nil {
 		return m.bootFailed(b, "initialise guest", err)
 	}
 	took.end("init")

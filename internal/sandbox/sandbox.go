@@ -68,6 +68,7 @@ const (
 	OpPause Operation = "pause"
 	// OpHibernate is a pause to disk.
 	OpHibernate Operation = "hibernate"
+	OpFork      Operation = "fork"
 	OpResume    Operation = "resume"
 	OpCall      Operation = "exec"
 	OpTimeout   Operation = "a timeout"
@@ -78,6 +79,7 @@ const (
 var allowed = map[Operation][]State{
 	OpPause:     {Running},
 	OpHibernate: {Running, Paused},
+	OpFork:      {Running, Paused},
 	OpResume:    {Paused, Hibernated},
 	OpCall:      {Running},
 	OpTimeout:   {Running, Paused, Hibernated},

@@ -115,6 +115,27 @@ func (s *service) ResumeSandbox(ctx context.Context, req *connect.Request[hostag
 	return connect.NewResponse(&hostagentv1.ResumeSandboxResponse{}), s.manager.Resume(ctx, id)
 }
 
+func (s *service) ForkSandbox(ctx context.Context, req *connect.Request[hostagentv1.ForkSandboxRequest]) (*connect.Response[hostagentv1.ForkSandboxResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	count := int(req.Msg.Count)
+	if count == 0 {
+		count = 1
+	}
+	began := time.Now()
+	forked, err := s.manager.Fork(ctx, id, count)
+	if err != nil {
+		return nil, err
+	}
+	resp := &hostagentv1.ForkSandboxResponse{PausedMs: forked.Paused.Milliseconds(), TookMs: time.Since(began).Milliseconds()}
+	for _, info := range forked.Sandboxes {
+		resp.Sandboxes = append(resp.Sandboxes, sandboxInfo(info))
+	}
+	return connect.NewResponse(resp), nil
+}
+
 func (s *service) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {

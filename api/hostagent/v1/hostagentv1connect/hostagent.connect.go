@@ -47,6 +47,9 @@ const (
 	// HostAgentServiceResumeSandboxProcedure is the fully-qualified name of the HostAgentService's
 	// ResumeSandbox RPC.
 	HostAgentServiceResumeSandboxProcedure = "/hostagent.v1.HostAgentService/ResumeSandbox"
+	// HostAgentServiceForkSandboxProcedure is the fully-qualified name of the HostAgentService's
+	// ForkSandbox RPC.
+	HostAgentServiceForkSandboxProcedure = "/hostagent.v1.HostAgentService/ForkSandbox"
 	// HostAgentServiceExecProcedure is the fully-qualified name of the HostAgentService's Exec RPC.
 	HostAgentServiceExecProcedure = "/hostagent.v1.HostAgentService/Exec"
 	// HostAgentServiceListSandboxesProcedure is the fully-qualified name of the HostAgentService's
@@ -80,6 +83,9 @@ type HostAgentServiceClient interface {
 	PauseSandbox(context.Context, *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error)
 	// ResumeSandbox lets a paused or hibernated sandbox go on where it stopped.
 	ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error)
+	// ForkSandbox makes new sandboxes from the present state of one, which goes
+	// on. Either all are made or none.
+	ForkSandbox(context.Context, *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error)
 	// Exec runs one command in a running sandbox and answers when it has ended.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ListSandboxes answers with every sandbox of this host, oldest first.
@@ -134,6 +140,12 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("ResumeSandbox")),
 			connect.WithClientOptions(opts...),
 		),
+		forkSandbox: connect.NewClient[v1.ForkSandboxRequest, v1.ForkSandboxResponse](
+			httpClient,
+			baseURL+HostAgentServiceForkSandboxProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("ForkSandbox")),
+			connect.WithClientOptions(opts...),
+		),
 		exec: connect.NewClient[v1.ExecRequest, v1.ExecResponse](
 			httpClient,
 			baseURL+HostAgentServiceExecProcedure,
@@ -185,6 +197,7 @@ type hostAgentServiceClient struct {
 	destroySandbox *connect.Client[v1.DestroySandboxRequest, v1.DestroySandboxResponse]
 	pauseSandbox   *connect.Client[v1.PauseSandboxRequest, v1.PauseSandboxResponse]
 	resumeSandbox  *connect.Client[v1.ResumeSandboxRequest, v1.ResumeSandboxResponse]
+	forkSandbox    *connect.Client[v1.ForkSandboxRequest, v1.ForkSandboxResponse]
 	exec           *connect.Client[v1.ExecRequest, v1.ExecResponse]
 	listSandboxes  *connect.Client[v1.ListSandboxesRequest, v1.ListSandboxesResponse]
 	getSandbox     *connect.Client[v1.GetSandboxRequest, v1.GetSandboxResponse]
@@ -212,6 +225,11 @@ func (c *hostAgentServiceClient) PauseSandbox(ctx context.Context, req *connect.
 // ResumeSandbox calls hostagent.v1.HostAgentService.ResumeSandbox.
 func (c *hostAgentServiceClient) ResumeSandbox(ctx context.Context, req *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error) {
 	return c.resumeSandbox.CallUnary(ctx, req)
+}
+
+// ForkSandbox calls hostagent.v1.HostAgentService.ForkSandbox.
+func (c *hostAgentServiceClient) ForkSandbox(ctx context.Context, req *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error) {
+	return c.forkSandbox.CallUnary(ctx, req)
 }
 
 // Exec calls hostagent.v1.HostAgentService.Exec.
@@ -260,6 +278,9 @@ type HostAgentServiceHandler interface {
 	PauseSandbox(context.Context, *connect.Request[v1.PauseSandboxRequest]) (*connect.Response[v1.PauseSandboxResponse], error)
 	// ResumeSandbox lets a paused or hibernated sandbox go on where it stopped.
 	ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error)
+	// ForkSandbox makes new sandboxes from the present state of one, which goes
+	// on. Either all are made or none.
+	ForkSandbox(context.Context, *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error)
 	// Exec runs one command in a running sandbox and answers when it has ended.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ListSandboxes answers with every sandbox of this host, oldest first.
@@ -308,6 +329,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		HostAgentServiceResumeSandboxProcedure,
 		svc.ResumeSandbox,
 		connect.WithSchema(hostAgentServiceMethods.ByName("ResumeSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentServiceForkSandboxHandler := connect.NewUnaryHandler(
+		HostAgentServiceForkSandboxProcedure,
+		svc.ForkSandbox,
+		connect.WithSchema(hostAgentServiceMethods.ByName("ForkSandbox")),
 		connect.WithHandlerOptions(opts...),
 	)
 	hostAgentServiceExecHandler := connect.NewUnaryHandler(
@@ -362,6 +389,8 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServicePauseSandboxHandler.ServeHTTP(w, r)
 		case HostAgentServiceResumeSandboxProcedure:
 			hostAgentServiceResumeSandboxHandler.ServeHTTP(w, r)
+		case HostAgentServiceForkSandboxProcedure:
+			hostAgentServiceForkSandboxHandler.ServeHTTP(w, r)
 		case HostAgentServiceExecProcedure:
 			hostAgentServiceExecHandler.ServeHTTP(w, r)
 		case HostAgentServiceListSandboxesProcedure:
@@ -399,6 +428,10 @@ func (UnimplementedHostAgentServiceHandler) PauseSandbox(context.Context, *conne
 
 func (UnimplementedHostAgentServiceHandler) ResumeSandbox(context.Context, *connect.Request[v1.ResumeSandboxRequest]) (*connect.Response[v1.ResumeSandboxResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.ResumeSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) ForkSandbox(context.Context, *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.ForkSandbox is not implemented"))
 }
 
 func (UnimplementedHostAgentServiceHandler) Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error) {

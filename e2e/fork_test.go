@@ -1,0 +1,84 @@
+package e2e_test
+
+import (
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+)
+
+// TestFork: forks have their source's memory and disk, and nothing in common
+// with it or each other from then on.
+func TestFork(t *testing.T) {
+	a := startAgent(t)
+	b := a.create(t, nil)
+	b.count()
+	b.next()
+	b.sh("echo before >/root/file")
+	resp, err := a.ForkSandbox(t.Context(), connect.NewRequest(&hostagentv1.ForkSandboxRequest{SandboxId: b.id, Count: 3}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("3 forks took %d ms, the source stood still for %d ms", resp.Msg.TookMs, resp.Msg.PausedMs)
+	boxes := []*sandbox{b}
+	for _, info := range resp.Msg.Sandboxes {
+		if info.Status != "running" {
+			t.Errorf("fork %s is %s", info.SandboxId, info.Status)
+		}
+		boxes = append(boxes, &sandbox{t, a, info.SandboxId})
+	}
+	if len(boxes) != 4 {
+		t.Fatalf("%d sandboxes, want 4", len(boxes))
+	}
+	seen := map[string]string{}
+	for i, x := range boxes {
+		if got := x.sh("cat /root/file"); got != "before" {
+			t.Errorf("%s: the file says %q", x.id, got)
+		}
+		for n := range i + 1 { // each counts for itself
+			if got := x.next(); got != 2+n {
+				t.Errorf("%s counts %d, want %d", x.id, got, 2+n)
+			}
+		}
+		x.sh("echo " + x.id + " >/root/file")
+		for _, script := range []string{"hostname", "cat /etc/machine-id", "cat /proc/sys/kernel/random/uuid", "head -c 32 /dev/urandom | sha256sum", "echo $E2B_SANDBOX_ID"} {
+			out := x.sh(script)
+			if was, again := seen[out]; again && was != x.id {
+				t.Errorf("%s: %s in %s and %s", script, out, was, x.id)
+			}
+			seen[out] = x.id
+		}
+		if name := x.sh("hostname"); name != x.id {
+			t.Errorf("host name of %s is %q", x.id, name)
+		}
+		if off, known := x.clockError(); off.Abs()+known > 50*time.Millisecond {
+			t.Errorf("clock of %s is off by %s (± %s)", x.id, off, known)
+		}
+		for _, y := range boxes[:i] {
+			if x.record().Token == y.record().Token || x.record().HostIP == y.record().HostIP {
+				t.Errorf("%s and %s share token or address", x.id, y.id)
+			}
+		}
+	}
+	for _, x := range boxes {
+		if got := x.sh("cat /root/file"); got != x.id {
+			t.Errorf("the disk of %s says %q", x.id, got)
+		}
+	}
+	// A fork hibernates as any other, after its source is gone.
+	if err := b.destroy(); err != nil {
+		t.Fatal(err)
+	}
+	last := boxes[3]
+	if err := last.hibernate(); err != nil {
+		t.Fatal(err)
+	}
+	if err := last.resume(); err != nil {
+		t.Fatal(err)
+	}
+	if got := last.next(); got != 6 {
+		t.Errorf("it counts %d, want 6", got)
+	}
+}

@@ -152,11 +152,10 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 				p.Out.Header.Set(headerToken, lease.Token)
 			}
 		},
-		Transport:     link.transport(r, port == envdPort),
-		FlushInterval: -1,
-		BufferPool:    buffers,
-		ErrorLog:      slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
-		ErrorHandler:  func(w http.ResponseWriter, _ *http.Request, err error) { fail(w, err) },
+		Transport:    link.transport(r, port == envdPort),
+		BufferPool:   buffers,
+		ErrorLog:     slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { fail(w, err) },
 	}
 	proxy.ServeHTTP(w, r)
 }

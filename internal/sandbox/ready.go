@@ -213,6 +213,8 @@ func (m *Manager) saveReady(ctx context.Context, b *box, tmpl template.Template,
 // vmBroken is the error of a VM that does not go on after a snapshot.
 type vmBroken struct{ error }
 
+func (e vmBroken) Unwrap() error { return e.error }
+
 // picture writes a guest's memory and disk into a stage and lets it go on.
 func (m *Manager) picture(ctx context.Context, b *box, stage *template.Stage) (err error) {
 	snapshotter, ok := b.vm.(vmm.Snapshotter)

@@ -162,9 +162,10 @@ func freePort() (int, error) {
 
 // serveCommand is the command that serves on the agent's state directory.
 func (a *agent) serveCommand(args ...string) *exec.Cmd {
+	// No pool, unless args have one: it comes and goes in the pictures.
 	args = append([]string{
 		"serve", "--state-dir", a.stateDir, "--listen", a.addr,
-		"--host-range", a.hostRange(), "--link-range", a.linkRange(),
+		"--host-range", a.hostRange(), "--link-range", a.linkRange(), "--pool=0",
 	}, args...)
 	return exec.Command(filepath.Join(a.bin, "wrenn"), args...)
 }
@@ -280,9 +281,6 @@ func startAgent(t testing.TB, args ...string) *agent {
 	}
 	if !has("--on-shutdown") {
 		args = append(args, "--on-shutdown=destroy")
-	}
-	if !has("--pool") { // a pool comes and goes in the pictures of what is there
-		args = append(args, "--pool=0")
 	}
 	if err := a.start(args...); err != nil {
 		t.Fatal(err)

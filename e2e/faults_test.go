@@ -95,7 +95,7 @@ func TestAgentKilledAtAnyMoment(t *testing.T) {
 					t.Fatal(err)
 				}
 				wg.Wait()
-				if err := a.start("--on-shutdown=leave", "--pool=0"); err != nil {
+				if err := a.start("--on-shutdown=leave"); err != nil {
 					t.Fatal(err)
 				}
 				settled(t, a)
@@ -137,6 +137,39 @@ func traces(t *testing.T, a *agent) []string {
 		t.Fatal(err)
 	}
 	return append(left, disks...)
+}
+
+// Networks that are built ahead of use are nobody's: an agent that is killed
+// leaves them to the next, one that ends takes them along.
+func TestPoolOfNetworks(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "--pool=3")
+	pooled := func() int {
+		names, err := filepath.Glob("/run/netns/" + a.instance() + "-*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(names)
+	}
+	waitFor(t, "three networks", func() bool { return pooled() == 3 })
+	b := a.create(t, nil)
+	waitFor(t, "three more networks", func() bool { return pooled() == 4 })
+	if err := a.signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.start("--pool=1", "--on-shutdown=leave"); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "one network besides the sandbox's", func() bool { return pooled() == 2 })
+	if got := b.sh("echo here"); got != "here" {
+		t.Errorf("got %q", got)
+	}
+	if err := a.signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if n := pooled(); n != 1 {
+		t.Errorf("%d networks are left, want the sandbox's", n)
+	}
 }
 
 // TestManyCallersOnRealVMs lets several callers do what they like with a

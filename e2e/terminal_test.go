@@ -12,6 +12,8 @@ import (
 
 	"github.com/creack/pty"
 	"golang.org/x/sys/unix"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 )
 
 // screen is a wrenn command in a terminal that a test looks at and types on.
@@ -180,6 +182,15 @@ func TestTerminal(t *testing.T) {
 		s.sees("# ")
 		s.typeIn("exit 3\r")
 		s.ends(3)
+	})
+	t.Run("a sandbox that ends", func(t *testing.T) {
+		b := b.a.create(t, &hostagentv1.CreateSandboxRequest{MemoryMb: 256})
+		s := openScreen(t, b.a, "shell", b.id)
+		s.sees("# ")
+		if err := b.destroy(); err != nil {
+			t.Fatal(err)
+		}
+		s.ends(1)
 	})
 	t.Run("top", func(t *testing.T) {
 		s := openScreen(t, b.a, "top", b.id)

@@ -172,20 +172,22 @@ func TestDamagedReadySnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 	found, err := filepath.Glob(filepath.Join(a.stateDir, "templates/minimal/ready/*/mem"))
-	if err != nil || len(found) != 1 {
+	if err != nil || len(found) == 0 {
 		t.Fatalf("%q, %v", found, err)
 	}
-	// Not in place: it may be a link to what others use.
-	data, err := os.ReadFile(found[0])
-	if err == nil {
-		data[len(data)/2] ^= 1
-		err = os.Remove(found[0])
-	}
-	if err == nil {
-		err = os.WriteFile(found[0], data, 0o444)
-	}
-	if err != nil {
-		t.Fatal(err)
+	for _, mem := range found {
+		// Not in place: it may be a link to what others use.
+		data, err := os.ReadFile(mem)
+		if err == nil {
+			data[len(data)/2] ^= 1
+			err = os.Remove(mem)
+		}
+		if err == nil {
+			err = os.WriteFile(mem, data, 0o444)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := a.start("--on-shutdown=destroy"); err != nil {
 		t.Fatal(err)

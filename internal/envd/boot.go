@@ -252,6 +252,15 @@ func replaceFile(name, text string) error {
 		if err := os.Remove(name); err != nil {
 			return err
 		}
+	} else if err == nil && info.Size() == int64(len(text)) {
+		// No block is freed and taken: in a guest that has just been restored,
+		// all that is done for the first time is dear.
+		f, err := os.OpenFile(name, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteString(text)
+		return errors.Join(err, f.Close())
 	}
 	return os.WriteFile(name, []byte(text), 0o644)
 }

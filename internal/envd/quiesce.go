@@ -64,6 +64,13 @@ func (s *Server) rehearse(ctx context.Context) {
 	if err == nil {
 		err = setMachineID()
 	}
+	var uts unix.Utsname
+	if err == nil {
+		err = unix.Uname(&uts)
+	}
+	if err == nil {
+		err = setHostname(unix.ByteSliceToString(uts.Nodename[:]), s.addr)
+	}
 	if err == nil {
 		// Shells and programs come from the disk the first time.
 		err = exec.CommandContext(ctx, "/bin/sh", "-c", "ls / | cat; id; date; uname; [ ! -x /bin/bash ] || /bin/bash -c :").Run()

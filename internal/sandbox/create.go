@@ -372,7 +372,7 @@ func (m *Manager) watch(b *box, vm vmm.VM, kill context.CancelCauseFunc) {
 		return
 	}
 	kill(errdefs.Unavailable.Errorf("the vm of sandbox %s ended: %s", b.id, vm.Exit()))
-	if b.hold(m.life, "freed") != nil {
+	if m.life.Err() != nil || b.hold(m.life, "freed") != nil {
 		return // the next agent finds it
 	}
 	defer b.unhold()

@@ -22,8 +22,9 @@ const (
 	// readyVersion tells snapshots apart that other code made of the same
 	// parts.
 	readyVersion = "1"
-	// bootName is a guest's host name until it is told its own.
-	bootName = "sandbox"
+	// bootName is a guest's host name until it is told its own, which is as
+	// long: files that hold it are written in place.
+	bootName = "sb-0000000000000000"
 	// wakeTimeout bounds the time from a restore until the guest answers; a
 	// guest that takes longer never will.
 	wakeTimeout = 20 * time.Second

@@ -13,6 +13,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -24,6 +26,10 @@ const (
 	readyOverlay  = "overlay.ext4"
 	readyManifest = "manifest.json"
 )
+
+// maxReady is how many ready snapshots a template keeps: those used last.
+// Whoever may choose a sandbox's size could fill the disk with them otherwise.
+const maxReady = 8
 
 var readyKey = regexp.MustCompile(`^[0-9a-f]{16,64}$`)
 
@@ -86,6 +92,8 @@ func (s *Store) Ready(ctx context.Context, name, key string) (Ready, error) {
 	if err != nil {
 		return Ready{}, errdefs.Corrupt.Errorf("a ready snapshot of template %q is damaged: %w", name, err)
 	}
+	now := time.Now()
+	_ = os.Chtimes(dir, now, now) // for removeOldReady; a guess is as good
 	return Ready{Dir: dir, Overlay: filepath.Join(dir, readyOverlay)}, nil
 }
 
@@ -271,13 +279,18 @@ func publishReady(ctx context.Context, tmp, dst string, m readyMeta) error {
 }
 
 // removeOldReady removes the snapshots of a shape that the one with key
-// supersedes, and those that cannot be read.
+// supersedes, those that cannot be read, and those that are too many.
 func removeOldReady(parent, key string, shape Shape) error {
 	entries, err := os.ReadDir(parent)
 	if err != nil {
 		return err
 	}
 	var errs []error
+	type used struct {
+		dir string
+		at  time.Time
+	}
+	var others []used
 	for _, e := range entries {
 		if !e.IsDir() || e.Name() == key || !readyKey.MatchString(e.Name()) {
 			continue
@@ -285,7 +298,13 @@ func removeOldReady(parent, key string, shape Shape) error {
 		dir := filepath.Join(parent, e.Name())
 		if m, err := readReady(dir); err != nil || m.Shape == shape {
 			errs = append(errs, dropDir(dir))
+		} else if info, err := os.Stat(dir); err == nil {
+			others = append(others, used{dir, info.ModTime()})
 		}
+	}
+	slices.SortFunc(others, func(a, b used) int { return b.at.Compare(a.at) })
+	for _, o := range others[min(len(others), maxReady-1):] {
+		errs = append(errs, dropDir(o.dir))
 	}
 	return errors.Join(errs...)
 }

@@ -2,6 +2,7 @@ package template
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -122,6 +123,25 @@ func TestDamagedReadySnapshot(t *testing.T) {
 		if _, err := s.Ready(t.Context(), "minimal", keyA); err != nil {
 			t.Errorf("%s, made again: %v", name, err)
 		}
+	}
+}
+
+func TestFewReadySnapshots(t *testing.T) {
+	s := readyStore(t)
+	key := func(i int) string { return fmt.Sprintf("%016x", i) }
+	for i := range maxReady + 3 {
+		makeReady(t, s, key(i), Shape{MemMiB: i})
+		old := time.Now().Add(time.Duration(i-100) * time.Second)
+		if err := os.Chtimes(filepath.Join(s.readyDir("minimal"), key(i)), old, old); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Ready(t.Context(), "minimal", key(0)); err != nil {
+			t.Fatalf("the one in use went: %v", err)
+		}
+	}
+	found, err := filepath.Glob(filepath.Join(s.readyDir("minimal"), "*", readyManifest))
+	if err != nil || len(found) != maxReady {
+		t.Errorf("%d are kept, want %d (%v)", len(found), maxReady, err)
 	}
 }
 

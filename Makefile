@@ -9,7 +9,7 @@ FUZZTIME ?= 5000x
 CYCLES ?= 1000
 SETUP := bin/wrenn setup --state-dir
 
-.PHONY: help build run test test-unit test-faults soak fuzz lint generate check-generated bench clean
+.PHONY: help build run test test-tools test-unit test-faults soak fuzz lint generate check-generated bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,10 +22,14 @@ run: build ## install what is missing, prepare this host, run the host agent
 	bin/wrenn setup
 	bin/wrenn serve
 
-test: lint check-generated build ## everything that CI runs: lint, unit, race and real microVMs, as root
+test: test-tools lint check-generated build ## everything that CI runs: lint, unit, race and real microVMs, as root
 	$(SETUP) $(TEST_STATE)
 	$(TEST_ENV) go test -race -count=1 -p 1 -timeout 60m ./...
 	$(MAKE) --no-print-directory fuzz
+
+test-tools: # what the tests use besides what the host needs
+	@if ! command -v curl || ! command -v npm; then apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends curl nodejs npm; fi >/dev/null
 
 test-unit: ## tests that need nothing but Go
 	go test -race ./...

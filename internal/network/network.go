@@ -172,16 +172,29 @@ func (n *Network) rangeRoutes() []netlink.Route {
 	return rs
 }
 
+// listed lists again while somebody else's changes cut the kernel's answer
+// short, which on a busy host is no fault of anybody's.
+func listed[T any](list func() ([]T, error)) (all []T, err error) {
+	for range 20 {
+		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return all, err
+}
+
 // checkRoutes finds a route of somebody else that overlaps our ranges. Default
 // routes, also those cut in two halves as VPNs do, overlap everything and
 // collide with nothing.
 func (n *Network) checkRoutes(h *netlink.Handle) error {
-	routes, err := h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	routes, err := listed(func() ([]netlink.Route, error) {
+		return h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	})
 	if err != nil {
 		return fmt.Errorf("list routes: %w", err)
 	}
 	names := map[int]string{}
-	links, err := h.LinkList()
+	links, err := listed(h.LinkList)
 	if err != nil {
 		return fmt.Errorf("list links: %w", err)
 	}
@@ -274,7 +287,7 @@ func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, err
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
 	defer h.Close()
-	links, err := h.LinkList()
+	links, err := listed(h.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}

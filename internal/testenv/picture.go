@@ -2,6 +2,7 @@ package testenv
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -71,8 +72,18 @@ func (p Picture) Diff(after Picture) []string {
 // Lines returns the picture sorted.
 func (p Picture) Lines() []string { return slices.Sorted(maps.Keys(p)) }
 
-// Take takes the picture of the lines that contain marker.
-func Take(marker string) (Picture, error) {
+// Take takes the picture of the lines that contain marker. It is taken again
+// while somebody's changes cut one of the kernel's lists short.
+func Take(marker string) (p Picture, err error) {
+	for range 20 {
+		if p, err = take(marker); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return p, err
+}
+
+func take(marker string) (Picture, error) {
 	p := Picture{}
 	add := func(format string, args ...any) {
 		if line := fmt.Sprintf(format, args...); strings.Contains(line, marker) {

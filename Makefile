@@ -27,9 +27,9 @@ test: test-tools lint check-generated build ## everything that CI runs: lint, un
 	$(TEST_ENV) go test -race -count=1 -p 1 -timeout 60m ./...
 	$(MAKE) --no-print-directory fuzz
 
-test-tools: # what the tests use besides what the host needs
-	@for tool in curl npm gcc nft; do command -v $$tool >/dev/null || missing=1; done; if test "$${missing:-}"; then apt-get update -qq && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends curl npm gcc libc6-dev nftables; fi >/dev/null
+test-tools: # what the tests use besides what the host needs; only what is missing, for a node of another origin conflicts with apt's npm
+	@for tool in curl:curl npm:npm gcc:gcc gcc:libc6-dev nft:nftables; do command -v $${tool%:*} >/dev/null || missing="$${missing:-} $${tool#*:}"; done; \
+	  test -z "$${missing:-}" || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$missing; } >/dev/null
 
 test-unit: ## tests that need nothing but Go
 	go test -race ./...

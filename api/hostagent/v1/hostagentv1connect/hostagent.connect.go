@@ -50,6 +50,18 @@ const (
 	// HostAgentServiceForkSandboxProcedure is the fully-qualified name of the HostAgentService's
 	// ForkSandbox RPC.
 	HostAgentServiceForkSandboxProcedure = "/hostagent.v1.HostAgentService/ForkSandbox"
+	// HostAgentServiceSnapshotSandboxProcedure is the fully-qualified name of the HostAgentService's
+	// SnapshotSandbox RPC.
+	HostAgentServiceSnapshotSandboxProcedure = "/hostagent.v1.HostAgentService/SnapshotSandbox"
+	// HostAgentServiceListSnapshotsProcedure is the fully-qualified name of the HostAgentService's
+	// ListSnapshots RPC.
+	HostAgentServiceListSnapshotsProcedure = "/hostagent.v1.HostAgentService/ListSnapshots"
+	// HostAgentServiceDeleteSnapshotProcedure is the fully-qualified name of the HostAgentService's
+	// DeleteSnapshot RPC.
+	HostAgentServiceDeleteSnapshotProcedure = "/hostagent.v1.HostAgentService/DeleteSnapshot"
+	// HostAgentServiceUpdateNetworkProcedure is the fully-qualified name of the HostAgentService's
+	// UpdateNetwork RPC.
+	HostAgentServiceUpdateNetworkProcedure = "/hostagent.v1.HostAgentService/UpdateNetwork"
 	// HostAgentServiceExecProcedure is the fully-qualified name of the HostAgentService's Exec RPC.
 	HostAgentServiceExecProcedure = "/hostagent.v1.HostAgentService/Exec"
 	// HostAgentServiceListSandboxesProcedure is the fully-qualified name of the HostAgentService's
@@ -86,6 +98,16 @@ type HostAgentServiceClient interface {
 	// ForkSandbox makes new sandboxes from the present state of one, which goes
 	// on. Either all are made or none.
 	ForkSandbox(context.Context, *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error)
+	// SnapshotSandbox keeps the present state of a sandbox, which goes on, under
+	// a name that CreateSandbox takes as a template.
+	SnapshotSandbox(context.Context, *connect.Request[v1.SnapshotSandboxRequest]) (*connect.Response[v1.SnapshotSandboxResponse], error)
+	// ListSnapshots answers with every named snapshot of this host, newest first.
+	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
+	// DeleteSnapshot removes a named snapshot. Sandboxes made from it go on.
+	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error)
+	// UpdateNetwork replaces what a sandbox may reach, and how much of it, at
+	// once.
+	UpdateNetwork(context.Context, *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error)
 	// Exec runs one command in a running sandbox and answers when it has ended.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ListSandboxes answers with every sandbox of this host, oldest first.
@@ -146,6 +168,30 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("ForkSandbox")),
 			connect.WithClientOptions(opts...),
 		),
+		snapshotSandbox: connect.NewClient[v1.SnapshotSandboxRequest, v1.SnapshotSandboxResponse](
+			httpClient,
+			baseURL+HostAgentServiceSnapshotSandboxProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("SnapshotSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		listSnapshots: connect.NewClient[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse](
+			httpClient,
+			baseURL+HostAgentServiceListSnapshotsProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("ListSnapshots")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteSnapshot: connect.NewClient[v1.DeleteSnapshotRequest, v1.DeleteSnapshotResponse](
+			httpClient,
+			baseURL+HostAgentServiceDeleteSnapshotProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("DeleteSnapshot")),
+			connect.WithClientOptions(opts...),
+		),
+		updateNetwork: connect.NewClient[v1.UpdateNetworkRequest, v1.UpdateNetworkResponse](
+			httpClient,
+			baseURL+HostAgentServiceUpdateNetworkProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("UpdateNetwork")),
+			connect.WithClientOptions(opts...),
+		),
 		exec: connect.NewClient[v1.ExecRequest, v1.ExecResponse](
 			httpClient,
 			baseURL+HostAgentServiceExecProcedure,
@@ -193,18 +239,22 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 
 // hostAgentServiceClient implements HostAgentServiceClient.
 type hostAgentServiceClient struct {
-	createSandbox  *connect.Client[v1.CreateSandboxRequest, v1.CreateSandboxResponse]
-	destroySandbox *connect.Client[v1.DestroySandboxRequest, v1.DestroySandboxResponse]
-	pauseSandbox   *connect.Client[v1.PauseSandboxRequest, v1.PauseSandboxResponse]
-	resumeSandbox  *connect.Client[v1.ResumeSandboxRequest, v1.ResumeSandboxResponse]
-	forkSandbox    *connect.Client[v1.ForkSandboxRequest, v1.ForkSandboxResponse]
-	exec           *connect.Client[v1.ExecRequest, v1.ExecResponse]
-	listSandboxes  *connect.Client[v1.ListSandboxesRequest, v1.ListSandboxesResponse]
-	getSandbox     *connect.Client[v1.GetSandboxRequest, v1.GetSandboxResponse]
-	setTimeout     *connect.Client[v1.SetTimeoutRequest, v1.SetTimeoutResponse]
-	watchEvents    *connect.Client[v1.WatchEventsRequest, v1.WatchEventsResponse]
-	getConsole     *connect.Client[v1.GetConsoleRequest, v1.GetConsoleResponse]
-	getVersion     *connect.Client[v1.GetVersionRequest, v1.GetVersionResponse]
+	createSandbox   *connect.Client[v1.CreateSandboxRequest, v1.CreateSandboxResponse]
+	destroySandbox  *connect.Client[v1.DestroySandboxRequest, v1.DestroySandboxResponse]
+	pauseSandbox    *connect.Client[v1.PauseSandboxRequest, v1.PauseSandboxResponse]
+	resumeSandbox   *connect.Client[v1.ResumeSandboxRequest, v1.ResumeSandboxResponse]
+	forkSandbox     *connect.Client[v1.ForkSandboxRequest, v1.ForkSandboxResponse]
+	snapshotSandbox *connect.Client[v1.SnapshotSandboxRequest, v1.SnapshotSandboxResponse]
+	listSnapshots   *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
+	deleteSnapshot  *connect.Client[v1.DeleteSnapshotRequest, v1.DeleteSnapshotResponse]
+	updateNetwork   *connect.Client[v1.UpdateNetworkRequest, v1.UpdateNetworkResponse]
+	exec            *connect.Client[v1.ExecRequest, v1.ExecResponse]
+	listSandboxes   *connect.Client[v1.ListSandboxesRequest, v1.ListSandboxesResponse]
+	getSandbox      *connect.Client[v1.GetSandboxRequest, v1.GetSandboxResponse]
+	setTimeout      *connect.Client[v1.SetTimeoutRequest, v1.SetTimeoutResponse]
+	watchEvents     *connect.Client[v1.WatchEventsRequest, v1.WatchEventsResponse]
+	getConsole      *connect.Client[v1.GetConsoleRequest, v1.GetConsoleResponse]
+	getVersion      *connect.Client[v1.GetVersionRequest, v1.GetVersionResponse]
 }
 
 // CreateSandbox calls hostagent.v1.HostAgentService.CreateSandbox.
@@ -230,6 +280,26 @@ func (c *hostAgentServiceClient) ResumeSandbox(ctx context.Context, req *connect
 // ForkSandbox calls hostagent.v1.HostAgentService.ForkSandbox.
 func (c *hostAgentServiceClient) ForkSandbox(ctx context.Context, req *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error) {
 	return c.forkSandbox.CallUnary(ctx, req)
+}
+
+// SnapshotSandbox calls hostagent.v1.HostAgentService.SnapshotSandbox.
+func (c *hostAgentServiceClient) SnapshotSandbox(ctx context.Context, req *connect.Request[v1.SnapshotSandboxRequest]) (*connect.Response[v1.SnapshotSandboxResponse], error) {
+	return c.snapshotSandbox.CallUnary(ctx, req)
+}
+
+// ListSnapshots calls hostagent.v1.HostAgentService.ListSnapshots.
+func (c *hostAgentServiceClient) ListSnapshots(ctx context.Context, req *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error) {
+	return c.listSnapshots.CallUnary(ctx, req)
+}
+
+// DeleteSnapshot calls hostagent.v1.HostAgentService.DeleteSnapshot.
+func (c *hostAgentServiceClient) DeleteSnapshot(ctx context.Context, req *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error) {
+	return c.deleteSnapshot.CallUnary(ctx, req)
+}
+
+// UpdateNetwork calls hostagent.v1.HostAgentService.UpdateNetwork.
+func (c *hostAgentServiceClient) UpdateNetwork(ctx context.Context, req *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error) {
+	return c.updateNetwork.CallUnary(ctx, req)
 }
 
 // Exec calls hostagent.v1.HostAgentService.Exec.
@@ -281,6 +351,16 @@ type HostAgentServiceHandler interface {
 	// ForkSandbox makes new sandboxes from the present state of one, which goes
 	// on. Either all are made or none.
 	ForkSandbox(context.Context, *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error)
+	// SnapshotSandbox keeps the present state of a sandbox, which goes on, under
+	// a name that CreateSandbox takes as a template.
+	SnapshotSandbox(context.Context, *connect.Request[v1.SnapshotSandboxRequest]) (*connect.Response[v1.SnapshotSandboxResponse], error)
+	// ListSnapshots answers with every named snapshot of this host, newest first.
+	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
+	// DeleteSnapshot removes a named snapshot. Sandboxes made from it go on.
+	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error)
+	// UpdateNetwork replaces what a sandbox may reach, and how much of it, at
+	// once.
+	UpdateNetwork(context.Context, *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error)
 	// Exec runs one command in a running sandbox and answers when it has ended.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ListSandboxes answers with every sandbox of this host, oldest first.
@@ -337,6 +417,30 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		connect.WithSchema(hostAgentServiceMethods.ByName("ForkSandbox")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentServiceSnapshotSandboxHandler := connect.NewUnaryHandler(
+		HostAgentServiceSnapshotSandboxProcedure,
+		svc.SnapshotSandbox,
+		connect.WithSchema(hostAgentServiceMethods.ByName("SnapshotSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentServiceListSnapshotsHandler := connect.NewUnaryHandler(
+		HostAgentServiceListSnapshotsProcedure,
+		svc.ListSnapshots,
+		connect.WithSchema(hostAgentServiceMethods.ByName("ListSnapshots")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentServiceDeleteSnapshotHandler := connect.NewUnaryHandler(
+		HostAgentServiceDeleteSnapshotProcedure,
+		svc.DeleteSnapshot,
+		connect.WithSchema(hostAgentServiceMethods.ByName("DeleteSnapshot")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentServiceUpdateNetworkHandler := connect.NewUnaryHandler(
+		HostAgentServiceUpdateNetworkProcedure,
+		svc.UpdateNetwork,
+		connect.WithSchema(hostAgentServiceMethods.ByName("UpdateNetwork")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentServiceExecHandler := connect.NewUnaryHandler(
 		HostAgentServiceExecProcedure,
 		svc.Exec,
@@ -391,6 +495,14 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServiceResumeSandboxHandler.ServeHTTP(w, r)
 		case HostAgentServiceForkSandboxProcedure:
 			hostAgentServiceForkSandboxHandler.ServeHTTP(w, r)
+		case HostAgentServiceSnapshotSandboxProcedure:
+			hostAgentServiceSnapshotSandboxHandler.ServeHTTP(w, r)
+		case HostAgentServiceListSnapshotsProcedure:
+			hostAgentServiceListSnapshotsHandler.ServeHTTP(w, r)
+		case HostAgentServiceDeleteSnapshotProcedure:
+			hostAgentServiceDeleteSnapshotHandler.ServeHTTP(w, r)
+		case HostAgentServiceUpdateNetworkProcedure:
+			hostAgentServiceUpdateNetworkHandler.ServeHTTP(w, r)
 		case HostAgentServiceExecProcedure:
 			hostAgentServiceExecHandler.ServeHTTP(w, r)
 		case HostAgentServiceListSandboxesProcedure:
@@ -432,6 +544,22 @@ func (UnimplementedHostAgentServiceHandler) ResumeSandbox(context.Context, *conn
 
 func (UnimplementedHostAgentServiceHandler) ForkSandbox(context.Context, *connect.Request[v1.ForkSandboxRequest]) (*connect.Response[v1.ForkSandboxResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.ForkSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) SnapshotSandbox(context.Context, *connect.Request[v1.SnapshotSandboxRequest]) (*connect.Response[v1.SnapshotSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.SnapshotSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.ListSnapshots is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.DeleteSnapshot is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) UpdateNetwork(context.Context, *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.UpdateNetwork is not implemented"))
 }
 
 func (UnimplementedHostAgentServiceHandler) Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error) {

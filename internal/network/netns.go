@@ -105,24 +105,27 @@ func removeNS(path string) error {
 // goroutine ends locked to it, so the runtime ends the thread too.
 func onThread(fn func() error) error {
 	done := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		home, err := netns.Get()
-		if err != nil {
-			runtime.UnlockOSThread()
-			done <- fmt.Errorf("find own namespace: %w", err)
-			return
-		}
-		defer home.Close()
-		err = fn()
-		if back := netns.Set(home); back != nil {
-			done <- errors.Join(err, fmt.Errorf("leave namespace: %w", back))
-			return
-		}
-		runtime.UnlockOSThread()
-		done <- err
-	}()
+	// The caller goes on only when all of it is over, its descriptors included.
+	go func() { done <- thereAndBack(fn) }()
 	return <-done
+}
+
+// thereAndBack leaves the goroutine locked to its thread where that could not
+// return.
+func thereAndBack(fn func() error) error {
+	runtime.LockOSThread()
+	home, err := netns.Get()
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("find own namespace: %w", err)
+	}
+	defer home.Close()
+	err = fn()
+	if back := netns.Set(home); back != nil {
+		return errors.Join(err, fmt.Errorf("leave namespace: %w", back))
+	}
+	runtime.UnlockOSThread()
+	return err
 }
 
 // makeTap makes a persistent tap in the calling thread's namespace. A process

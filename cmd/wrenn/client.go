@@ -93,6 +93,7 @@ type size struct {
 	memory   string
 	timeout  time.Duration
 	then     string
+	reach    reach
 }
 
 func (s *size) flags(cmd *cobra.Command) {
@@ -101,6 +102,7 @@ func (s *size) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&s.memory, "memory", "m", "512", "memory in MiB, or with a unit: 512m, 2g")
 	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox after so long without activity (10m, 1h); 0 is never")
 	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens then: destroy, or hibernate to disk")
+	s.reach.flags(cmd)
 }
 
 func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
@@ -112,8 +114,12 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 	if err != nil {
 		return nil, err
 	}
+	policy, err := s.reach.policy()
+	if err != nil {
+		return nil, err
+	}
 	return &hostagentv1.CreateSandboxRequest{
-		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then,
+		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
 	}, nil
 }
 

@@ -60,7 +60,8 @@ type Policy struct {
 	Mode Mode
 	// Allow and Deny are ranges; Deny wins. IPv6 ranges may be denied, which
 	// they are anyway, but not allowed.
-	Allow, Deny []netip.Prefix
+	Allow, Deny           []netip.Prefix
+	AllowNames, DenyNames []string // tmp
 }
 
 // Validate reports every problem at once, as InvalidArgument.

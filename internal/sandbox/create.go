@@ -39,6 +39,8 @@ type CreateRequest struct {
 	Timeout time.Duration
 	// OnTimeout is what happens then; destroy when empty.
 	OnTimeout OnTimeout
+	// Network is what the sandbox may reach.
+	Network NetworkSettings
 
 	// diskMiB is a fork's; Config.OverlayMiB when zero.
 	diskMiB int
@@ -81,6 +83,9 @@ var errDestroyed = errdefs.Busy.Errorf("somebody destroyed the sandbox meanwhile
 // the making only: the sandbox outlives it. On error nothing is left.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 	if err := req.check(); err != nil {
+		return Info{}, err
+	}
+	if _, err := m.policy(req.Network); err != nil {
 		return Info{}, err
 	}
 	tmpl, err := m.cfg.Templates.Get(req.Template)
@@ -169,7 +174,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: Creating,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, Base: base,
+		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(),
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
@@ -299,7 +304,7 @@ func (m *Manager) prepare(ctx context.Context, b *box, from *origin, took *phase
 	var openTook time.Duration
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		opened = m.cfg.Network.Open(ctx, rec.Slot)
+		opened = m.openNetwork(ctx, rec)
 		openTook = time.Since(began)
 	})
 	var made error
@@ -317,9 +322,6 @@ func (m *Manager) prepare(ctx context.Context, b *box, from *origin, took *phase
 	took.add("network", openTook)
 	if made != nil {
 		made = fmt.Errorf("make overlay: %w", made)
-	}
-	if opened != nil {
-		opened = fmt.Errorf("open network: %w", opened)
 	}
 	if err := errors.Join(made, opened); err != nil {
 		return err

@@ -156,11 +156,19 @@ type fakeNetwork struct {
 	mu    sync.Mutex
 	taken map[network.Slot]bool
 	open  map[network.Slot]bool
-	limit int
+	// policies and limits are of open slots, broken of those that lack
+	// something; what is true cannot be repaired.
+	policies map[network.Slot]network.Policy
+	limits   map[network.Slot]network.Limits
+	broken   map[network.Slot]bool
+	limit    int
 }
 
 func newFakeNetwork(f *faults) *fakeNetwork {
-	return &fakeNetwork{faults: f, taken: map[network.Slot]bool{}, open: map[network.Slot]bool{}, limit: int(network.MaxSlot)}
+	return &fakeNetwork{
+		faults: f, taken: map[network.Slot]bool{}, open: map[network.Slot]bool{}, limit: int(network.MaxSlot),
+		policies: map[network.Slot]network.Policy{}, limits: map[network.Slot]network.Limits{}, broken: map[network.Slot]bool{},
+	}
 }
 
 func (n *fakeNetwork) Plan() network.Plan              { return network.DefaultPlan() }
@@ -221,8 +229,85 @@ func (n *fakeNetwork) Close(ctx context.Context, s network.Slot) error {
 		n.mu.Lock()
 		defer n.mu.Unlock()
 		delete(n.open, s)
+		delete(n.policies, s)
+		delete(n.limits, s)
+		delete(n.broken, s)
 		return nil
 	})
+}
+
+// ParsePolicy takes names for what they are, to be recognised again.
+func (n *fakeNetwork) ParsePolicy(allowInternet *bool, allow, deny []string) (network.Policy, error) {
+	if slices.Contains(append(slices.Clone(allow), deny...), "nonsense!") {
+		return network.Policy{}, errdefs.InvalidArgument.Errorf("nonsense! is no range and no name")
+	}
+	p := network.Policy{Mode: network.Public, AllowNames: allow, DenyNames: deny}
+	if allowInternet != nil && !*allowInternet {
+		p.Mode = network.None
+	}
+	return p, nil
+}
+
+func (n *fakeNetwork) SetPolicy(ctx context.Context, s network.Slot, p network.Policy) error {
+	return n.do(ctx, "network.policy", func() error {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if !n.open[s] {
+			return errdefs.NotFound.Errorf("slot %d is not open", s)
+		}
+		n.policies[s] = p
+		return nil
+	})
+}
+
+func (n *fakeNetwork) SetLimits(ctx context.Context, s network.Slot, l network.Limits) error {
+	return n.do(ctx, "network.limits", func() error {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if !n.open[s] {
+			return errdefs.NotFound.Errorf("slot %d is not open", s)
+		}
+		n.limits[s] = l
+		return nil
+	})
+}
+
+func (n *fakeNetwork) CheckAll(ctx context.Context, slots []network.Slot) (map[network.Slot]error, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	wrong := map[network.Slot]error{}
+	for _, s := range slots {
+		if _, ok := n.broken[s]; ok || !n.open[s] {
+			wrong[s] = errors.New("something is missing")
+		}
+	}
+	return wrong, nil
+}
+
+func (n *fakeNetwork) Repair(ctx context.Context, s network.Slot) error {
+	return n.do(ctx, "network.repair", func() error {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		if n.broken[s] {
+			return errdefs.Corrupt.Errorf("the tap is gone")
+		}
+		delete(n.broken, s)
+		delete(n.policies, s)
+		return nil
+	})
+}
+
+func (n *fakeNetwork) CountersAll(ctx context.Context) (map[network.Slot]network.Counters, error) {
+	if err := n.called(ctx, "network.counters"); err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	all := map[network.Slot]network.Counters{}
+	for s := range n.open {
+		all[s] = network.Counters{InBytes: uint64(s)}
+	}
+	return all, nil
 }
 
 func (n *fakeNetwork) Strays(ctx context.Context, used func(network.Slot) bool) ([]network.Slot, error) {
@@ -246,6 +331,9 @@ func (n *fakeNetwork) restart(f *faults) *fakeNetwork {
 	defer n.mu.Unlock()
 	next := newFakeNetwork(f)
 	maps.Copy(next.open, n.open)
+	maps.Copy(next.policies, n.policies)
+	maps.Copy(next.limits, n.limits)
+	maps.Copy(next.broken, n.broken)
 	return next
 }
 

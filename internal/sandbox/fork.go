@@ -137,7 +137,7 @@ func (m *Manager) fork(ctx context.Context, source Record, dir string) (Info, er
 	}
 	req := CreateRequest{
 		Template: source.Template, VCPUs: source.VCPUs, MemMiB: source.MemMiB,
-		Timeout: source.Timeout, OnTimeout: source.OnTimeout, diskMiB: source.DiskMiB,
+		Timeout: source.Timeout, OnTimeout: source.OnTimeout, Network: source.Network, diskMiB: source.DiskMiB,
 	}
 	return m.make(ctx, req, source.Base, func(ctx context.Context, b *box, took *phases) error {
 		done, err := m.startSlot(ctx)

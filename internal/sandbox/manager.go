@@ -35,6 +35,12 @@ type Network interface {
 	Open(context.Context, network.Slot) error
 	Close(context.Context, network.Slot) error
 	Strays(ctx context.Context, used func(network.Slot) bool) ([]network.Slot, error)
+	ParsePolicy(allowInternet *bool, allow, deny []string) (network.Policy, error)
+	SetPolicy(context.Context, network.Slot, network.Policy) error
+	SetLimits(context.Context, network.Slot, network.Limits) error
+	CheckAll(context.Context, []network.Slot) (map[network.Slot]error, error)
+	Repair(context.Context, network.Slot) error
+	CountersAll(context.Context) (map[network.Slot]network.Counters, error)
 }
 
 // Templates gives sandboxes their disks; *template.Store is one.
@@ -115,7 +121,7 @@ type Manager struct {
 	end  context.CancelFunc
 	wg   sync.WaitGroup
 
-	// fenced are slots of nobody's that could not be freed. The janitor's.
+	// fenced are slots of nobody's that could not be freed. The reconciler's.
 	fenced []network.Slot
 
 	mu       sync.Mutex

@@ -39,6 +39,18 @@ var scenarios = map[string]scenario{
 			return err
 		},
 	},
+	"create with a network policy": {
+		prepare: func(r *rig) ID { return r.create() },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			_, err := r.Create(ctx, CreateRequest{Network: closed()})
+			return err
+		},
+	},
+	"update of the network": {
+		prepare: func(r *rig) ID { return r.create() },
+		run:     func(ctx context.Context, r *rig, id ID) error { return r.UpdateNetwork(ctx, id, closed()) },
+		keeps:   true,
+	},
 	"pause": {
 		prepare: func(r *rig) ID { return r.create() },
 		run:     func(ctx context.Context, r *rig, id ID) error { return r.Pause(ctx, id) },

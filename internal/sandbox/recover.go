@@ -63,6 +63,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		return nil, Recovery{}, fmt.Errorf("recover sandboxes: %w", err)
 	}
 	m.goes("janitor", m.janitor)
+	m.goes("reconciler", m.reconciler)
 	return m, found, nil
 }
 
@@ -91,7 +92,6 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 		m.log.Error("record set aside", "sandbox", name, "err", err)
 		found.Unreadable = append(found.Unreadable, name)
 	}
-	slots := map[network.Slot]bool{}
 	for _, rec := range records {
 		m.boxes[rec.ID] = newBox(rec)
 		if rec.State == Stopped {
@@ -104,9 +104,8 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
 			return found, fmt.Errorf("claim slot of sandbox %s: %w", rec.ID, err)
 		}
-		slots[rec.Slot] = true
 	}
-	if err := m.removeStrays(ctx, slots, &found); err != nil {
+	if err := m.removeStrays(ctx, &found); err != nil {
 		return found, err
 	}
 
@@ -132,23 +131,33 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 }
 
 // removeStrays ends the VMs and closes the slots that no record names.
-func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool, found *Recovery) error {
-	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), func(name string) bool { return m.boxes[ID(name)] != nil })
+func (m *Manager) removeStrays(ctx context.Context, found *Recovery) error {
+	known := func(name string) bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return m.boxes[ID(name)] != nil
+	}
+	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), known)
 	if err != nil {
 		return fmt.Errorf("kill stray vms: %w", err)
 	}
 	found.Strays = append(found.Strays, killed...)
-	strays, err := m.cfg.Network.Strays(ctx, func(s network.Slot) bool { return slots[s] })
+	slots := m.slots()
+	strays, err := m.cfg.Network.Strays(ctx, func(s network.Slot) bool { return slots[s] != nil })
 	if err != nil {
 		return fmt.Errorf("look for stray networks: %w", err)
 	}
 	for _, s := range strays {
-		if err := m.cfg.Network.Claim(s); err != nil {
+		if err := m.cfg.Network.Claim(s); errors.Is(err, errdefs.AlreadyExists) {
+			continue // somebody's by now
+		} else if err != nil {
 			return fmt.Errorf("claim stray slot %d: %w", s, err)
 		}
 		if !m.closeStray(ctx, s) {
 			m.fenced = append(m.fenced, s)
+			m.mu.Lock()
 			m.pending++
+			m.mu.Unlock()
 			continue
 		}
 		found.Strays = append(found.Strays, fmt.Sprintf("slot %d", s))
@@ -158,13 +167,24 @@ func (m *Manager) removeStrays(ctx context.Context, slots map[network.Slot]bool,
 		return fmt.Errorf("read run directory: %w", err)
 	}
 	for _, e := range entries {
-		if idPattern.MatchString(e.Name()) && m.boxes[ID(e.Name())] == nil {
+		if idPattern.MatchString(e.Name()) && !known(e.Name()) {
 			if err := os.RemoveAll(filepath.Join(m.cfg.RunDir, e.Name())); err != nil {
 				return fmt.Errorf("remove stray run directory: %w", err)
 			}
 		}
 	}
 	return nil
+}
+
+// slots returns the boxes that have one, by it.
+func (m *Manager) slots() map[network.Slot]*box {
+	slots := map[network.Slot]*box{}
+	for _, b := range m.all() {
+		if rec := b.record(); rec.Slot != 0 && rec.State != Stopped {
+			slots[rec.Slot] = b
+		}
+	}
+	return slots
 }
 
 // closeStray frees a claimed slot that no record names. One that cannot be
@@ -216,6 +236,11 @@ func (m *Manager) reattach(ctx context.Context, b *box, rec Record) error {
 		return fmt.Errorf("attach vm: %w", err)
 	}
 	m.adopt(b, vm)
+	// The host's settings may be other ones now, and what an agent did for a
+	// policy ended with it.
+	if err := m.setNetwork(ctx, rec); err != nil {
+		return err
+	}
 	// Of a hibernation that did not come to its end.
 	if err := m.store.dropSnapshots(b.id); err != nil {
 		return err

@@ -6,11 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/network"
 )
 
 const (
@@ -174,20 +172,10 @@ const sweepEvery = time.Second
 func (m *Manager) janitor() {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
-	fences := time.NewTicker(retryMost)
-	defer fences.Stop()
 	for {
 		select {
 		case <-tick.C:
 			m.sweep(time.Now())
-		case <-fences.C:
-			ctx, cancel := context.WithTimeout(m.life, releaseTimeout)
-			before := len(m.fenced)
-			m.fenced = slices.DeleteFunc(m.fenced, func(s network.Slot) bool { return m.closeStray(ctx, s) })
-			m.mu.Lock()
-			m.pending -= before - len(m.fenced)
-			m.mu.Unlock()
-			cancel()
 		case <-m.life.Done():
 			return
 		}

@@ -72,6 +72,7 @@ const (
 	OpResume    Operation = "resume"
 	OpCall      Operation = "exec"
 	OpTimeout   Operation = "a timeout"
+	OpNetwork   Operation = "a network policy"
 	OpDestroy   Operation = "destroy"
 )
 
@@ -83,6 +84,7 @@ var allowed = map[Operation][]State{
 	OpResume:    {Paused, Hibernated},
 	OpCall:      {Running},
 	OpTimeout:   {Running, Paused, Hibernated},
+	OpNetwork:   {Running, Paused, Hibernated},
 	OpDestroy:   {Creating, Running, Paused, Hibernated, Stopping, Stopped},
 }
 
@@ -107,10 +109,14 @@ const (
 	CreateFailed Reason = "create_failed"
 	VMExited     Reason = "vm_exited"
 	Lost         Reason = "lost"
+	// NetworkLost: somebody took its network apart, beyond repair.
+	NetworkLost Reason = "network_lost"
 )
 
 // Reasons returns all reasons.
-func Reasons() []Reason { return []Reason{Destroyed, Expired, CreateFailed, VMExited, Lost} }
+func Reasons() []Reason {
+	return []Reason{Destroyed, Expired, CreateFailed, VMExited, Lost, NetworkLost}
+}
 
 // Record is all that is known of a sandbox, as it is kept on disk.
 type Record struct {
@@ -132,6 +138,9 @@ type Record struct {
 	OnTimeout OnTimeout `json:"onTimeout,omitempty"`
 	// Base is the digest of the base image that the disk is laid over.
 	Base string `json:"base,omitempty"`
+
+	// Network is what it may reach.
+	Network NetworkSettings `json:"network,omitzero"`
 
 	// Slot is 0, and HostIP invalid, while the sandbox is hibernated and all
 	// that it had of the host is free.
@@ -182,6 +191,7 @@ type Info struct {
 	MemMiB       int
 	Timeout      time.Duration
 	OnTimeout    OnTimeout
+	Network      NetworkSettings
 	HostIP       netip.Addr
 	CreatedAt    time.Time
 	StateAt      time.Time
@@ -194,7 +204,7 @@ func (r Record) info() Info {
 	info := Info{
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
 		Template: r.Template, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
-		HostIP: r.HostIP, CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
+		Network: r.Network.clone(), HostIP: r.HostIP, CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 	}
 	if r.Timeout > 0 && r.State == Running {
 		info.ExpiresAt = r.LastActiveAt.Add(r.Timeout)

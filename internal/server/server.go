@@ -42,6 +42,7 @@ type service struct {
 	hostagentv1connect.UnimplementedHostAgentServiceHandler
 	manager *sandbox.Manager
 	version Version
+	log     *slog.Logger
 }
 
 var _ hostagentv1connect.HostAgentServiceHandler = (*service)(nil)
@@ -49,7 +50,7 @@ var _ hostagentv1connect.HostAgentServiceHandler = (*service)(nil)
 // New returns the path and the handler of the control plane.
 func New(manager *sandbox.Manager, version Version, log *slog.Logger) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
-		&service{manager: manager, version: version},
+		&service{manager: manager, version: version, log: log},
 		connect.WithReadMaxBytes(maxMessageBytes),
 		connect.WithInterceptors(mapErrors{log}),
 		connect.WithRecover(func(_ context.Context, spec connect.Spec, _ http.Header, p any) error {
@@ -81,6 +82,7 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 		Timeout:  time.Duration(req.Msg.TimeoutSec) * time.Second,
 
 		OnTimeout: sandbox.OnTimeout(req.Msg.OnTimeout),
+		Network:   networkSettings(req.Msg.Network),
 	})
 	if err != nil {
 		return nil, err
@@ -185,11 +187,60 @@ func command(req *hostagentv1.ExecRequest) (sandbox.Command, error) {
 	return sandbox.Command{Cmd: req.Cmd, Args: req.Args, Timeout: timeout, MaxOutput: maxOutputBytes}, nil
 }
 
-func (s *service) ListSandboxes(_ context.Context, req *connect.Request[hostagentv1.ListSandboxesRequest]) (*connect.Response[hostagentv1.ListSandboxesResponse], error) {
+func (s *service) UpdateNetwork(ctx context.Context, req *connect.Request[hostagentv1.UpdateNetworkRequest]) (*connect.Response[hostagentv1.UpdateNetworkResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.UpdateNetworkResponse{}), s.manager.UpdateNetwork(ctx, id, networkSettings(req.Msg.Network))
+}
+
+func networkSettings(pb *hostagentv1.NetworkPolicy) sandbox.NetworkSettings {
+	if pb == nil {
+		return sandbox.NetworkSettings{}
+	}
+	return sandbox.NetworkSettings{
+		AllowInternet: pb.AllowInternet, Allow: pb.AllowOut, Deny: pb.DenyOut,
+		Limits: sandbox.NetworkLimits{
+			InBytes: pb.InBytesPerSec, OutBytes: pb.OutBytesPerSec,
+			InPackets: pb.InPacketsPerSec, OutPackets: pb.OutPacketsPerSec,
+			Connections: int(pb.MaxConnections),
+		},
+	}
+}
+
+func networkPolicy(s sandbox.NetworkSettings) *hostagentv1.NetworkPolicy {
+	if s.IsZero() {
+		return nil
+	}
+	return &hostagentv1.NetworkPolicy{
+		AllowInternet: s.AllowInternet, AllowOut: s.Allow, DenyOut: s.Deny,
+		InBytesPerSec: s.Limits.InBytes, OutBytesPerSec: s.Limits.OutBytes,
+		InPacketsPerSec: s.Limits.InPackets, OutPacketsPerSec: s.Limits.OutPackets,
+		MaxConnections: int32(s.Limits.Connections),
+	}
+}
+
+// addTraffic fills in the counters. A listing without them is better than none.
+func (s *service) addTraffic(ctx context.Context, infos ...*hostagentv1.SandboxInfo) {
+	traffic, err := s.manager.Traffic(ctx)
+	if err != nil {
+		s.log.Warn("traffic not counted", "err", err)
+		return
+	}
+	for _, info := range infos {
+		if c, ok := traffic[sandbox.ID(info.SandboxId)]; ok {
+			info.Traffic = &hostagentv1.NetworkTraffic{InBytes: c.InBytes, InPackets: c.InPackets, OutBytes: c.OutBytes, OutPackets: c.OutPackets}
+		}
+	}
+}
+
+func (s *service) ListSandboxes(ctx context.Context, req *connect.Request[hostagentv1.ListSandboxesRequest]) (*connect.Response[hostagentv1.ListSandboxesResponse], error) {
 	resp := &hostagentv1.ListSandboxesResponse{}
 	for _, info := range s.manager.List(req.Msg.All) {
 		resp.Sandboxes = append(resp.Sandboxes, sandboxInfo(info))
 	}
+	s.addTraffic(ctx, resp.Sandboxes...)
 	return connect.NewResponse(resp), nil
 }
 
@@ -199,7 +250,7 @@ func sandboxInfo(info sandbox.Info) *hostagentv1.SandboxInfo {
 		Vcpus: int32(info.VCPUs), MemoryMb: int32(info.MemMiB), OnTimeout: string(info.OnTimeout),
 		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
 		TimeoutSec: int32(info.Timeout / time.Second),
-		Reason:     string(info.Reason), Detail: info.Detail,
+		Reason:     string(info.Reason), Detail: info.Detail, Network: networkPolicy(info.Network),
 	}
 	if info.HostIP.IsValid() {
 		pb.HostIp = info.HostIP.String()
@@ -210,7 +261,7 @@ func sandboxInfo(info sandbox.Info) *hostagentv1.SandboxInfo {
 	return pb
 }
 
-func (s *service) GetSandbox(_ context.Context, req *connect.Request[hostagentv1.GetSandboxRequest]) (*connect.Response[hostagentv1.GetSandboxResponse], error) {
+func (s *service) GetSandbox(ctx context.Context, req *connect.Request[hostagentv1.GetSandboxRequest]) (*connect.Response[hostagentv1.GetSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -219,7 +270,9 @@ func (s *service) GetSandbox(_ context.Context, req *connect.Request[hostagentv1
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: sandboxInfo(info)}), nil
+	pb := sandboxInfo(info)
+	s.addTraffic(ctx, pb)
+	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: pb}), nil
 }
 
 func (s *service) SetTimeout(ctx context.Context, req *connect.Request[hostagentv1.SetTimeoutRequest]) (*connect.Response[hostagentv1.SetTimeoutResponse], error) {

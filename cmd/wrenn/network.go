@@ -1,0 +1,171 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+)
+
+// reach holds the flags that say what a sandbox may reach.
+type reach struct {
+	cmd             *cobra.Command
+	internet        bool
+	allow, deny     []string
+	in, out         string
+	inPkts, outPkts int64
+	connections     int32
+}
+
+// reachFlags are the names of all of them.
+var reachFlags = []string{"internet", "allow", "deny", "net-in", "net-out", "net-in-packets", "net-out-packets", "net-connections"}
+
+func (r *reach) flags(cmd *cobra.Command) {
+	r.cmd = cmd
+	f := cmd.Flags()
+	f.BoolVar(&r.internet, "internet", true, "whether the sandbox reaches what no list names; --internet=false closes all but --allow")
+	f.StringSliceVar(&r.allow, "allow", nil, "address, range or domain that it reaches all the same (192.0.2.0/24, example.com, *.example.com); may be repeated")
+	f.StringSliceVar(&r.deny, "deny", nil, "address, range or domain that it does not reach; wins over --allow")
+	f.StringVar(&r.in, "net-in", "", "most bytes a second into the sandbox: 500k, 10m")
+	f.StringVar(&r.out, "net-out", "", "most bytes a second out of it")
+	f.Int64Var(&r.inPkts, "net-in-packets", 0, "most packets a second into the sandbox")
+	f.Int64Var(&r.outPkts, "net-out-packets", 0, "most packets a second out of it")
+	f.Int32Var(&r.connections, "net-connections", 0, "most connections at a time that it has begun")
+}
+
+// given says whether any of the flags was.
+func (r *reach) given() bool {
+	for _, name := range reachFlags {
+		if r.cmd.Flags().Changed(name) {
+			return true
+		}
+	}
+	return false
+}
+
+// policy is what the flags say; nil if none was given.
+func (r *reach) policy() (*hostagentv1.NetworkPolicy, error) {
+	if !r.given() {
+		return nil, nil
+	}
+	p := &hostagentv1.NetworkPolicy{
+		AllowOut: r.allow, DenyOut: r.deny,
+		InPacketsPerSec: r.inPkts, OutPacketsPerSec: r.outPkts, MaxConnections: r.connections,
+	}
+	if r.cmd.Flags().Changed("internet") {
+		p.AllowInternet = &r.internet
+	}
+	var errs [2]error
+	p.InBytesPerSec, errs[0] = parseRate("--net-in", r.in)
+	p.OutBytesPerSec, errs[1] = parseRate("--net-out", r.out)
+	return p, errors.Join(errs[:]...)
+}
+
+// parseRate reads bytes a second; k, m and g are powers of 1000, as networks
+// count. Empty is 0, the host's setting.
+func parseRate(flag, s string) (int64, error) {
+	if s == "" {
+		return 0, nil
+	}
+	text, factor := strings.ToLower(s), 1.0
+	for unit, f := range map[string]float64{"k": 1e3, "m": 1e6, "g": 1e9} {
+		if rest, ok := strings.CutSuffix(text, unit); ok {
+			text, factor = rest, f
+		}
+	}
+	n, err := strconv.ParseFloat(text, 64)
+	if err != nil || !(n >= 0) || n*factor > 1e15 {
+		return 0, fmt.Errorf("%s %q is no rate: give bytes a second, or a number with k, m or g", flag, s)
+	}
+	return int64(n * factor), nil
+}
+
+func newNetwork(c *client) *cobra.Command {
+	var r reach
+	var reset, asJSON bool
+	cmd := &cobra.Command{
+		Use:   "network ID",
+		Short: "Show or replace what a sandbox may reach",
+		Long: `Show what a sandbox may reach, or, with flags, replace it at once while the
+sandbox runs: what no flag names is the host's setting again. Connections that the
+new policy refuses end.
+
+Domains count for TLS, by the server name that the client asks for, and for HTTP,
+by the Host of each request; the host looks the name up itself and connects to
+what it finds, whatever address the sandbox asked for. A sandbox with a domain in
+a list speaks to the internet in no other way, but for the ranges in --allow.`,
+		Example: "  wrenn network 3fa\n  wrenn network 3fa --internet=false --allow pypi.org,*.pythonhosted.org\n  wrenn network 3fa --deny 192.0.2.0/24 --net-out 1m\n  wrenn network 3fa --reset",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			policy, err := r.policy()
+			if err != nil {
+				return err
+			}
+			if reset && policy != nil {
+				return errors.New("--reset goes with no other flag: it is the host's settings again")
+			}
+			id, err := c.resolve(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if policy != nil || reset {
+				_, err := c.agent().UpdateNetwork(cmd.Context(), connect.NewRequest(&hostagentv1.UpdateNetworkRequest{SandboxId: id, Network: policy}))
+				if err != nil {
+					return err
+				}
+			}
+			resp, err := c.agent().GetSandbox(cmd.Context(), connect.NewRequest(&hostagentv1.GetSandboxRequest{SandboxId: id}))
+			if err != nil {
+				return err
+			}
+			now := resp.Msg.Sandbox.Network
+			if now == nil {
+				now = &hostagentv1.NetworkPolicy{}
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), now)
+			}
+			printPolicy(cmd.OutOrStdout(), now, resp.Msg.Sandbox.Traffic)
+			return nil
+		},
+	}
+	r.flags(cmd)
+	cmd.Flags().BoolVar(&reset, "reset", false, "go back to the host's settings")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the policy as JSON")
+	return cmd
+}
+
+func printPolicy(out io.Writer, p *hostagentv1.NetworkPolicy, t *hostagentv1.NetworkTraffic) {
+	w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	defer w.Flush()
+	internet := "as the host's"
+	if p.AllowInternet != nil {
+		internet = map[bool]string{true: "yes", false: "no"}[*p.AllowInternet]
+	}
+	list := func(l []string) string {
+		if len(l) == 0 {
+			return "-"
+		}
+		return strings.Join(l, ", ")
+	}
+	limit := func(n int64, unit string) string {
+		if n == 0 {
+			return "as the host's"
+		}
+		return fmt.Sprintf("%d %s", n, unit)
+	}
+	fmt.Fprintf(w, "internet\t%s\nallow\t%s\ndeny\t%s\n", internet, list(p.AllowOut), list(p.DenyOut))
+	fmt.Fprintf(w, "in\t%s\t%s\n", limit(p.InBytesPerSec, "bytes/s"), limit(p.InPacketsPerSec, "packets/s"))
+	fmt.Fprintf(w, "out\t%s\t%s\n", limit(p.OutBytesPerSec, "bytes/s"), limit(p.OutPacketsPerSec, "packets/s"))
+	fmt.Fprintf(w, "connections\t%s\n", limit(int64(p.MaxConnections), "at a time"))
+	if t != nil {
+		fmt.Fprintf(w, "came in\t%d bytes\t%d packets\nwent out\t%d bytes\t%d packets\n", t.InBytes, t.InPackets, t.OutBytes, t.OutPackets)
+	}
+}

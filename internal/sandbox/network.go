@@ -1,0 +1,209 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+)
+
+// NetworkSettings is what a sandbox may reach and how much of it, as its user
+// said it. What it comes to depends on the host's own settings, too, so it is
+// worked out anew by each agent. The zero value is the host's settings.
+type NetworkSettings struct {
+	// AllowInternet says whether it reaches what no list names.
+	AllowInternet *bool `json:"allowInternet,omitempty"`
+	// Allow and Deny are addresses, ranges and domain names; Deny wins.
+	Allow  []string       `json:"allow,omitempty"`
+	Deny   []string       `json:"deny,omitempty"`
+	Limits network.Limits `json:"limits,omitzero"`
+}
+
+// NetworkLimits bound what passes between a sandbox and the host.
+type NetworkLimits = network.Limits
+
+// IsZero says whether the host's settings are all that counts.
+func (s NetworkSettings) IsZero() bool {
+	return s.AllowInternet == nil && len(s.Allow) == 0 && len(s.Deny) == 0 && s.Limits == network.Limits{}
+}
+
+func (s NetworkSettings) clone() NetworkSettings {
+	if s.AllowInternet != nil {
+		allow := *s.AllowInternet
+		s.AllowInternet = &allow
+	}
+	s.Allow, s.Deny = slices.Clone(s.Allow), slices.Clone(s.Deny)
+	return s
+}
+
+// policy is what the settings come to on this host; errors are InvalidArgument.
+func (m *Manager) policy(s NetworkSettings) (network.Policy, error) {
+	policy, err := m.cfg.Network.ParsePolicy(s.AllowInternet, s.Allow, s.Deny)
+	return policy, errors.Join(err, s.Limits.Validate())
+}
+
+// openNetwork opens a record's slot, so that the guest finds what it may reach
+// in force.
+func (m *Manager) openNetwork(ctx context.Context, rec Record) error {
+	if err := m.cfg.Network.Open(ctx, rec.Slot); err != nil {
+		return fmt.Errorf("open network: %w", err)
+	}
+	if rec.Network.IsZero() {
+		return nil // a new slot has the host's settings
+	}
+	return m.setNetwork(ctx, rec)
+}
+
+// setNetwork gives an open slot what its record says. Called with the op lock
+// held.
+func (m *Manager) setNetwork(ctx context.Context, rec Record) error {
+	policy, err := m.policy(rec.Network)
+	if err == nil {
+		err = m.cfg.Network.SetPolicy(ctx, rec.Slot, policy)
+	}
+	if err == nil {
+		err = m.cfg.Network.SetLimits(ctx, rec.Slot, rec.Network.Limits)
+	}
+	if err != nil {
+		return fmt.Errorf("set what it may reach: %w", err)
+	}
+	return nil
+}
+
+// UpdateNetwork replaces what a sandbox may reach. The network tightens before
+// it loosens; where only part of the change could be made, the stricter rules
+// stand, and the record says again what it said before.
+func (m *Manager) UpdateNetwork(ctx context.Context, id ID, s NetworkSettings) error {
+	if _, err := m.policy(s); err != nil {
+		return err
+	}
+	b, ctx, end, err := m.begin(ctx, id, OpNetwork, "given another network policy")
+	if err != nil {
+		return err
+	}
+	defer end()
+	// The record comes first: if this agent dies in between, the next one does
+	// what nobody was told has failed.
+	was := b.record().Network
+	if err := m.save(b, func(r *Record) { r.Network = s.clone() }); err != nil {
+		m.save(b, func(*Record) {}) // over what a failed save may have left
+		return err
+	}
+	rec := b.record()
+	if rec.Slot == 0 {
+		return nil // hibernated: it is applied when it wakes
+	}
+	if err := m.setNetwork(ctx, rec); err != nil {
+		if cause := context.Cause(b.alive); cause != nil {
+			err = cause
+		}
+		m.save(b, func(r *Record) { r.Network = was })
+		return fmt.Errorf("update network of sandbox %s: %w", id, err)
+	}
+	m.log.Info("network policy changed", "sandbox", id)
+	return nil
+}
+
+// Traffic returns what has passed between each sandbox that has a network and
+// the host.
+func (m *Manager) Traffic(ctx context.Context) (map[ID]network.Counters, error) {
+	counters, err := m.cfg.Network.CountersAll(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("count traffic: %w", err)
+	}
+	traffic := map[ID]network.Counters{}
+	for _, b := range m.all() {
+		if rec := b.record(); rec.Slot != 0 {
+			if c, ok := counters[rec.Slot]; ok {
+				traffic[b.id] = c
+			}
+		}
+	}
+	return traffic, nil
+}
+
+// reconcileEvery is how often what exists is compared with the records.
+const reconcileEvery = time.Minute
+
+// reconciler does so until the manager's life ends.
+func (m *Manager) reconciler() {
+	tick := time.NewTicker(reconcileEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+			ctx, cancel := context.WithTimeout(m.life, releaseTimeout)
+			m.reconcile(ctx)
+			cancel()
+		case <-m.life.Done():
+			return
+		}
+	}
+}
+
+// reconcile removes what carries our mark and belongs to no record, rebuilds
+// what somebody took from a sandbox's network, and ends a sandbox whose network
+// cannot be rebuilt.
+func (m *Manager) reconcile(ctx context.Context) {
+	before := len(m.fenced)
+	m.fenced = slices.DeleteFunc(m.fenced, func(s network.Slot) bool { return m.closeStray(ctx, s) })
+	m.mu.Lock()
+	m.pending -= before - len(m.fenced)
+	m.mu.Unlock()
+	var found Recovery
+	if err := m.removeStrays(ctx, &found); err != nil {
+		m.log.Error("strays not removed", "err", err)
+	}
+	if len(found.Strays) > 0 {
+		m.log.Warn("strays removed", "strays", found.Strays)
+	}
+
+	var slots []network.Slot
+	boxes := m.slots()
+	for slot, b := range boxes {
+		if s := b.state(); s == Running || s == Paused {
+			slots = append(slots, slot)
+		}
+	}
+	broken, err := m.cfg.Network.CheckAll(ctx, slots)
+	if err != nil {
+		m.log.Error("networks not checked", "err", err)
+		return
+	}
+	for slot, wrong := range broken {
+		// Whoever changes it may be the reason; it is looked at again.
+		if b := boxes[slot]; b.tryHold("repaired") {
+			m.goes("repair", func() {
+				defer b.unhold()
+				m.repair(b, slot, wrong)
+			})
+		}
+	}
+}
+
+// repair rebuilds the network of a sandbox, or ends it. Called with the op lock
+// held.
+func (m *Manager) repair(b *box, slot network.Slot, wrong error) {
+	rec := b.record()
+	if rec.Slot != slot || rec.State != Running && rec.State != Paused {
+		return
+	}
+	ctx, cancel := context.WithTimeout(m.life, opTimeout)
+	defer cancel()
+	err := m.cfg.Network.Repair(ctx, slot)
+	if err == nil {
+		err = m.setNetwork(ctx, rec)
+	}
+	switch {
+	case err == nil:
+		m.log.Warn("network repaired", "sandbox", b.id, "slot", slot, "wrong", wrong)
+	case errors.Is(err, errdefs.Corrupt), errors.Is(err, errdefs.NotFound):
+		m.release(b, NetworkLost, fmt.Sprintf("%v; not repaired: %v", wrong, err))
+	default:
+		m.log.Error("network not repaired, will try again", "sandbox", b.id, "slot", slot, "wrong", wrong, "err", err)
+	}
+}

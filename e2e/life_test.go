@@ -267,6 +267,43 @@ func TestLogReaderGoesAway(t *testing.T) {
 }
 
 // --on-shutdown=destroy: startAgent's pictures show that nothing is left.
+// An agent that is told to end while it starts leaves nothing, at whatever
+// moment that is.
+func TestEndedWhileItStarts(t *testing.T) {
+	a := startAgent(t)
+	if err := a.signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	clean, err := testenv.Take(a.instance())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 60 {
+		cmd := a.serveCommand()
+		var log safeBuffer
+		cmd.Stdout, cmd.Stderr = &log, &log
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Duration(i) * 2 * time.Millisecond) // the moment, not a wait
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		cmd.Wait()
+		// Before it listens for signals, one ends it as any program.
+		if ws := cmd.ProcessState.Sys().(syscall.WaitStatus); !ws.Signaled() && ws.ExitStatus() != 0 && ws.ExitStatus() != 128+15 {
+			t.Errorf("after %d ms: %v\n%s", 2*i, cmd.ProcessState, log.String())
+		}
+		after, err := testenv.Take(a.instance())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := clean.Diff(after); len(diff) > 0 {
+			t.Errorf("ended after %d ms, it left:\n%s\n%s", 2*i, strings.Join(diff, "\n"), log.String())
+		}
+	}
+}
+
 func TestShutdownDestroys(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "--on-shutdown=destroy")

@@ -261,7 +261,10 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	cfg.Driver, cfg.Network = driver, net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
 	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused = c.boot, c.keep, c.keepPaused
-	manager, found, err := sandbox.Open(ctx, cfg)
+	// Whoever ends us now waits until the state is taken over, and is then
+	// served as always: half a recovery would leave rules and routes that
+	// nobody looks after.
+	manager, found, err := sandbox.Open(context.WithoutCancel(ctx), cfg)
 	if err != nil {
 		return err
 	}

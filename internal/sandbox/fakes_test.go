@@ -161,7 +161,9 @@ type fakeNetwork struct {
 	policies map[network.Slot]network.Policy
 	limits   map[network.Slot]network.Limits
 	broken   map[network.Slot]bool
-	limit    int
+	// strict lets no sandbox have settings of its own.
+	strict bool
+	limit  int
 }
 
 func newFakeNetwork(f *faults) *fakeNetwork {
@@ -240,6 +242,9 @@ func (n *fakeNetwork) Close(ctx context.Context, s network.Slot) error {
 func (n *fakeNetwork) ParsePolicy(allowInternet *bool, allow, deny []string) (network.Policy, error) {
 	if slices.Contains(append(slices.Clone(allow), deny...), "nonsense!") {
 		return network.Policy{}, errdefs.InvalidArgument.Errorf("nonsense! is no range and no name")
+	}
+	if n.strict && len(allow) > 0 {
+		return network.Policy{}, errdefs.Denied.Errorf("this host allows nothing")
 	}
 	p := network.Policy{Mode: network.Public, AllowNames: allow, DenyNames: deny}
 	if allowInternet != nil && !*allowInternet {

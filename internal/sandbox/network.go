@@ -62,9 +62,12 @@ func (m *Manager) openNetwork(ctx context.Context, rec Record) error {
 // held.
 func (m *Manager) setNetwork(ctx context.Context, rec Record) error {
 	policy, err := m.policy(rec.Network)
-	if err == nil {
-		err = m.cfg.Network.SetPolicy(ctx, rec.Slot, policy)
+	if err != nil {
+		// They were good once: the host has been given stricter settings.
+		m.log.Warn("the host does not let the sandbox have its network policy any more, it reaches nothing", "sandbox", rec.ID, "err", err)
+		policy = network.Policy{Mode: network.None}
 	}
+	err = m.cfg.Network.SetPolicy(ctx, rec.Slot, policy)
 	if err == nil {
 		err = m.cfg.Network.SetLimits(ctx, rec.Slot, rec.Network.Limits)
 	}

@@ -115,6 +115,30 @@ func TestNetworkSettingsOutliveTheAgent(t *testing.T) {
 	r.wantNetwork(plain, NetworkSettings{})
 }
 
+// TestHostThatBecameStricter: a policy that the host's new settings refuse
+// costs the sandbox its network, not its life.
+func TestHostThatBecameStricter(t *testing.T) {
+	r := newRig(t)
+	info, err := r.Create(t.Context(), CreateRequest{Network: closed()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.die()
+	r.net.strict = true
+	r.start()
+	r.wantState(info.ID, Running)
+	b, err := r.find(info.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p := r.net.policies[b.record().Slot]; p.Mode != network.None || len(p.AllowNames) > 0 {
+		t.Errorf("it has %+v in force, want nothing reached", p)
+	}
+	if err := r.UpdateNetwork(t.Context(), info.ID, closed()); !errors.Is(err, errdefs.Denied) {
+		t.Errorf("update: %v, want denied", err)
+	}
+}
+
 func TestBadNetworkSettingsChangeNothing(t *testing.T) {
 	r := newRig(t)
 	bad := NetworkSettings{Allow: []string{"nonsense!"}}

@@ -60,10 +60,20 @@ func timed(b *testing.B, to *[]time.Duration, do func() error) {
 	}
 }
 
+// benchLimit bounds what all benchmarks together take. What comes after it is
+// measured once.
+const benchLimit = 12 * time.Minute
+
+var benchBegan time.Time
+
 // repeat measures a round n times, whatever -benchtime says, but begins none
 // after limit: how often it was is in the table.
 func repeat(b *testing.B, n int, limit time.Duration, round func()) {
 	b.Helper()
+	if benchBegan.IsZero() {
+		benchBegan = time.Now()
+	}
+	limit = min(limit, max(0, benchLimit-time.Since(benchBegan)).Round(time.Second))
 	fmt.Fprintf(os.Stderr, "%s %s: %d rounds, or as many as begin within %s\n", time.Now().Format(time.TimeOnly), b.Name(), n, limit)
 	for done := false; b.Loop(); done = true {
 		began := time.Now()

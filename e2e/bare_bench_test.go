@@ -32,10 +32,13 @@ func (b *sandbox) direct() *guest.Client {
 type bareHost struct {
 	dir string
 	net *network.Network
-	// cold and warm are argument vectors: to boot, and to restore the ready
-	// snapshot in the directory ready. placeDir stands for what is a VM's own.
+	// cold and warm are argument vectors: to boot, and to restore the snapshot
+	// in the directory saved. placeDir stands for what is a VM's own, savedMemory
+	// for the snapshot's.
 	cold, warm []string
-	ready      string
+	saved      string
+	// token is what the guests are told as their own, or know already.
+	token string
 	// seed is the disk of a VM that boots.
 	seed   string
 	places []*place
@@ -47,17 +50,17 @@ type place struct {
 	addrs network.Addrs
 }
 
-const placeDir = "{place}"
-
-// bareToken is what the bare guests are told.
-const bareToken = "bare"
+const (
+	placeDir    = "{place}"
+	savedMemory = "{memory}"
+)
 
 // newBareHost takes the argument vectors of the VMMs of two sandboxes, one
 // booted (or nil) and one restored, and prepares the same network and disks
 // for as many as that.
 func newBareHost(b *testing.B, booted, restored *sandbox, places int) *bareHost {
 	b.Helper()
-	h := &bareHost{dir: b.TempDir(), ready: readyDir(b, restored)}
+	h := &bareHost{dir: b.TempDir(), saved: readyDir(b, restored), token: "bare"}
 	if booted != nil {
 		h.cold = bareArgs(b, booted)
 	}
@@ -65,7 +68,7 @@ func newBareHost(b *testing.B, booted, restored *sandbox, places int) *bareHost 
 	for i, arg := range h.warm { // whatever the agent hands it the snapshot by
 		before, rest, ok := strings.Cut(arg, "mem-path=")
 		if _, after, more := strings.Cut(rest, ","); ok && more {
-			h.warm[i] = before + "mem-path=" + filepath.Join(h.ready, "mem") + "," + after
+			h.warm[i] = before + "mem-path=" + savedMemory + "," + after
 		}
 	}
 	like := restored
@@ -119,6 +122,26 @@ func (h *bareHost) addPlace(b *testing.B) {
 	h.places = append(h.places, p)
 }
 
+// useStateOf has the bare VMs go on where a sandbox is now, which hibernates
+// for that.
+func (h *bareHost) useStateOf(b *testing.B, box *sandbox) {
+	b.Helper()
+	token := box.record().Token
+	if err := box.hibernate(); err != nil {
+		b.Fatal(err)
+	}
+	saved := filepath.Join(h.dir, "saved")
+	if err := os.Mkdir(saved, 0o755); err != nil {
+		b.Fatal(err)
+	}
+	for _, name := range []string{"mem", "state", "overlay.ext4"} {
+		if err := copyFile(filepath.Join(saved, name), filepath.Join(box.a.stateDir, "sandboxes", box.id, "snapshot", name)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	h.saved, h.token = saved, token
+}
+
 // bareArgs is how the sandbox's VMM was started.
 func bareArgs(b *testing.B, like *sandbox) []string {
 	b.Helper()
@@ -167,7 +190,7 @@ func (h *bareHost) disk(p *place, from string) error {
 
 func (h *bareHost) bootDisk(p *place) error { return h.disk(p, h.seed) }
 func (h *bareHost) restoreDisk(p *place) error {
-	return h.disk(p, filepath.Join(h.ready, "overlay.ext4"))
+	return h.disk(p, filepath.Join(h.saved, "overlay.ext4"))
 }
 
 // copyFile copies what is in a file and not its holes, as cp does.
@@ -193,14 +216,14 @@ func (h *bareHost) boot(ctx context.Context, p *place) (*bareVM, error) {
 		err = v.guest.WaitReady(ctx)
 	}
 	if err == nil {
-		err = v.guest.Init(ctx, bareIdentity(false))
+		err = v.guest.Init(ctx, h.identity(false))
 	}
 	return v.orEnd(err)
 }
 
 // wake restores the ready snapshot and lets it run.
 func (h *bareHost) wake(p *place) (*bareVM, error) {
-	state, err := os.Open(filepath.Join(h.ready, "state"))
+	state, err := os.Open(filepath.Join(h.saved, "state"))
 	if err != nil {
 		return nil, err
 	}
@@ -216,7 +239,7 @@ func (h *bareHost) wake(p *place) (*bareVM, error) {
 func (h *bareHost) restore(ctx context.Context, p *place) (*bareVM, error) {
 	v, err := h.wake(p)
 	if err == nil {
-		err = v.guest.Init(ctx, bareIdentity(true))
+		err = v.guest.Init(ctx, h.identity(true))
 	}
 	return v.orEnd(err)
 }
@@ -237,13 +260,13 @@ func (h *bareHost) answer(ctx context.Context, p *place) (*bareVM, error) {
 	return v.orEnd(err)
 }
 
-// bareIdentity is what the agent tells a new sandbox of itself.
-func bareIdentity(restored bool) guest.Init {
+// identity is what the agent tells a new sandbox of itself.
+func (h *bareHost) identity(restored bool) guest.Init {
 	entropy := make([]byte, 64)
 	_, _ = rand.Read(entropy)
 	const name = "sb-1111111111111111"
 	return guest.Init{
-		AccessToken: bareToken, Hostname: name, SandboxID: name,
+		AccessToken: h.token, Hostname: name, SandboxID: name,
 		DefaultUser: "root", Env: map[string]string{}, Entropy: entropy, Restored: restored,
 	}
 }
@@ -264,10 +287,11 @@ func (h *bareHost) start(p *place, argv []string, state *os.File) (*bareVM, erro
 		return nil, err
 	}
 	defer file.Close()
-	v := &bareVM{guest: guest.New(netip.AddrPortFrom(p.addrs.HostIP, guest.Port), bareToken)}
+	v := &bareVM{guest: guest.New(netip.AddrPortFrom(p.addrs.HostIP, guest.Port), h.token)}
+	own := strings.NewReplacer(placeDir, p.dir, savedMemory, filepath.Join(h.saved, "mem"))
 	args := []string{"--net=" + p.addrs.NetNSPath}
 	for _, arg := range argv {
-		args = append(args, strings.ReplaceAll(arg, placeDir, p.dir))
+		args = append(args, own.Replace(arg))
 	}
 	v.cmd = exec.Command("nsenter", args...)
 	v.cmd.ExtraFiles = []*os.File{file}

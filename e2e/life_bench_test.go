@@ -50,7 +50,7 @@ func BenchmarkRunning(b *testing.B) {
 				if err := vm.qmp("cont"); err != nil {
 					return err
 				}
-				return vm.guest.Init(ctx, guest.Init{AccessToken: bareToken})
+				return vm.guest.Init(ctx, guest.Init{AccessToken: bare.token})
 			})
 		})
 		pause.report(b)
@@ -62,16 +62,26 @@ func BenchmarkRunning(b *testing.B) {
 const copyMemMiB = 64 << 10
 
 // BenchmarkCopies times what writes a sandbox's state to disk and what comes
-// back from there, beside a copy of as many bytes and bare restores.
+// back from there, beside copies of the bytes and bare restores of the same
+// state: that of a twin, a sandbox with the same past.
 func BenchmarkCopies(b *testing.B) {
 	a := benchAgent(b, fmt.Sprintf("--max-memory=%d", copyMemMiB))
-	box := a.restoredBox(b)
+	box, twin := a.restoredBox(b), a.restoredBox(b)
 	bare := newBareHost(b, nil, box, 1)
+	for _, x := range []*sandbox{box, twin} {
+		if _, err := x.exec("true"); err != nil {
+			b.Fatal(err)
+		}
+	}
+	bare.useStateOf(b, twin)
+	if err := twin.destroy(); err != nil {
+		b.Fatal(err)
+	}
 	ctx := b.Context()
 
 	b.Run("Hibernate", func(b *testing.B) {
-		hibernate := row("hibernate, 512 MiB", "QMP stop, cp of the ready snapshot's memory and fsync, QMP quit")
-		resume := row("resume from disk", "bare QEMU restores the ready snapshot, POST /init")
+		hibernate := row("hibernate, 512 MiB", "QMP stop, cp of the memory and fsync, QMP quit")
+		resume := row("resume from disk", "bare QEMU restores the same, POST /init")
 		repeat(b, 20, 60*time.Second, func() {
 			timed(b, &hibernate.agent, box.hibernate)
 			timed(b, &resume.agent, box.resume)
@@ -143,7 +153,7 @@ func BenchmarkCopies(b *testing.B) {
 	}
 	b.Run("Snapshot", func(b *testing.B) {
 		s := row("snapshot with a name", "QMP stop, cp of memory and disk and fsync, QMP cont")
-		from := row("create from that snapshot", "bare QEMU restores the ready snapshot, POST /init")
+		from := row("create from that snapshot", "bare QEMU restores the same, POST /init")
 		p := bare.places[0]
 		if err := bare.restoreDisk(p); err != nil {
 			b.Fatal(err)
@@ -202,9 +212,8 @@ func BenchmarkCopies(b *testing.B) {
 	})
 }
 
-// copyState copies files of the ready snapshot, which are about as large as
-// those of any other sandbox of its size, to a place's directory; with synced,
-// to its disk. The copy is removed by the next one.
+// copyState copies files of the saved state to a directory; with synced, to its
+// disk. The copy is removed by the next one.
 func (h *bareHost) copyState(dir string, synced bool, names ...string) error {
 	to := filepath.Join(dir, "copy")
 	if err := os.RemoveAll(to); err != nil {
@@ -215,7 +224,7 @@ func (h *bareHost) copyState(dir string, synced bool, names ...string) error {
 	}
 	for _, name := range names {
 		path := filepath.Join(to, name)
-		if err := copyFile(path, filepath.Join(h.ready, name)); err != nil {
+		if err := copyFile(path, filepath.Join(h.saved, name)); err != nil {
 			return err
 		}
 		if !synced {

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -93,7 +94,7 @@ func newBareHost(b *testing.B, booted, restored *sandbox, places int) *bareHost 
 			b.Error(err)
 		}
 	})
-	for len(h.places) < places {
+	for range places {
 		h.addPlace(b)
 	}
 	return h
@@ -203,10 +204,11 @@ func copyFile(to, from string) error {
 
 // bareVM is a VM that nobody looks after.
 type bareVM struct {
-	cmd   *exec.Cmd
-	conn  net.Conn
-	lines *bufio.Reader
-	guest *guest.Client
+	cmd    *exec.Cmd
+	stderr bytes.Buffer // to be read when it has ended
+	conn   net.Conn
+	lines  *bufio.Reader
+	guest  *guest.Client
 }
 
 // boot starts a VM and returns when its envd answers and knows who it is.
@@ -280,13 +282,12 @@ func (h *bareHost) start(p *place, argv []string, state *os.File) (*bareVM, erro
 	if err != nil {
 		return nil, err
 	}
-	defer listener.Close()
 	listener.SetUnlinkOnClose(false)
 	file, err := listener.File()
+	listener.Close()
 	if err != nil {
 		return nil, err
 	}
-	defer file.Close()
 	v := &bareVM{guest: guest.New(netip.AddrPortFrom(p.addrs.HostIP, guest.Port), h.token)}
 	own := strings.NewReplacer(placeDir, p.dir, savedMemory, filepath.Join(h.saved, "mem"))
 	args := []string{"--net=" + p.addrs.NetNSPath}
@@ -298,7 +299,10 @@ func (h *bareHost) start(p *place, argv []string, state *os.File) (*bareVM, erro
 	if state != nil {
 		v.cmd.ExtraFiles = append(v.cmd.ExtraFiles, state)
 	}
-	if err := v.cmd.Start(); err != nil {
+	v.cmd.Stderr = &v.stderr
+	err = v.cmd.Start()
+	file.Close() // the VMM alone has it: its end is the end of the connection
+	if err != nil {
 		return nil, err
 	}
 	if v.conn, err = net.Dial("unix", socket); err == nil {
@@ -309,7 +313,10 @@ func (h *bareHost) start(p *place, argv []string, state *os.File) (*bareVM, erro
 	if err == nil {
 		err = v.qmp("qmp_capabilities")
 	}
-	return v.orEnd(err)
+	if _, ended := v.orEnd(err); ended != nil {
+		return nil, fmt.Errorf("start QEMU: %w: %s", err, v.stderr.String())
+	}
+	return v, nil
 }
 
 // orEnd returns the VM, or the error and no VM.

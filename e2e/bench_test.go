@@ -120,10 +120,10 @@ func percentile(d []time.Duration, p int) time.Duration {
 	return sorted[(len(sorted)*p+99)/100-1]
 }
 
-// inMillis is a percentile as text. One that has no sample beyond it would be
-// the maximum by another name: the 95th takes 20 samples, the 99th 100.
+// inMillis is a percentile as text. A high one that has no sample beyond it
+// would be the maximum by another name: the 95th takes 20 samples, the 99th 100.
 func inMillis(d []time.Duration, p int) string {
-	if len(d) == 0 || len(d)*(100-p) < 100 {
+	if len(d) == 0 || p > 50 && len(d)*(100-p) < 100 {
 		return "–"
 	}
 	return fmt.Sprintf("%.2f", millis(percentile(d, p)))
@@ -271,7 +271,7 @@ func TestPercentile(t *testing.T) {
 		n, p int
 		want string
 	}{
-		{0, 50, "–"}, {1, 50, "–"}, {2, 50, "1.00"}, {19, 95, "–"}, {20, 95, "19.00"}, {99, 99, "–"}, {100, 99, "99.00"},
+		{0, 50, "–"}, {1, 50, "1.00"}, {2, 50, "1.00"}, {19, 95, "–"}, {20, 95, "19.00"}, {99, 99, "–"}, {100, 99, "99.00"},
 	} {
 		if got := inMillis(upTo(c.n), c.p); got != c.want {
 			t.Errorf("percentile %d of 1 to %d ms is printed as %q, want %q", c.p, c.n, got, c.want)

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -200,6 +201,19 @@ func copyFile(to, from string) error {
 		return fmt.Errorf("copy %s: %w: %s", filepath.Base(from), err, out)
 	}
 	return nil
+}
+
+// turns has as many start at a time as the agent lets: more would only make
+// each other late.
+type turns chan struct{}
+
+func newTurns() turns { return make(turns, max(2, runtime.NumCPU())) }
+
+// take waits for a turn to do something.
+func (t turns) take(do func() error) error {
+	t <- struct{}{}
+	defer func() { <-t }()
+	return do()
 }
 
 // bareVM is a VM that nobody looks after.

@@ -145,9 +145,11 @@ func BenchmarkCreate(b *testing.B) {
 						b.Fatal(err)
 					}
 				}
+				turns := newTurns()
 				atOnce(b, n, func(i int) (err error) {
 					began := time.Now()
-					if vms[i], err = bare.restore(ctx, bare.places[i]); err != nil {
+					err = turns.take(func() error { vms[i], err = bare.restore(ctx, bare.places[i]); return err })
+					if err != nil {
 						return err
 					}
 					round[i].ready = time.Since(began)

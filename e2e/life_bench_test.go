@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
-	"sync"
 	"testing"
 	"time"
 
@@ -135,13 +133,17 @@ func BenchmarkCopies(b *testing.B) {
 					if err := bare.copyState(bare.places[0].dir, false, "mem", "state", "overlay.ext4"); err != nil {
 						return err
 					}
-					return inTurns(c.forks, func(i int) (err error) {
-						p := bare.places[i]
-						if err = bare.restoreDisk(p); err == nil {
-							vms[i], err = bare.restore(ctx, p)
-						}
-						return err
+					turns := newTurns()
+					atOnce(b, c.forks, func(i int) error {
+						return turns.take(func() (err error) {
+							p := bare.places[i]
+							if err = bare.restoreDisk(p); err == nil {
+								vms[i], err = bare.restore(ctx, p)
+							}
+							return err
+						})
 					})
+					return nil
 				})
 			})
 			s.report(b)
@@ -234,27 +236,6 @@ func (h *bareHost) copyState(dir string, synced bool, names ...string) error {
 		}
 		err = f.Sync()
 		f.Close()
-		if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// inTurns does something for 0 to n-1, as many at a time as the agent would.
-func inTurns(n int, do func(i int) error) error {
-	turns := make(chan struct{}, max(2, runtime.NumCPU()))
-	errs := make([]error, n)
-	var all sync.WaitGroup
-	for i := range n {
-		all.Go(func() {
-			turns <- struct{}{}
-			defer func() { <-turns }()
-			errs[i] = do(i)
-		})
-	}
-	all.Wait()
-	for _, err := range errs {
 		if err != nil {
 			return err
 		}

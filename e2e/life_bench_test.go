@@ -153,7 +153,10 @@ func BenchmarkCopies(b *testing.B) {
 	}
 	b.Run("Snapshot", func(b *testing.B) {
 		s := row("snapshot with a name", "QMP stop, cp of memory and disk and fsync, QMP cont")
-		from := row("create from that snapshot", "bare QEMU restores the same, POST /init")
+		from := []*samples{ // the digests are checked once
+			row("first create from that snapshot", "bare QEMU restores the same, POST /init"),
+			row("next create from that snapshot", "bare QEMU restores the same, POST /init"),
+		}
 		p := bare.places[0]
 		if err := bare.restoreDisk(p); err != nil {
 			b.Fatal(err)
@@ -167,28 +170,29 @@ func BenchmarkCopies(b *testing.B) {
 			if s.absent != "" {
 				return
 			}
-			var name string
 			began := time.Now()
 			resp, err := a.SnapshotSandbox(ctx, connect.NewRequest(&hostagentv1.SnapshotSandboxRequest{SandboxId: box.id}))
 			took := time.Since(began)
 			switch {
 			case connect.CodeOf(err) == connect.CodeUnimplemented:
 				s.absent = "this wrenn has none"
-				from.absent = s.absent
+				from[0].absent, from[1].absent = s.absent, s.absent
 				return
 			case err != nil:
 				b.Fatal(err)
 			}
 			s.agent = append(s.agent, took)
-			name = resp.Msg.Snapshot.Name
-			began = time.Now()
-			made, err := a.CreateSandbox(ctx, connect.NewRequest(&hostagentv1.CreateSandboxRequest{Template: name}))
-			if err != nil {
-				b.Fatal(err)
-			}
-			from.agent = append(from.agent, time.Since(began))
-			if err := (&sandbox{b, a, made.Msg.SandboxId}).destroy(); err != nil {
-				b.Fatal(err)
+			name := resp.Msg.Snapshot.Name
+			for _, f := range from {
+				began := time.Now()
+				made, err := a.CreateSandbox(ctx, connect.NewRequest(&hostagentv1.CreateSandboxRequest{Template: name}))
+				if err != nil {
+					b.Fatal(err)
+				}
+				f.agent = append(f.agent, time.Since(began))
+				if err := (&sandbox{b, a, made.Msg.SandboxId}).destroy(); err != nil {
+					b.Fatal(err)
+				}
 			}
 			if _, err := a.DeleteSnapshot(ctx, connect.NewRequest(&hostagentv1.DeleteSnapshotRequest{Name: name})); err != nil {
 				b.Fatal(err)
@@ -206,8 +210,9 @@ func BenchmarkCopies(b *testing.B) {
 			if err := bare.restoreDisk(p); err != nil {
 				b.Fatal(err)
 			}
-			timed(b, &from.floor, func() (err error) { vm, err = bare.restore(ctx, p); return err })
+			timed(b, &from[0].floor, func() (err error) { vm, err = bare.restore(ctx, p); return err })
 		})
+		from[1].floor = from[0].floor
 		s.report(b)
 	})
 }

@@ -47,9 +47,9 @@ fuzz: ## feed the parsers nonsense, FUZZTIME each
 	  for f in $$(grep -hoE '^func Fuzz[A-Za-z0-9]+' $$dir/*_test.go | sed 's/func //'); do \
 	    go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) ./$$dir; done; done
 
-bench: build ## time what a user waits for, each beside its bare floor
+bench: build ## measure what a user waits for, each beside its bare floor, and what a sandbox takes
 	$(SETUP) $(TEST_STATE)
-	$(TEST_ENV) go test -count=1 -run '^$$' -bench . -benchtime 10x -timeout 60m ./e2e/...
+	$(TEST_ENV) go test -v -p 1 -count=1 -run '^$$' -bench . -benchtime 10x -timeout 30m ./internal/network ./e2e
 
 lint: ## gofmt, go vet, staticcheck, buf lint
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }

@@ -1,28 +1,21 @@
 package e2e_test
 
 import (
-	"bufio"
-	"context"
-	"encoding/json"
+	"bytes"
 	"fmt"
 	"io"
-	"log/slog"
-	"net"
-	"net/netip"
 	"os"
-	"os/exec"
-	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
-	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
-	"git.omukk.dev/wrenn/sandbox/internal/guest"
-	"git.omukk.dev/wrenn/sandbox/internal/network"
 )
 
 // samples are the times that one operation took, through the agent and with
@@ -34,10 +27,18 @@ type samples struct {
 	goal float64
 	// bytes is how many each operation moves; zero where that is not its point.
 	bytes int64
+	// absent says why nothing was measured.
+	absent string
 }
 
-// measured are the rows of the table that TestMain prints at the end.
-var measured []*samples
+// What TestMain prints at the end: where it was measured, the table of
+// operations, others, and what there is to say of them.
+var (
+	measuredOn string
+	measured   []*samples
+	tables     []*table
+	remarks    []string
+)
 
 func row(name, floorName string) *samples {
 	s := &samples{name: name, floorName: floorName}
@@ -45,12 +46,57 @@ func row(name, floorName string) *samples {
 	return s
 }
 
+// remark adds a line below the tables.
+func remark(format string, args ...any) { remarks = append(remarks, fmt.Sprintf(format, args...)) }
+
 // timed adds the time that do takes.
 func timed(b *testing.B, to *[]time.Duration, do func() error) {
 	b.Helper()
 	began := time.Now()
 	err := do()
 	*to = append(*to, time.Since(began))
+	if err != nil {
+		b.Fatal(err)
+	}
+}
+
+// benchLimit bounds what all benchmarks together take. What comes after it is
+// measured as little as can be.
+const benchLimit = 11 * time.Minute
+
+var benchBegan time.Time
+
+// repeat measures a round n times, whatever -benchtime says. After limit it
+// begins none but the first twentieth of them: how often it was is in the table.
+func repeat(b *testing.B, n int, limit time.Duration, round func()) {
+	b.Helper()
+	if benchBegan.IsZero() {
+		benchBegan = time.Now()
+	}
+	limit = min(limit, max(0, benchLimit-time.Since(benchBegan)).Round(time.Second))
+	fmt.Fprintf(os.Stderr, "%s %s: %d rounds, or as many as begin within %s\n", time.Now().Format(time.TimeOnly), b.Name(), n, limit)
+	for done := false; b.Loop(); done = true {
+		began := time.Now()
+		for i := 0; !done && i < n && (i < max(1, n/20) || time.Since(began) < limit); i++ {
+			round()
+		}
+	}
+}
+
+// atOnce does something for 0 to n-1 at the same time, and returns when all
+// have ended.
+func atOnce(b *testing.B, n int, do func(i int) error) {
+	b.Helper()
+	failed := make(chan error, n)
+	for i := range n {
+		go func() { failed <- do(i) }()
+	}
+	var err error
+	for range n {
+		if e := <-failed; e != nil {
+			err = e
+		}
+	}
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -65,12 +111,22 @@ func (s *samples) report(b *testing.B) {
 
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 
+// percentile is the least sample that p percent of them do not exceed.
 func percentile(d []time.Duration, p int) time.Duration {
 	if len(d) == 0 {
 		return 0
 	}
 	sorted := slices.Sorted(slices.Values(d))
-	return sorted[(len(sorted)-1)*p/100]
+	return sorted[(len(sorted)*p+99)/100-1]
+}
+
+// inMillis is a percentile as text. A high one that has no sample beyond it
+// would be the maximum by another name: the 95th takes 20 samples, the 99th 100.
+func inMillis(d []time.Duration, p int) string {
+	if len(d) == 0 || p > 50 && len(d)*(100-p) < 100 {
+		return "–"
+	}
+	return fmt.Sprintf("%.2f", millis(percentile(d, p)))
 }
 
 // megabytes is a rate in 10⁶ bytes a second.
@@ -78,317 +134,174 @@ func megabytes(n int64, d time.Duration) string {
 	return fmt.Sprintf("%.1f", float64(n)/1e6/d.Seconds())
 }
 
+// cells is the row as a line of the table.
+func (s *samples) cells() []string {
+	if s.absent != "" {
+		return append(append([]string{s.name, "0"}, slices.Repeat([]string{"–"}, 10)...), s.absent)
+	}
+	agent, floor := percentile(s.agent, 50), percentile(s.floor, 50)
+	n := fmt.Sprint(len(s.agent))
+	if len(s.floor) > 0 && len(s.floor) != len(s.agent) {
+		n += fmt.Sprintf(", %d", len(s.floor))
+	}
+	line := []string{s.name, n}
+	for _, d := range [][]time.Duration{s.agent, s.floor} {
+		line = append(line, inMillis(d, 50), inMillis(d, 95), inMillis(d, 99))
+	}
+	ratio, goal, rate, floorRate := "–", "", "", ""
+	if floor > 0 {
+		ratio = fmt.Sprintf("%.2f", float64(agent)/float64(floor))
+	}
+	if s.goal > 0 {
+		goal = fmt.Sprintf("≤ %.2f", s.goal)
+	}
+	if s.bytes > 0 {
+		rate, floorRate = megabytes(s.bytes, agent), megabytes(s.bytes, floor)
+	}
+	return append(line, ratio, goal, rate, floorRate, s.floorName)
+}
+
+// table is lines of cells. The first and the last column begin at the left, the
+// others end at the right.
+type table struct {
+	head  []string
+	lines [][]string
+}
+
+func (t *table) print(w io.Writer) {
+	var widths []int
+	for _, line := range append([][]string{t.head}, t.lines...) {
+		for i, cell := range line {
+			if i == len(widths) {
+				widths = append(widths, 0)
+			}
+			widths[i] = max(widths[i], utf8.RuneCountInString(cell))
+		}
+	}
+	for _, line := range append([][]string{t.head}, t.lines...) {
+		for i, cell := range line {
+			switch i {
+			case 0:
+				fmt.Fprintf(w, "%-*s", widths[i], cell)
+			case len(widths) - 1:
+				fmt.Fprintf(w, "  %s", cell)
+			default:
+				fmt.Fprintf(w, "  %*s", widths[i], cell)
+			}
+		}
+		fmt.Fprintln(w)
+	}
+}
+
 func printMeasured(w io.Writer) {
-	if len(measured) == 0 {
+	if len(measured) == 0 && len(tables) == 0 {
 		return
 	}
-	t := tabwriter.NewWriter(w, 0, 0, 3, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(t, "\noperation\tn\tagent p50\tp95\tfloor p50\tp95\tratio\tgoal\t  MB/s: agent\tfloor\t  floor\t")
+	fmt.Fprintf(w, "\n%s\n\n", measuredOn)
+	operations := &table{head: []string{"operation (ms)", "n", "p50", "p95", "p99", "floor: p50", "p95", "p99", "ratio", "goal", "MB/s", "floor", "the floor is"}}
 	for _, s := range measured {
-		agent, floor := percentile(s.agent, 50), percentile(s.floor, 50)
-		goal, rate, floorRate := "", "", ""
-		if s.goal > 0 {
-			goal = fmt.Sprintf("≤ %.2f", s.goal)
-		}
-		if s.bytes > 0 {
-			rate, floorRate = megabytes(s.bytes, agent), megabytes(s.bytes, floor)
-		}
-		fmt.Fprintf(t, "%s\t%d\t%.2f ms\t%.2f ms\t%.2f ms\t%.2f ms\t%.2f\t%s\t%s\t%s\t  %s\t\n", s.name, len(s.agent),
-			millis(agent), millis(percentile(s.agent, 95)), millis(floor), millis(percentile(s.floor, 95)),
-			float64(agent)/float64(floor), goal, rate, floorRate, s.floorName)
+		operations.lines = append(operations.lines, s.cells())
 	}
-	t.Flush()
+	for _, t := range append([]*table{operations}, tables...) {
+		if len(t.lines) > 0 {
+			t.print(w)
+			fmt.Fprintln(w)
+		}
+	}
+	for _, line := range remarks {
+		fmt.Fprintln(w, line)
+	}
 }
 
-// BenchmarkHost times what a user waits for, each beside its bare floor: the
-// same QEMU arguments and the same guest with no agent between.
-func BenchmarkHost(b *testing.B) {
-	a := startAgent(b)
-	box := a.create(b, nil)
-	if !box.record().Restored {
-		box = a.create(b, nil)
-	}
-	memory := int32(511) // each size is the first of its kind, and boots
-	firstOfItsKind := func() *hostagentv1.CreateSandboxRequest {
-		memory--
-		return &hostagentv1.CreateSandboxRequest{MemoryMb: memory}
-	}
-	booted := a.create(b, firstOfItsKind())
-	bare := newBareHost(b, booted, box)
-	if err := booted.destroy(); err != nil {
-		b.Fatal(err)
-	}
-	vm, err := bare.boot(b.Context())
+// benchAgent starts an agent with the settings that its users have, but for
+// args.
+func benchAgent(b *testing.B, args ...string) *agent {
+	b.Helper()
+	load, _ := os.ReadFile("/proc/loadavg")
+	a := startAgent(b, append([]string{"--pool=4"}, args...)...)
+	version, err := a.GetVersion(b.Context(), connect.NewRequest(&hostagentv1.GetVersionRequest{}))
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer func() { vm.end() }()
-	direct := box.direct()
-	defer direct.Close()
-	ctx := b.Context()
-
-	b.Run("Exec", func(b *testing.B) {
-		s := row("exec true", "process.Start to envd")
-		for b.Loop() {
-			for range 10 {
-				timed(b, &s.agent, func() error { _, err := box.exec("true"); return err })
-				timed(b, &s.floor, func() error { _, err := direct.Exec(ctx, guest.Command{Cmd: "true"}); return err })
-			}
-		}
-		s.report(b)
-	})
-	b.Run("PauseResume", func(b *testing.B) {
-		pause, resume := row("pause", "QMP stop"), row("resume", "QMP cont, POST /init")
-		for b.Loop() {
-			timed(b, &pause.agent, box.pause)
-			timed(b, &resume.agent, box.resume)
-			timed(b, &pause.floor, func() error { return vm.qmp("stop") })
-			timed(b, &resume.floor, func() error {
-				if err := vm.qmp("cont"); err != nil {
-					return err
-				}
-				return vm.guest.Init(ctx, guest.Init{})
-			})
-		}
-		pause.report(b)
-	})
-	vm.end() // each VM below boots beside the same one neighbour
-	b.Run("CreateDestroy", func(b *testing.B) {
-		ready, first := row("create from a ready snapshot", "QEMU restores, /init"), row("create, boots and makes the snapshot", "QEMU boots, /init")
-		destroy := row("destroy", "QMP quit")
-		create := func(req *hostagentv1.CreateSandboxRequest, to *[]time.Duration) {
-			made := &sandbox{t: b, a: a}
-			timed(b, to, func() error {
-				resp, err := a.CreateSandbox(ctx, connect.NewRequest(req))
-				if err == nil {
-					made.id = resp.Msg.SandboxId
-				}
-				return err
-			})
-			timed(b, &destroy.agent, made.destroy)
-		}
-		for i := 0; b.Loop(); i++ {
-			create(&hostagentv1.CreateSandboxRequest{}, &ready.agent)
-			bare.freshDisk(b, bare.ready)
-			timed(b, &ready.floor, func() (err error) { vm, err = bare.restore(ctx); return err })
-			timed(b, &destroy.floor, vm.quit)
-			vm.end()
-			if i >= maxBig {
-				continue
-			}
-			create(firstOfItsKind(), &first.agent)
-			bare.freshDisk(b, bare.seed)
-			timed(b, &first.floor, func() (err error) { vm, err = bare.boot(ctx); return err })
-			timed(b, &destroy.floor, vm.quit)
-			vm.end()
-		}
-		ready.report(b)
-	})
-	// In the order in which a user meets them.
-	slices.SortStableFunc(measured, func(x, y *samples) int { return rank(x.name) - rank(y.name) })
+	if measuredOn == "" {
+		measuredOn = fmt.Sprintf("%s: wrenn %s, %s %s; %s; load before it %s",
+			time.Now().UTC().Format("2006-01-02 15:04 UTC"), version.Msg.Version, version.Msg.Vmm, version.Msg.VmmVersion, machine(), first(load))
+	}
+	return a
 }
 
-func rank(name string) int {
-	return slices.Index([]string{"create from a ready snapshot", "create, boots and makes the snapshot", "exec true", "pause", "resume", "destroy"}, name)
-}
-
-// direct is a client of the sandbox's envd without the agent between.
-func (b *sandbox) direct() *guest.Client {
-	b.t.Helper()
-	var record struct{ Token string }
-	data, err := os.ReadFile(filepath.Join(b.a.stateDir, "sandboxes", b.id, "record.json"))
-	if err == nil {
-		err = json.Unmarshal(data, &record)
-	}
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return guest.New(netip.AddrPortFrom(b.addrs().HostIP, guest.Port), record.Token)
-}
-
-// bareHost runs VMs as a shell script would.
-type bareHost struct {
-	dir   string
-	addrs network.Addrs
-	// cold and warm are argument vectors: to boot, and to restore the snapshot
-	// whose device state is in state. seed and ready are the disks for them.
-	cold, warm         []string
-	seed, ready, state string
-}
-
-// newBareHost takes the argument vectors of the VMMs of two sandboxes, one
-// booted and one restored, and prepares the same network and disks for others.
-func newBareHost(b *testing.B, booted, restored *sandbox) *bareHost {
-	h := &bareHost{dir: b.TempDir()}
-	if err := os.Mkdir(filepath.Join(h.dir, "empty"), 0o755); err != nil { // QEMU's root
-		b.Fatal(err)
-	}
-	argv := func(like *sandbox) []string {
-		cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", like.vmmPID()))
-		if err != nil {
-			b.Fatal(err)
-		}
-		mine := strings.NewReplacer(
-			filepath.Join(like.a.stateDir, "sandboxes", like.id), h.dir,
-			filepath.Join("/run", like.a.instance(), like.id), h.dir,
-			"wrenn-"+like.id, "bare")
-		return strings.Split(strings.TrimRight(mine.Replace(string(cmdline)), "\x00"), "\x00")
-	}
-	h.cold, h.warm = argv(booted), argv(restored)
-	for _, arg := range h.warm {
-		if _, rest, ok := strings.Cut(arg, "mem-path="); ok {
-			memory, _, _ := strings.Cut(rest, ",")
-			h.state = filepath.Join(filepath.Dir(memory), "state")
-			h.ready = filepath.Join(filepath.Dir(memory), "overlay.ext4")
+// machine is what the host is.
+func machine() string {
+	var cpu string
+	info, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(info)) {
+		if name, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(name) == "model name" {
+			cpu = strings.TrimSpace(value)
 		}
 	}
-	like := restored
-	seeds, _ := filepath.Glob(filepath.Join(like.a.stateDir, "seeds", "*.ext4"))
-	if len(seeds) == 0 {
-		b.Fatal("there is no seed of an overlay")
-	}
-	h.seed = seeds[0]
+	var un unix.Utsname
+	var si unix.Sysinfo_t
+	_, _ = unix.Uname(&un), unix.Sysinfo(&si)
+	return fmt.Sprintf("%d × %s, %.0f GiB, Linux %s", runtime.NumCPU(), cpu,
+		float64(si.Totalram)*float64(si.Unit)/(1<<30), unix.ByteSliceToString(un.Release[:]))
+}
 
-	n := network.New(network.Plan{
-		Instance: strings.Replace(like.a.instance(), "wrenn", "bare", 1),
-		// Beyond what the agents share, and rarely another benchmark's.
-		Hosts: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(245 + 2*(os.Getpid()%5)), 0, 0}), 16),
-		Veths: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(246 + 2*(os.Getpid()%5)), 0, 0}), 16),
-	}, network.Options{Log: slog.New(slog.DiscardHandler)})
-	ctx := context.Background()
-	if err := n.Setup(ctx); err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() {
-		if err := n.Teardown(ctx); err != nil {
-			b.Error(err)
+// first is the first word of a text.
+func first(text []byte) string {
+	word, _, _ := bytes.Cut(text, []byte(" "))
+	return string(word)
+}
+
+func TestPercentile(t *testing.T) {
+	upTo := func(n int) (d []time.Duration) {
+		for i := n; i > 0; i-- {
+			d = append(d, time.Duration(i)*time.Millisecond)
 		}
-	})
-	slot, err := n.Acquire(ctx)
-	if err == nil {
-		err = n.Open(ctx, slot)
+		return d
 	}
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() {
-		if err := n.Close(ctx, slot); err != nil {
-			b.Error(err)
+	for _, c := range []struct{ n, p, want int }{
+		{0, 50, 0}, {1, 50, 1}, {1, 99, 1}, {2, 50, 1}, {3, 50, 2}, {10, 50, 5}, {10, 95, 10},
+		{20, 95, 19}, {99, 99, 99}, {100, 50, 50}, {100, 95, 95}, {100, 99, 99}, {200, 99, 198},
+	} {
+		if got := percentile(upTo(c.n), c.p); got != time.Duration(c.want)*time.Millisecond {
+			t.Errorf("percentile %d of 1 to %d ms is %s, want %d ms", c.p, c.n, got, c.want)
 		}
-	})
-	h.addrs = n.Plan().Addrs(slot)
-	h.freshDisk(b, h.seed)
-	return h
-}
-
-func (h *bareHost) freshDisk(b testing.TB, from string) {
-	out, err := exec.Command("cp", "--sparse=always", from, filepath.Join(h.dir, "overlay.ext4")).CombinedOutput()
-	if err != nil {
-		b.Fatalf("copy overlay: %v: %s", err, out)
 	}
-}
-
-// bareVM is a VM that nobody looks after.
-type bareVM struct {
-	cmd   *exec.Cmd
-	conn  net.Conn
-	lines *bufio.Reader
-	guest *guest.Client
-}
-
-// boot starts a VM and returns when its envd answers.
-func (h *bareHost) boot(ctx context.Context) (*bareVM, error) { return h.run(ctx, h.cold) }
-
-// restore does so with one that goes on where the snapshot was made.
-func (h *bareHost) restore(ctx context.Context) (*bareVM, error) {
-	state, err := os.Open(h.state)
-	if err != nil {
-		return nil, err
-	}
-	defer state.Close()
-	return h.run(ctx, h.warm, state)
-}
-
-func (h *bareHost) run(ctx context.Context, argv []string, more ...*os.File) (*bareVM, error) {
-	socket := filepath.Join(h.dir, "qmp.sock")
-	os.Remove(socket)
-	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
-	if err != nil {
-		return nil, err
-	}
-	defer listener.Close()
-	listener.SetUnlinkOnClose(false)
-	file, err := listener.File()
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	v := &bareVM{guest: guest.New(netip.AddrPortFrom(h.addrs.HostIP, guest.Port), "")}
-	v.cmd = exec.Command("nsenter", append([]string{"--net=" + h.addrs.NetNSPath}, argv...)...)
-	v.cmd.ExtraFiles = append([]*os.File{file}, more...)
-	if err := v.cmd.Start(); err != nil {
-		return nil, err
-	}
-	limit, cancel := context.WithTimeout(ctx, startLimit)
-	defer cancel()
-	if v.conn, err = net.Dial("unix", socket); err == nil {
-		v.lines = bufio.NewReader(v.conn)
-		_, err = v.lines.ReadString('\n') // the greeting
-	}
-	if err == nil {
-		err = v.qmp("qmp_capabilities")
-	}
-	if err == nil && len(more) > 0 {
-		err = v.qmp("cont")
-	}
-	if err == nil {
-		err = v.guest.WaitReady(limit)
-	}
-	if err == nil {
-		err = v.guest.Init(limit, guest.Init{})
-	}
-	if err != nil {
-		v.end()
-		return nil, err
-	}
-	return v, nil
-}
-
-// qmp runs one command of QEMU's monitor.
-func (v *bareVM) qmp(command string) error {
-	if _, err := fmt.Fprintf(v.conn, "{\"execute\":%q}\n", command); err != nil {
-		return err
-	}
-	for {
-		line, err := v.lines.ReadString('\n')
-		switch {
-		case err != nil:
-			return err
-		case strings.Contains(line, `"return"`):
-			return nil
-		case strings.Contains(line, `"error"`):
-			return fmt.Errorf("qmp %s: %s", command, line)
+	for _, c := range []struct {
+		n, p int
+		want string
+	}{
+		{0, 50, "–"}, {1, 50, "1.00"}, {2, 50, "1.00"}, {19, 95, "–"}, {20, 95, "19.00"}, {99, 99, "–"}, {100, 99, "99.00"},
+	} {
+		if got := inMillis(upTo(c.n), c.p); got != c.want {
+			t.Errorf("percentile %d of 1 to %d ms is printed as %q, want %q", c.p, c.n, got, c.want)
 		}
 	}
 }
 
-// quit ends the VM as QEMU likes it best.
-func (v *bareVM) quit() error {
-	if err := v.qmp("quit"); err != nil {
-		return err
+func TestMeasuredTable(t *testing.T) {
+	ms := func(n ...int) (d []time.Duration) {
+		for _, i := range n {
+			d = append(d, time.Duration(i)*time.Millisecond)
+		}
+		return d
 	}
-	return v.cmd.Wait()
-}
-
-// end ends the VM, whatever became of it.
-func (v *bareVM) end() {
-	if v == nil {
-		return
+	tab := table{head: []string{"operation", "n", "p50", "p95", "p99", "floor: p50", "p95", "p99", "ratio", "goal", "MB/s", "floor", "the floor is"}}
+	for _, s := range []*samples{
+		{name: "step", floorName: "a bare step", agent: ms(3, 9, 4), floor: ms(2, 1, 2), goal: 1.15},
+		{name: "copy", floorName: "cp", agent: ms(4, 4), floor: ms(2, 2, 2), bytes: 1e6},
+		{name: "leap", absent: "there is none"},
+	} {
+		tab.lines = append(tab.lines, s.cells())
 	}
-	v.guest.Close()
-	if v.conn != nil {
-		v.conn.Close()
+	var out strings.Builder
+	tab.print(&out)
+	want := `operation     n   p50  p95  p99  floor: p50  p95  p99  ratio    goal   MB/s  floor  the floor is
+step          3  4.00    –    –        2.00    –    –   2.00  ≤ 1.15                a bare step
+copy       2, 3  4.00    –    –        2.00    –    –   2.00          250.0  500.0  cp
+leap          0     –    –    –           –    –    –      –       –      –      –  there is none
+`
+	if got := out.String(); got != want {
+		t.Errorf("got\n%swant\n%s", got, want)
 	}
-	_ = v.cmd.Process.Kill()
-	_ = v.cmd.Wait()
 }

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -190,7 +191,7 @@ func (dir tarOf) WriteTo(w io.Writer) (int64, error) {
 // BenchmarkDataPlane times what passes through the agent to a guest beside the
 // same without the agent, and beside a connection with nothing on it.
 func BenchmarkDataPlane(b *testing.B) {
-	a := startAgent(b)
+	a := benchAgent(b)
 	box := a.create(b, nil)
 	agent, direct := box.ways()
 	ip := box.record().HostIP
@@ -202,23 +203,18 @@ func BenchmarkDataPlane(b *testing.B) {
 	b.Run("Exec", func(b *testing.B) {
 		s := row("exec true, data plane", "the same, directly to envd")
 		s.goal = 1.15
-		for b.Loop() {
-			for range 10 {
-				timed(b, &s.agent, func() error { return agent.run(ctx) })
-				timed(b, &s.floor, func() error { return direct.run(ctx) })
-			}
-		}
+		repeat(b, 200, time.Minute, func() {
+			timed(b, &s.agent, func() error { return agent.run(ctx) })
+			timed(b, &s.floor, func() error { return direct.run(ctx) })
+		})
 		s.report(b)
 	})
 	b.Run("ParallelExecs", func(b *testing.B) {
 		s := row(fmt.Sprintf("%d execs at once", manyExecs), "the same, directly to envd")
-		for i := 0; b.Loop(); i++ {
-			if i >= maxBig {
-				continue
-			}
+		repeat(b, maxBig, time.Minute, func() {
 			timed(b, &s.agent, func() error { return agent.runMany(ctx, manyExecs) })
 			timed(b, &s.floor, func() error { return direct.runMany(ctx, manyExecs) })
-		}
+		})
 		s.report(b)
 		b.ReportMetric(millis(percentile(s.agent, 50))/manyExecs, "agent-ms/exec")
 	})
@@ -234,15 +230,12 @@ func BenchmarkDataPlane(b *testing.B) {
 		for _, s := range []*samples{wire, disk, envd} {
 			s.bytes = bigFile
 		}
-		for i := 0; b.Loop(); i++ {
-			if i >= maxBig {
-				continue
-			}
+		repeat(b, maxBig, time.Minute, func() {
 			timed(b, &wire.agent, func() error { return agent.file(ctx, http.MethodPost, "/root/big", content) })
 			timed(b, &wire.floor, func() error { return box.raw(ip, "u", bytes.NewReader(content), 1) })
 			timed(b, &disk.floor, func() error { return box.raw(ip, "f", bytes.NewReader(content), 1) })
 			timed(b, &envd.floor, func() error { return direct.file(ctx, http.MethodPost, "/root/big", content) })
-		}
+		})
 		disk.goal = wire.goal
 		disk.agent, envd.agent = wire.agent, wire.agent
 		wire.report(b)
@@ -251,14 +244,11 @@ func BenchmarkDataPlane(b *testing.B) {
 		wire, envd := row("download 64 MiB", "raw TCP"), row("download 64 MiB", "GET /files of envd")
 		wire.goal = 1 / 0.9
 		wire.bytes, envd.bytes = bigFile, bigFile
-		for i := 0; b.Loop(); i++ {
-			if i >= maxBig {
-				continue
-			}
+		repeat(b, maxBig, time.Minute, func() {
 			timed(b, &wire.agent, func() error { return agent.file(ctx, http.MethodGet, "/root/big", content) })
 			timed(b, &wire.floor, func() error { return box.raw(ip, "d", nil, bigFile) })
 			timed(b, &envd.floor, func() error { return direct.file(ctx, http.MethodGet, "/root/big", content) })
-		}
+		})
 		envd.agent = wire.agent
 		wire.report(b)
 	})
@@ -277,10 +267,7 @@ func BenchmarkDataPlane(b *testing.B) {
 			}
 		}
 		s := row(fmt.Sprintf("wrenn cp of %d files of 1 KiB", manyFiles), "tar over raw TCP to tar -x")
-		for i := 0; b.Loop(); i++ {
-			if i >= 1 {
-				continue
-			}
+		repeat(b, 1, time.Minute, func() {
 			timed(b, &s.agent, func() error {
 				cmd := exec.Command(filepath.Join(a.bin, "wrenn"), "cp", dir, box.id+":/root/many")
 				cmd.Env = append(os.Environ(), "WRENN_HOST="+a.url)
@@ -297,7 +284,7 @@ func BenchmarkDataPlane(b *testing.B) {
 				}
 			}
 			box.sh("rm -r /root/many /root/floor")
-		}
+		})
 		s.report(b)
 	})
 	if log := box.sh("cat /root/floor.log"); strings.TrimSpace(log) != "" {

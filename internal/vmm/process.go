@@ -18,6 +18,10 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 )
 
+// LogName is the file in a run directory that holds what the VMM prints. With a
+// program's environment wiped, it is what shows whose the program is.
+const LogName = "vmm.log"
+
 const (
 	// killTimeout bounds how long Kill waits for a process that was sent
 	// SIGKILL. One that takes longer hangs in the kernel.
@@ -52,8 +56,20 @@ type Program struct {
 	// empty for ours.
 	Cgroup string
 	Limits Limits
+	// ConsoleOnStdout makes the program's standard output the console, and only
+	// what it prints to standard error the log.
+	ConsoleOnStdout bool
 	// PrivateMounts gives the program a mount namespace of its own.
 	PrivateMounts bool
+	// Mounts are made in that namespace, in this order, before the program
+	// starts; they imply PrivateMounts.
+	Mounts []Mount
+	// Root becomes the program's root directory, in which Args[0] is found;
+	// empty to keep ours.
+	Root string
+	// UID and GID are what the program runs as, with no other groups; zero for
+	// root.
+	UID, GID int
 }
 
 // Ref names a process for good, and what the launcher looks after for it:
@@ -110,7 +126,15 @@ func Launch(p Program) (_ *Process, err error) {
 		}
 		defer out.Close()
 	}
-	files := []uintptr{null.Fd(), out.Fd(), out.Fd()}
+	stdout := out
+	if p.ConsoleOnStdout {
+		stdout, err = os.OpenFile(p.Console, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		defer stdout.Close()
+	}
+	files := []uintptr{null.Fd(), stdout.Fd(), out.Fd()}
 	for _, f := range p.Files {
 		files = append(files, f.Fd())
 	}
@@ -121,7 +145,10 @@ func Launch(p Program) (_ *Process, err error) {
 		env = append(env, runDirEnv+"="+p.RunDir)
 	}
 	pidfd := -1
-	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
+	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd, Chroot: p.Root}
+	if p.UID != 0 || p.GID != 0 {
+		sys.Credential = &syscall.Credential{Uid: uint32(p.UID), Gid: uint32(p.GID)}
+	}
 	var group cgroup
 	if p.Cgroup != "" {
 		if group, err = openCgroup(p.Cgroup); err != nil {
@@ -151,10 +178,13 @@ func Launch(p Program) (_ *Process, err error) {
 		if err := enterNetNS(p.NetNS); err != nil {
 			return err
 		}
-		if p.PrivateMounts {
+		if p.PrivateMounts || len(p.Mounts) > 0 {
 			if err := privateMounts(); err != nil {
 				return err
 			}
+		}
+		if err := mountAll(p.Mounts); err != nil {
+			return err
 		}
 		if err := group.enterThread(); err != nil {
 			return err

@@ -29,12 +29,8 @@ type Config struct {
 	// Binary is qemu-system-x86_64's path or its name in PATH; empty for that
 	// name.
 	Binary string
-	// CacheFile keeps what the probe guest showed. Its directory exists.
-	CacheFile string
-	// ProbeKernel and ProbeInitrd are booted with "wrenn.probe=1" to see
-	// whether KVM works; the guest then prints "wrenn-probe-ok" on its console
-	// and powers off. As long as they are not there, KVM is not used.
-	ProbeKernel, ProbeInitrd string
+	// Probe tells whether KVM works. As long as it cannot, KVM is not used.
+	Probe vmm.Probe
 }
 
 // Driver implements vmm.Driver.

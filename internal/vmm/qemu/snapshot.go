@@ -125,7 +125,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 		return err
 	}
 	digest := sha256.Sum256(state)
-	if err := save(filepath.Join(dir, manifestName), manifest{
+	if err := vmm.SaveJSON(filepath.Join(dir, manifestName), manifest{
 		Version:     v.version,
 		Shape:       v.state.Shape,
 		MemoryBytes: int64(v.state.Shape.MemMiB) << 20,
@@ -455,31 +455,12 @@ func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error)
 	args := argv(machine{version: report.Version, accel: report.Accel, spec: spec})
 	args = append(args, Name, report.Version, report.Accel)
 	if report.Accel == "kvm" { // whose guests see the host's CPU
-		cpu, err := hostCPU()
+		cpu, err := vmm.HostCPU()
 		if err != nil {
-			return "", fmt.Errorf("look at the host's CPU: %w", err)
+			return "", err
 		}
 		args = append(args, cpu)
 	}
 	digest := sha256.Sum256([]byte(strings.Join(args, "\x00")))
 	return hex.EncodeToString(digest[:]), nil
-}
-
-// hostCPU is what the guests of this host's first CPU can see of it.
-func hostCPU() (string, error) {
-	info, err := os.ReadFile("/proc/cpuinfo")
-	if err != nil {
-		return "", err
-	}
-	var seen []string
-	for line := range strings.Lines(string(info)) {
-		name, _, _ := strings.Cut(line, ":")
-		switch strings.TrimSpace(name) {
-		case "vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "flags":
-			seen = append(seen, strings.TrimSpace(line))
-		case "":
-			return strings.Join(seen, "\n"), nil
-		}
-	}
-	return strings.Join(seen, "\n"), nil
 }

@@ -207,10 +207,12 @@ func Launch(p Program) (_ *Process, err error) {
 	steps.Push("kill", func(context.Context) error {
 		return errors.Join(unix.Kill(pid, unix.SIGKILL), reap(pid, &Exit{}))
 	})
-	for resource, limit := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles} {
-		if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: limit, Max: limit}, nil); err != nil {
-			return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
-		}
+	err = limitResources(pid)
+	if errors.Is(err, unix.EPERM) && (p.UID != 0 || p.GID != 0) {
+		err = asUser(p.UID, p.GID, func() error { return limitResources(pid) })
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
 	}
 	ref, err := identify(pid)
 	if err != nil {
@@ -223,6 +225,38 @@ func Launch(p Program) (_ *Process, err error) {
 	}
 	steps.Keep()
 	return process, nil
+}
+
+// limitResources lowers what a process of ours may take.
+func limitResources(pid int) error {
+	for resource, limit := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles} {
+		if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: limit, Max: limit}, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// asUser runs f on a thread that is that user's. It is for root without
+// CAP_SYS_RESOURCE, as some containers have it, which may not do to the
+// processes of others what they may do to their own.
+func asUser(uid, gid int, f func() error) error {
+	dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
+	if err != nil {
+		return err
+	}
+	err = onSpareThread(func() error {
+		// The system calls themselves: the library's mean every thread.
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)); errno != 0 {
+			return errno
+		}
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid)); errno != 0 {
+			return errno
+		}
+		return f()
+	})
+	// The kernel has taken that for a change of the whole process.
+	return errors.Join(err, unix.Prctl(unix.PR_SET_DUMPABLE, uintptr(dumpable), 0, 0, 0))
 }
 
 // Adopt watches a process that an earlier agent launched. One that has exited,
@@ -344,6 +378,23 @@ func (p *Process) Exit() Exit {
 		return p.exit
 	default:
 		return Exit{Code: -1}
+	}
+}
+
+// EndedBy reports how the process has ended, if that is why a call to it came
+// back with err.
+func (p *Process) EndedBy(err error) (Exit, bool) {
+	if !errors.Is(err, errdefs.Unavailable) {
+		return Exit{}, false
+	}
+	// The connection breaks a moment before the process is seen to be gone.
+	timer := time.NewTimer(50 * time.Millisecond)
+	defer timer.Stop()
+	select {
+	case <-p.done:
+		return p.exit, true
+	case <-timer.C:
+		return Exit{}, false
 	}
 }
 

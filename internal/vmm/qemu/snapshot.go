@@ -114,7 +114,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 		}
 		return v.copyMemory(m.ctx, filepath.Join(dir, memoryName))
 	})
-	if exit, ok := v.ended(err); ok {
+	if exit, ok := v.process.EndedBy(err); ok {
 		return errdefs.Unavailable.Errorf("its VMM %s", exit)
 	}
 	if err != nil {

@@ -55,9 +55,7 @@ func (d *Driver) check(ctx context.Context) (found, error) {
 		return found{}, err
 	}
 	f := found{bin: bin, report: vmm.Report{Version: bin.version, Accel: "kvm"}}
-	verdict, err := d.kvm(ctx, Name, bin.version, func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
-		return d.launch(ctx, spec, bin, "")
-	})
+	verdict, err := d.kvm(ctx, Name, bin.version, d.starter(bin))
 	switch {
 	case err != nil:
 		return found{}, fmt.Errorf("check firecracker: %w", err)
@@ -72,6 +70,11 @@ func (d *Driver) check(ctx context.Context) (found, error) {
 		d.checked = &f
 	}
 	return f, f.err
+}
+
+// starter boots a probe guest with programs that nothing is known of yet.
+func (d *Driver) starter(bin programs) func(context.Context, vmm.Spec) (vmm.VM, error) {
+	return func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) { return d.launch(ctx, spec, bin, "") }
 }
 
 // programs finds Firecracker and its jailer and asks them for their versions.

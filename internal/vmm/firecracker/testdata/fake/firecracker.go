@@ -416,6 +416,9 @@ func (f *fake) act(body []byte) error {
 	}
 	f.state = "Running"
 	fmt.Printf("[    0.000000] Command line: %s\n", f.config.Boot.Args)
+	if strings.Contains(f.config.Boot.Args, "wrenn.probe=1") {
+		fmt.Println("wrenn-probe-ok")
+	}
 	f.exiting = strings.Contains(f.config.Boot.Args, "fake.exit")
 	return nil
 }

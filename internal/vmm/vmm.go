@@ -192,4 +192,6 @@ type Report struct {
 	Accel string
 	// Why says in a sentence why this acceleration was chosen.
 	Why string
+	// Warning says what works, but should be mended; empty if nothing is.
+	Warning string
 }

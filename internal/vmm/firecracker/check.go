@@ -62,9 +62,10 @@ func (d *Driver) check(ctx context.Context) (found, error) {
 	case !verdict.Works:
 		f.err = errdefs.Unsupported.Errorf("firecracker %s needs KVM: %s", bin.version, verdict.Why)
 	case bin.jailer == "":
-		f.report.Why = verdict.Why + "; there is no jailer beside it, so the agent itself changes its root and user"
+		f.report.Why = verdict.Why
+		f.report.Warning = "there is no jailer beside it, so the agent itself confines it: to a root, a user and namespaces of its own"
 	default:
-		f.report.Why = verdict.Why + "; the jailer confines it"
+		f.report.Why = verdict.Why + ", confined by its jailer"
 	}
 	if verdict.Final {
 		d.checked = &f

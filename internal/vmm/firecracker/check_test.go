@@ -19,7 +19,7 @@ func TestCheck(t *testing.T) {
 		class *errdefs.Class
 		text  string
 	}{
-		"jailed":         {install(t, fakeSettings{}, true), nil, "a test says so; the jailer confines it"},
+		"jailed":         {install(t, fakeSettings{}, true), nil, "a test says so, confined by its jailer"},
 		"plain":          {install(t, fakeSettings{}, false), nil, "there is no jailer beside it"},
 		"oldest":         {install(t, fakeSettings{Version: "1.8.0"}, true), nil, "a test says so"},
 		"too old":        {install(t, fakeSettings{Version: "1.7.0"}, true), errdefs.Unsupported, "firecracker is 1.7.0, and 1.8 or later is needed"},
@@ -29,7 +29,7 @@ func TestCheck(t *testing.T) {
 		"something else": {Config{Binary: another.Jailer, Jailer: "none"}, nil, "no version of Firecracker"},
 	} {
 		report, err := driver(c.cfg).Check(t.Context())
-		text := report.Why
+		text := report.Why + "; " + report.Warning
 		if err != nil {
 			text = err.Error()
 		}

@@ -167,7 +167,11 @@ func fits(dir, version string, want shape) error {
 		return corrupt("snapshot's %s: %w", manifestName, err)
 	}
 	if m.Version != version {
-		return errdefs.Unsupported.Errorf("snapshot is not of firecracker %s but of %s", version, orAnother(m.Version))
+		was := "firecracker " + m.Version
+		if m.Version == "" {
+			was = "another VMM"
+		}
+		return errdefs.Unsupported.Errorf("snapshot is of %s, here is firecracker %s", was, version)
 	}
 	if since(version, overridesMajor, overridesMinor) {
 		m.Shape.Tap = want.Tap
@@ -186,14 +190,6 @@ func fits(dir, version string, want shape) error {
 		err = corrupt("snapshot's device state is not what was written")
 	}
 	return err
-}
-
-// orAnother names a version, if the manifest is one of ours.
-func orAnother(version string) string {
-	if version == "" {
-		return "another VMM"
-	}
-	return version
 }
 
 // Restore implements vmm.Restorer.

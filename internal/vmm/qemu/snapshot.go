@@ -389,7 +389,11 @@ func openSnapshot(dir string, version string, want shape) (*snapshot, error) {
 		return nil, corrupt("snapshot's %s: %w", manifestName, err)
 	}
 	if m.Version != version {
-		return nil, errdefs.Unsupported.Errorf("snapshot is of qemu %s, here is %s", m.Version, version)
+		was := "qemu " + m.Version
+		if m.Version == "" {
+			was = "another VMM"
+		}
+		return nil, errdefs.Unsupported.Errorf("snapshot is of %s, here is qemu %s", was, version)
 	}
 	if m.Shape != want {
 		return nil, errdefs.InvalidArgument.Errorf("snapshot is of a vm with %+v, not %+v", m.Shape, want)

@@ -207,11 +207,7 @@ func Launch(p Program) (_ *Process, err error) {
 	steps.Push("kill", func(context.Context) error {
 		return errors.Join(unix.Kill(pid, unix.SIGKILL), reap(pid, &Exit{}))
 	})
-	err = limitResources(pid)
-	if errors.Is(err, unix.EPERM) && (p.UID != 0 || p.GID != 0) {
-		err = asUser(p.UID, p.GID, func() error { return limitResources(pid) })
-	}
-	if err != nil {
+	if err := limitResources(pid); err != nil {
 		return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
 	}
 	ref, err := identify(pid)
@@ -227,25 +223,56 @@ func Launch(p Program) (_ *Process, err error) {
 	return process, nil
 }
 
-// limitResources lowers what a process of ours may take.
+// limitResources lowers what a process of ours may take. Root without
+// CAP_SYS_RESOURCE, as some containers have it, may not do that to the processes
+// of others; so where it is refused, it is done as the process's own user, which
+// may be about to change.
 func limitResources(pid int) error {
-	for resource, limit := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles} {
-		if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: limit, Max: limit}, nil); err != nil {
-			return err
+	limit := func() error {
+		for resource, n := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles} {
+			if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: n, Max: n}, nil); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	err := limit()
+	for try := 0; errors.Is(err, unix.EPERM) && try < 5; try++ {
+		var uid, gid int
+		if uid, gid, err = userOf(pid); err == nil {
+			err = asUser(uid, gid, limit)
 		}
 	}
-	return nil
+	return err
 }
 
-// asUser runs f on a thread that is that user's. It is for root without
-// CAP_SYS_RESOURCE, as some containers have it, which may not do to the
-// processes of others what they may do to their own.
-func asUser(uid, gid int, f func() error) error {
-	dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
+// userOf reads whose a process is.
+func userOf(pid int) (uid, gid int, err error) {
+	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
 	if err != nil {
-		return err
+		return 0, 0, err
 	}
-	err = onSpareThread(func() error {
+	found := 0
+	for line := range strings.Lines(string(status)) {
+		for name, id := range map[string]*int{"Uid:": &uid, "Gid:": &gid} {
+			if ids, ok := strings.CutPrefix(line, name); ok {
+				n, err := fmt.Sscan(ids, id)
+				if err != nil {
+					return 0, 0, err
+				}
+				found += n
+			}
+		}
+	}
+	if found != 2 {
+		return 0, 0, errors.New("process status names no user")
+	}
+	return uid, gid, nil
+}
+
+// asUser runs f on a thread that is that user's, and ends.
+func asUser(uid, gid int, f func() error) error {
+	return onSpareThread(func() error {
 		// The system calls themselves: the library's mean every thread.
 		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)); errno != 0 {
 			return errno
@@ -255,8 +282,6 @@ func asUser(uid, gid int, f func() error) error {
 		}
 		return f()
 	})
-	// The kernel has taken that for a change of the whole process.
-	return errors.Join(err, unix.Prctl(unix.PR_SET_DUMPABLE, uintptr(dumpable), 0, 0, 0))
 }
 
 // Adopt watches a process that an earlier agent launched. One that has exited,

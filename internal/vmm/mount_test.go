@@ -218,8 +218,13 @@ func TestStraysWithoutEnvironment(t *testing.T) {
 	if err != nil || strings.Join(names, " ") != "sb-1 sb-2" {
 		t.Errorf("killed %v, %v", names, err)
 	}
-	<-stray.Done()
-	<-deleted.Done()
+	for _, p := range []*Process{stray, deleted} {
+		select {
+		case <-p.Done():
+		case <-time.After(10 * time.Second):
+			t.Error("a stray lives on")
+		}
+	}
 	for i, p := range others {
 		select {
 		case <-p.Done():

@@ -303,6 +303,10 @@ func TestFilesStayRoots(t *testing.T) {
 		if err := unix.Stat(filepath.Dir(v.state.Socket), &st); err != nil || st.Uid != 0 || st.Mode&0o7777 != 0o700 {
 			t.Errorf("the socket's directory belongs to %d with mode %o, %v", st.Uid, st.Mode&0o7777, err)
 		}
+		// The snapshot's directory was the VMM's to see for as long as it took.
+		if left, err := os.ReadDir(fmt.Sprintf("/proc/%d/root%s", v.state.Process.PID, snapshotPath)); err != nil || len(left) != 0 {
+			t.Errorf("the VMM still sees %v, %v", left, err)
+		}
 		// The host sees nothing of the VMM's root.
 		if left, err := os.ReadDir(place{s.Spec.RunDir}.jails()); err != nil || len(left) != 0 {
 			t.Errorf("the host sees %v, %v", left, err)
@@ -406,6 +410,24 @@ func fields(t *testing.T, path string) map[string]string {
 	return out
 }
 
+// Firecracker was replaced under a running agent: what it knows of the old one
+// no longer holds.
+func TestReplacedBinary(t *testing.T) {
+	cfg := install(t, fakeSettings{}, true)
+	s := subject(t, cfg)
+	if _, err := s.Driver.Check(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	newer := install(t, fakeSettings{Version: "1.12.2"}, true)
+	if err := os.Rename(newer.Binary, cfg.Binary); err != nil {
+		t.Fatal(err)
+	}
+	_, err := s.Driver.Start(t.Context(), s.Spec)
+	if !errors.Is(err, errdefs.Unavailable) || !strings.Contains(err.Error(), "firecracker has become 1.12.2, and was 1.12.1") {
+		t.Errorf("start: %v", err)
+	}
+}
+
 // A VMM that no handle leads to is found, though the jailer has wiped the mark.
 func TestStraysAreFound(t *testing.T) {
 	bothWays(t, func(t *testing.T, jailed bool) {
@@ -419,7 +441,11 @@ func TestStraysAreFound(t *testing.T) {
 		if err != nil || len(gone) != 1 || gone[0] != filepath.Base(s.Spec.RunDir) {
 			t.Errorf("killed %v, %v", gone, err)
 		}
-		<-stray.Done()
+		select {
+		case <-stray.Done():
+		case <-time.After(10 * time.Second):
+			t.Error("the stray lives on")
+		}
 		select {
 		case <-other.Done():
 			t.Error("the other VM was ended, too")

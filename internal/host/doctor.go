@@ -136,7 +136,7 @@ func (m machine) drivers(ctx context.Context, o Options) []Check {
 		report, err := d.Check(ctx)
 		if err != nil {
 			c.Found = err.Error()
-			if !errors.Is(err, errdefs.Unsupported) { // which no installation mends
+			if !errors.Is(err, errdefs.Unsupported) { // which says itself what is needed
 				c.Fix = driverFix(d.Name())
 			}
 			// Without the right to look, "not there" would be a guess.

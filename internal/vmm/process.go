@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -110,7 +111,7 @@ func Launch(p Program) (_ *Process, err error) {
 	var steps undo.Stack
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("launch %s: %w", p.Args[0], err), steps.Unwind(context.Background()))
+			err = errors.Join(fmt.Errorf("launch %s: %w", filepath.Base(p.Args[0]), err), steps.Unwind(context.Background()))
 		}
 	}()
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)

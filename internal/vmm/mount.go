@@ -18,8 +18,8 @@ const memoryMountSize = "64m"
 // Mount is something that a program sees in its own mount namespace, and nobody
 // else does. The kernel takes it away with the program.
 type Mount struct {
-	// Source is a file or directory to show, or a device to make anew; empty
-	// for an empty file system in memory.
+	// Source is a file or directory to show, or a device to make anew, and no
+	// link to one; empty for an empty file system in memory.
 	Source string
 	// Target is where. It exists, or lies in a mount made before, in which it
 	// is made.
@@ -51,7 +51,7 @@ func (m Mount) make(owners *owners) error {
 		}
 		return unix.Mount("tmpfs", m.Target, "tmpfs", unix.MS_NOSUID, "mode=0755,size="+memoryMountSize)
 	}
-	info, err := os.Stat(m.Source)
+	info, err := os.Lstat(m.Source)
 	if err != nil {
 		return err
 	}
@@ -71,7 +71,10 @@ func (m Mount) make(owners *owners) error {
 
 // open returns the mount, which is nowhere yet.
 func (m Mount) open(owners *owners) (int, error) {
-	tree, err := unix.OpenTree(unix.AT_FDCWD, m.Source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if info, err := os.Lstat(m.Source); err != nil || info.Mode()&os.ModeSymlink != 0 {
+		return -1, errors.Join(err, errors.New("it is a link, or nothing"))
+	}
+	tree, err := unix.OpenTree(unix.AT_FDCWD, m.Source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
 	if err != nil {
 		return -1, err
 	}

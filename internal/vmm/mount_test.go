@@ -33,8 +33,8 @@ func room(t *testing.T, script string, mounts ...Mount) (p Program, root, files 
 	p.Log = filepath.Join(files, "log")
 	p.Mounts = []Mount{{Target: root}}
 	for _, dir := range []string{"/bin", "/usr", "/lib", "/lib64"} {
-		if _, err := os.Stat(dir); err == nil {
-			p.Mounts = append(p.Mounts, Mount{Source: dir, Target: root + dir, ReadOnly: true})
+		if source, err := filepath.EvalSymlinks(dir); err == nil {
+			p.Mounts = append(p.Mounts, Mount{Source: source, Target: root + dir, ReadOnly: true})
 		}
 	}
 	return p, root, files
@@ -117,6 +117,16 @@ func TestMountOfNothing(t *testing.T) {
 	p.Mounts = append(p.Mounts, Mount{Source: files + "/absent", Target: root + "/in"})
 	_, err := Launch(p)
 	if !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("launch: %v", err)
+	}
+	// A link might lead to anything.
+	p, root, files = room(t, "cat /in")
+	write(t, files+"/secret", "secret")
+	if err := os.Symlink(files+"/secret", files+"/in"); err != nil {
+		t.Fatal(err)
+	}
+	p.Mounts = append(p.Mounts, Mount{Source: files + "/in", Target: root + "/in", UID: testUID, GID: testGID})
+	if _, err := Launch(p); err == nil || !strings.Contains(err.Error(), "mount in: it is a link") {
 		t.Errorf("launch: %v", err)
 	}
 	// /proc cannot be lent, which is explained without its path.

@@ -74,7 +74,9 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 	return v, nil
 }
 
-// validate says whether Firecracker can take the spec.
+// validate says whether Firecracker can take the spec. (Of odd numbers of vCPUs
+// its description says no; that it takes some as long as no hyperthreads are
+// asked for, it does not promise.)
 func validate(s vmm.Spec) error {
 	if err := s.Validate(); err != nil {
 		return err

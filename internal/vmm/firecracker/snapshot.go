@@ -1,6 +1,7 @@
 package firecracker
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -11,6 +12,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
@@ -89,16 +92,31 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 		}
 		steps.Push("remove "+name, func(context.Context) error { return remove(path) })
 	}
-	err = v.write(ctx, dir)
+	// The VMM writes into a directory below, and keeps access to it if it is
+	// bad: what has been moved out of there has a name that it cannot change.
+	scratch, err := os.MkdirTemp(dir, ".vmm-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(scratch)
+	err = v.write(ctx, scratch)
 	if exit, ok := v.process.EndedBy(err); ok {
 		return errdefs.Unavailable.Errorf("its VMM %s", exit)
 	}
 	if err != nil {
 		return err
 	}
+	for _, name := range []string{memoryName, stateName} {
+		if err := os.Rename(filepath.Join(scratch, name), filepath.Join(dir, name)); err != nil {
+			return err
+		}
+	}
 	m := manifest{Version: v.version, Shape: v.state.Shape, MemoryBytes: int64(v.state.Shape.MemMiB) << 20}
-	if info, err := os.Lstat(filepath.Join(dir, memoryName)); err != nil || !info.Mode().IsRegular() || info.Size() != m.MemoryBytes {
+	if !isMemory(filepath.Join(dir, memoryName), m.MemoryBytes) {
 		return fmt.Errorf("firecracker wrote no memory of %d bytes", m.MemoryBytes)
+	}
+	if err := dig(ctx, filepath.Join(dir, memoryName)); err != nil {
+		return err
 	}
 	if m.StateBytes, m.StateSHA256, err = digest(filepath.Join(dir, stateName)); err != nil {
 		return err
@@ -133,7 +151,61 @@ func (v *vm) write(ctx context.Context, dir string) (err error) {
 	return v.api.call(ctx, moveLimit(v.state.Shape.MemMiB), create(), nil)
 }
 
-// digest reads a file that the VMM wrote; a link is none.
+// isMemory reports whether a file of that size is there, and no link to one.
+func isMemory(path string, size int64) bool {
+	info, err := os.Lstat(path)
+	return err == nil && info.Mode().IsRegular() && info.Size() == size
+}
+
+const (
+	pageSize = 4096
+	digChunk = 1 << 20
+)
+
+// dig makes holes of the pages that are zero, which are most of a fresh guest's:
+// Firecracker writes every byte, and nobody should have to flush, keep or cache
+// those. A file system that has no holes keeps them.
+func dig(ctx context.Context, path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var zero [pageSize]byte
+	buf := make([]byte, digChunk)
+	for at := int64(0); ; {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		n, err := io.ReadFull(f, buf)
+		if n == 0 || err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			if errors.Is(err, io.EOF) {
+				err = nil
+			}
+			return err
+		}
+		for from := 0; from+pageSize <= n; from += pageSize {
+			to := from
+			for to+pageSize <= n && bytes.Equal(buf[to:to+pageSize], zero[:]) {
+				to += pageSize
+			}
+			if to == from {
+				continue
+			}
+			err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at+int64(from), int64(to-from))
+			if errors.Is(err, unix.EOPNOTSUPP) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			from = to
+		}
+		at += int64(n)
+	}
+}
+
+// digest reads a file that a VMM wrote; a link is none.
 func digest(path string) (size int64, sum string, err error) {
 	info, err := os.Lstat(path)
 	if err != nil {
@@ -179,7 +251,7 @@ func fits(dir, version string, want shape) error {
 	if m.Shape != want {
 		return errdefs.InvalidArgument.Errorf("snapshot is of a vm with %+v, not %+v", m.Shape, want)
 	}
-	if info, err := os.Stat(filepath.Join(dir, memoryName)); err != nil || info.Size() != m.MemoryBytes {
+	if !isMemory(filepath.Join(dir, memoryName), m.MemoryBytes) {
 		return corrupt("snapshot's memory is not %d bytes long", m.MemoryBytes)
 	}
 	size, sum, err := digest(filepath.Join(dir, stateName))

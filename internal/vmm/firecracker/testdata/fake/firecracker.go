@@ -245,6 +245,7 @@ func (f *fake) putMachine(body []byte) error {
 	switch {
 	case m.VCPUs == nil || m.MemMiB == nil:
 		return errors.New("missing field `vcpu_count` or `mem_size_mib`")
+	// The real one takes odd numbers as long as smt is false, and says otherwise.
 	case *m.VCPUs < 1 || *m.VCPUs > 32 || *m.VCPUs > 1 && *m.VCPUs%2 != 0:
 		return errors.New("The vCPU number is invalid! The vCPU number can only be 1 or an even number when SMT is enabled.")
 	case *m.MemMiB < 1:
@@ -489,27 +490,23 @@ func (f *fake) load(body []byte) (err error) {
 			Type string `json:"backend_type"`
 			Path string `json:"backend_path"`
 		} `json:"mem_backend"`
-		Track     bool                       `json:"track_dirty_pages"`
-		Resume    bool                       `json:"resume_vm"`
-		Overrides []struct{ ID, Tap string } `json:"-"`
-		Raw       json.RawMessage            `json:"network_overrides"`
+		Track     bool            `json:"track_dirty_pages"`
+		Resume    bool            `json:"resume_vm"`
+		Overrides json.RawMessage `json:"network_overrides"`
 	}
 	if err := decode(body, &s); err != nil {
 		return err
 	}
-	if s.Raw != nil {
+	var overrides []struct {
+		ID  string `json:"iface_id"`
+		Tap string `json:"host_dev_name"`
+	}
+	if s.Overrides != nil {
 		if !f.since(1, 12) {
 			return errors.New("unknown field `network_overrides`")
 		}
-		var overrides []struct {
-			ID  string `json:"iface_id"`
-			Tap string `json:"host_dev_name"`
-		}
-		if err := decode(s.Raw, &overrides); err != nil {
+		if err := decode(s.Overrides, &overrides); err != nil {
 			return err
-		}
-		for _, o := range overrides {
-			s.Overrides = append(s.Overrides, struct{ ID, Tap string }{o.ID, o.Tap})
 		}
 	}
 	if s.Memory == nil || s.Memory.Type != "File" {
@@ -553,7 +550,7 @@ func (f *fake) load(body []byte) (err error) {
 	}
 	for i := range content.Config.Networks {
 		n := &content.Config.Networks[i]
-		for _, o := range s.Overrides {
+		for _, o := range overrides {
 			if o.ID == n.ID {
 				n.Tap = o.Tap
 			}

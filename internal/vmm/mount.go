@@ -91,7 +91,7 @@ func (m Mount) open(owners *owners) (int, error) {
 		attr.Userns_fd = uint64(ns.Fd())
 	}
 	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr)
-	if errors.Is(err, unix.EINVAL) && attr.Attr_set&unix.MOUNT_ATTR_IDMAP != 0 {
+	if (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS)) && attr.Attr_set&unix.MOUNT_ATTR_IDMAP != 0 {
 		err = errdefs.Unsupported.Errorf("its file system cannot lend root's files to another user (idmapped mounts: ext4, xfs or btrfs can)")
 	}
 	if err != nil {
@@ -141,6 +141,9 @@ func (o *owners) get(uid, gid int) (*os.File, error) {
 		return ns, nil
 	}
 	ns, err := userNS(uid, gid)
+	if errors.Is(err, unix.ENOSPC) {
+		return nil, errdefs.Unsupported.Errorf("this host allows no more user namespaces (user.max_user_namespaces)")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("make user namespace: %w", err)
 	}

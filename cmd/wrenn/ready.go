@@ -12,6 +12,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/host"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
@@ -19,10 +20,11 @@ import (
 )
 
 // managerConfig is what setup and serve open the sandboxes of a host with.
-func (c *hostConfig) managerConfig(plan network.Plan, templates *template.Store, log *slog.Logger) sandbox.Config {
+func (c *hostConfig) managerConfig(plan network.Plan, chosen host.Choice, templates *template.Store, log *slog.Logger) sandbox.Config {
 	return sandbox.Config{
 		StateDir: c.stateDir, RunDir: filepath.Join("/run", plan.Instance),
-		Driver: c.driver(), Network: network.New(plan, network.Options{Log: log}), Templates: templates, KillStrays: vmm.KillStrays,
+		Driver: chosen.Driver, Others: chosen.Others,
+		Network: network.New(plan, network.Options{BaseUID: baseUID, Log: log}), Templates: templates, KillStrays: vmm.KillStrays,
 		Guests: func(addr netip.Addr, token string) sandbox.Guest {
 			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
 		},
@@ -50,7 +52,11 @@ func (c *hostConfig) prepareReady(ctx context.Context, plan network.Plan, templa
 }
 
 func (c *hostConfig) makeReady(ctx context.Context, plan network.Plan, templates *template.Store) (made bool, err error) {
-	cfg := c.managerConfig(plan, templates, slog.New(slog.DiscardHandler))
+	chosen, err := host.Choose(ctx, c.vmm, c.drivers())
+	if err != nil {
+		return false, err
+	}
+	cfg := c.managerConfig(plan, chosen, templates, slog.New(slog.DiscardHandler))
 	cfg.Capacity = sandbox.Capacity{
 		Resources: sandbox.Resources{Sandboxes: 1 << 20, VCPUs: 1 << 20, MemMiB: 1 << 30},
 		Starts:    max(2, runtime.NumCPU()), StartQueue: time.Minute,

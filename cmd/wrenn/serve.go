@@ -22,10 +22,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/gateway"
+	"git.omukk.dev/wrenn/sandbox/internal/host"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/server"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/firecracker"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 )
 
@@ -37,17 +40,21 @@ func stateDirFlag(cmd *cobra.Command, dir *string) {
 
 // hostConfig is what serve and doctor know of the host.
 type hostConfig struct {
-	stateDir string
-	vmm      string
-	hosts    string
-	links    string
+	stateDir    string
+	vmm         string
+	firecracker string
+	jailer      string
+	hosts       string
+	links       string
 }
 
 func (c *hostConfig) flags(cmd *cobra.Command) {
 	plan := network.DefaultPlan()
 	f := cmd.Flags()
 	stateDirFlag(cmd, &c.stateDir)
-	f.StringVar(&c.vmm, "vmm", env("WRENN_VMM", "auto"), "VMM to run sandboxes with: auto or qemu (env WRENN_VMM)")
+	f.StringVar(&c.vmm, "vmm", env("WRENN_VMM", "auto"), "VMM to run sandboxes with: auto, firecracker or qemu (env WRENN_VMM)")
+	f.StringVar(&c.firecracker, "firecracker", env("WRENN_FIRECRACKER", "firecracker"), "Firecracker's program (env WRENN_FIRECRACKER)")
+	f.StringVar(&c.jailer, "jailer", env("WRENN_JAILER", ""), "its jailer; empty for the one in PATH, if there is one, none to do without (env WRENN_JAILER)")
 	f.StringVar(&c.hosts, "host-range", env("WRENN_HOST_RANGE", plan.Hosts.String()), "IPv4 /16 by which the host sees its sandboxes (env WRENN_HOST_RANGE)")
 	f.StringVar(&c.links, "link-range", env("WRENN_LINK_RANGE", plan.Veths.String()), "IPv4 /16 of the links between host and sandboxes (env WRENN_LINK_RANGE)")
 }
@@ -82,20 +89,27 @@ func (c *hostConfig) plan() (network.Plan, error) {
 			errs = append(errs, err)
 		}
 	}
-	if c.vmm != "auto" && c.vmm != qemu.Name {
-		errs = append(errs, fmt.Errorf("--vmm %q is unknown: use auto or qemu", c.vmm))
+	if c.vmm != host.AutoVMM && c.vmm != firecracker.Name && c.vmm != qemu.Name {
+		errs = append(errs, fmt.Errorf("--vmm %q is unknown: use auto, firecracker or qemu", c.vmm))
 	}
 	return plan, errors.Join(errs...)
 }
 
-// driver returns the VMM's driver, which boots the prepared kernel as a probe.
-func (c *hostConfig) driver() *qemu.Driver {
+// drivers returns those of all VMMs, the best one first. To see whether KVM
+// works they boot the prepared kernel.
+func (c *hostConfig) drivers() []vmm.Driver {
 	kernel := filepath.Join(c.stateDir, "kernels", "default")
-	return qemu.New(qemu.Config{
-		CacheFile:   filepath.Join(c.stateDir, "kvm-probe.json"),
-		ProbeKernel: filepath.Join(kernel, "vmlinux"),
-		ProbeInitrd: filepath.Join(kernel, "initrd.img"),
-	})
+	probe := func(name string) vmm.Probe {
+		return vmm.Probe{
+			CacheFile: filepath.Join(c.stateDir, "kvm-probe-"+name+".json"),
+			Kernel:    filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"),
+			UID: baseUID, GID: baseUID, // no slot's: those begin at 1
+		}
+	}
+	return []vmm.Driver{
+		firecracker.New(firecracker.Config{Binary: c.firecracker, Jailer: c.jailer, Probe: probe(firecracker.Name)}),
+		qemu.New(qemu.Config{Probe: probe(qemu.Name)}),
+	}
 }
 
 type serveConfig struct {
@@ -241,12 +255,15 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	if _, err := templates.Get("minimal"); err != nil {
 		return fmt.Errorf("%w; prepare this host with `wrenn setup --state-dir %s`", err, c.stateDir)
 	}
-	driver := c.driver()
-	report, err := driver.Check(ctx)
+	chosen, err := host.Choose(ctx, c.vmm, c.drivers())
 	if err != nil {
-		return fmt.Errorf("no VMM can be used: %w; `wrenn doctor` says more", err)
+		return fmt.Errorf("%w; `wrenn doctor` says more", err)
 	}
-	log.Info("vmm chosen", "vmm", driver.Name(), "version", report.Version, "accel", report.Accel, "why", report.Why)
+	name, report := chosen.Driver.Name(), chosen.Report
+	log.Info("vmm chosen", "vmm", name, "version", report.Version, "accel", report.Accel, "why", chosen.Why)
+	if report.Warning != "" {
+		log.Warn("vmm runs with less than it could have", "vmm", name, "why", report.Warning)
+	}
 
 	// The listener comes first: an address in use is found before anything
 	// is touched.
@@ -256,9 +273,9 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	}
 	defer listener.Close()
 
-	cfg := c.managerConfig(plan, templates, log)
-	net := network.New(plan, network.Options{Egress: network.Policy{Mode: network.Mode(c.egress)}, Resolvers: dns, Pool: c.pool, Log: log})
-	cfg.Driver, cfg.Network = driver, net
+	cfg := c.managerConfig(plan, chosen, templates, log)
+	net := network.New(plan, network.Options{BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Resolvers: dns, Pool: c.pool, Log: log})
+	cfg.Network = net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
 	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused = c.boot, c.keep, c.keepPaused
 	// Whoever ends us now waits until the state is taken over, and is then
@@ -274,7 +291,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	go func() { defer close(pooled); net.Run(pool) }()
 	defer func() { endPool(); <-pooled }()
 
-	version := server.Version{Version: buildVersion(), VMM: driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")"}
+	version := server.Version{Version: buildVersion(), VMM: name, VMMVersion: report.Version + " (" + report.Accel + ")"}
 	mux := http.NewServeMux()
 	mux.Handle(server.New(manager, version, log))
 	mux.Handle("/", server.Health(manager))

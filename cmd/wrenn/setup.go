@@ -16,7 +16,6 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/host"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // envdPath is where the build puts the guest daemon: beside this program.
@@ -169,7 +168,7 @@ something required is missing. As root it sees more.`,
 			if _, err := c.plan(); err != nil {
 				return err
 			}
-			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: []vmm.Driver{c.driver()}})
+			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(), VMM: c.vmm})
 			out := cmd.OutOrStdout()
 			if asJSON {
 				enc := json.NewEncoder(out)

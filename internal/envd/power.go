@@ -39,13 +39,9 @@ func PowerOff(log *slog.Logger) {
 		log.Warn("take eth0 down", "err", err)
 	}
 	unix.Sync()
-	// Without ACPI nothing can switch the machine off; a restart ends the
-	// VMM as well.
-	how := unix.LINUX_REBOOT_CMD_RESTART
-	if _, err := os.Stat("/sys/firmware/acpi"); err == nil {
-		how = unix.LINUX_REBOOT_CMD_POWER_OFF
-	}
-	err := unix.Reboot(how)
+	// A restart ends every VMM. Not every one has something that switches the
+	// machine off, though it may have ACPI: the kernel would halt there, for ever.
+	err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 	log.Error("power off", "err", err)
 	select {} // PID 1 must not return: that would be a kernel panic
 }

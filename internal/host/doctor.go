@@ -16,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
@@ -53,8 +54,11 @@ type Options struct {
 	// Envd is the path of the envd that the initrd should hold; empty leaves
 	// that comparison out.
 	Envd string
-	// Drivers are asked whether they can run VMs here.
+	// Drivers are asked whether they can run VMs here, in the order of
+	// preference.
 	Drivers []vmm.Driver
+	// VMM is the name of the one to be used; empty for AutoVMM.
+	VMM string
 }
 
 // Doctor looks at all that this host needs, in the order in which it is best
@@ -88,7 +92,7 @@ type networkProbe struct {
 
 func (m machine) doctor(ctx context.Context, o Options) []Check {
 	checks := []Check{m.packages()}
-	checks = append(checks, m.drivers(ctx, o.Drivers)...)
+	checks = append(checks, m.drivers(ctx, o)...)
 	checks = append(checks, m.tun())
 	checks = append(checks, m.network()...)
 	checks = append(checks, m.forwarding())
@@ -117,9 +121,9 @@ func (m machine) packages() Check {
 	return c
 }
 
-// drivers reports each VMM, and whether any of them has KVM. One that works
-// is enough.
-func (m machine) drivers(ctx context.Context, drivers []vmm.Driver) []Check {
+// drivers reports each VMM, whether any of them has KVM, and which one is used.
+// One that works is enough.
+func (m machine) drivers(ctx context.Context, o Options) []Check {
 	kvm := Check{
 		Name: "kvm", Level: Optional,
 		Why: "with hardware virtualisation a guest runs about as fast as the host; without it is emulated, and many times slower",
@@ -127,12 +131,14 @@ func (m machine) drivers(ctx context.Context, drivers []vmm.Driver) []Check {
 	var list []Check
 	works := false
 	var notes []string
-	for _, d := range drivers {
+	for _, d := range o.Drivers {
 		c := Check{Name: "vmm " + d.Name(), Level: Required, Why: "the program that runs microVMs; one is enough"}
 		report, err := d.Check(ctx)
 		if err != nil {
 			c.Found = err.Error()
-			c.Fix = driverFix(d.Name())
+			if !errors.Is(err, errdefs.Unsupported) { // which says itself what is needed
+				c.Fix = driverFix(d.Name())
+			}
 			// Without the right to look, "not there" would be a guess.
 			if !m.root && errors.Is(err, fs.ErrPermission) {
 				c.Unknown, c.Fix = true, "sudo wrenn doctor"
@@ -143,6 +149,9 @@ func (m machine) drivers(ctx context.Context, drivers []vmm.Driver) []Check {
 			c.Found = strings.TrimSpace(report.Version + " with " + report.Accel)
 			if report.Accel == "kvm" {
 				kvm.OK = true
+			}
+			if report.Warning != "" {
+				c.Found += "; " + report.Warning
 			}
 			if report.Why != "" {
 				notes = append(notes, d.Name()+": "+report.Why)
@@ -165,7 +174,21 @@ func (m machine) drivers(ctx context.Context, drivers []vmm.Driver) []Check {
 		kvm.Unknown = !works && !m.root
 		kvm.Fix = m.kvmFix()
 	}
-	return append([]Check{kvm}, list...)
+	used := Check{Name: "vmm in use", Level: Required, Why: "what sandboxes are started with; --vmm chooses another"}
+	name := o.VMM
+	if name == "" {
+		name = AutoVMM
+	}
+	if choice, err := Choose(ctx, name, o.Drivers); err != nil {
+		used.Found = err.Error()
+		used.Unknown = !m.root && slices.ContainsFunc(list, func(c Check) bool { return c.Unknown })
+		if name != AutoVMM && works {
+			used.Fix = "# use --vmm auto"
+		}
+	} else {
+		used.OK, used.Found = true, strings.TrimSpace(choice.Driver.Name()+" with "+choice.Report.Accel)+": "+choice.Why
+	}
+	return append(append([]Check{kvm}, list...), used)
 }
 
 func driverFix(name string) string {

@@ -32,6 +32,8 @@ var (
 	qemuTCG     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "tcg", Why: "the CPU shows neither vmx nor svm"}}
 	qemuKVM     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "kvm", Why: "a probe guest booted"}}
 	noQEMU      = driver{name: "qemu", err: errdefs.Unavailable.Errorf("qemu-system-x86_64 is not installed")}
+	noKVM       = driver{name: "firecracker", err: errdefs.Unsupported.Errorf("firecracker needs KVM")}
+	unjailed    = driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Why: "a probe guest booted", Warning: "there is no jailer"}}
 	firecracker = driver{name: "firecracker", err: errdefs.Unavailable.Errorf("firecracker is not installed")}
 )
 
@@ -120,6 +122,10 @@ func TestDoctor(t *testing.T) {
 		{check: "vmm firecracker", want: badOpt, drivers: []vmm.Driver{qemuTCG, firecracker}, found: "not installed", fix: "/usr/local/bin"},
 		{check: "vmm qemu", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}, fix: "apt-get install"},
 		{check: "vmm firecracker", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}},
+		{check: "vmm firecracker", want: badOpt, drivers: []vmm.Driver{noKVM, qemuTCG}, found: "needs KVM"},
+		{check: "vmm firecracker", want: ok, drivers: []vmm.Driver{unjailed, qemuTCG}, found: "1.12.1 with kvm; there is no jailer"},
+		{check: "vmm in use", want: ok, drivers: []vmm.Driver{noKVM, qemuTCG}, found: "qemu with tcg: it works without KVM; firecracker needs KVM; qemu: the CPU"},
+		{check: "vmm in use", want: bad, drivers: []vmm.Driver{firecracker, noQEMU}, found: "firecracker is not installed; qemu-system-x86_64 is not installed"},
 		{check: "tun", want: ok},
 		{check: "tun", want: bad, found: "no such file", fix: "modprobe tun", change: func(f map[string]string) { delete(f, "dev/net/tun") }},
 		{check: "network namespaces", want: ok},
@@ -339,5 +345,39 @@ func TestInstallObeysContext(t *testing.T) {
 	})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("install = %v", err)
+	}
+}
+
+func TestChoose(t *testing.T) {
+	jailed := driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Why: "a probe guest booted"}}
+	for _, c := range []struct {
+		name    string
+		drivers []vmm.Driver
+		want    string // the driver's name and acceleration
+		why     string
+	}{
+		{"auto", []vmm.Driver{jailed, qemuKVM}, "firecracker kvm", "the first choice that has KVM; firecracker: a probe guest booted"},
+		{"auto", []vmm.Driver{noKVM, qemuKVM}, "qemu kvm", "the first choice that has KVM; firecracker needs KVM; qemu: a probe guest booted"},
+		{"auto", []vmm.Driver{firecracker, qemuTCG}, "qemu tcg", "it works without KVM; firecracker is not installed; qemu: the CPU shows"},
+		{"auto", []vmm.Driver{qemuTCG, jailed}, "firecracker kvm", "the first choice that has KVM"},
+		{"qemu", []vmm.Driver{jailed, qemuTCG}, "qemu tcg", "the settings say so; qemu: the CPU"},
+		{"firecracker", []vmm.Driver{jailed, qemuTCG}, "firecracker kvm", "the settings say so"},
+		{"firecracker", []vmm.Driver{noKVM, qemuTCG}, "", "no VMM can be used: firecracker needs KVM"},
+		{"auto", []vmm.Driver{noKVM, noQEMU}, "", "no VMM can be used: firecracker needs KVM; qemu-system-x86_64 is not installed"},
+		{"xen", []vmm.Driver{noKVM, noQEMU}, "", "no vmm is called \"xen\""},
+	} {
+		got, err := Choose(t.Context(), c.name, c.drivers)
+		if err != nil {
+			if c.want != "" || err.Error() != c.why {
+				t.Errorf("%s: %v, want %s: %s", c.name, err, c.want, c.why)
+			}
+			continue
+		}
+		if is := got.Driver.Name() + " " + got.Report.Accel; is != c.want || !strings.HasPrefix(got.Why, c.why) {
+			t.Errorf("%s: %s: %s, want %s: %s", c.name, is, got.Why, c.want, c.why)
+		}
+		if len(got.Others) != 1 || got.Others[0].Name() == got.Driver.Name() {
+			t.Errorf("%s: others %v", c.name, got.Others)
+		}
 	}
 }

@@ -129,8 +129,8 @@ func thereAndBack(fn func() error) error {
 }
 
 // makeTap makes a persistent tap in the calling thread's namespace. A process
-// of user uid may attach to it by name; of group gid too, if gid is not 0.
-func makeTap(name string, uid, gid int) error {
+// of user uid may attach to it by name.
+func makeTap(name string, uid int) error {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open tun device: %w", err)
@@ -146,11 +146,6 @@ func makeTap(name string, uid, gid int) error {
 	}
 	if err := unix.IoctlSetInt(fd, unix.TUNSETOWNER, uid); err != nil {
 		return fmt.Errorf("set tap owner: %w", err)
-	}
-	if gid != 0 {
-		if err := unix.IoctlSetInt(fd, unix.TUNSETGROUP, gid); err != nil {
-			return fmt.Errorf("set tap group: %w", err)
-		}
 	}
 	if err := unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1); err != nil {
 		return fmt.Errorf("make tap persistent: %w", err)

@@ -38,10 +38,10 @@ import (
 
 // Options are a Network's settings beside its plan.
 type Options struct {
-	// TapUID and TapGID own the taps: a process with this user (and group,
-	// if TapGID is not 0) may attach to one by name without privilege, given
-	// that it may open /dev/net/tun.
-	TapUID, TapGID int
+	// BaseUID and a slot add up to the user that its tap belongs to: a process
+	// of that user may attach to it by name without privilege, given that it may
+	// open /dev/net/tun. With 0 the taps are root's.
+	BaseUID int
 	// Egress is the host's policy. Its lists apply to every sandbox beside the
 	// sandbox's own; its mode, Public if empty, to those that set none.
 	Egress Policy

@@ -305,7 +305,8 @@ func TestSegmentSizeFitsUplink(t *testing.T) {
 }
 
 func TestTapBelongsToItsUser(t *testing.T) {
-	n := world(t, Options{TapUID: 65534})
+	const base = 65000
+	n := world(t, Options{BaseUID: base})
 	s, err := n.Acquire(t.Context())
 	must(t, err)
 	must(t, n.Open(t.Context(), s))
@@ -339,10 +340,10 @@ func TestTapBelongsToItsUser(t *testing.T) {
 			return err
 		})
 	}
-	if err := attach(65534); err != nil {
+	if err := attach(base + int(s)); err != nil {
 		t.Errorf("attach as the tap's owner: %v", err)
 	}
-	if err := attach(65533); !errors.Is(err, unix.EPERM) {
+	if err := attach(base + int(s) + 1); !errors.Is(err, unix.EPERM) {
 		t.Errorf("attach as somebody else: %v, want it refused", err)
 	}
 }

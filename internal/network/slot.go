@@ -125,7 +125,11 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 	if err := n.step(ctx, s, "sysctl"); err != nil {
 		return err
 	}
-	if err := makeTap(Tap, n.opts.TapUID, n.opts.TapGID); err != nil {
+	owner := 0
+	if n.opts.BaseUID != 0 {
+		owner = n.opts.BaseUID + int(s)
+	}
+	if err := makeTap(Tap, owner); err != nil {
 		return err
 	}
 	if err := n.step(ctx, s, "tap"); err != nil {

@@ -62,14 +62,18 @@ type Guest interface {
 	Close()
 }
 
-// Config is what a Manager works with. Every field must be set.
+// Config is what a Manager works with. Every field must be set, but for Others.
 type Config struct {
 	// StateDir holds the records and disks, under sandboxes/.
 	StateDir string
 	// RunDir holds a directory per running VM, for its sockets.
 	RunDir string
 
-	Driver    vmm.Driver
+	// Driver runs new VMs.
+	Driver vmm.Driver
+	// Others are drivers whose VMs and snapshots may still be there from when
+	// they were the Driver.
+	Others    []vmm.Driver
 	Network   Network
 	Templates Templates
 	// Guests connects to the guest at an address; it does no I/O.

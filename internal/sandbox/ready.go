@@ -114,15 +114,32 @@ func readyKey(machine string, spec vmm.Spec, tmpl template.Template, diskMiB int
 	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
+// restoreVM starts a VM from a snapshot with the driver whose it is: the
+// others find that they do not support it.
+func (m *Manager) restoreVM(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM, error) {
+	restorer, ok := m.cfg.Driver.(vmm.Restorer)
+	if !ok {
+		return nil, errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", m.cfg.Driver.Name())
+	}
+	vm, err := restorer.Restore(ctx, spec, dir)
+	for _, d := range m.cfg.Others {
+		if !errors.Is(err, errdefs.Unsupported) {
+			break
+		}
+		if restorer, ok := d.(vmm.Restorer); ok {
+			if other, e := restorer.Restore(ctx, spec, dir); e == nil {
+				return other, nil
+			}
+		}
+	}
+	return vm, err
+}
+
 // restore starts a sandbox's VM from a snapshot in dir, its disk in place, and
 // tells its guest in who it is now. token is what the guest knows as its own,
 // if it is not the sandbox's. Called with the op lock held.
 func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, dir string, in guest.Init, token string, took *phases) error {
-	restorer, ok := m.cfg.Driver.(vmm.Restorer)
-	if !ok {
-		return errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", m.cfg.Driver.Name())
-	}
-	vm, err := restorer.Restore(ctx, m.spec(b.record(), tmpl), dir)
+	vm, err := m.restoreVM(ctx, m.spec(b.record(), tmpl), dir)
 	if err != nil {
 		return fmt.Errorf("restore vm: %w", err)
 	}

@@ -14,6 +14,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // adoptTimeout bounds how long a running guest may take to answer after the
@@ -223,6 +224,17 @@ func (m *Manager) takeUp(ctx context.Context, b *box, found *Recovery) *[]ID {
 	}
 }
 
+// driverOf returns the driver that a handle is of. The Driver says itself that
+// it knows nothing of a handle that is nobody's.
+func (m *Manager) driverOf(h vmm.Handle) vmm.Driver {
+	for _, d := range m.cfg.Others {
+		if d.Name() == h.Driver {
+			return d
+		}
+	}
+	return m.cfg.Driver
+}
+
 // reattach adopts the VM of a record and makes it be what the record says: the
 // agent may have died between the VM's change and the record's.
 func (m *Manager) reattach(ctx context.Context, b *box, rec Record) error {
@@ -231,7 +243,7 @@ func (m *Manager) reattach(ctx context.Context, b *box, rec Record) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, adoptTimeout)
 	defer cancel()
-	vm, err := m.cfg.Driver.Attach(ctx, *rec.VM)
+	vm, err := m.driverOf(*rec.VM).Attach(ctx, *rec.VM)
 	if err != nil {
 		return fmt.Errorf("attach vm: %w", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"os"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -17,6 +18,10 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 )
+
+// LogName is the file in a run directory that holds what the VMM prints. With a
+// program's environment wiped, it is what shows whose the program is.
+const LogName = "vmm.log"
 
 const (
 	// killTimeout bounds how long Kill waits for a process that was sent
@@ -52,8 +57,20 @@ type Program struct {
 	// empty for ours.
 	Cgroup string
 	Limits Limits
+	// ConsoleOnStdout makes the program's standard output the console, and only
+	// what it prints to standard error the log.
+	ConsoleOnStdout bool
 	// PrivateMounts gives the program a mount namespace of its own.
 	PrivateMounts bool
+	// Mounts are made in that namespace, in this order, before the program
+	// starts; they imply PrivateMounts.
+	Mounts []Mount
+	// Root becomes the program's root directory, in which Args[0] is found;
+	// empty to keep ours.
+	Root string
+	// UID and GID are what the program runs as, with no other groups; zero for
+	// root.
+	UID, GID int
 }
 
 // Ref names a process for good, and what the launcher looks after for it:
@@ -94,7 +111,7 @@ func Launch(p Program) (_ *Process, err error) {
 	var steps undo.Stack
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("launch %s: %w", p.Args[0], err), steps.Unwind(context.Background()))
+			err = errors.Join(fmt.Errorf("launch %s: %w", filepath.Base(p.Args[0]), err), steps.Unwind(context.Background()))
 		}
 	}()
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
@@ -110,7 +127,15 @@ func Launch(p Program) (_ *Process, err error) {
 		}
 		defer out.Close()
 	}
-	files := []uintptr{null.Fd(), out.Fd(), out.Fd()}
+	stdout := out
+	if p.ConsoleOnStdout {
+		stdout, err = os.OpenFile(p.Console, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		defer stdout.Close()
+	}
+	files := []uintptr{null.Fd(), stdout.Fd(), out.Fd()}
 	for _, f := range p.Files {
 		files = append(files, f.Fd())
 	}
@@ -121,7 +146,10 @@ func Launch(p Program) (_ *Process, err error) {
 		env = append(env, runDirEnv+"="+p.RunDir)
 	}
 	pidfd := -1
-	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd}
+	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd, Chroot: p.Root}
+	if p.UID != 0 || p.GID != 0 {
+		sys.Credential = &syscall.Credential{Uid: uint32(p.UID), Gid: uint32(p.GID)}
+	}
 	var group cgroup
 	if p.Cgroup != "" {
 		if group, err = openCgroup(p.Cgroup); err != nil {
@@ -151,10 +179,13 @@ func Launch(p Program) (_ *Process, err error) {
 		if err := enterNetNS(p.NetNS); err != nil {
 			return err
 		}
-		if p.PrivateMounts {
+		if p.PrivateMounts || len(p.Mounts) > 0 {
 			if err := privateMounts(); err != nil {
 				return err
 			}
+		}
+		if err := mountAll(p.Mounts); err != nil {
+			return err
 		}
 		if err := group.enterThread(); err != nil {
 			return err
@@ -177,10 +208,8 @@ func Launch(p Program) (_ *Process, err error) {
 	steps.Push("kill", func(context.Context) error {
 		return errors.Join(unix.Kill(pid, unix.SIGKILL), reap(pid, &Exit{}))
 	})
-	for resource, limit := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles} {
-		if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: limit, Max: limit}, nil); err != nil {
-			return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
-		}
+	if err := limitResources(pid); err != nil {
+		return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
 	}
 	ref, err := identify(pid)
 	if err != nil {
@@ -193,6 +222,67 @@ func Launch(p Program) (_ *Process, err error) {
 	}
 	steps.Keep()
 	return process, nil
+}
+
+// limitResources lowers what a process of ours may take. Root without
+// CAP_SYS_RESOURCE, as some containers have it, may not do that to the processes
+// of others; so where it is refused, it is done as the process's own user, which
+// may be about to change.
+func limitResources(pid int) error {
+	limit := func() error {
+		for resource, n := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles} {
+			if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: n, Max: n}, nil); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	err := limit()
+	for try := 0; errors.Is(err, unix.EPERM) && try < 5; try++ {
+		var uid, gid int
+		if uid, gid, err = userOf(pid); err == nil {
+			err = asUser(uid, gid, limit)
+		}
+	}
+	return err
+}
+
+// userOf reads whose a process is.
+func userOf(pid int) (uid, gid int, err error) {
+	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil {
+		return 0, 0, err
+	}
+	found := 0
+	for line := range strings.Lines(string(status)) {
+		for name, id := range map[string]*int{"Uid:": &uid, "Gid:": &gid} {
+			if ids, ok := strings.CutPrefix(line, name); ok {
+				n, err := fmt.Sscan(ids, id)
+				if err != nil {
+					return 0, 0, err
+				}
+				found += n
+			}
+		}
+	}
+	if found != 2 {
+		return 0, 0, errors.New("process status names no user")
+	}
+	return uid, gid, nil
+}
+
+// asUser runs f on a thread that is that user's, and ends.
+func asUser(uid, gid int, f func() error) error {
+	return onSpareThread(func() error {
+		// The system calls themselves: the library's mean every thread.
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)); errno != 0 {
+			return errno
+		}
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid)); errno != 0 {
+			return errno
+		}
+		return f()
+	})
 }
 
 // Adopt watches a process that an earlier agent launched. One that has exited,
@@ -314,6 +404,23 @@ func (p *Process) Exit() Exit {
 		return p.exit
 	default:
 		return Exit{Code: -1}
+	}
+}
+
+// EndedBy reports how the process has ended, if that is why a call to it came
+// back with err.
+func (p *Process) EndedBy(err error) (Exit, bool) {
+	if !errors.Is(err, errdefs.Unavailable) {
+		return Exit{}, false
+	}
+	// The connection breaks a moment before the process is seen to be gone.
+	timer := time.NewTimer(50 * time.Millisecond)
+	defer timer.Stop()
+	select {
+	case <-p.done:
+		return p.exit, true
+	case <-timer.C:
+		return Exit{}, false
 	}
 }
 

@@ -74,16 +74,29 @@ func KillStrays(ctx context.Context, runRoot, parent string, keep func(name stri
 // runDirOf returns the name of the run directory under root that a process was
 // launched with.
 func runDirOf(pid int, root string) (string, bool) {
+	root = filepath.Clean(root)
 	environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
 	if err != nil {
 		return "", false // gone, or a kernel thread
 	}
 	for kv := range bytes.SplitSeq(environ, []byte{0}) {
 		if dir, ok := strings.CutPrefix(string(kv), runDirEnv+"="); ok {
-			return filepath.Base(dir), filepath.Dir(dir) == filepath.Clean(root)
+			return filepath.Base(dir), filepath.Dir(dir) == root
 		}
 	}
-	return "", false
+	// There are programs that give the VMM an empty environment. Its log, in
+	// that directory, is then still its standard error: opened by us, so that
+	// the path is the host's whatever its root is.
+	log, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/2", pid))
+	if err != nil {
+		return "", false
+	}
+	log = strings.TrimSuffix(log, " (deleted)")
+	if filepath.Base(log) != LogName {
+		return "", false
+	}
+	dir := filepath.Dir(log)
+	return filepath.Base(dir), filepath.Dir(dir) == root
 }
 
 func killStray(ctx context.Context, pid int, root, name string) error {

@@ -121,8 +121,9 @@ type Spec struct {
 	// by MaxConsoleBytes.
 	Console string
 
-	// UID and GID are what the VMM runs as; it can open only what they may.
-	// Zero means root.
+	// UID and GID are what the VMM runs as; zero means root. The files that the
+	// spec names are root's and stay so: it is the driver's business that the
+	// VMM can use them, and nothing else.
 	UID, GID int
 
 	// Cgroup is the sandbox's own cgroup, relative to each hierarchy's root;
@@ -138,7 +139,8 @@ type Disk struct {
 	ReadOnly bool
 }
 
-// NIC is one virtio network device on a tap that exists in Spec.NetNS.
+// NIC is one virtio network device on a tap that exists in Spec.NetNS and belongs
+// to Spec.UID.
 type NIC struct {
 	Tap string
 	MAC string
@@ -192,4 +194,6 @@ type Report struct {
 	Accel string
 	// Why says in a sentence why this acceleration was chosen.
 	Why string
+	// Warning says what works, but should be mended; empty if nothing is.
+	Warning string
 }

@@ -136,4 +136,4 @@ func value(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
 func qmpSocket(runDir string) string { return filepath.Join(runDir, "qmp.sock") }
 func jail(runDir string) string      { return filepath.Join(runDir, "empty") }
-func vmmLog(runDir string) string    { return filepath.Join(runDir, "vmm.log") }
+func vmmLog(runDir string) string    { return filepath.Join(runDir, vmm.LogName) }

@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -323,8 +324,10 @@ func TestConsoleIsBounded(t *testing.T) {
 func TestProbe(t *testing.T) {
 	s := subject(t)
 	withGuest(t, &s, "")
-	d := New(Config{ProbeKernel: s.Spec.Kernel, ProbeInitrd: s.Spec.Initrd})
-	took, err := d.probe(t.Context(), vmm.Report{Version: "7.2.0", Accel: "tcg"})
+	p := vmm.Probe{Kernel: s.Spec.Kernel, Initrd: s.Spec.Initrd}
+	took, err := p.Boot(t.Context(), func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
+		return New(Config{}).launch(ctx, spec, vmm.Report{Version: "7.2.0", Accel: "tcg"}, nil)
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

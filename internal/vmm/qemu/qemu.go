@@ -29,12 +29,8 @@ type Config struct {
 	// Binary is qemu-system-x86_64's path or its name in PATH; empty for that
 	// name.
 	Binary string
-	// CacheFile keeps what the probe guest showed. Its directory exists.
-	CacheFile string
-	// ProbeKernel and ProbeInitrd are booted with "wrenn.probe=1" to see
-	// whether KVM works; the guest then prints "wrenn-probe-ok" on its console
-	// and powers off. As long as they are not there, KVM is not used.
-	ProbeKernel, ProbeInitrd string
+	// Probe tells whether KVM works. As long as it cannot, KVM is not used.
+	Probe vmm.Probe
 }
 
 // Driver implements vmm.Driver.
@@ -146,7 +142,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		}
 		return err
 	})
-	exit, ended := v.ended(err)
+	exit, ended := v.process.EndedBy(err)
 	switch {
 	case ended && exit.Signal != 0: // somebody killed it: its own words are empty
 		return nil, errdefs.Unavailable.Errorf("the vmm %s while it started", exit)
@@ -241,7 +237,7 @@ func (v *vm) change(ctx context.Context, what, command, want string) error {
 	if status, e := v.status(ctx); e == nil && status == want {
 		return nil
 	}
-	if exit, ok := v.ended(err); ok {
+	if exit, ok := v.process.EndedBy(err); ok {
 		return errdefs.Unavailable.Errorf("%s vm: its VMM %s", what, exit)
 	}
 	return fmt.Errorf("%s vm: %w", what, err)
@@ -263,22 +259,6 @@ func (v *vm) with(ctx context.Context, limit time.Duration, f func(*monitor) err
 	}
 	defer m.close()
 	return f(m)
-}
-
-// ended reports how the VMM has ended, if that is why err came back.
-func (v *vm) ended(err error) (vmm.Exit, bool) {
-	if !errors.Is(err, errdefs.Unavailable) {
-		return vmm.Exit{}, false
-	}
-	// The connection breaks a moment before the process is seen to be gone.
-	timer := time.NewTimer(50 * time.Millisecond)
-	defer timer.Stop()
-	select {
-	case <-v.process.Done():
-		return v.process.Exit(), true
-	case <-timer.C:
-		return vmm.Exit{}, false
-	}
 }
 
 // sleep waits for d or for ctx.

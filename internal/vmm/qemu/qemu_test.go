@@ -292,20 +292,6 @@ func fields(t *testing.T, path string) map[string]string {
 	return out
 }
 
-// The probe guest of this test never prints its mark: the probe sees it end.
-func TestProbeSeesTheGuestEnd(t *testing.T) {
-	s := subject(t)
-	initrd := filepath.Join(t.TempDir(), "initrd.img")
-	if err := os.WriteFile(initrd, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	d := New(Config{ProbeKernel: s.Spec.Kernel, ProbeInitrd: initrd})
-	_, err := d.probe(t.Context(), vmm.Report{Version: "0.0.0", Accel: "tcg"})
-	if err == nil || !strings.Contains(err.Error(), "exited with status 0") {
-		t.Errorf("probe: %v", err)
-	}
-}
-
 func stop(t *testing.T, v *vm) {
 	t.Helper()
 	// Our own child, not reaped before the test's end.

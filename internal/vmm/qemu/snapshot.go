@@ -114,7 +114,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 		}
 		return v.copyMemory(m.ctx, filepath.Join(dir, memoryName))
 	})
-	if exit, ok := v.ended(err); ok {
+	if exit, ok := v.process.EndedBy(err); ok {
 		return errdefs.Unavailable.Errorf("its VMM %s", exit)
 	}
 	if err != nil {
@@ -125,7 +125,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 		return err
 	}
 	digest := sha256.Sum256(state)
-	if err := save(filepath.Join(dir, manifestName), manifest{
+	if err := vmm.SaveJSON(filepath.Join(dir, manifestName), manifest{
 		Version:     v.version,
 		Shape:       v.state.Shape,
 		MemoryBytes: int64(v.state.Shape.MemMiB) << 20,
@@ -389,7 +389,11 @@ func openSnapshot(dir string, version string, want shape) (*snapshot, error) {
 		return nil, corrupt("snapshot's %s: %w", manifestName, err)
 	}
 	if m.Version != version {
-		return nil, errdefs.Unsupported.Errorf("snapshot is of qemu %s, here is %s", m.Version, version)
+		was := "qemu " + m.Version
+		if m.Version == "" {
+			was = "another VMM"
+		}
+		return nil, errdefs.Unsupported.Errorf("snapshot is of %s, here is qemu %s", was, version)
 	}
 	if m.Shape != want {
 		return nil, errdefs.InvalidArgument.Errorf("snapshot is of a vm with %+v, not %+v", m.Shape, want)
@@ -455,31 +459,12 @@ func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error)
 	args := argv(machine{version: report.Version, accel: report.Accel, spec: spec})
 	args = append(args, Name, report.Version, report.Accel)
 	if report.Accel == "kvm" { // whose guests see the host's CPU
-		cpu, err := hostCPU()
+		cpu, err := vmm.HostCPU()
 		if err != nil {
-			return "", fmt.Errorf("look at the host's CPU: %w", err)
+			return "", err
 		}
 		args = append(args, cpu)
 	}
 	digest := sha256.Sum256([]byte(strings.Join(args, "\x00")))
 	return hex.EncodeToString(digest[:]), nil
-}
-
-// hostCPU is what the guests of this host's first CPU can see of it.
-func hostCPU() (string, error) {
-	info, err := os.ReadFile("/proc/cpuinfo")
-	if err != nil {
-		return "", err
-	}
-	var seen []string
-	for line := range strings.Lines(string(info)) {
-		name, _, _ := strings.Cut(line, ":")
-		switch strings.TrimSpace(name) {
-		case "vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "flags":
-			seen = append(seen, strings.TrimSpace(line))
-		case "":
-			return strings.Join(seen, "\n"), nil
-		}
-	}
-	return strings.Join(seen, "\n"), nil
 }

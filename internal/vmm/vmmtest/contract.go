@@ -50,6 +50,7 @@ func Run(t *testing.T, subject func(*testing.T) Subject) {
 		{"kill by many", testKillByMany},
 		{"exits by itself", testExit},
 		{"pause and resume", testPauseResume},
+		{"used by many", testUsedByMany},
 		{"calls on a dead vm", testDead},
 		{"outlives its context", testOutlivesContext},
 		{"cancelled start", testCancelledStart},
@@ -61,6 +62,7 @@ func Run(t *testing.T, subject func(*testing.T) Subject) {
 		{"snapshot of a restored vm", testSnapshotOfRestored},
 		{"failed snapshot", testFailedSnapshot},
 		{"bad snapshots", testBadSnapshots},
+		{"snapshot keys", testSnapshotKeys},
 	} {
 		t.Run(strings.ReplaceAll(c.name, " ", "_"), func(t *testing.T) {
 			s := subject(t)
@@ -195,6 +197,33 @@ func testPauseResume(t *testing.T, s Subject) {
 	}
 	kill(t, v) // a paused one dies too
 	gone(t, v)
+}
+
+func testUsedByMany(t *testing.T, s Subject) {
+	v := start(t, s)
+	var wg sync.WaitGroup
+	for i := range 4 {
+		wg.Go(func() {
+			for range 5 {
+				for name, call := range map[string]func(context.Context) error{"pause": v.Pause, "resume": v.Resume} {
+					// Whose turn it is last, nobody knows; that it is refused for
+					// that is the one thing that may happen.
+					if err := call(t.Context()); err != nil && !errors.Is(err, errdefs.WrongState) {
+						t.Errorf("%s by the %d.: %v", name, i, err)
+					}
+				}
+				if h := v.Handle(); h.Driver != s.Driver.Name() {
+					t.Errorf("handle of driver %q", h.Driver)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	running(t, v)
+	if err := v.Resume(t.Context()); err != nil {
+		t.Errorf("resume after all: %v", err)
+	}
+	kill(t, v)
 }
 
 func testDead(t *testing.T, s Subject) {
@@ -555,4 +584,40 @@ func testBadSnapshots(t *testing.T, s Subject) {
 	}
 	again := restored(t, s, dir) // a failed restore spoils nothing
 	kill(t, again)
+}
+
+func testSnapshotKeys(t *testing.T, s Subject) {
+	restorer, ok := s.Driver.(vmm.Restorer)
+	if !ok {
+		t.Skip("this driver has no snapshots")
+	}
+	key := func(r vmm.Restorer, spec vmm.Spec) string {
+		t.Helper()
+		k, err := r.SnapshotKey(t.Context(), spec)
+		if err != nil || k == "" {
+			t.Fatalf("key %q, %v", k, err)
+		}
+		return k
+	}
+	want := key(restorer, s.Spec)
+	if got := key(restorer, s.Clone()); got != want {
+		t.Error("a clone has another key")
+	}
+	if got := key(s.Again().(vmm.Restorer), s.Spec); got != want {
+		t.Error("the next agent has another key")
+	}
+	for name, change := range map[string]func(*vmm.Spec){
+		"memory": func(s *vmm.Spec) { s.MemMiB *= 2 },
+		"vCPUs":  func(s *vmm.Spec) { s.VCPUs *= 2 },
+		"disks": func(s *vmm.Spec) {
+			s.Disks = append(s.Disks[:len(s.Disks):len(s.Disks)], vmm.Disk{Path: s.Kernel, ReadOnly: true})
+		},
+		"nic": func(s *vmm.Spec) { s.NIC = &vmm.NIC{Tap: "tap0", MAC: "02:fc:00:00:00:05"} },
+	} {
+		other := s.Spec
+		change(&other)
+		if key(restorer, other) == want {
+			t.Errorf("other %s, the same key", name)
+		}
+	}
 }

@@ -1,0 +1,57 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"testing"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// stranger is a driver that has nothing to do with the VMs and snapshots of
+// the other one, and says so.
+type stranger struct{ vmm.Driver }
+
+func (stranger) Name() string { return "stranger" }
+
+func (stranger) Attach(context.Context, vmm.Handle) (vmm.VM, error) {
+	return nil, errdefs.InvalidArgument.Errorf("not a handle of this driver")
+}
+
+func (stranger) Restore(context.Context, vmm.Spec, string) (vmm.VM, error) {
+	return nil, errdefs.Unsupported.Errorf("snapshot is of another VMM")
+}
+
+func (stranger) SnapshotKey(context.Context, vmm.Spec) (string, error) {
+	return "", errdefs.Unsupported.Errorf("not asked here")
+}
+
+// An agent that was told to use another VMM still has the sandboxes of the
+// first: those that run and those that are hibernated.
+func TestAnotherDriverAfterARestart(t *testing.T) {
+	r := newRig(t)
+	runs, sleeps := r.create(), r.create()
+	if err := r.Hibernate(t.Context(), sleeps); err != nil {
+		t.Fatal(err)
+	}
+	r.die()
+	r.changed = func(c *Config) { c.Others, c.Driver = []vmm.Driver{c.Driver}, stranger{} }
+	r.start()
+	if len(r.found.Adopted) != 1 || r.found.Adopted[0] != runs {
+		t.Errorf("found %+v, want %s adopted", r.found, runs)
+	}
+	r.wantState(runs, Running)
+	if err := errors.Join(r.Pause(t.Context(), runs), r.Resume(t.Context(), runs), r.Resume(t.Context(), sleeps)); err != nil {
+		t.Error(err)
+	}
+	r.wantState(sleeps, Running)
+
+	// What neither of them knows is lost.
+	r.die()
+	r.changed = func(c *Config) { c.Driver = stranger{} }
+	r.start()
+	if len(r.found.Lost) != 2 {
+		t.Errorf("found %+v, want both lost", r.found)
+	}
+}

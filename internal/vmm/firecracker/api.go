@@ -1,0 +1,156 @@
+package firecracker
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+const (
+	// callTimeout bounds a call whose caller sets no limit. Firecracker answers
+	// those in milliseconds, or is in trouble.
+	callTimeout = 10 * time.Second
+	// perGiB is added for each GiB of memory to the limit of a call that moves
+	// the guest's memory; a slow disk takes that long.
+	perGiB = 60 * time.Second
+	// maxAnswer bounds what is read of an answer.
+	maxAnswer = 64 << 10
+)
+
+// The states of a VM, as GET / names them.
+const (
+	stateNotStarted = "Not started"
+	stateRunning    = "Running"
+	statePaused     = "Paused"
+)
+
+// request is one call of the API, with its body.
+type request struct {
+	method, path string
+	body         any
+}
+
+// fault is Firecracker's own no: the call has had no effect.
+type fault struct {
+	Message string `json:"fault_message"`
+}
+
+func (e *fault) Error() string { return e.Message }
+
+// client speaks to the API behind a Unix socket. It makes a connection for each
+// call, so that it keeps nothing that could break between two of them.
+type client struct{ http http.Client }
+
+func newClient(socket string) *client {
+	return &client{http: http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", socket)
+		},
+	}}}
+}
+
+// call makes one call, which ctx and limit bound, and decodes the answer into
+// result, if there is one to be had. An error that is no *fault leaves open
+// whether the call took effect; when nobody answers it is errdefs.Unavailable.
+func (c *client) call(ctx context.Context, limit time.Duration, r request, result any) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, limit,
+		errdefs.Unavailable.Errorf("the VMM did not answer within %s", limit))
+	defer cancel()
+	if err := c.exchange(ctx, r, result); err != nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			<-ctx.Done() // the connection has seen the deadline first
+		}
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		return fmt.Errorf("%s %s: %w", r.method, r.path, err)
+	}
+	return nil
+}
+
+func (c *client) exchange(ctx context.Context, r request, result any) error {
+	body, err := r.encode()
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequestWithContext(ctx, r.method, "http://localhost"+r.path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	if len(body) > 0 {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	req.Header.Set("Accept", "application/json")
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return errdefs.Unavailable.Errorf("the VMM does not answer: %w", cause(err))
+	}
+	defer resp.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return errdefs.Unavailable.Errorf("the VMM does not answer: %w", err)
+	}
+	switch {
+	case resp.StatusCode == http.StatusNoContent:
+		return nil
+	case resp.StatusCode >= 400 && resp.StatusCode < 500:
+		var f fault
+		if json.Unmarshal(answer, &f) != nil || f.Message == "" {
+			f.Message = fmt.Sprintf("refused with status %d and no word why", resp.StatusCode)
+		}
+		return &f
+	case resp.StatusCode != http.StatusOK:
+		// It knows no more than we do about what has become of the call.
+		return fmt.Errorf("the VMM answers with status %d: %.500s", resp.StatusCode, answer)
+	case result != nil:
+		return json.Unmarshal(answer, result)
+	}
+	return nil
+}
+
+// encode renders the body.
+func (r request) encode() ([]byte, error) {
+	if r.body == nil {
+		return nil, nil
+	}
+	return json.Marshal(r.body)
+}
+
+// cause is what an HTTP client's error is about, without its URL.
+func cause(err error) error {
+	for _, errno := range []unix.Errno{unix.ENOENT, unix.ECONNREFUSED, unix.ECONNRESET, unix.EPIPE} {
+		if errors.Is(err, errno) {
+			return errno
+		}
+	}
+	if inner := errors.Unwrap(err); inner != nil {
+		return inner
+	}
+	return err
+}
+
+// instance is the answer to GET /.
+type instance struct {
+	ID      string `json:"id"`
+	State   string `json:"state"`
+	Version string `json:"vmm_version"`
+}
+
+// describe asks for the VM's state.
+func (c *client) describe(ctx context.Context, limit time.Duration) (i instance, err error) {
+	err = c.call(ctx, limit, request{method: http.MethodGet, path: "/"}, &i)
+	return i, err
+}

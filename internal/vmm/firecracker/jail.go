@@ -1,0 +1,105 @@
+package firecracker
+
+import (
+	"path/filepath"
+	"strconv"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+)
+
+// programs are the two that come with a release of Firecracker.
+type programs struct {
+	firecracker string
+	jailer      string // empty to do without
+	version     string
+	// devices are those of /dev that the VMM opens; the jailer makes its own.
+	devices []string
+}
+
+// maxFiles bounds the descriptors of a VMM, as the launcher does. The jailer has
+// to be told, for it would raise the limit.
+const maxFiles = 1024
+
+// place is where a VM's files are on the host.
+type place struct{ runDir string }
+
+// socketDir is the directory of the API's socket, the one thing that both the
+// VMM and the agent see.
+func (p place) socketDir() string { return filepath.Join(p.runDir, "api") }
+func (p place) socket() string    { return filepath.Join(p.socketDir(), "sock") }
+func (p place) log() string       { return filepath.Join(p.runDir, vmm.LogName) }
+
+// jails is the directory that the VMM's root is made in. It stays empty: what is
+// mounted on it, nobody but the VMM sees.
+func (p place) jails() string { return filepath.Join(p.runDir, "jail") }
+
+// program renders a VMM's process. Whatever it needs appears under a fixed name
+// in a root of its own, a file system in memory that ends with it; only what the
+// guest may write to is writable. With the jailer that root is where the jailer
+// wants it, without one the launcher does what the jailer would: change root and
+// user. Either way the process is born in its network namespace and its cgroup,
+// which the launcher has to know to free them, and which work on hosts with both
+// versions of cgroups; so the jailer's own options for them are not used, nor
+// those by which it would leave our session or become another process.
+func program(bin programs, s vmm.Spec, from string) vmm.Program {
+	at := place{s.RunDir}
+	args := []string{"--api-sock", apiPath + "/sock", "--level", "Error"}
+	p := vmm.Program{
+		NetNS:   s.NetNS,
+		RunDir:  s.RunDir,
+		Log:     at.log(),
+		Console: s.Console,
+		Cgroup:  s.Cgroup,
+		Limits:  s.Limits,
+		// The guest's console is Firecracker's standard output. (Versions from
+		// 1.14 on can write it to a file that they open themselves, but not for
+		// appending, so that it could not be kept short meanwhile.)
+		ConsoleOnStdout: true,
+	}
+	root := at.jails()
+	if bin.jailer != "" {
+		root = filepath.Join(at.jails(), filepath.Base(bin.firecracker), s.ID, "root")
+		p.Args = append([]string{
+			bin.jailer, "--id", s.ID, "--exec-file", bin.firecracker,
+			"--uid", strconv.Itoa(s.UID), "--gid", strconv.Itoa(s.GID),
+			"--chroot-base-dir", at.jails(),
+			"--resource-limit", "no-file=" + strconv.Itoa(maxFiles),
+			"--",
+		}, args...)
+	} else {
+		p.Args = append([]string{"/firecracker", "--id", s.ID}, args...)
+		p.Root, p.UID, p.GID = root, s.UID, s.GID
+	}
+
+	p.Mounts = []vmm.Mount{{Target: at.jails()}}
+	add := func(source, name string, readOnly bool) {
+		p.Mounts = append(p.Mounts, vmm.Mount{
+			Source: source, Target: filepath.Join(root, name), ReadOnly: readOnly, UID: s.UID, GID: s.GID,
+		})
+	}
+	if bin.jailer == "" { // which does this itself
+		p.Mounts = append(p.Mounts, vmm.Mount{Source: bin.firecracker, Target: filepath.Join(root, "firecracker"), ReadOnly: true})
+		for _, device := range bin.devices {
+			add(device, device, false)
+		}
+	}
+	// The socket's directory belongs to the VMM on disk, too: /run need not be a
+	// file system that can lend it.
+	p.Mounts = append(p.Mounts,
+		vmm.Mount{Source: at.socketDir(), Target: filepath.Join(root, apiPath)},
+		// An empty one waits here for the directory of a snapshot.
+		vmm.Mount{Target: filepath.Join(root, snapshotPath)})
+	if from == "" {
+		add(s.Kernel, kernelPath, true)
+		if s.Initrd != "" {
+			add(s.Initrd, initrdPath, true)
+		}
+	} else {
+		add(filepath.Join(from, memoryName), memoryPath, true)
+		add(filepath.Join(from, stateName), statePath, true)
+	}
+	for i, d := range s.Disks {
+		add(d.Path, diskPath(i), d.ReadOnly)
+	}
+	return p
+}

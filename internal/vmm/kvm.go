@@ -1,0 +1,213 @@
+package vmm
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/undo"
+)
+
+const (
+	// probeTimeout is what a guest under KVM gets to reach its userland; it
+	// needs a fraction of it.
+	probeTimeout = 10 * time.Second
+	probeMark    = "wrenn-probe-ok"
+	probeMemMiB  = 128
+	// probePoll is how often the probe guest's console is read.
+	probePoll = 5 * time.Millisecond
+)
+
+// Probe tells whether KVM runs guests of ours. A /dev/kvm that opens proves
+// nothing: there are hosts whose kernel offers one on which no ordinary guest
+// ever boots. So KVM works where the CPU has the extension and a guest of ours
+// has come up with it.
+type Probe struct {
+	// CacheFile keeps what the probe guest showed, for as long as the host's
+	// kernel and the VMM stay the same; each driver has its own. Its directory
+	// exists. Empty to remember nothing.
+	CacheFile string
+	// Kernel and Initrd are booted with "wrenn.probe=1"; the guest then prints
+	// "wrenn-probe-ok" on its console and ends.
+	Kernel, Initrd string
+	// UID and GID are what the VMM runs as meanwhile: as sandboxes' do, so that
+	// the proof is one for them.
+	UID, GID int
+}
+
+// Verdict is what is known of KVM on this host.
+type Verdict struct {
+	Works bool
+	// Why says it in a sentence.
+	Why string
+	// Final is false while there is nothing to boot yet: setup may be under
+	// way.
+	Final bool
+}
+
+// KVM looks for obstacles, then lets start boot a probe guest, unless an
+// earlier one has shown what comes of that. The verdict is on the VMM of that
+// name and version.
+func (p Probe) KVM(ctx context.Context, name, version string, start func(context.Context, Spec) (VM, error)) (Verdict, error) {
+	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return Verdict{}, err
+	}
+	if obstacle := kvmObstacle(openKVM(), string(cpuinfo)); obstacle != "" {
+		return Verdict{Why: obstacle, Final: true}, nil
+	}
+	if !isFile(p.Kernel) || !isFile(p.Initrd) {
+		return Verdict{Why: "/dev/kvm opens, but there is no guest kernel and initrd yet to prove that it boots guests"}, nil
+	}
+	return p.probed(ctx, name, version, start)
+}
+
+// openKVM tells why /dev/kvm does not open, if it does not.
+func openKVM() error {
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+var virtFlag = regexp.MustCompile(`(?m)^flags\s*:.*\s(vmx|svm)(\s|$)`)
+
+// kvmObstacle says in a sentence why KVM cannot work here, or nothing.
+func kvmObstacle(open error, cpuinfo string) string {
+	switch {
+	case errors.Is(open, os.ErrNotExist):
+		return "there is no /dev/kvm"
+	case open != nil:
+		return fmt.Sprintf("/dev/kvm does not open: %v", errors.Unwrap(open))
+	case !virtFlag.MatchString(cpuinfo):
+		return "/dev/kvm opens but the CPU shows neither vmx nor svm"
+	}
+	return ""
+}
+
+// probeRecord is what a probe guest has shown, as the cache file keeps it.
+type probeRecord struct {
+	HostKernel string `json:"host_kernel"`
+	VMM        string `json:"vmm"`
+	Version    string `json:"version"`
+	Works      bool   `json:"works"`
+	Why        string `json:"why"`
+}
+
+// probed boots the probe guest under KVM, or remembers what it showed.
+func (p Probe) probed(ctx context.Context, name, version string, start func(context.Context, Spec) (VM, error)) (Verdict, error) {
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return Verdict{}, err
+	}
+	now := probeRecord{HostKernel: unix.ByteSliceToString(uts.Release[:]), VMM: name, Version: version}
+	var known probeRecord
+	if data, err := os.ReadFile(p.CacheFile); err == nil && json.Unmarshal(data, &known) == nil {
+		if known.HostKernel == now.HostKernel && known.VMM == name && known.Version == version {
+			return Verdict{Works: known.Works, Why: known.Why, Final: true}, nil
+		}
+	}
+	took, err := p.Boot(ctx, start)
+	if ctx.Err() != nil {
+		return Verdict{}, context.Cause(ctx)
+	}
+	if err != nil {
+		now.Why = fmt.Sprintf("/dev/kvm opens but a probe guest does not come up with it: %v", err)
+	} else {
+		now.Works, now.Why = true, fmt.Sprintf("a probe guest came up under KVM in %s", took.Round(time.Millisecond))
+	}
+	if p.CacheFile != "" {
+		if err := SaveJSON(p.CacheFile, now); err != nil {
+			return Verdict{}, err
+		}
+	}
+	return Verdict{Works: now.Works, Why: now.Why, Final: true}, nil
+}
+
+// Boot boots the probe guest and waits for its sign of life.
+func (p Probe) Boot(ctx context.Context, start func(context.Context, Spec) (VM, error)) (took time.Duration, err error) {
+	dir, err := os.MkdirTemp("", "wrenn-probe-")
+	if err != nil {
+		return 0, err
+	}
+	var steps undo.Stack
+	defer func() { err = errors.Join(err, steps.Unwind(ctx)) }()
+	steps.Push("remove probe directory", func(context.Context) error { return os.RemoveAll(dir) })
+
+	ctx, cancel := context.WithTimeoutCause(ctx, probeTimeout, fmt.Errorf("nothing after %s", probeTimeout))
+	defer cancel()
+	began := time.Now()
+	console := filepath.Join(dir, "console.log")
+	v, err := start(ctx, Spec{
+		ID: "probe", RunDir: dir, VCPUs: 1, MemMiB: probeMemMiB,
+		Kernel: p.Kernel, Initrd: p.Initrd, Cmdline: "quiet wrenn.probe=1",
+		Console: console, UID: p.UID, GID: p.GID,
+	})
+	if err != nil {
+		return 0, err
+	}
+	steps.Push("kill probe guest", v.Kill)
+	tick := time.NewTicker(probePoll)
+	defer tick.Stop()
+	for ended := false; ; {
+		text, err := Tail(console, 64<<10)
+		if err != nil {
+			return 0, err
+		}
+		if bytes.Contains(text, []byte(probeMark)) {
+			return time.Since(began), nil
+		}
+		if ended {
+			return 0, fmt.Errorf("it %s", v.Exit())
+		}
+		select {
+		case <-tick.C:
+		case <-v.Done():
+			ended = true // its last words may still be unread
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
+	}
+}
+
+// SaveJSON replaces a file at once, so that nobody ever reads half of it.
+func SaveJSON(path string, v any) error {
+	data, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	tmp := path + ".tmp"
+	if err := os.WriteFile(tmp, append(data, '\n'), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+// HostCPU is what guests under KVM can see of this host's first CPU.
+func HostCPU() (string, error) {
+	info, err := os.ReadFile("/proc/cpuinfo")
+	if err != nil {
+		return "", fmt.Errorf("look at the host's CPU: %w", err)
+	}
+	var seen []string
+	for line := range strings.Lines(string(info)) {
+		name, _, _ := strings.Cut(line, ":")
+		switch strings.TrimSpace(name) {
+		case "vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "flags":
+			seen = append(seen, strings.TrimSpace(line))
+		case "":
+			return strings.Join(seen, "\n"), nil
+		}
+	}
+	return strings.Join(seen, "\n"), nil
+}

@@ -1,0 +1,104 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestKVMObstacle(t *testing.T) {
+	const with, without = "processor: 0\nflags\t\t: fpu svm lm\n", "flags\t\t: fpu lm svm_lock\n"
+	for _, c := range []struct {
+		open    error
+		cpuinfo string
+		want    string
+	}{
+		{nil, with, ""},
+		{nil, "flags : fpu vmx\n", ""},
+		{nil, without, "neither vmx nor svm"},
+		{nil, "vmx flags\t: virtual vmx flags of another line\n", "neither vmx nor svm"},
+		{&fs.PathError{Op: "open", Path: "/dev/kvm", Err: unix.ENOENT}, with, "there is no /dev/kvm"},
+		{&fs.PathError{Op: "open", Path: "/dev/kvm", Err: unix.EACCES}, with, "does not open: permission denied"},
+	} {
+		got := kvmObstacle(c.open, c.cpuinfo)
+		if (got == "") != (c.want == "") || !strings.Contains(got, c.want) {
+			t.Errorf("kvmObstacle(%v, %q) = %q, want %q", c.open, c.cpuinfo, got, c.want)
+		}
+	}
+}
+
+// probeVM is a VM that consists of its process.
+type probeVM struct{ *Process }
+
+func (probeVM) Handle() Handle               { return Handle{} }
+func (probeVM) Pause(context.Context) error  { return nil }
+func (probeVM) Resume(context.Context) error { return nil }
+
+// guest is a VMM whose guest does what a script says; it counts the starts.
+func guest(t *testing.T, script string, starts *int) func(context.Context, Spec) (VM, error) {
+	return func(_ context.Context, spec Spec) (VM, error) {
+		*starts++
+		if !strings.Contains(spec.Cmdline, "wrenn.probe=1") {
+			t.Errorf("command line %q", spec.Cmdline)
+		}
+		p := sh(script)
+		p.Console, p.ConsoleOnStdout = spec.Console, true
+		process, err := Launch(p)
+		return probeVM{process}, err
+	}
+}
+
+func TestProbe(t *testing.T) {
+	for _, c := range []struct {
+		script string
+		works  bool
+		why    string
+	}{
+		{"echo booting; echo wrenn-probe-ok; exec sleep 60", true, "a probe guest came up under KVM in "},
+		{"echo wrenn-probe-ok", true, "a probe guest came up"}, // and has ended since
+		{"echo panic", false, "does not come up with it: it exited with status 0"},
+	} {
+		p, starts := Probe{CacheFile: filepath.Join(t.TempDir(), "kvm.json")}, 0
+		first, err := p.probed(t.Context(), "qemu", "1.2.3", guest(t, c.script, &starts))
+		if err != nil || first.Works != c.works || !first.Final || !strings.Contains(first.Why, c.why) {
+			t.Errorf("%s: %+v, %v, want %v: %s", c.script, first, err, c.works, c.why)
+		}
+		again, err := p.probed(t.Context(), "qemu", "1.2.3", guest(t, c.script, &starts))
+		if err != nil || again != first || starts != 1 {
+			t.Errorf("%s: again %+v, %v, after %d starts", c.script, again, err, starts)
+		}
+		// Another version, or another VMM, has shown nothing yet.
+		for _, other := range [][2]string{{"qemu", "1.2.4"}, {"firecracker", "1.2.4"}} {
+			before := starts
+			if _, err := p.probed(t.Context(), other[0], other[1], guest(t, c.script, &starts)); err != nil || starts != before+1 {
+				t.Errorf("%s: %v: %v, after %d starts", c.script, other, err, starts-before)
+			}
+		}
+	}
+}
+
+func TestProbeThatCannotStart(t *testing.T) {
+	p := Probe{CacheFile: filepath.Join(t.TempDir(), "kvm.json")}
+	v, err := p.probed(t.Context(), "qemu", "1.2.3", func(context.Context, Spec) (VM, error) { return nil, errors.New("no such luck") })
+	if err != nil || v.Works || !strings.Contains(v.Why, "no such luck") {
+		t.Errorf("%+v, %v", v, err)
+	}
+	if data, err := os.ReadFile(p.CacheFile); err != nil || !strings.Contains(string(data), "no such luck") {
+		t.Errorf("cache: %s, %v", data, err)
+	}
+	// Who asked gave up: that says nothing about KVM.
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := p.probed(ctx, "qemu", "1.2.4", func(ctx context.Context, _ Spec) (VM, error) { return nil, ctx.Err() }); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	if data, _ := os.ReadFile(p.CacheFile); strings.Contains(string(data), "1.2.4") {
+		t.Errorf("cache: %s", data)
+	}
+}

@@ -54,6 +54,9 @@ type Program struct {
 	Limits Limits
 	// PrivateMounts gives the program a mount namespace of its own.
 	PrivateMounts bool
+	// ReadOnly is a file that the program cannot write to, though it opens it
+	// by this path for reading and writing; empty for none. See Started.
+	ReadOnly string
 }
 
 // Ref names a process for good, and what the launcher looks after for it:
@@ -77,6 +80,8 @@ type Process struct {
 	ref   Ref
 	child bool // ours to reap
 	pidfd *os.File
+	// opener, if not nil, gives it its read-only file.
+	opener *opener
 
 	ended   chan struct{} // closed when the watcher has ended
 	done    chan struct{}
@@ -141,6 +146,13 @@ func Launch(p Program) (_ *Process, err error) {
 		}
 	}
 
+	var o *opener
+	if p.ReadOnly != "" {
+		if o, err = newOpener(p.ReadOnly); err != nil {
+			return nil, err
+		}
+		steps.Push("close opener", func(context.Context) error { o.close(); return nil })
+	}
 	// What we open ourselves is never inherited. What our parent left open in
 	// us is, unless it is told now.
 	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
@@ -161,6 +173,11 @@ func Launch(p Program) (_ *Process, err error) {
 		}
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			return fmt.Errorf("set no_new_privs: %w", err)
+		}
+		if o != nil {
+			if err := o.enterThread(); err != nil {
+				return err
+			}
 		}
 		pid, _, err = syscall.StartProcess(p.Args[0], p.Args, &syscall.ProcAttr{
 			Dir:   "/",
@@ -187,7 +204,7 @@ func Launch(p Program) (_ *Process, err error) {
 		return nil, errors.Join(err, unix.Close(pidfd))
 	}
 	ref.Log, ref.Console, ref.Cgroup = p.Log, p.Console, p.Cgroup
-	process, err := watch(&Process{ref: ref, child: true}, pidfd)
+	process, err := watch(&Process{ref: ref, child: true, opener: o}, pidfd)
 	if err != nil {
 		return nil, err
 	}
@@ -262,6 +279,9 @@ func (p *Process) wait() {
 		}
 	}
 	defer close(p.done)
+	if p.opener != nil {
+		p.opener.close()
+	}
 	p.exit = Exit{At: time.Now().UTC(), Code: -1}
 	if p.child {
 		reap(p.ref.PID, &p.exit)
@@ -284,6 +304,16 @@ func (p *Process) exitWithin(d time.Duration) error {
 		return err
 	}
 	return conn.Read(func(fd uintptr) bool { return exited(int(fd)) })
+}
+
+// Started says that the program has opened all that it ever will. One that
+// did not take its read-only file the way it was to is an error; opening for
+// writing by name fails from now on.
+func (p *Process) Started() error {
+	if p.opener != nil && !p.opener.close() {
+		return errors.New("the program did not get its file for reading alone")
+	}
+	return nil
 }
 
 // Release ends the watching of an adopted process, which lives on. Done is

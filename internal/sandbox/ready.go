@@ -197,7 +197,7 @@ func (m *Manager) saveReady(ctx context.Context, b *box, tmpl template.Template,
 	began := time.Now()
 	err := m.picture(ctx, b, o.stage)
 	if err == nil {
-		err = o.stage.Publish(ctx, o.key, o.shape)
+		err = o.stage.Publish(ctx, template.Meta{Key: o.key, Shape: o.shape})
 	}
 	if err == nil {
 		m.log.Info("ready snapshot made", "template", tmpl.Name, "key", o.key, "vcpus", rec.VCPUs, "memory", rec.MemMiB, "took", time.Since(began).Round(time.Millisecond))
@@ -293,5 +293,6 @@ func identity(rec Record, restored bool) guest.Init {
 	return guest.Init{
 		AccessToken: rec.Token, Hostname: string(rec.ID), SandboxID: string(rec.ID),
 		DefaultUser: "root", Env: map[string]string{}, Entropy: entropy(), Restored: restored,
+		CloneKey: rec.CloneKey,
 	}
 }

@@ -74,7 +74,7 @@ func Health(manager *sandbox.Manager) http.Handler {
 }
 
 func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostagentv1.CreateSandboxRequest]) (*connect.Response[hostagentv1.CreateSandboxResponse], error) {
-	info, err := s.manager.Create(ctx, sandbox.CreateRequest{
+	created, err := s.manager.Create(ctx, sandbox.CreateRequest{
 		Template: req.Msg.Template,
 		VCPUs:    int(req.Msg.Vcpus),
 		MemMiB:   int(req.Msg.MemoryMb),
@@ -86,7 +86,8 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 		return nil, err
 	}
 	return connect.NewResponse(&hostagentv1.CreateSandboxResponse{
-		SandboxId: string(info.ID), Status: string(info.State), HostIp: info.HostIP.String(),
+		SandboxId: string(created.ID), Status: string(created.State), HostIp: created.HostIP.String(),
+		StartedFrom: created.From, Why: created.Why,
 	}), nil
 }
 

@@ -139,6 +139,44 @@ func (s *service) ForkSandbox(ctx context.Context, req *connect.Request[hostagen
 	return connect.NewResponse(resp), nil
 }
 
+func (s *service) SnapshotSandbox(ctx context.Context, req *connect.Request[hostagentv1.SnapshotSandboxRequest]) (*connect.Response[hostagentv1.SnapshotSandboxResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	made, err := s.manager.Snapshot(ctx, id, req.Msg.Name)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.SnapshotSandboxResponse{
+		Snapshot: snapshotInfo(made.Snapshot), PausedMs: made.Paused.Milliseconds(), TookMs: time.Since(began).Milliseconds(),
+	}), nil
+}
+
+func (s *service) ListSnapshots(context.Context, *connect.Request[hostagentv1.ListSnapshotsRequest]) (*connect.Response[hostagentv1.ListSnapshotsResponse], error) {
+	snapshots, err := s.manager.Snapshots()
+	if err != nil {
+		return nil, err
+	}
+	resp := &hostagentv1.ListSnapshotsResponse{}
+	for _, snapshot := range snapshots {
+		resp.Snapshots = append(resp.Snapshots, snapshotInfo(snapshot))
+	}
+	return connect.NewResponse(resp), nil
+}
+
+func (s *service) DeleteSnapshot(_ context.Context, req *connect.Request[hostagentv1.DeleteSnapshotRequest]) (*connect.Response[hostagentv1.DeleteSnapshotResponse], error) {
+	return connect.NewResponse(&hostagentv1.DeleteSnapshotResponse{}), s.manager.DeleteSnapshot(req.Msg.Name)
+}
+
+func snapshotInfo(s sandbox.Snapshot) *hostagentv1.Snapshot {
+	return &hostagentv1.Snapshot{
+		Name: s.Name, SandboxId: string(s.Source), Template: s.Template,
+		Vcpus: int32(s.VCPUs), MemoryMb: int32(s.MemMiB), CreatedAtUnix: s.CreatedAt.Unix(), SizeBytes: s.Bytes,
+	}
+}
+
 func (s *service) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {

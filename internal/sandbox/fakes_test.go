@@ -257,7 +257,8 @@ type fakeTemplates struct {
 	*faults
 	dir    string
 	making chan struct{}
-	base   string // digest of the base image
+	base   string       // digest of the base image
+	found  atomic.Int64 // ready snapshots, when somebody looked
 	*template.Store
 }
 
@@ -271,7 +272,7 @@ func newFakeTemplates(f *faults, dir string) *fakeTemplates {
 	if err != nil {
 		panic(err)
 	}
-	return &fakeTemplates{f, dir, make(chan struct{}, 1), "", store}
+	return &fakeTemplates{faults: f, dir: dir, making: make(chan struct{}, 1), Store: store}
 }
 
 func (t *fakeTemplates) StageSnapshot(ctx context.Context, name string) (template.Stage, error) {
@@ -308,6 +309,7 @@ func (t *fakeTemplates) Ready(_ context.Context, _, key string) (template.Ready,
 	if _, err := os.Stat(dir); err != nil {
 		return template.Ready{}, errdefs.NotFound.Errorf("no ready snapshot")
 	}
+	t.found.Add(1)
 	return template.Ready{Dir: dir, Overlay: filepath.Join(dir, "overlay.ext4")}, nil
 }
 

@@ -63,6 +63,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		return nil, Recovery{}, fmt.Errorf("recover sandboxes: %w", err)
 	}
 	m.goes("janitor", m.janitor)
+	m.goes("read ahead", m.readAhead)
 	return m, found, nil
 }
 

@@ -139,6 +139,16 @@ func TestSnapshotNames(t *testing.T) {
 			t.Errorf("it says %q", text)
 		}
 		wantClass(t, r.DeleteSnapshot("none"), errdefs.NotFound)
+		// Of an agent that did not know of snapshots.
+		b, err := r.find(r.create())
+		if err == nil {
+			err = r.save(b, func(rec *Record) { rec.CloneKey = "" })
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = r.Snapshot(t.Context(), b.id, "other")
+		wantClass(t, err, errdefs.Unsupported)
 		wantClass(t, r.DeleteSnapshot("../sandboxes"), errdefs.InvalidArgument)
 		// Its size is its own.
 		for _, req := range []CreateRequest{{VCPUs: 2}, {MemMiB: 1024}, {MemMiB: 1}} {
@@ -148,6 +158,20 @@ func TestSnapshotNames(t *testing.T) {
 		}
 		if _, err := r.Create(t.Context(), CreateRequest{Template: "snap", VCPUs: 1, MemMiB: 512}); err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+// TestReadAhead: an agent reads the default ready snapshot before it is asked.
+func TestReadAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		r.create()
+		r.die()
+		r.start()
+		synctest.Wait()
+		if n := r.tmpl.found.Load(); n != 1 {
+			t.Errorf("it looked at %d ready snapshots", n)
 		}
 	})
 }

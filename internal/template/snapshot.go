@@ -57,14 +57,16 @@ func (s *Store) Snapshot(ctx context.Context, name string) (Snapshot, error) {
 		return Snapshot{}, err
 	}
 	snap, m, err := s.readNamed(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return Snapshot{}, errdefs.NotFound.Errorf("snapshot %q does not exist", name)
-	}
 	if err == nil {
 		err = s.verify(ctx, snap.Dir, m)
 	}
 	if ctx.Err() != nil {
 		return Snapshot{}, context.Cause(ctx)
+	}
+	if err != nil {
+		if _, gone := os.Lstat(s.snapshotDir(name)); errors.Is(gone, fs.ErrNotExist) {
+			return Snapshot{}, errdefs.NotFound.Errorf("snapshot %q does not exist", name)
+		}
 	}
 	if err != nil {
 		return Snapshot{}, errdefs.Corrupt.Errorf("snapshot %q is damaged: %w", name, err)

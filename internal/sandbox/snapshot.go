@@ -76,7 +76,7 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 		return Snapshotted{}, err
 	}
 	meta := template.Meta{
-		Shape: template.Shape{Driver: m.cfg.Driver.Name(), VCPUs: source.VCPUs, MemMiB: source.MemMiB, DiskMiB: source.DiskMiB},
+		Shape: template.Shape{Driver: source.VM.Driver, VCPUs: source.VCPUs, MemMiB: source.MemMiB, DiskMiB: source.DiskMiB},
 		Source: &template.Source{
 			Sandbox: string(id), Template: source.Template, Base: source.Base, CloneKey: source.CloneKey,
 			Synced: source.State == Running, CreatedAt: time.Now().UTC(),
@@ -84,7 +84,7 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 	}
 	publish, cancel := context.WithTimeoutCause(ctx, moveTimeout(source), errdefs.Unavailable.Errorf("the host's disk is too slow"))
 	defer cancel()
-	if meta.Key, err = m.memoryKey(publish, source); err == nil {
+	if meta.Key, err = m.memoryKey(publish, meta.Shape); err == nil {
 		err = stage.Publish(publish, meta)
 	}
 	if err == nil && ctx.Err() != nil {
@@ -102,14 +102,19 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 	return Snapshotted{Snapshot: snapshotInfo(made), Paused: paused}, nil
 }
 
-// memoryKey identifies what the memory of a record's VM depends on. Its kernel
-// and its envd are in it, so they are not part of that.
-func (m *Manager) memoryKey(ctx context.Context, rec Record) (string, error) {
+// memoryKey identifies what the memory of a driver's VM of that size depends on
+// here. Its kernel and its envd are in it, so they are not part of that. A driver
+// that is not here, or cannot restore, is errdefs.Unsupported.
+func (m *Manager) memoryKey(ctx context.Context, shape template.Shape) (string, error) {
+	if here := m.cfg.Driver.Name(); shape.Driver != here {
+		return "", errdefs.Unsupported.Errorf("its memory is of the vmm %s, here is %s", shape.Driver, here)
+	}
 	restorer, ok := m.cfg.Driver.(vmm.Restorer)
 	if !ok {
-		return "", errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", m.cfg.Driver.Name())
+		return "", errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", shape.Driver)
 	}
-	return restorer.SnapshotKey(ctx, m.spec(rec, template.Template{}))
+	any := Record{ID: bootName, Slot: 1, VCPUs: shape.VCPUs, MemMiB: shape.MemMiB, DiskMiB: shape.DiskMiB}
+	return restorer.SnapshotKey(ctx, m.spec(any, template.Template{}))
 }
 
 // Snapshots returns the named snapshots, newest first.
@@ -164,14 +169,12 @@ func (m *Manager) createFrom(ctx context.Context, req CreateRequest) (Created, e
 	}
 	req.Template, req.VCPUs, req.MemMiB, req.diskMiB = tmpl.Name, snap.Shape.VCPUs, snap.Shape.MemMiB, snap.Shape.DiskMiB
 	from := photo{Ready: snap.Ready, token: snap.Source.CloneKey, bootable: snap.Source.Synced}
-	key, err := m.memoryKey(ctx, Record{ID: bootName, Slot: 1, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: req.diskMiB})
+	key, err := m.memoryKey(ctx, snap.Shape)
 	switch {
 	case err != nil && !errors.Is(err, errdefs.Unsupported):
 		return Created{}, err
 	case err != nil:
 		from.why = first(err)
-	case snap.Shape.Driver != m.cfg.Driver.Name():
-		from.why = fmt.Sprintf("its memory is of the vmm %s, here is %s", snap.Shape.Driver, m.cfg.Driver.Name())
 	case key != snap.Key:
 		from.why = "its memory is of another version of the vmm, another machine or another cpu than here"
 	}

@@ -1,6 +1,7 @@
 package e2e_test
 
 import (
+	"regexp"
 	"testing"
 	"time"
 
@@ -8,6 +9,8 @@ import (
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 )
+
+var uuid4 = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
 
 // TestFork: forks have their source's memory and disk, and nothing in common
 // with it or each other from then on.
@@ -17,6 +20,7 @@ func TestFork(t *testing.T) {
 	b.count()
 	b.next()
 	b.sh("echo before >/root/file")
+	boot := b.sh("cat /proc/sys/kernel/random/boot_id") // the kernel never draws another
 	resp, err := a.ForkSandbox(t.Context(), connect.NewRequest(&hostagentv1.ForkSandboxRequest{SandboxId: b.id, Count: 3}))
 	if err != nil {
 		t.Fatal(err)
@@ -43,7 +47,7 @@ func TestFork(t *testing.T) {
 			}
 		}
 		x.sh("echo " + x.id + " >/root/file")
-		for _, script := range []string{"hostname", "cat /etc/machine-id", "cat /proc/sys/kernel/random/uuid", "head -c 32 /dev/urandom | sha256sum", "echo $E2B_SANDBOX_ID"} {
+		for _, script := range []string{"hostname", "cat /etc/machine-id", "cat /proc/sys/kernel/random/boot_id", "cat /proc/sys/kernel/random/uuid", "head -c 32 /dev/urandom | sha256sum", "echo $E2B_SANDBOX_ID"} {
 			out := x.sh(script)
 			if was, again := seen[out]; again && was != x.id {
 				t.Errorf("%s: %s in %s and %s", script, out, was, x.id)
@@ -67,16 +71,40 @@ func TestFork(t *testing.T) {
 			t.Errorf("the disk of %s says %q", x.id, got)
 		}
 	}
+	if got := b.sh("cat /proc/sys/kernel/random/boot_id"); got != boot {
+		t.Errorf("the source's boot id was %s and is %s", boot, got)
+	}
 	// A fork hibernates as any other, after its source is gone.
 	if err := b.destroy(); err != nil {
 		t.Fatal(err)
 	}
 	last := boxes[3]
+	boot = last.sh("cat /proc/sys/kernel/random/boot_id")
+	if !uuid4.MatchString(boot) {
+		t.Errorf("boot id %q is no UUID", boot)
+	}
+	if last.does("echo x >/proc/sys/kernel/random/boot_id") || last.does("ls -A /run | grep boot") {
+		t.Error("the boot id can be written to, or its file is seen")
+	}
+	again, err := a.ForkSandbox(t.Context(), connect.NewRequest(&hostagentv1.ForkSandboxRequest{SandboxId: last.id}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := &sandbox{t, a, again.Msg.Sandboxes[0].SandboxId}
+	if got := child.sh("cat /proc/sys/kernel/random/boot_id"); got == boot || !uuid4.MatchString(got) {
+		t.Errorf("the boot id of a fork's fork is %q, its source's %q", got, boot)
+	}
+	if got := child.sh("grep -c random/boot_id /proc/mounts"); got != "1" {
+		t.Errorf("%s mounts lie over the boot id", got)
+	}
 	if err := last.hibernate(); err != nil {
 		t.Fatal(err)
 	}
 	if err := last.resume(); err != nil {
 		t.Fatal(err)
+	}
+	if got := last.sh("cat /proc/sys/kernel/random/boot_id"); got != boot {
+		t.Errorf("hibernation changed the boot id from %s to %s", boot, got)
 	}
 	if got := last.next(); got != 6 {
 		t.Errorf("it counts %d, want 6", got)

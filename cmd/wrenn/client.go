@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -97,18 +96,21 @@ type size struct {
 }
 
 func (s *size) flags(cmd *cobra.Command) {
-	cmd.Flags().StringVar(&s.template, "template", "minimal", "template to start from")
-	cmd.Flags().Int32Var(&s.vcpus, "vcpus", 1, "number of virtual CPUs")
-	cmd.Flags().StringVarP(&s.memory, "memory", "m", "512", "memory in MiB, or with a unit: 512m, 2g")
+	cmd.Flags().StringVar(&s.template, "template", "", `template or snapshot to start from (default "minimal")`)
+	cmd.Flags().Int32Var(&s.vcpus, "vcpus", 0, "number of virtual CPUs (default 1, or the snapshot's)")
+	cmd.Flags().StringVarP(&s.memory, "memory", "m", "", "memory in MiB, or with a unit: 512m, 2g (default 512, or the snapshot's)")
 	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox after so long without activity (10m, 1h); 0 is never")
 	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens then: destroy, or hibernate to disk")
 	s.reach.flags(cmd)
 }
 
 func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
-	mem, err := parseMiB(s.memory)
-	if err != nil {
-		return nil, err
+	var mem int32
+	if s.memory != "" {
+		var err error
+		if mem, err = parseMiB(s.memory); err != nil {
+			return nil, err
+		}
 	}
 	timeout, err := wholeSeconds(s.timeout)
 	if err != nil {
@@ -183,13 +185,20 @@ func newCreate(c *client) *cobra.Command {
 	var s size
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:   "create",
+		Use:   "create [TEMPLATE]",
 		Short: "Create a sandbox and print its id",
-		Long: `Create a sandbox, wait until commands can run in it, and print its id. It stays
-until 'wrenn rm', or until its --timeout has passed without activity.`,
-		Example: "  wrenn create --memory 1g --vcpus 2 --timeout 30m",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Long: `Create a sandbox from a template or a snapshot, wait until commands can run in
+it, and print its id. It stays until 'wrenn rm', or until its --timeout has
+passed without activity.`,
+		Example: "  wrenn create --memory 1g --vcpus 2 --timeout 30m\n  wrenn create my-snapshot",
+		Args:    cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				if s.template != "" && s.template != args[0] {
+					return fmt.Errorf("two templates are named: %q and %q", args[0], s.template)
+				}
+				s.template = args[0]
+			}
 			resp, err := c.create(cmd.Context(), &s)
 			if err != nil {
 				return err
@@ -282,13 +291,7 @@ func (c *client) each(cmd *cobra.Command, refs []string, do func(ctx context.Con
 		}
 		fmt.Fprintln(cmd.OutOrStdout(), ref)
 	}
-	if len(errs) > 1 {
-		for _, err := range errs {
-			fmt.Fprintln(os.Stderr, "wrenn: "+explain(err))
-		}
-		return exitError(1)
-	}
-	return errors.Join(errs...)
+	return all(errs)
 }
 
 func newPause(c *client) *cobra.Command {
@@ -316,8 +319,10 @@ func newFork(c *client) *cobra.Command {
 		Short: "Make new sandboxes from the present state of one, which goes on",
 		Long: `Make new sandboxes from the present state of one, and print their ids. They have
 the memory, the processes and the disk of their source, and an id, a network and
-a token of their own. The source stands still only while its state is copied.`,
-		Args: cobra.ExactArgs(1),
+a token of their own. The source stands still only while its state is copied; how
+long that took is printed on stderr. To keep a state for later, make a snapshot.`,
+		Example: "  wrenn fork 3fa\n  wrenn fork 3fa -n 10",
+		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := c.resolve(cmd.Context(), args[0])
 			if err != nil {
@@ -333,12 +338,18 @@ a token of their own. The source stands still only while its state is copied.`,
 			for _, box := range resp.Msg.Sandboxes {
 				fmt.Fprintln(cmd.OutOrStdout(), box.SandboxId)
 			}
+			fmt.Fprintln(cmd.ErrOrStderr(), times(resp.Msg.PausedMs, resp.Msg.TookMs))
 			return nil
 		},
 	}
 	cmd.Flags().Int32VarP(&count, "count", "n", 1, "how many")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
+}
+
+// times says how long it took to copy a sandbox.
+func times(pausedMs, tookMs int64) string {
+	return fmt.Sprintf("done in %d ms; the source stood still for %d ms", tookMs, pausedMs)
 }
 
 func newResume(c *client) *cobra.Command {

@@ -74,6 +74,7 @@ type initState struct {
 	done     bool
 	token    *[sha256.Size]byte // nil: none needed
 	tokenRaw string             // for signatures
+	cloneKey *[sha256.Size]byte // nil: none
 	stamp    time.Time
 	user     string
 	workdir  string

@@ -2,6 +2,8 @@ package envd
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"io"
 	"log/slog"
 	"net"
@@ -98,6 +100,11 @@ func TestHealth(t *testing.T) {
 
 const list = "/process.Process/List"
 
+func digest(s string) string {
+	sum := sha256.Sum256([]byte(s))
+	return base64.StdEncoding.EncodeToString(sum[:])
+}
+
 func TestInitTokens(t *testing.T) {
 	type step struct {
 		name, method, path, header, body string
@@ -132,6 +139,25 @@ func TestInitTokens(t *testing.T) {
 			{"no host name", "POST", "/init", "a", `{"accessToken":"b","hostname":"a b"}`, 400},
 			{"no variable", "POST", "/init", "a", `{"accessToken":"b","envVars":{"A=B":""}}`, 400},
 			{"still the first", "POST", list, "a", "{}", 200},
+		},
+		"a clone's key opens what was restored, once": {
+			{"set", "POST", "/init", "", `{"accessToken":"a","cloneKey":"` + digest("key") + `"}`, 204},
+			{"as a token", "POST", list, "key", "{}", 401},
+			{"not restored", "POST", "/init", "key", `{"accessToken":"b"}`, 401},
+			{"in the body", "POST", "/init", "", `{"accessToken":"key","restored":true}`, 401},
+			{"another", "POST", "/init", "other", `{"accessToken":"b","restored":true}`, 401},
+			{"none", "POST", "/init", "", `{"accessToken":"b","restored":true}`, 401},
+			{"restored", "POST", "/init", "key", `{"accessToken":"b","restored":true,"cloneKey":"` + digest("next") + `"}`, 204},
+			{"the old token", "POST", list, "a", "{}", 401},
+			{"the new token", "POST", list, "b", "{}", 200},
+			{"again", "POST", "/init", "key", `{"accessToken":"c","restored":true}`, 401},
+			{"no digest", "POST", "/init", "b", `{"accessToken":"b","cloneKey":"YQ=="}`, 400},
+			{"kept", "POST", "/init", "", `{"accessToken":"b"}`, 204},
+			{"the next", "POST", "/init", "next", `{"accessToken":"c","restored":true}`, 204},
+		},
+		"a guest without a clone's key": {
+			{"set", "POST", "/init", "", `{"accessToken":"a"}`, 204},
+			{"empty", "POST", "/init", "", `{"accessToken":"b","restored":true}`, 401},
 		},
 		"a late copy changes nothing": {
 			{"set", "POST", "/init", "", `{"accessToken":"a","timestamp":"2030-01-01T00:00:02Z"}`, 204},

@@ -33,8 +33,8 @@ const (
 	clockAhead  = 5 * time.Second
 )
 
-// initRequest is the body of POST /init. The last four fields are ours, the
-// others E2B's.
+// initRequest is the body of POST /init. The fields from Hostname on are ours,
+// the others E2B's.
 type initRequest struct {
 	EnvVars        map[string]string `json:"envVars"`
 	AccessToken    string            `json:"accessToken"`
@@ -49,6 +49,12 @@ type initRequest struct {
 	// Restored says that the guest went on from a snapshot: whoever was
 	// connected to it then is connected no more, and its clock stood still.
 	Restored bool `json:"restored"`
+	// NewBootID says that the guest goes on as another machine than it was.
+	NewBootID bool `json:"newBootId"`
+	// CloneKey is the digest of what the host shows, in the token's place, to
+	// guests that will be restored from a snapshot of this one: what they were
+	// told before, and may remember, opens none of them.
+	CloneKey []byte `json:"cloneKey"`
 }
 
 // init tells the guest who it is and what time it is: after its boot, and
@@ -73,7 +79,9 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	s.initMu.Lock()
 	defer s.initMu.Unlock()
 	state := s.defaults()
-	if !tokenMatches(state.token, req.AccessToken) && !tokenMatches(state.token, r.Header.Get(tokenHeader)) {
+	shown := r.Header.Get(tokenHeader)
+	clone := req.Restored && state.cloneKey != nil && tokenMatches(state.cloneKey, shown)
+	if !clone && !tokenMatches(state.token, req.AccessToken) && !tokenMatches(state.token, shown) {
 		http.Error(w, "access token mismatch", http.StatusUnauthorized)
 		return
 	}
@@ -120,6 +128,9 @@ func (req initRequest) check(a accounts) error {
 			return err
 		}
 	}
+	if n := len(req.CloneKey); n != 0 && n != sha256.Size {
+		return fmt.Errorf("a clone key of %d bytes is no digest", n)
+	}
 	if len(req.Entropy) > maxEntropy {
 		return fmt.Errorf("more than %d bytes of entropy", maxEntropy)
 	}
@@ -138,6 +149,9 @@ func (req initRequest) merge(old initState) initState {
 	if req.AccessToken != "" {
 		sum := sha256.Sum256([]byte(req.AccessToken))
 		state.token, state.tokenRaw = &sum, req.AccessToken
+	}
+	if len(req.CloneKey) > 0 {
+		state.cloneKey = (*[sha256.Size]byte)(req.CloneKey)
 	}
 	if req.Timestamp != nil {
 		state.stamp = *req.Timestamp
@@ -184,6 +198,11 @@ func (req initRequest) applyToMachine(s *Server, age func() time.Duration) error
 	if req.SandboxID != "" && req.SandboxID != s.defaults().ownEnv["E2B_SANDBOX_ID"] {
 		if err := setMachineID(); err != nil {
 			s.log.Warn("set the machine's id", "err", err)
+		}
+	}
+	if req.NewBootID {
+		if err := setBootID(); err != nil {
+			s.log.Warn("set the boot's id", "err", err)
 		}
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -125,14 +126,48 @@ func busyTicks() (n uint64, ok bool) {
 // setMachineID gives the machine an identity of its own: no two sandboxes
 // have the same, though they come from one image or one snapshot.
 func setMachineID() error {
-	var id [16]byte
-	rand.Read(id[:]) // never fails
-	// Version 4 and variant, as machine-id(5) has it.
-	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80
+	id := randomUUID() // as machine-id(5) has it
 	if err := replaceFile("/etc/machine-id", hex.EncodeToString(id[:])+"\n"); err != nil {
 		return fmt.Errorf("write machine-id: %w", err)
 	}
 	return nil
+}
+
+// bootIDFile is where the kernel tells boots apart.
+const bootIDFile = "/proc/sys/kernel/random/boot_id"
+
+// setBootID gives this boot another id. The kernel draws its own when somebody
+// first reads it, and never again; so a file is laid over it.
+func setBootID() error {
+	id := randomUUID()
+	f, err := os.CreateTemp("/run", ".boot-id-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name()) // the mount keeps it
+	_, err = fmt.Fprintf(f, "%x-%x-%x-%x-%x\n", id[:4], id[4:6], id[6:8], id[8:10], id[10:])
+	if err := errors.Join(err, f.Chmod(0o444), f.Close()); err != nil {
+		return err
+	}
+	// One of before, of a clone's clone.
+	if err := unix.Unmount(bootIDFile, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("unmount %s: %w", bootIDFile, err)
+	}
+	if err := unix.Mount(f.Name(), bootIDFile, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mount over %s: %w", bootIDFile, err)
+	}
+	const readOnly = unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	if err := unix.Mount("", bootIDFile, "", readOnly, ""); err != nil {
+		return fmt.Errorf("protect %s: %w", bootIDFile, err)
+	}
+	return nil
+}
+
+// randomUUID is a version 4 UUID.
+func randomUUID() (id [16]byte) {
+	rand.Read(id[:]) // never fails
+	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80
+	return id
 }
 
 // openConns knows the connections that are open, and since when each has had

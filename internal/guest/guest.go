@@ -4,6 +4,7 @@ package guest
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -168,6 +169,13 @@ type Init struct {
 	// Restored says that the guest goes on from a snapshot: it drops the
 	// connections of before, and sets its clock however little it is off.
 	Restored bool
+	// NewBootID gives the guest another boot id: it goes on from a snapshot as
+	// another machine than the one that may have read it.
+	NewBootID bool
+	// CloneKey is what opens, in the place of a token, the first Init of a guest
+	// that is restored from a snapshot of this one. The guest is told its digest
+	// alone; empty leaves that of before.
+	CloneKey string
 	// again counts the corrections of the clock.
 	again int
 }
@@ -187,7 +195,7 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 		"accessToken": in.AccessToken, "timestamp": stamp, "envVars": in.Env,
 		"defaultUser": in.DefaultUser, "defaultWorkdir": in.DefaultWorkdir,
 		"hostname": in.Hostname, "sandboxId": in.SandboxID, "entropy": in.Entropy,
-		"restored": in.Restored,
+		"restored": in.Restored, "newBootId": in.NewBootID, "cloneKey": digest(in.CloneKey),
 	})
 	if err != nil {
 		return fmt.Errorf("initialise the guest: %w", err)
@@ -223,6 +231,15 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	default:
 		return errdefs.Unavailable.Errorf("initialise the guest: %s: %s", resp.Status, reason)
 	}
+}
+
+// digest is a secret's SHA-256, nil for none.
+func digest(secret string) []byte {
+	if secret == "" {
+		return nil
+	}
+	sum := sha256.Sum256([]byte(secret))
+	return sum[:]
 }
 
 // adjust tells the guest the time once more if it took the guest too long to

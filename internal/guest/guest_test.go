@@ -108,6 +108,29 @@ func TestInit(t *testing.T) {
 	resp.Body.Close()
 }
 
+// A clone's key opens a restored guest, which knows its digest, in place of the
+// token of before.
+func TestInitOfAClone(t *testing.T) {
+	c := serveEnvd(t)
+	if err := c.Init(t.Context(), guest.Init{AccessToken: "source's", CloneKey: "key"}); err != nil {
+		t.Fatal(err)
+	}
+	addr := netip.MustParseAddrPort(c.URL()[len("http://"):])
+	host := guest.New(addr, "key")
+	defer host.Close()
+	if err := host.Init(t.Context(), guest.Init{AccessToken: "clone's"}); errdefs.ClassOf(err) != errdefs.Unauthenticated {
+		t.Errorf("not restored: %v, want unauthenticated", err)
+	}
+	in := guest.Init{AccessToken: "clone's", CloneKey: "another", Restored: true}
+	if err := host.Init(t.Context(), in); err != nil {
+		t.Fatal(err)
+	}
+	in.AccessToken = "third"
+	if err := host.Init(t.Context(), in); errdefs.ClassOf(err) != errdefs.Unauthenticated {
+		t.Errorf("again: %v, want unauthenticated", err)
+	}
+}
+
 func TestInitRefusesAnotherProtocol(t *testing.T) {
 	for _, version := range []string{"", "0", "2"} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"slices"
 	"strings"
@@ -46,6 +47,30 @@ type CreateRequest struct {
 	diskMiB int
 }
 
+// The ways in which a sandbox can start.
+const (
+	FromReady = "ready snapshot"
+	FromBoot  = "cold boot"
+	// FromSnapshot is the state of another sandbox.
+	FromSnapshot = "snapshot"
+)
+
+// Created is what came of a Create.
+type Created struct {
+	Info
+	// From says what the sandbox started from, Why why it had to boot.
+	From, Why string
+	// Phases are what the time went into, in this order, some of it at the same
+	// time.
+	Phases []Phase
+}
+
+// Phase is a part of an operation.
+type Phase struct {
+	Name string
+	Took time.Duration
+}
+
 func (r *CreateRequest) check() error {
 	if r.Template == "" {
 		r.Template = "minimal"
@@ -81,16 +106,20 @@ var errDestroyed = errdefs.Busy.Errorf("somebody destroyed the sandbox meanwhile
 
 // Create makes a sandbox and returns when commands can run in it. ctx bounds
 // the making only: the sandbox outlives it. On error nothing is left.
-func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
+func (m *Manager) Create(ctx context.Context, req CreateRequest) (Created, error) {
+	asked := req
 	if err := req.check(); err != nil {
-		return Info{}, err
+		return Created{}, err
 	}
 	if _, err := m.policy(req.Network); err != nil {
-		return Info{}, err
+		return Created{}, err
 	}
 	tmpl, err := m.cfg.Templates.Get(req.Template)
+	if errors.Is(err, errdefs.NotFound) {
+		return m.createFrom(ctx, asked)
+	}
 	if err != nil {
-		return Info{}, err
+		return Created{}, err
 	}
 	return m.make(ctx, req, tmpl.BaseSHA256, func(ctx context.Context, b *box, took *phases) error {
 		return m.boot(ctx, b, tmpl, took)
@@ -98,14 +127,14 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 }
 
 // make makes a sandbox whose VM start brings up; on error nothing is left.
-func (m *Manager) make(ctx context.Context, req CreateRequest, base string, start func(context.Context, *box, *phases) error) (Info, error) {
+func (m *Manager) make(ctx context.Context, req CreateRequest, base string, start func(context.Context, *box, *phases) error) (Created, error) {
 	var took phases
 	took.begin()
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
 	b, err := m.reserve(ctx, req, base, abort)
 	if err != nil {
-		return Info{}, fmt.Errorf("create sandbox: %w", err)
+		return Created{}, fmt.Errorf("create sandbox: %w", err)
 	}
 	defer b.unhold()
 
@@ -123,9 +152,9 @@ func (m *Manager) make(ctx context.Context, req CreateRequest, base string, star
 			detail = "the caller left while the sandbox was being created"
 		}
 		m.release(b, reason, detail)
-		return Info{}, fmt.Errorf("create sandbox %s: %w", b.id, err)
+		return Created{}, fmt.Errorf("create sandbox %s: %w", b.id, err)
 	}
-	return b.info(), nil
+	return took.created(b), nil
 }
 
 // reserve takes capacity, a slot and an ID, and commits to them by writing the
@@ -176,6 +205,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
 		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(),
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
+		CloneKey:  newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
 	b.abort = abort
@@ -236,11 +266,11 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took
 		}
 	}
 
-	how := []any{"sandbox", b.id, "from", "ready snapshot"}
+	took.from = FromReady
 	if !restored {
-		how = []any{"sandbox", b.id, "from", "cold boot", "why", from.why}
+		took.from, took.why = FromBoot, from.why
 	}
-	m.log.Info("sandbox started", append(how, took.attrs...)...)
+	took.log(m.log, b)
 	return m.move(b, Running, nil)
 }
 
@@ -410,10 +440,13 @@ func (m *Manager) lastWords(id ID) string {
 	return "; the console ends: " + strings.Join(all[max(0, len(all)-lines):], " | ")
 }
 
-// phases measures the stages of a create, for the log.
+// phases measures the stages of a create, for the log and for the caller.
 type phases struct {
 	last  time.Time
-	attrs []any
+	list  []Phase
+	attrs []any // the same, for the log
+
+	from, why string
 }
 
 func (p *phases) begin() { p.last = time.Now() }
@@ -425,5 +458,18 @@ func (p *phases) end(name string) {
 }
 
 func (p *phases) add(name string, took time.Duration) {
+	p.list = append(p.list, Phase{name, took})
 	p.attrs = append(p.attrs, name, took.Round(100*time.Microsecond))
+}
+
+func (p *phases) log(log *slog.Logger, b *box) {
+	how := []any{"sandbox", b.id, "from", p.from}
+	if p.why != "" {
+		how = append(how, "why", p.why)
+	}
+	log.Info("sandbox started", append(how, p.attrs...)...)
+}
+
+func (p *phases) created(b *box) Created {
+	return Created{Info: b.info(), From: p.from, Why: p.why, Phases: p.list}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net/netip"
 	"os"
@@ -343,15 +344,57 @@ func (n *fakeNetwork) restart(f *faults) *fakeNetwork {
 }
 
 // fakeTemplates has the template "minimal", disks of no size, and ready
-// snapshots in a directory that outlives the agent.
+// snapshots in a directory that outlives the agent. Named snapshots are in a real
+// store.
 type fakeTemplates struct {
 	*faults
 	dir    string
 	making chan struct{}
+	base   string       // digest of the base image
+	found  atomic.Int64 // ready snapshots, when somebody looked
+	*template.Store
 }
 
 func newFakeTemplates(f *faults, dir string) *fakeTemplates {
-	return &fakeTemplates{f, dir, make(chan struct{}, 1)}
+	state := filepath.Join(filepath.Dir(dir), "templates")
+	os.Remove(filepath.Join(state, "snapshots", "lock")) // the kernel drops that of the dead
+	store, err := template.Open(state, slog.New(slog.DiscardHandler))
+	if err == nil {
+		err = os.MkdirAll(filepath.Join(state, "templates", "minimal"), 0o700)
+	}
+	if err != nil {
+		panic(err)
+	}
+	return &fakeTemplates{faults: f, dir: dir, making: make(chan struct{}, 1), Store: store}
+}
+
+func (t *fakeTemplates) StageSnapshot(ctx context.Context, name string) (template.Stage, error) {
+	if err := t.called(ctx, "snapshot.stage"); err != nil {
+		return template.Stage{}, err
+	}
+	stage, err := t.Store.StageSnapshot(ctx, name)
+	add, publish := stage.AddOverlay, stage.Publish
+	stage.AddOverlay = func(ctx context.Context, disk string) error {
+		return t.do(ctx, "snapshot.overlay", func() error { return add(ctx, disk) })
+	}
+	stage.Publish = func(ctx context.Context, m template.Meta) error {
+		shown := false
+		err := t.do(ctx, "snapshot.publish", func() error {
+			err := publish(ctx, m)
+			shown = err == nil
+			return err
+		})
+		if err != nil && shown { // the store promises that it is there or not
+			err = errors.Join(err, t.DropSnapshot(name))
+		}
+		return err
+	}
+	return stage, err
+}
+
+func (t *fakeTemplates) Snapshot(ctx context.Context, name string) (s template.Snapshot, err error) {
+	err = t.do(ctx, "snapshot.read", func() error { s, err = t.Store.Snapshot(ctx, name); return err })
+	return s, err
 }
 
 func (t *fakeTemplates) Ready(_ context.Context, _, key string) (template.Ready, error) {
@@ -359,6 +402,7 @@ func (t *fakeTemplates) Ready(_ context.Context, _, key string) (template.Ready,
 	if _, err := os.Stat(dir); err != nil {
 		return template.Ready{}, errdefs.NotFound.Errorf("no ready snapshot")
 	}
+	t.found.Add(1)
 	return template.Ready{Dir: dir, Overlay: filepath.Join(dir, "overlay.ext4")}, nil
 }
 
@@ -381,8 +425,8 @@ func (t *fakeTemplates) StageReady(ctx context.Context, _ string) (template.Stag
 		AddOverlay: func(ctx context.Context, disk string) error {
 			return t.do(ctx, "ready.overlay", func() error { return os.Link(disk, filepath.Join(tmp, "overlay.ext4")) })
 		},
-		Publish: func(ctx context.Context, key string, _ template.Shape) error {
-			return t.do(ctx, "ready.publish", func() error { return os.Rename(tmp, filepath.Join(t.dir, key)) })
+		Publish: func(ctx context.Context, m template.Meta) error {
+			return t.do(ctx, "ready.publish", func() error { return os.Rename(tmp, filepath.Join(t.dir, m.Key)) })
 		},
 		Discard: func() {
 			os.RemoveAll(tmp)
@@ -403,7 +447,7 @@ func (t *fakeTemplates) Get(name string) (template.Template, error) {
 	if name != "minimal" {
 		return template.Template{}, errdefs.NotFound.Errorf("template %q does not exist", name)
 	}
-	return template.Template{Name: name, Boot: template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"}, Base: "/base.ext4"}, nil
+	return template.Template{Name: name, Boot: template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"}, Base: "/base.ext4", BaseSHA256: t.base}, nil
 }
 
 func (t *fakeTemplates) NewOverlay(ctx context.Context, path string, _ int) error {
@@ -419,6 +463,7 @@ type fakeGuest struct {
 	*faults
 	open *atomic.Int64
 	exec func(context.Context, guest.Command) (guest.Result, error)
+	told func(guest.Init)
 }
 
 func (g fakeGuest) WaitReady(ctx context.Context) error { return g.called(ctx, "guest.ready") }
@@ -426,7 +471,11 @@ func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
 	if i.AccessToken == "" {
 		return errors.New("no token")
 	}
-	return g.called(ctx, "guest.init")
+	err := g.called(ctx, "guest.init")
+	if err == nil {
+		g.told(i)
+	}
+	return err
 }
 func (g fakeGuest) Quiesce(ctx context.Context, _ bool) error { return g.called(ctx, "guest.quiesce") }
 func (g fakeGuest) Close()                                    { g.open.Add(-1) }

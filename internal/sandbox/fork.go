@@ -4,13 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
@@ -33,18 +36,27 @@ func (m *Manager) Fork(ctx context.Context, id ID, count int) (Forked, error) {
 	if count < 1 || count > MaxForks {
 		return Forked{}, errdefs.InvalidArgument.Errorf("count is %d, must be 1 to %d", count, MaxForks)
 	}
-	dir, source, paused, err := m.photograph(ctx, id)
+	// Garbage to the next agent.
+	dir, err := os.MkdirTemp(m.store.dir, ".fork-")
 	if err != nil {
-		return Forked{}, err
+		return Forked{}, fmt.Errorf("fork sandbox %s: %w", id, err)
 	}
 	// Whoever runs from it has it open.
 	defer os.RemoveAll(dir)
+	from := photo{Ready: template.Ready{Dir: dir, Overlay: filepath.Join(dir, snapshotOverlay)}, fork: true}
+	source, paused, err := m.photograph(ctx, id, OpFork, "forked", dir, func(ctx context.Context, disk string) error {
+		return m.cfg.Templates.CloneOverlay(ctx, from.Overlay, disk)
+	})
+	if err != nil {
+		return Forked{}, err
+	}
+	from.token = source.Token
 
 	forked := Forked{Paused: paused, Sandboxes: make([]Info, count)}
 	errs := make([]error, count)
 	var wg sync.WaitGroup
 	for i := range count {
-		wg.Go(func() { forked.Sandboxes[i], errs[i] = m.fork(ctx, source, dir) })
+		wg.Go(func() { forked.Sandboxes[i], errs[i] = m.fork(ctx, source, from) })
 	}
 	wg.Wait()
 	if failed := errors.Join(errs...); failed != nil {
@@ -65,33 +77,24 @@ func (m *Manager) Fork(ctx context.Context, id ID, count int) (Forked, error) {
 	return forked, nil
 }
 
-// photograph writes the state of a sandbox to a directory that is garbage to
-// the next agent, and lets it go on.
-func (m *Manager) photograph(ctx context.Context, id ID) (dir string, source Record, paused time.Duration, err error) {
-	b, ctx, end, err := m.begin(ctx, id, OpFork, "forked")
+// photograph writes the state of a sandbox to a directory, its disk through
+// addDisk, and lets it go on. source is what its record said then; paused is how
+// long it stood still.
+func (m *Manager) photograph(ctx context.Context, id ID, op Operation, doing, dir string, addDisk func(ctx context.Context, disk string) error) (source Record, paused time.Duration, err error) {
+	b, ctx, end, err := m.begin(ctx, id, op, doing)
 	if err != nil {
-		return "", Record{}, 0, err
+		return Record{}, 0, err
 	}
 	defer end()
 	source = b.record()
 	snapshotter, ok := b.vm.(vmm.Snapshotter)
 	if !ok {
-		return "", source, 0, errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", m.cfg.Driver.Name())
+		return source, 0, errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", m.cfg.Driver.Name())
 	}
-	dir, err = os.MkdirTemp(m.store.dir, ".fork-")
-	if err != nil {
-		return "", source, 0, fmt.Errorf("fork sandbox %s: %w", id, err)
-	}
-	tmp := dir
-	defer func() {
-		if err != nil {
-			os.RemoveAll(tmp)
-		}
-	}()
 	back := func(context.Context) error { return nil }
 	if source.State == Running {
 		if err := b.guest.Quiesce(ctx, false); err != nil {
-			return "", source, 0, fmt.Errorf("fork sandbox %s: %w", id, err)
+			return source, 0, fmt.Errorf("%s sandbox %s: %w", op, id, err)
 		}
 		back = func(ctx context.Context) error {
 			if err := b.vm.Resume(ctx); err != nil {
@@ -108,26 +111,92 @@ func (m *Manager) photograph(ctx context.Context, id ID) (dir string, source Rec
 		var disk error
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			disk = m.cfg.Templates.CloneOverlay(ctx, filepath.Join(dir, snapshotOverlay), m.store.overlay(id))
+			disk = addDisk(ctx, m.store.overlay(id))
 		})
 		err = snapshotter.Snapshot(ctx, dir)
 		wg.Wait()
 		err = errors.Join(err, disk)
 	}
+	if errors.Is(err, syscall.ENOSPC) {
+		err = errdefs.Exhausted.Errorf("the host's disk is full")
+	}
 	if err != nil {
-		return "", source, 0, m.backTo(ctx, b, "fork", back, err)
+		return source, 0, m.backTo(ctx, b, string(op), back, err)
 	}
 	// What the source cannot come back from is no fork's fault, but its end.
 	wake, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
 	defer cancel()
 	if err := back(wake); err != nil {
-		return "", source, 0, m.backTo(ctx, b, "fork", back, err)
+		return source, 0, m.backTo(ctx, b, string(op), back, err)
 	}
-	return dir, source, time.Since(began), nil
+	return source, time.Since(began), nil
 }
 
-// fork makes one sandbox from the state of another in dir.
-func (m *Manager) fork(ctx context.Context, source Record, dir string) (Info, error) {
+// photo is the state of a sandbox that others start from.
+type photo struct {
+	template.Ready
+	// token is what its guest knows as its own, or as its clones'.
+	token string
+	// fork says that they have its variables and its default user, too.
+	fork bool
+	// why, if set, says why the memory cannot be restored: they boot from the
+	// disk alone. bootable says that it can be booted.
+	why      string
+	bootable bool
+}
+
+// develop starts a sandbox's VM from a photo. Called with the op lock held; the
+// caller releases on error.
+func (m *Manager) develop(ctx context.Context, b *box, tmpl template.Template, p photo, took *phases) error {
+	done, err := m.startSlot(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	ctx, cancel := context.WithTimeoutCause(ctx, m.cfg.BootTimeout,
+		errdefs.Unavailable.Errorf("the guest was not ready within %s", m.cfg.BootTimeout))
+	defer cancel()
+	took.end("wait")
+	from := origin{ready: p.Ready}
+	if err := m.prepare(ctx, b, &from, took); err != nil {
+		return err
+	}
+	deleted := errdefs.NotFound.Errorf("the snapshot was deleted meanwhile")
+	if from.ready.Dir == "" { // an empty disk would be worse than none
+		return deleted
+	}
+	took.begin()
+	took.from, took.why = FromSnapshot, ""
+	if p.why == "" {
+		in := identity(b.record(), true)
+		in.NewBootID = true
+		if p.fork {
+			in.Env, in.DefaultUser = nil, ""
+		}
+		err := m.restore(ctx, b, tmpl, p.Dir, in, p.token, took)
+		if err == nil {
+			return nil
+		}
+		if _, gone := os.Stat(p.Dir); errors.Is(gone, fs.ErrNotExist) {
+			return deleted
+		}
+		if !p.bootable || context.Cause(ctx) != nil || errdefs.ClassOf(err) != errdefs.Unsupported {
+			return err
+		}
+		p.why = first(err)
+		if err := m.unstart(ctx, b); err != nil {
+			return err
+		}
+		if err := m.cfg.Templates.CloneOverlay(ctx, m.store.overlay(b.id), p.Overlay); err != nil {
+			return fmt.Errorf("make overlay: %w", err)
+		}
+	}
+	took.from, took.why = FromBoot, p.why
+	return m.coldBoot(ctx, b, tmpl, &origin{why: p.why}, took)
+}
+
+// fork makes one sandbox from the photo of another.
+func (m *Manager) fork(ctx context.Context, source Record, from photo) (Info, error) {
 	tmpl, err := m.cfg.Templates.Get(source.Template)
 	if err != nil {
 		return Info{}, err
@@ -139,32 +208,12 @@ func (m *Manager) fork(ctx context.Context, source Record, dir string) (Info, er
 		Template: source.Template, VCPUs: source.VCPUs, MemMiB: source.MemMiB,
 		Timeout: source.Timeout, OnTimeout: source.OnTimeout, Network: source.Network, diskMiB: source.DiskMiB,
 	}
-	return m.make(ctx, req, source.Base, func(ctx context.Context, b *box, took *phases) error {
-		done, err := m.startSlot(ctx)
-		if err != nil {
-			return err
-		}
-		defer done()
-		ctx, cancel := context.WithTimeoutCause(ctx, m.cfg.BootTimeout,
-			errdefs.Unavailable.Errorf("the guest was not ready within %s", m.cfg.BootTimeout))
-		defer cancel()
-		from := origin{}
-		from.ready.Dir, from.ready.Overlay = dir, filepath.Join(dir, snapshotOverlay)
-		if err := m.prepare(ctx, b, &from, took); err != nil {
-			return err
-		}
-		if from.ready.Dir == "" {
-			return errdefs.Corrupt.Errorf("the snapshot has no disk")
-		}
-		took.begin()
-		// Its variables are those of the source; until it is told otherwise, so
-		// is its token.
-		in := identity(b.record(), true)
-		in.Env, in.DefaultUser = nil, ""
-		if err := m.restore(ctx, b, tmpl, dir, in, source.Token, took); err != nil {
+	created, err := m.make(ctx, req, source.Base, func(ctx context.Context, b *box, took *phases) error {
+		if err := m.develop(ctx, b, tmpl, from, took); err != nil {
 			return err
 		}
 		m.log.Info("sandbox forked", append([]any{"sandbox", b.id, "source", source.ID}, took.attrs...)...)
 		return m.move(b, Running, nil)
 	})
+	return created.Info, err
 }

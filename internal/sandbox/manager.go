@@ -51,6 +51,10 @@ type Templates interface {
 	Ready(ctx context.Context, name, key string) (template.Ready, error)
 	StageReady(ctx context.Context, name string) (template.Stage, error)
 	DropReady(name, key string) error
+	Snapshot(ctx context.Context, name string) (template.Snapshot, error)
+	Snapshots() ([]template.Snapshot, error)
+	StageSnapshot(ctx context.Context, name string) (template.Stage, error)
+	DropSnapshot(name string) error
 }
 
 // Guest is a running guest; *guest.Client is one.
@@ -462,7 +466,7 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 		return nil, nil, nil, err
 	}
 	limit := opTimeout
-	if rec := b.record(); op == OpHibernate || op == OpFork || rec.State == Hibernated {
+	if rec := b.record(); op == OpHibernate || op == OpFork || op == OpSnapshot || rec.State == Hibernated {
 		limit = moveTimeout(rec)
 	}
 	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))

@@ -34,7 +34,8 @@ type rig struct {
 	driver  *vmmtest.Fake
 	faults  *faults
 	exec    func(context.Context, guest.Command) (guest.Result, error)
-	open    atomic.Int64 // guests not closed
+	told    func(token string, in guest.Init) // by whoever shows the token
+	open    atomic.Int64                      // guests not closed
 	found   Recovery
 	dead    []*Manager
 	changed func(*Config)
@@ -95,9 +96,13 @@ func (r *rig) config() Config {
 	cfg := Config{
 		StateDir: filepath.Join(r.dir, "state"), RunDir: filepath.Join(r.dir, "run"),
 		Driver: hookedDriver{r.driver, r.faults}, Network: r.net, Templates: r.tmpl,
-		Guests: func(netip.Addr, string) Guest {
+		Guests: func(_ netip.Addr, token string) Guest {
 			r.open.Add(1)
-			return fakeGuest{f, &r.open, r.exec}
+			return fakeGuest{f, &r.open, r.exec, func(in guest.Init) {
+				if r.told != nil {
+					r.told(token, in)
+				}
+			}}
 		},
 		KillStrays: func(ctx context.Context, _, _ string, keep func(string) bool) ([]string, error) {
 			if err := f.called(ctx, "kill strays"); err != nil {
@@ -193,6 +198,11 @@ func (r *rig) held() (left []string) {
 	if files, _ := filepath.Glob(filepath.Join(r.dir, "state", "sandboxes", "*", "overlay*")); len(files) != 0 {
 		add("disks are left: %v", files)
 	}
+	for _, half := range []string{"state/sandboxes/.fork-*", "templates/snapshots/.*"} {
+		if files, _ := filepath.Glob(filepath.Join(r.dir, half)); len(files) != 0 {
+			add("half-made things are left: %v", files)
+		}
+	}
 	r.mu.Lock()
 	if r.used != (Resources{}) {
 		add("capacity is left reserved: %+v", r.used)
@@ -267,14 +277,14 @@ func TestStateTable(t *testing.T) {
 func TestOperationsByState(t *testing.T) {
 	may := map[State][]Operation{
 		Creating:   {OpDestroy},
-		Running:    {OpPause, OpHibernate, OpFork, OpCall, OpTimeout, OpDestroy},
-		Paused:     {OpResume, OpHibernate, OpFork, OpTimeout, OpDestroy},
+		Running:    {OpPause, OpHibernate, OpFork, OpSnapshot, OpCall, OpTimeout, OpDestroy},
+		Paused:     {OpResume, OpHibernate, OpFork, OpSnapshot, OpTimeout, OpDestroy},
 		Hibernated: {OpResume, OpTimeout, OpDestroy},
 		Stopping:   {OpDestroy},
 		Stopped:    {OpDestroy},
 	}
 	for _, state := range States() {
-		for _, op := range []Operation{OpPause, OpHibernate, OpFork, OpResume, OpCall, OpTimeout, OpDestroy} {
+		for _, op := range []Operation{OpPause, OpHibernate, OpFork, OpSnapshot, OpResume, OpCall, OpTimeout, OpDestroy} {
 			err := check("sb-0", op, state)
 			if got := err == nil; got != slices.Contains(may[state], op) {
 				t.Errorf("%s of a %s sandbox: %v", op, state, err)

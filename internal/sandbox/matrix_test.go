@@ -91,6 +91,42 @@ var scenarios = map[string]scenario{
 		},
 		keeps: true,
 	},
+	"snapshot": {
+		prepare: func(r *rig) ID { return r.create() },
+		run: func(ctx context.Context, r *rig, id ID) error {
+			_, err := r.Snapshot(ctx, id, "snap")
+			return err
+		},
+		keeps: true,
+	},
+	"snapshot of a paused one": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if err := r.Pause(r.t.Context(), id); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run: func(ctx context.Context, r *rig, id ID) error {
+			_, err := r.Snapshot(ctx, id, "snap")
+			return err
+		},
+		keeps: true,
+	},
+	"create from a snapshot": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if _, err := r.Snapshot(r.t.Context(), id, "snap"); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			_, err := r.Create(ctx, CreateRequest{Template: "snap"})
+			return err
+		},
+		keeps: true,
+	},
 	"resume from disk": {
 		prepare: func(r *rig) ID {
 			id := r.create()
@@ -272,6 +308,17 @@ func (s scenario) under(t *testing.T, step, kind string) {
 			t.Errorf("a failed resume cost the sandbox: %v", err)
 		}
 		r.wantConsistent()
+	}
+	// A snapshot is whole and of use, or not there.
+	snapshots, err := r.Snapshots()
+	for _, s := range snapshots {
+		_, cerr := r.Create(t.Context(), CreateRequest{Template: s.Name})
+		err = errors.Join(err, cerr)
+		r.wantConsistent()
+		err = errors.Join(err, r.DeleteSnapshot(s.Name))
+	}
+	if err != nil {
+		t.Errorf("snapshots afterwards: %v", err)
 	}
 	for _, info := range r.List(true) {
 		if err := r.Destroy(t.Context(), info.ID); err != nil && !errors.Is(err, errdefs.NotFound) {

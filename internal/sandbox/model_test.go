@@ -18,7 +18,7 @@ import (
 
 // expected are the classes that a caller may meet when others are at work.
 var expected = []*errdefs.Class{
-	errdefs.NotFound, errdefs.WrongState, errdefs.Busy, errdefs.Unavailable, errdefs.Exhausted,
+	errdefs.NotFound, errdefs.WrongState, errdefs.Busy, errdefs.Unavailable, errdefs.Exhausted, errdefs.AlreadyExists,
 }
 
 func isExpected(err error) bool {
@@ -59,7 +59,8 @@ func TestManyAtOnce(t *testing.T) {
 				}
 				var err error
 				what := ""
-				switch rand.IntN(10) {
+				name := []string{"red", "green", "blue"}[rand.IntN(3)]
+				switch rand.IntN(13) {
 				case 0, 1:
 					what = "create"
 					_, err = r.Create(ctx, CreateRequest{})
@@ -86,6 +87,15 @@ func TestManyAtOnce(t *testing.T) {
 					if rand.IntN(4) == 0 {
 						r.host.Die(string(any()))
 					}
+				case 10:
+					what = "snapshot"
+					_, err = r.Snapshot(ctx, any(), name)
+				case 11:
+					what = "create from a snapshot"
+					_, err = r.Create(ctx, CreateRequest{Template: name})
+				case 12:
+					what = "delete a snapshot"
+					err = r.DeleteSnapshot(name)
 				}
 				cancel()
 				if !isExpected(err) {
@@ -174,6 +184,7 @@ func TestModel(t *testing.T) {
 		rapid.Check(struct{ rapid.TB }{t}, func(rt *rapid.T) {
 			r := newRig(t)
 			model := map[ID]State{}
+			snapshots := map[string]bool{}
 			pick := func(rt *rapid.T) ID {
 				var ids []ID
 				for _, info := range r.List(true) {
@@ -244,6 +255,41 @@ func TestModel(t *testing.T) {
 						delete(model, id)
 					}
 				},
+				"snapshot": func(rt *rapid.T) {
+					id, name := pick(rt), rapid.SampledFrom([]string{"red", "green"}).Draw(rt, "name")
+					_, err := r.Snapshot(t.Context(), id, name)
+					if _, known := model[id]; known && snapshots[name] {
+						if !errors.Is(err, errdefs.AlreadyExists) {
+							rt.Fatalf("snapshot under a name that is taken: %v", err)
+						}
+					} else if want(rt, "snapshot", id, err, Running, Paused) {
+						snapshots[name] = true
+					}
+				},
+				"create from a snapshot": func(rt *rapid.T) {
+					if len(model) > 8 {
+						rt.Skip()
+					}
+					name := rapid.SampledFrom([]string{"red", "green"}).Draw(rt, "name")
+					info, err := r.Create(t.Context(), CreateRequest{Template: name})
+					if !snapshots[name] {
+						if !errors.Is(err, errdefs.NotFound) {
+							rt.Fatalf("create from nothing: %v", err)
+						}
+						return
+					}
+					if err != nil {
+						rt.Fatal(err)
+					}
+					model[info.ID] = Running
+				},
+				"delete a snapshot": func(rt *rapid.T) {
+					name := rapid.SampledFrom([]string{"red", "green"}).Draw(rt, "name")
+					if err := r.DeleteSnapshot(name); (err == nil) != snapshots[name] {
+						rt.Fatalf("delete a snapshot: %v", err)
+					}
+					delete(snapshots, name)
+				},
 				"vm dies": func(rt *rapid.T) {
 					id := pick(rt)
 					r.host.Die(string(id))
@@ -265,6 +311,9 @@ func TestModel(t *testing.T) {
 						if model[info.ID] != info.State {
 							rt.Fatalf("sandbox %s is %s, the model says %s", info.ID, info.State, model[info.ID])
 						}
+					}
+					if list, err := r.Snapshots(); err != nil || len(list) != len(snapshots) {
+						rt.Fatalf("snapshots are %v, %v; the model has %v", list, err, snapshots)
 					}
 					r.wantConsistent()
 				},

@@ -214,7 +214,7 @@ func (m *Manager) saveReady(ctx context.Context, b *box, tmpl template.Template,
 	began := time.Now()
 	err := m.picture(ctx, b, o.stage)
 	if err == nil {
-		err = o.stage.Publish(ctx, o.key, o.shape)
+		err = o.stage.Publish(ctx, template.Meta{Key: o.key, Shape: o.shape})
 	}
 	if err == nil {
 		m.log.Info("ready snapshot made", "template", tmpl.Name, "key", o.key, "vcpus", rec.VCPUs, "memory", rec.MemMiB, "took", time.Since(began).Round(time.Millisecond))
@@ -299,6 +299,24 @@ func (m *Manager) Prepare(ctx context.Context, req CreateRequest) (made bool, er
 	return true, err
 }
 
+// readAhead looks at the ready snapshot of the default kind, which is read and
+// checked the first time: the first create need not wait for that.
+func (m *Manager) readAhead() {
+	var req CreateRequest
+	restorer, ok := m.cfg.Driver.(vmm.Restorer)
+	if !ok || req.check() != nil {
+		return
+	}
+	tmpl, err := m.cfg.Templates.Get(req.Template)
+	if err != nil {
+		return // whoever creates a sandbox learns why
+	}
+	spec := m.spec(Record{ID: bootName, Slot: 1, VCPUs: req.VCPUs, MemMiB: req.MemMiB}, tmpl)
+	if machine, err := restorer.SnapshotKey(m.life, spec); err == nil {
+		_, _ = m.cfg.Templates.Ready(m.life, tmpl.Name, readyKey(machine, spec, tmpl, m.cfg.OverlayMiB))
+	}
+}
+
 // first is an error's first line.
 func first(err error) string {
 	line, _, _ := strings.Cut(err.Error(), "\n")
@@ -310,5 +328,6 @@ func identity(rec Record, restored bool) guest.Init {
 	return guest.Init{
 		AccessToken: rec.Token, Hostname: string(rec.ID), SandboxID: string(rec.ID),
 		DefaultUser: "root", Env: map[string]string{}, Entropy: entropy(), Restored: restored,
+		CloneKey: rec.CloneKey,
 	}
 }

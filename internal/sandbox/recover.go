@@ -65,6 +65,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	}
 	m.goes("janitor", m.janitor)
 	m.goes("reconciler", m.reconciler)
+	m.goes("read ahead", m.readAhead)
 	return m, found, nil
 }
 

@@ -69,6 +69,7 @@ const (
 	// OpHibernate is a pause to disk.
 	OpHibernate Operation = "hibernate"
 	OpFork      Operation = "fork"
+	OpSnapshot  Operation = "snapshot"
 	OpResume    Operation = "resume"
 	OpCall      Operation = "exec"
 	OpTimeout   Operation = "a timeout"
@@ -81,6 +82,7 @@ var allowed = map[Operation][]State{
 	OpPause:     {Running},
 	OpHibernate: {Running, Paused},
 	OpFork:      {Running, Paused},
+	OpSnapshot:  {Running, Paused},
 	OpResume:    {Paused, Hibernated},
 	OpCall:      {Running},
 	OpTimeout:   {Running, Paused, Hibernated},
@@ -148,6 +150,9 @@ type Record struct {
 	HostIP netip.Addr   `json:"hostIP"`
 	// Token is what the guest demands of its callers. Secret.
 	Token string `json:"token"`
+	// CloneKey opens a guest that is restored from a named snapshot of this
+	// sandbox, which knows its digest. Secret.
+	CloneKey string `json:"cloneKey,omitempty"`
 	// VM is set from the start of the VMM until the sandbox is stopped.
 	VM *vmm.Handle `json:"vm,omitempty"`
 	// Restored says that the VM came from a snapshot and was not booted.

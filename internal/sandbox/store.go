@@ -186,6 +186,16 @@ func (s store) freeMiB() int {
 	return int(st.Bavail * uint64(st.Bsize) >> 20)
 }
 
+// takenMiB is what a sandbox's disk takes on the host's; not knowing counts as
+// nothing.
+func (s store) takenMiB(id ID) int {
+	var st syscall.Stat_t
+	if err := syscall.Stat(s.overlay(id), &st); err != nil {
+		return 0
+	}
+	return int(st.Blocks * 512 >> 20)
+}
+
 // forget removes all of a sandbox's files. The rename comes first, so that a
 // crash in between leaves garbage and no half record.
 func (s store) forget(id ID) error {

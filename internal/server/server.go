@@ -75,7 +75,7 @@ func Health(manager *sandbox.Manager) http.Handler {
 }
 
 func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostagentv1.CreateSandboxRequest]) (*connect.Response[hostagentv1.CreateSandboxResponse], error) {
-	info, err := s.manager.Create(ctx, sandbox.CreateRequest{
+	created, err := s.manager.Create(ctx, sandbox.CreateRequest{
 		Template: req.Msg.Template,
 		VCPUs:    int(req.Msg.Vcpus),
 		MemMiB:   int(req.Msg.MemoryMb),
@@ -88,7 +88,8 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 		return nil, err
 	}
 	return connect.NewResponse(&hostagentv1.CreateSandboxResponse{
-		SandboxId: string(info.ID), Status: string(info.State), HostIp: info.HostIP.String(),
+		SandboxId: string(created.ID), Status: string(created.State), HostIp: created.HostIP.String(),
+		StartedFrom: created.From, Why: created.Why,
 	}), nil
 }
 
@@ -138,6 +139,44 @@ func (s *service) ForkSandbox(ctx context.Context, req *connect.Request[hostagen
 		resp.Sandboxes = append(resp.Sandboxes, sandboxInfo(info))
 	}
 	return connect.NewResponse(resp), nil
+}
+
+func (s *service) SnapshotSandbox(ctx context.Context, req *connect.Request[hostagentv1.SnapshotSandboxRequest]) (*connect.Response[hostagentv1.SnapshotSandboxResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	began := time.Now()
+	made, err := s.manager.Snapshot(ctx, id, req.Msg.Name)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.SnapshotSandboxResponse{
+		Snapshot: snapshotInfo(made.Snapshot), PausedMs: made.Paused.Milliseconds(), TookMs: time.Since(began).Milliseconds(),
+	}), nil
+}
+
+func (s *service) ListSnapshots(context.Context, *connect.Request[hostagentv1.ListSnapshotsRequest]) (*connect.Response[hostagentv1.ListSnapshotsResponse], error) {
+	snapshots, err := s.manager.Snapshots()
+	if err != nil {
+		return nil, err
+	}
+	resp := &hostagentv1.ListSnapshotsResponse{}
+	for _, snapshot := range snapshots {
+		resp.Snapshots = append(resp.Snapshots, snapshotInfo(snapshot))
+	}
+	return connect.NewResponse(resp), nil
+}
+
+func (s *service) DeleteSnapshot(_ context.Context, req *connect.Request[hostagentv1.DeleteSnapshotRequest]) (*connect.Response[hostagentv1.DeleteSnapshotResponse], error) {
+	return connect.NewResponse(&hostagentv1.DeleteSnapshotResponse{}), s.manager.DeleteSnapshot(req.Msg.Name)
+}
+
+func snapshotInfo(s sandbox.Snapshot) *hostagentv1.Snapshot {
+	return &hostagentv1.Snapshot{
+		Name: s.Name, SandboxId: string(s.Source), Template: s.Template,
+		Vcpus: int32(s.VCPUs), MemoryMb: int32(s.MemMiB), CreatedAtUnix: s.CreatedAt.Unix(), SizeBytes: s.Bytes,
+	}
 }
 
 func (s *service) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {

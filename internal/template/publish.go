@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -26,13 +27,15 @@ type lock struct{ f *os.File }
 
 func (l *lock) unlock() { l.f.Close() }
 
-func tryLock(dir string) (*lock, error) {
+func tryLock(dir string) (*lock, error) { return tryFlock(dir, unix.LOCK_EX) }
+
+func tryFlock(dir string, how int) (*lock, error) {
 	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	for {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err = unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		if err != unix.EINTR {
 			break
 		}
@@ -50,8 +53,17 @@ func tryLock(dir string) (*lock, error) {
 // waitLock takes dir's lock, waiting within ctx. onWait, if not nil, is called
 // once when there is something to wait for.
 func waitLock(ctx context.Context, dir string, onWait func()) (*lock, error) {
+	return waitFlock(ctx, dir, unix.LOCK_EX, onWait)
+}
+
+// shareLock takes dir's lock together with others that share it.
+func shareLock(ctx context.Context, dir string) (*lock, error) {
+	return waitFlock(ctx, dir, unix.LOCK_SH, nil)
+}
+
+func waitFlock(ctx context.Context, dir string, how int, onWait func()) (*lock, error) {
 	for {
-		l, err := tryLock(dir)
+		l, err := tryFlock(dir, how)
 		if !errors.Is(err, errLocked) {
 			return l, err
 		}
@@ -68,9 +80,22 @@ func waitLock(ctx context.Context, dir string, onWait func()) (*lock, error) {
 }
 
 // publish makes the complete directory tmp visible as dst, in one step also
-// where dst exists. The manifest v, whose common part is m, is written last:
-// m.Files is filled with every regular file in tmp.
+// where dst exists; tmp is then what was there.
 func publish(tmp, dst, manifestName string, v any, m *manifest) error {
+	err := seal(tmp, manifestName, v, m, hashFile)
+	if err == nil {
+		err = replace(tmp, dst)
+	}
+	if err != nil {
+		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+	}
+	return nil
+}
+
+// seal brings the directory tmp to the disk as it is to be published. The
+// manifest v, whose common part is m, is written last: m.Files is filled with
+// every regular file in tmp, as hash sees it.
+func seal(tmp, manifestName string, v any, m *manifest, hash func(path string) (File, error)) error {
 	m.Format = formatVersion
 	m.Files = map[string]File{}
 	err := filepath.WalkDir(tmp, func(path string, d os.DirEntry, err error) error {
@@ -85,7 +110,7 @@ func publish(tmp, dst, manifestName string, v any, m *manifest) error {
 		if err := os.Chmod(path, 0o444); err != nil {
 			return err
 		}
-		f, err := hashFile(path)
+		f, err := hash(path)
 		if err != nil {
 			return err
 		}
@@ -98,24 +123,38 @@ func publish(tmp, dst, manifestName string, v any, m *manifest) error {
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+		return err
 	}
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
-		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+		return err
 	}
 	if err := writeSynced(filepath.Join(tmp, manifestName), append(b, '\n')); err != nil {
-		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+		return err
 	}
-	if err := flush(tmp); err != nil {
-		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+	return flush(tmp)
+}
+
+// add makes the sealed directory tmp visible as dst; fs.ErrExist says that one
+// is there. On error dst is as it was.
+func add(tmp, dst string) error {
+	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dst, unix.RENAME_NOREPLACE); err != nil {
+		return err
 	}
-	err = unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dst, unix.RENAME_NOREPLACE)
-	if err == unix.EEXIST {
-		err = unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dst, unix.RENAME_EXCHANGE)
+	if err := flush(filepath.Dir(dst)); err != nil {
+		return errors.Join(err, os.Rename(dst, tmp))
 	}
-	if err != nil {
-		return fmt.Errorf("publish %s: %w", filepath.Base(dst), err)
+	return nil
+}
+
+// replace is add that changes places with what is there.
+func replace(tmp, dst string) error {
+	err := add(tmp, dst)
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dst, unix.RENAME_EXCHANGE); err != nil {
+		return err
 	}
 	return flush(filepath.Dir(dst))
 }

@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -52,13 +52,27 @@ type Shape struct {
 	DiskMiB int    `json:"disk_mib"`
 }
 
-type readyMeta struct {
-	Format int    `json:"format"`
-	Key    string `json:"key"`
-	Shape  Shape  `json:"shape"`
-	// Files' digests are of what is in the files and not of their holes: see
-	// hashSparse.
-	Files map[string]File `json:"files"`
+// Meta is what a snapshot's manifest says besides its files.
+type Meta struct {
+	// Key is of what the memory depends on.
+	Key   string `json:"key"`
+	Shape Shape  `json:"shape"`
+	// Source is set for a named snapshot.
+	Source *Source `json:"source,omitempty"`
+}
+
+// snapshotManifest's digests are of what is in the files and not of their holes:
+// see hashSparse.
+type snapshotManifest struct {
+	manifest
+	Meta
+}
+
+// check is a directory of which somebody may have read all files.
+type check struct {
+	mu sync.Mutex
+	// manifest is that of the files that were read.
+	manifest os.FileInfo
 }
 
 func (s *Store) readyDir(name string) string { return filepath.Join(s.templates(), name, "ready") }
@@ -76,7 +90,7 @@ func (s *Store) Ready(ctx context.Context, name, key string) (Ready, error) {
 		return Ready{}, errdefs.InvalidArgument.Errorf("ready snapshot key %.80q is malformed", key)
 	}
 	dir := filepath.Join(s.readyDir(name), key)
-	m, err := readReady(dir)
+	m, err := readSnapshot(dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return Ready{}, errdefs.NotFound.Errorf("template %q has no ready snapshot of this kind", name)
@@ -97,43 +111,38 @@ func (s *Store) Ready(ctx context.Context, name, key string) (Ready, error) {
 	return Ready{Dir: dir, Overlay: filepath.Join(dir, readyOverlay)}, nil
 }
 
-// readReady reads a snapshot's manifest and checks that its files are there.
-func readReady(dir string) (readyMeta, error) {
-	var m readyMeta
-	if _, err := os.Stat(dir); err != nil {
-		return m, err
-	}
-	data, err := os.ReadFile(filepath.Join(dir, readyManifest))
-	if errors.Is(err, fs.ErrNotExist) {
-		return m, errors.New("it has no manifest")
-	}
-	if err != nil {
-		return m, err
-	}
-	if err := json.Unmarshal(data, &m); err != nil {
-		return m, fmt.Errorf("manifest: %w", err)
-	}
-	if m.Format != formatVersion || len(m.Files) == 0 {
-		return m, fmt.Errorf("manifest has format %d and %d files", m.Format, len(m.Files))
-	}
-	for name, want := range m.Files {
-		info, err := os.Lstat(filepath.Join(dir, name))
-		if err != nil || !info.Mode().IsRegular() || info.Size() != want.Size {
-			return m, fmt.Errorf("%s is not %d bytes long", name, want.Size)
+// readSnapshot reads a snapshot's manifest and checks that its files are there.
+func readSnapshot(dir string) (snapshotManifest, error) {
+	var m snapshotManifest
+	err := readManifest(dir, readyManifest, &m, &m.manifest)
+	return m, err
+}
+
+// checkOf returns the check of a directory, which outlives what is in it.
+func (s *Store) checkOf(dir string) *check {
+	s.checksMu.Lock()
+	defer s.checksMu.Unlock()
+	c := s.checks[dir]
+	if c == nil {
+		c = &check{}
+		if s.checks == nil {
+			s.checks = map[string]*check{}
 		}
+		s.checks[dir] = c
 	}
-	return m, nil
+	return c
 }
 
 // verify compares the files with their digests, once per Store and directory.
-func (s *Store) verify(ctx context.Context, dir string, m readyMeta) error {
-	s.verifyMu.Lock()
-	defer s.verifyMu.Unlock()
+func (s *Store) verify(ctx context.Context, dir string, m snapshotManifest) error {
+	c := s.checkOf(dir)
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	info, err := os.Stat(filepath.Join(dir, readyManifest))
 	if err != nil {
 		return err
 	}
-	if was := s.verified[dir]; was != nil && os.SameFile(was, info) {
+	if c.manifest != nil && os.SameFile(c.manifest, info) {
 		return nil
 	}
 	for name, want := range m.Files {
@@ -145,10 +154,7 @@ func (s *Store) verify(ctx context.Context, dir string, m readyMeta) error {
 			return fmt.Errorf("%s is not what was written", name)
 		}
 	}
-	if s.verified == nil {
-		s.verified = map[string]os.FileInfo{}
-	}
-	s.verified[dir] = info
+	c.manifest = info
 	return nil
 }
 
@@ -159,7 +165,15 @@ func (s *Store) DropReady(name, key string) error {
 	if err != nil || !readyKey.MatchString(key) {
 		return errors.Join(err, errors.New("drop ready snapshot: malformed name"))
 	}
-	return dropDir(filepath.Join(s.readyDir(name), key))
+	return s.dropSnapshot(filepath.Join(s.readyDir(name), key))
+}
+
+// dropSnapshot removes a snapshot's directory, and what is known of it.
+func (s *Store) dropSnapshot(dir string) error {
+	s.checksMu.Lock()
+	delete(s.checks, dir)
+	s.checksMu.Unlock()
+	return dropDir(dir)
 }
 
 // dropDir removes a published directory; the rename comes first, so that no
@@ -179,24 +193,25 @@ func dropDir(dir string) error {
 	return errors.Join(err, os.RemoveAll(garbage))
 }
 
-// Stage is a ready snapshot in the making, by one process and caller at a
-// time.
+// Stage is a snapshot in the making.
 type Stage struct {
 	// Dir is for what the VMM's driver writes.
 	Dir string
 	// AddOverlay adds the disk, cloned from a file that does not change
 	// meanwhile.
 	AddOverlay func(ctx context.Context, disk string) error
-	// Publish makes the snapshot visible under its key, and removes those of
-	// the same shape with other keys.
-	Publish func(ctx context.Context, key string, shape Shape) error
+	// Publish makes the snapshot visible: a ready one under its key, and those
+	// of the same shape with other keys are removed; a named one under its
+	// name, unless somebody was faster (errdefs.AlreadyExists).
+	Publish func(ctx context.Context, m Meta) error
 	// Discard removes what was not published and lets the next one begin. It
 	// must be called, after Publish too.
 	Discard func()
 }
 
-// StageReady begins a ready snapshot of a template. It waits, within ctx, until
-// nobody else makes one of it: look for yours again then.
+// StageReady begins a ready snapshot of a template, of which one caller of one
+// process makes one at a time. It waits, within ctx, until nobody else makes one
+// of it: look for yours again then.
 func (s *Store) StageReady(ctx context.Context, name string) (Stage, error) {
 	name, err := ParseName(name)
 	if err != nil {
@@ -219,68 +234,55 @@ func (s *Store) StageReady(ctx context.Context, name string) (Stage, error) {
 		l.unlock()
 		return Stage{}, fmt.Errorf("begin ready snapshot: %w", err)
 	}
+	return s.stage(tmp, l, func(ctx context.Context, m Meta) error {
+		if !readyKey.MatchString(m.Key) {
+			return fmt.Errorf("key %.80q is malformed", m.Key)
+		}
+		// What is there is damaged, or nobody would make another.
+		if err := s.publishSnapshot(ctx, tmp, filepath.Join(parent, m.Key), m, replace); err != nil {
+			return err
+		}
+		return s.removeOldReady(parent, m.Key, m.Shape)
+	}), nil
+}
+
+// stage is the part that all stages have in common: they are made in tmp, as
+// long as l is held.
+func (s *Store) stage(tmp string, l *lock, publish func(context.Context, Meta) error) Stage {
 	return Stage{
 		Dir: tmp,
 		AddOverlay: func(ctx context.Context, disk string) error {
-			return cloneSparse(ctx, filepath.Join(tmp, readyOverlay), disk)
+			return s.CloneOverlay(ctx, filepath.Join(tmp, readyOverlay), disk)
 		},
-		Publish: func(ctx context.Context, key string, shape Shape) error {
-			if !readyKey.MatchString(key) {
-				return fmt.Errorf("publish ready snapshot: key %.80q is malformed", key)
-			}
-			if err := publishReady(ctx, tmp, filepath.Join(parent, key), readyMeta{Format: formatVersion, Key: key, Shape: shape}); err != nil {
-				return fmt.Errorf("publish ready snapshot: %w", err)
-			}
-			return removeOldReady(parent, key, shape)
-		},
+		Publish: func(ctx context.Context, m Meta) error { return noSpace("publish snapshot", publish(ctx, m)) },
 		Discard: func() {
 			os.RemoveAll(tmp) // or it is garbage for the next one
 			l.unlock()
 		},
-	}, nil
+	}
 }
 
-func publishReady(ctx context.Context, tmp, dst string, m readyMeta) error {
-	entries, err := os.ReadDir(tmp)
+// publishSnapshot seals a snapshot and shows it as dst.
+func (s *Store) publishSnapshot(ctx context.Context, tmp, dst string, meta Meta, show func(tmp, dst string) error) error {
+	m := snapshotManifest{Meta: meta}
+	err := seal(tmp, readyManifest, &m, &m.manifest, func(path string) (File, error) { return hashSparse(ctx, path) })
 	if err != nil {
 		return err
 	}
-	m.Files = map[string]File{}
-	for _, e := range entries {
-		path := filepath.Join(tmp, e.Name())
-		if err := os.Chmod(path, 0o444); err != nil {
-			return err
-		}
-		if m.Files[e.Name()], err = hashSparse(ctx, path); err != nil {
-			return err
-		}
-		if err := flush(path); err != nil {
-			return err
-		}
-	}
-	data, err := json.MarshalIndent(m, "", "  ")
-	if err != nil {
+	if err := show(tmp, dst); err != nil {
 		return err
 	}
-	if err := writeSynced(filepath.Join(tmp, readyManifest), append(data, '\n')); err != nil {
-		return err
-	}
-	if err := errors.Join(os.Chmod(tmp, 0o755), flush(tmp)); err != nil {
-		return err
-	}
-	// What is there is damaged, or nobody would make another.
-	if err := dropDir(dst); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, dst); err != nil {
-		return err
-	}
-	return flush(filepath.Dir(dst))
+	// All of it has just been read.
+	c := s.checkOf(dst)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.manifest, _ = os.Stat(filepath.Join(dst, readyManifest)) // or it is read again
+	return nil
 }
 
 // removeOldReady removes the snapshots of a shape that the one with key
 // supersedes, those that cannot be read, and those that are too many.
-func removeOldReady(parent, key string, shape Shape) error {
+func (s *Store) removeOldReady(parent, key string, shape Shape) error {
 	entries, err := os.ReadDir(parent)
 	if err != nil {
 		return err
@@ -296,15 +298,15 @@ func removeOldReady(parent, key string, shape Shape) error {
 			continue
 		}
 		dir := filepath.Join(parent, e.Name())
-		if m, err := readReady(dir); err != nil || m.Shape == shape {
-			errs = append(errs, dropDir(dir))
+		if m, err := readSnapshot(dir); err != nil || m.Shape == shape {
+			errs = append(errs, s.dropSnapshot(dir))
 		} else if info, err := os.Stat(dir); err == nil {
 			others = append(others, used{dir, info.ModTime()})
 		}
 	}
 	slices.SortFunc(others, func(a, b used) int { return b.at.Compare(a.at) })
 	for _, o := range others[min(len(others), maxReady-1):] {
-		errs = append(errs, dropDir(o.dir))
+		errs = append(errs, s.dropSnapshot(o.dir))
 	}
 	return errors.Join(errs...)
 }

@@ -30,20 +30,20 @@ type Store struct {
 	dir string
 	log *slog.Logger
 
-	verifyMu sync.Mutex
-	// verified are the manifests of ready snapshots whose files were read.
-	verified map[string]os.FileInfo
+	checksMu sync.Mutex
+	// checks are the directories of snapshots whose files were read.
+	checks map[string]*check
 }
 
 // Open makes the store's directories if they are missing and removes what
-// interrupted setups left, unless a setup is running at this moment.
+// interrupted setups and snapshots left, unless one is under way at this moment.
 func Open(dir string, log *slog.Logger) (*Store, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open template store: %w", err)
 	}
 	s := &Store{dir: dir, log: log}
-	for _, d := range []string{dir, s.kernels(), s.templates(), s.seeds()} {
+	for _, d := range []string{dir, s.kernels(), s.templates(), s.seeds(), s.snapshots()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("open template store: %w", err)
 		}
@@ -52,7 +52,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	if err := os.Chmod(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open template store: %w", err)
 	}
-	for _, d := range []string{s.kernels(), s.templates(), s.seeds()} {
+	for _, d := range []string{s.kernels(), s.templates(), s.seeds(), s.snapshots()} {
 		l, err := tryLock(d)
 		if errors.Is(err, errLocked) {
 			continue
@@ -79,6 +79,7 @@ func (s *Store) Dir() string { return s.dir }
 func (s *Store) kernels() string   { return filepath.Join(s.dir, "kernels") }
 func (s *Store) templates() string { return filepath.Join(s.dir, "templates") }
 func (s *Store) seeds() string     { return filepath.Join(s.dir, "seeds") }
+func (s *Store) snapshots() string { return filepath.Join(s.dir, "snapshots") }
 
 // Boot is what a guest boots: a kernel with the initrd that carries envd.
 // Paths are absolute; the files never change, a newer kernel or initrd is a
@@ -123,13 +124,15 @@ var twoDots = regexp.MustCompile(`\.\.`)
 // ParseName checks a template's name: 1 to 63 of a-z, 0-9, dot, underscore
 // and dash, the first a letter or digit, no two dots in a row. Any other name
 // is errdefs.InvalidArgument.
-func ParseName(name string) (string, error) {
+func ParseName(name string) (string, error) { return parseName("template", name) }
+
+func parseName(what, name string) (string, error) {
 	if !namePattern.MatchString(name) || twoDots.MatchString(name) {
 		shown := name
 		if len(shown) > 80 {
 			shown = shown[:80] + "…"
 		}
-		return "", errdefs.InvalidArgument.Errorf("template name %q: want 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit, without '..'", shown)
+		return "", errdefs.InvalidArgument.Errorf("%s name %q: want 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit, without '..'", what, shown)
 	}
 	return name, nil
 }

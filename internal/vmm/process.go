@@ -71,6 +71,9 @@ type Program struct {
 	// UID and GID are what the program runs as, with no other groups; zero for
 	// root.
 	UID, GID int
+	// ReadOnly is a file that the program cannot write to, though it opens it
+	// by this path for reading and writing; empty for none. See Started.
+	ReadOnly string
 }
 
 // Ref names a process for good, and what the launcher looks after for it:
@@ -94,6 +97,8 @@ type Process struct {
 	ref   Ref
 	child bool // ours to reap
 	pidfd *os.File
+	// opener, if not nil, gives it its read-only file.
+	opener *opener
 
 	ended   chan struct{} // closed when the watcher has ended
 	done    chan struct{}
@@ -169,6 +174,13 @@ func Launch(p Program) (_ *Process, err error) {
 		}
 	}
 
+	var o *opener
+	if p.ReadOnly != "" {
+		if o, err = newOpener(p.ReadOnly); err != nil {
+			return nil, err
+		}
+		steps.Push("close opener", func(context.Context) error { o.close(); return nil })
+	}
 	// What we open ourselves is never inherited. What our parent left open in
 	// us is, unless it is told now.
 	if err := unix.CloseRange(3, math.MaxInt32, unix.CLOSE_RANGE_CLOEXEC); err != nil {
@@ -193,6 +205,11 @@ func Launch(p Program) (_ *Process, err error) {
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			return fmt.Errorf("set no_new_privs: %w", err)
 		}
+		if o != nil {
+			if err := o.enterThread(); err != nil {
+				return err
+			}
+		}
 		pid, _, err = syscall.StartProcess(p.Args[0], p.Args, &syscall.ProcAttr{
 			Dir:   "/",
 			Env:   env,
@@ -216,7 +233,7 @@ func Launch(p Program) (_ *Process, err error) {
 		return nil, errors.Join(err, unix.Close(pidfd))
 	}
 	ref.Log, ref.Console, ref.Cgroup = p.Log, p.Console, p.Cgroup
-	process, err := watch(&Process{ref: ref, child: true}, pidfd)
+	process, err := watch(&Process{ref: ref, child: true, opener: o}, pidfd)
 	if err != nil {
 		return nil, err
 	}
@@ -352,6 +369,9 @@ func (p *Process) wait() {
 		}
 	}
 	defer close(p.done)
+	if p.opener != nil {
+		p.opener.close()
+	}
 	p.exit = Exit{At: time.Now().UTC(), Code: -1}
 	if p.child {
 		reap(p.ref.PID, &p.exit)
@@ -374,6 +394,16 @@ func (p *Process) exitWithin(d time.Duration) error {
 		return err
 	}
 	return conn.Read(func(fd uintptr) bool { return exited(int(fd)) })
+}
+
+// Started says that the program has opened all that it ever will. One that
+// did not take its read-only file the way it was to is an error; opening for
+// writing by name fails from now on.
+func (p *Process) Started() error {
+	if p.opener != nil && !p.opener.close() {
+		return errors.New("the program did not get its file for reading alone")
+	}
+	return nil
 }
 
 // Release ends the watching of an adopted process, which lives on. Done is

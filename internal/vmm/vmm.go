@@ -75,7 +75,7 @@ type Restorer interface {
 	// dir; the VM comes back paused. The spec has the shape of that VM's
 	// (errdefs.InvalidArgument else), its disks hold what they held then. The
 	// memory file is mapped privately by every VM restored from it, so dir
-	// must not change while one lives. A snapshot that is incomplete or
+	// must not change while one lives; no VMM can change it, either. A snapshot that is incomplete or
 	// damaged, as far as that can be seen without reading all of its memory,
 	// is errdefs.Corrupt; one of another version of the VMM is
 	// errdefs.Unsupported.

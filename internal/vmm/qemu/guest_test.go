@@ -3,6 +3,7 @@ package qemu
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -240,6 +242,99 @@ func TestClonesShareMemory(t *testing.T) {
 		st.Size>>20, st.Blocks*512>>20, private>>10)
 	if private > st.Size/4 {
 		t.Errorf("a fresh clone has %d bytes of its own", private)
+	}
+}
+
+// Whoever has taken over a restored VM's QEMU cannot change the memory that
+// others start from: neither through what it has open nor as its user.
+func TestSnapshotCannotBeWritten(t *testing.T) {
+	s := subject(t)
+	v := start(t, s)
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := v.Snapshot(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	const uid = 871234
+	spec := s.Clone()
+	spec.UID, spec.GID = uid, uid
+	restored, err := s.Driver.(*Driver).Restore(t.Context(), spec, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { restored.Kill(t.Context()) })
+	path := filepath.Join(dir, memoryName)
+	if err := os.Chmod(path, 0o444); err != nil { // as published ones are
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	digest := func() [sha256.Size]byte {
+		t.Helper()
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return sha256.Sum256(data)
+	}
+	before := digest()
+	var want unix.Stat_t
+	if err := unix.Stat(path, &want); err != nil {
+		t.Fatal(err)
+	}
+
+	pid := restored.(*vm).state.Process.PID
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pidfd)
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for _, e := range fds {
+		n, err := strconv.Atoi(e.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		fd, err := unix.PidfdGetfd(pidfd, n, 0) // its own, not another of the file
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := os.NewFile(uintptr(fd), "of qemu")
+		defer file.Close()
+		var st unix.Stat_t
+		if unix.Fstat(fd, &st) != nil || st.Ino != want.Ino || st.Dev != want.Dev {
+			continue
+		}
+		found++
+		if _, err := unix.Pwrite(fd, []byte("x"), 0); err == nil {
+			t.Error("it can be written to")
+		}
+		if unix.Ftruncate(fd, 0) == nil || unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, pageSize) == nil {
+			t.Error("it can be cut")
+		}
+		if _, err := unix.Mmap(fd, 0, pageSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
+			t.Error("it can be mapped for writing")
+		}
+		// As its user, with its descriptor, and in no jail.
+		cmd := exec.Command("/bin/sh", "-c", "cat <&3 >/dev/null && echo reads; echo x >/proc/self/fd/3 || echo x >&3")
+		cmd.ExtraFiles = []*os.File{file}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+		if out, err := cmd.Output(); err == nil || string(out) != "reads\n" {
+			t.Errorf("as its user: %q, %v", out, err)
+		}
+	}
+	if found == 0 {
+		t.Error("it has no descriptor of its memory")
+	}
+	if digest() != before {
+		t.Error("the memory is not what was written")
 	}
 }
 

@@ -118,6 +118,9 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		Limits:  spec.Limits,
 
 		PrivateMounts: true,
+		// It maps the memory privately, but opens it for writing all the
+		// same.
+		ReadOnly: m.memory,
 	})
 	if err != nil {
 		return nil, err
@@ -150,6 +153,9 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		// Unclassed: QEMU's own words name the host's files.
 		return nil, fmt.Errorf("qemu %s: %s", exit, exit.Detail)
 	case err != nil:
+		return nil, err
+	}
+	if err := process.Started(); err != nil {
 		return nil, err
 	}
 	steps.Keep()

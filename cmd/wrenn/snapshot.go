@@ -1,0 +1,132 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"text/tabwriter"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+)
+
+func newSnapshot(c *client) *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "snapshot ID [NAME]",
+		Short: "Keep the present state of a sandbox under a name",
+		Long: `Keep the present state of a sandbox, which goes on, and print the name of the
+snapshot; one is made up if none is given. 'wrenn create NAME' and 'wrenn run
+--template NAME' make sandboxes from it that go on with the memory, the processes
+and the disk of that moment, as often as one likes, also when the sandbox is gone.
+They have an id, a network and a token of their own. The sandbox stands still only
+while its memory is copied; how long that took is printed on stderr.
+
+Whatever is in the memory of its programs or on its disk is in the snapshot.`,
+		Example: "  wrenn snapshot 3fa prepared\n  wrenn create prepared\n  wrenn snapshots\n  wrenn snapshot rm prepared",
+		Args:    cobra.RangeArgs(1, 2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := c.resolve(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			req := &hostagentv1.SnapshotSandboxRequest{SandboxId: id}
+			if len(args) > 1 {
+				if req.Name = args[1]; req.Name == "" {
+					return errors.New("the snapshot's name is empty; leave it out to have one made up")
+				}
+			}
+			done := spin("copying the sandbox")
+			resp, err := c.agent().SnapshotSandbox(cmd.Context(), connect.NewRequest(req))
+			done()
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), resp.Msg)
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), resp.Msg.Snapshot.Name)
+			fmt.Fprintln(cmd.ErrOrStderr(), times(resp.Msg.PausedMs, resp.Msg.TookMs))
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	list := newSnapshots(c)
+	list.Use, list.Aliases = "ls", []string{"list"}
+	cmd.AddCommand(newSnapshotRm(c), list)
+	return cmd
+}
+
+func newSnapshotRm(c *client) *cobra.Command {
+	var force bool
+	cmd := &cobra.Command{
+		Use:     "rm NAME...",
+		Aliases: []string{"delete"},
+		Short:   "Delete snapshots; sandboxes made from them go on",
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, names []string) error {
+			var errs []error
+			for _, name := range names {
+				_, err := c.agent().DeleteSnapshot(cmd.Context(), connect.NewRequest(&hostagentv1.DeleteSnapshotRequest{Name: name}))
+				if err != nil && !(force && connect.CodeOf(err) == connect.CodeNotFound) {
+					errs = append(errs, err)
+					continue
+				}
+				fmt.Fprintln(cmd.OutOrStdout(), name)
+			}
+			return all(errs)
+		},
+	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "that a snapshot does not exist is no error")
+	return cmd
+}
+
+// all is what a command ends with that went on after errors: one is the
+// program's, several are printed.
+func all(errs []error) error {
+	if len(errs) > 1 {
+		for _, err := range errs {
+			fmt.Fprintln(os.Stderr, "wrenn: "+explain(err))
+		}
+		return exitError(1)
+	}
+	return errors.Join(errs...)
+}
+
+func newSnapshots(c *client) *cobra.Command {
+	var quiet, asJSON bool
+	cmd := &cobra.Command{
+		Use:   "snapshots",
+		Short: "List snapshots",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			resp, err := c.agent().ListSnapshots(cmd.Context(), connect.NewRequest(&hostagentv1.ListSnapshotsRequest{}))
+			if err != nil {
+				return err
+			}
+			out := cmd.OutOrStdout()
+			switch {
+			case asJSON:
+				return printJSON(out, resp.Msg)
+			case quiet:
+				for _, s := range resp.Msg.Snapshots {
+					fmt.Fprintln(out, s.Name)
+				}
+				return nil
+			}
+			w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+			fmt.Fprintln(w, "NAME\tSANDBOX ID\tTEMPLATE\tVCPUS\tMEMORY\tSIZE\tCREATED")
+			for _, s := range resp.Msg.Snapshots {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d MiB\t%d MiB\t%s ago\n", s.Name, s.SandboxId, s.Template,
+					s.Vcpus, s.MemoryMb, (s.SizeBytes+1<<20-1)>>20, rough(time.Since(time.Unix(s.CreatedAtUnix, 0))))
+			}
+			return w.Flush()
+		},
+	}
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print names alone")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	return cmd
+}

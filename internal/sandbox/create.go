@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"slices"
 	"strings"
@@ -42,6 +43,34 @@ type CreateRequest struct {
 
 	// diskMiB is a fork's; Config.OverlayMiB when zero.
 	diskMiB int
+	// warm is the key of what a guest is made from that is to wait for its
+	// sandbox; empty for a sandbox.
+	warm string
+}
+
+// The ways in which a sandbox can start.
+const (
+	FromWarm  = "warm" // a guest that was waiting
+	FromReady = "ready snapshot"
+	FromBoot  = "cold boot"
+	// FromSnapshot is the state of another sandbox.
+	FromSnapshot = "snapshot"
+)
+
+// Created is what came of a Create.
+type Created struct {
+	Info
+	// From says what the sandbox started from, Why why it had to boot.
+	From, Why string
+	// Phases are what the time went into, in this order, some of it at the same
+	// time.
+	Phases []Phase
+}
+
+// Phase is a part of an operation.
+type Phase struct {
+	Name string
+	Took time.Duration
 }
 
 func (r *CreateRequest) check() error {
@@ -79,13 +108,16 @@ var errDestroyed = errdefs.Busy.Errorf("somebody destroyed the sandbox meanwhile
 
 // Create makes a sandbox and returns when commands can run in it. ctx bounds
 // the making only: the sandbox outlives it. On error nothing is left.
-func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
+func (m *Manager) Create(ctx context.Context, req CreateRequest) (Created, error) {
 	if err := req.check(); err != nil {
-		return Info{}, err
+		return Created{}, err
 	}
 	tmpl, err := m.cfg.Templates.Get(req.Template)
 	if err != nil {
-		return Info{}, err
+		return Created{}, err
+	}
+	if created, ok, err := m.createWarm(ctx, req, tmpl); ok || err != nil {
+		return created, err
 	}
 	return m.make(ctx, req, tmpl.BaseSHA256, func(ctx context.Context, b *box, took *phases) error {
 		return m.boot(ctx, b, tmpl, took)
@@ -93,14 +125,14 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Info, error) {
 }
 
 // make makes a sandbox whose VM start brings up; on error nothing is left.
-func (m *Manager) make(ctx context.Context, req CreateRequest, base string, start func(context.Context, *box, *phases) error) (Info, error) {
+func (m *Manager) make(ctx context.Context, req CreateRequest, base string, start func(context.Context, *box, *phases) error) (Created, error) {
 	var took phases
 	took.begin()
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
 	b, err := m.reserve(ctx, req, base, abort)
 	if err != nil {
-		return Info{}, fmt.Errorf("create sandbox: %w", err)
+		return Created{}, fmt.Errorf("create sandbox: %w", err)
 	}
 	defer b.unhold()
 
@@ -118,9 +150,9 @@ func (m *Manager) make(ctx context.Context, req CreateRequest, base string, star
 			detail = "the caller left while the sandbox was being created"
 		}
 		m.release(b, reason, detail)
-		return Info{}, fmt.Errorf("create sandbox %s: %w", b.id, err)
+		return Created{}, fmt.Errorf("create sandbox %s: %w", b.id, err)
 	}
-	return b.info(), nil
+	return took.created(b), nil
 }
 
 // reserve takes capacity, a slot and an ID, and commits to them by writing the
@@ -133,14 +165,11 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	if req.diskMiB != 0 {
 		need.DiskMiB = req.diskMiB
 	}
-	m.mu.Lock()
-	if m.draining {
-		err = errdefs.Unavailable.Errorf("the host is shutting down")
-	} else {
-		err = m.admit(need)
+	giveUp := m.giveUpWarm
+	if req.warm != "" { // none makes way for another
+		giveUp = func(context.Context, Resources) bool { return false }
 	}
-	m.mu.Unlock()
-	if err != nil {
+	if err := m.admitted(ctx, need, giveUp); err != nil {
 		return nil, err
 	}
 	temp.Push("admission", func(context.Context) error {
@@ -151,6 +180,9 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	})
 
 	slot, err := m.cfg.Network.Acquire(ctx)
+	for errors.Is(err, errdefs.Exhausted) && giveUp(ctx, Resources{}) {
+		slot, err = m.cfg.Network.Acquire(ctx)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +201,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: Creating,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, Base: base,
+		OnTimeout: req.OnTimeout, Base: base, Warm: req.warm,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
@@ -189,7 +221,9 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 		return nil, errdefs.Unavailable.Errorf("the host is shutting down")
 	}
 	temp.Keep()
-	m.tell(Event{Time: now, ID: id, To: Creating})
+	if !b.waits() {
+		m.tell(Event{Time: now, ID: id, To: Creating})
+	}
 	return b, nil
 }
 
@@ -231,11 +265,11 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took
 		}
 	}
 
-	how := []any{"sandbox", b.id, "from", "ready snapshot"}
+	took.from = FromReady
 	if !restored {
-		how = []any{"sandbox", b.id, "from", "cold boot", "why", from.why}
+		took.from, took.why = FromBoot, from.why
 	}
-	m.log.Info("sandbox started", append(how, took.attrs...)...)
+	took.log(m.log, b)
 	return m.move(b, Running, nil)
 }
 
@@ -376,7 +410,7 @@ func (m *Manager) watch(b *box, vm vmm.VM, kill context.CancelCauseFunc) {
 		return // the next agent finds it
 	}
 	defer b.unhold()
-	if s := b.state(); s != Running && s != Paused || b.vm != vm {
+	if s := b.state(); s != Running && s != Paused && !m.inPool(b) || b.vm != vm {
 		return
 	}
 	m.release(b, VMExited, vm.Exit().String()+m.lastWords(b.id))
@@ -408,10 +442,13 @@ func (m *Manager) lastWords(id ID) string {
 	return "; the console ends: " + strings.Join(all[max(0, len(all)-lines):], " | ")
 }
 
-// phases measures the stages of a create, for the log.
+// phases measures the stages of a create, for the log and for the caller.
 type phases struct {
 	last  time.Time
-	attrs []any
+	list  []Phase
+	attrs []any // the same, for the log
+
+	from, why string
 }
 
 func (p *phases) begin() { p.last = time.Now() }
@@ -423,5 +460,18 @@ func (p *phases) end(name string) {
 }
 
 func (p *phases) add(name string, took time.Duration) {
+	p.list = append(p.list, Phase{name, took})
 	p.attrs = append(p.attrs, name, took.Round(100*time.Microsecond))
+}
+
+func (p *phases) log(log *slog.Logger, b *box) {
+	how := []any{"sandbox", b.id, "from", p.from}
+	if p.why != "" {
+		how = append(how, "why", p.why)
+	}
+	log.Info("sandbox started", append(how, p.attrs...)...)
+}
+
+func (p *phases) created(b *box) Created {
+	return Created{Info: b.info(), From: p.from, Why: p.why, Phases: p.list}
 }

@@ -326,12 +326,16 @@ type fakeGuest struct {
 	*faults
 	open *atomic.Int64
 	exec func(context.Context, guest.Command) (guest.Result, error)
+	told func(guest.Init)
 }
 
 func (g fakeGuest) WaitReady(ctx context.Context) error { return g.called(ctx, "guest.ready") }
 func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
 	if i.AccessToken == "" {
 		return errors.New("no token")
+	}
+	if g.told != nil {
+		g.told(i)
 	}
 	return g.called(ctx, "guest.init")
 }

@@ -139,7 +139,7 @@ func (m *Manager) fork(ctx context.Context, source Record, dir string) (Info, er
 		Template: source.Template, VCPUs: source.VCPUs, MemMiB: source.MemMiB,
 		Timeout: source.Timeout, OnTimeout: source.OnTimeout, diskMiB: source.DiskMiB,
 	}
-	return m.make(ctx, req, source.Base, func(ctx context.Context, b *box, took *phases) error {
+	created, err := m.make(ctx, req, source.Base, func(ctx context.Context, b *box, took *phases) error {
 		done, err := m.startSlot(ctx)
 		if err != nil {
 			return err
@@ -164,7 +164,9 @@ func (m *Manager) fork(ctx context.Context, source Record, dir string) (Info, er
 		if err := m.restore(ctx, b, tmpl, dir, in, source.Token, took); err != nil {
 			return err
 		}
+		took.from = FromSnapshot
 		m.log.Info("sandbox forked", append([]any{"sandbox", b.id, "source", source.ID}, took.attrs...)...)
 		return m.move(b, Running, nil)
 	})
+	return created.Info, err
 }

@@ -34,6 +34,7 @@ type rig struct {
 	driver  *vmmtest.Fake
 	faults  *faults
 	exec    func(context.Context, guest.Command) (guest.Result, error)
+	told    func(guest.Init)
 	open    atomic.Int64 // guests not closed
 	found   Recovery
 	dead    []*Manager
@@ -97,7 +98,7 @@ func (r *rig) config() Config {
 		Driver: hookedDriver{r.driver, r.faults}, Network: r.net, Templates: r.tmpl,
 		Guests: func(netip.Addr, string) Guest {
 			r.open.Add(1)
-			return fakeGuest{f, &r.open, r.exec}
+			return fakeGuest{f, &r.open, r.exec, r.told}
 		},
 		KillStrays: func(ctx context.Context, _, _ string, keep func(string) bool) ([]string, error) {
 			if err := f.called(ctx, "kill strays"); err != nil {

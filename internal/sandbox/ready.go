@@ -118,6 +118,30 @@ func readyKey(machine string, spec vmm.Spec, tmpl template.Template, diskMiB int
 // tells its guest in who it is now. token is what the guest knows as its own,
 // if it is not the sandbox's. Called with the op lock held.
 func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, dir string, in guest.Init, token string, took *phases) error {
+	if err := m.load(ctx, b, tmpl, dir, took); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, wakeTimeout,
+		errdefs.Unavailable.Errorf("the restored guest did not answer within %s", wakeTimeout))
+	defer cancel()
+	ctx, cancelBoth := both(ctx, b.alive)
+	defer cancelBoth()
+	// No packet is lost before the guest runs: the first connection is the one.
+	g := b.guest
+	if token != "" {
+		g = m.cfg.Guests(b.record().HostIP, token)
+		defer g.Close()
+	}
+	if err := g.Init(ctx, in); err != nil {
+		return m.bootFailed(b, "initialise guest", err)
+	}
+	took.end("init")
+	return nil
+}
+
+// load starts a sandbox's VM from a snapshot in dir and lets its guest run, which
+// has not been told who it is. Called with the op lock held.
+func (m *Manager) load(ctx context.Context, b *box, tmpl template.Template, dir string, took *phases) error {
 	restorer, ok := m.cfg.Driver.(vmm.Restorer)
 	if !ok {
 		return errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", m.cfg.Driver.Name())
@@ -132,25 +156,12 @@ func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, d
 		return err
 	}
 	took.end("load")
-	ctx, cancel := context.WithTimeoutCause(ctx, wakeTimeout,
-		errdefs.Unavailable.Errorf("the restored guest did not answer within %s", wakeTimeout))
+	ctx, cancel := both(ctx, b.alive)
 	defer cancel()
-	ctx, cancelBoth := both(ctx, b.alive)
-	defer cancelBoth()
 	if err := vm.Resume(ctx); err != nil {
 		return fmt.Errorf("wake vm: %w", err)
 	}
 	took.end("wake")
-	// No packet is lost before the guest runs: the first connection is the one.
-	g := b.guest
-	if token != "" {
-		g = m.cfg.Guests(b.record().HostIP, token)
-		defer g.Close()
-	}
-	if err := g.Init(ctx, in); err != nil {
-		return m.bootFailed(b, "initialise guest", err)
-	}
-	took.end("init")
 	return nil
 }
 

@@ -51,6 +51,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		cfg: cfg, log: cfg.Log, lock: lock,
 		starts: make(chan struct{}, cfg.Capacity.Starts),
 		boxes:  map[ID]*box{},
+		pool:   pool{woken: make(chan struct{}, 1)},
 		ends:   map[Reason]int{},
 	}
 	m.life, m.end = context.WithCancel(context.Background())
@@ -63,6 +64,9 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		return nil, Recovery{}, fmt.Errorf("recover sandboxes: %w", err)
 	}
 	m.goes("janitor", m.janitor)
+	if cfg.Warm > 0 {
+		m.goes("warm pool", m.keepWarm)
+	}
 	return m, found, nil
 }
 
@@ -260,8 +264,8 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 		}
 		wg.Go(func() {
 			var err error
-			if destroy {
-				err = m.Destroy(ctx, b.id)
+			if destroy || m.inPool(b) {
+				err = m.destroyBox(ctx, b)
 			} else if err = b.hold(ctx, "awaited"); err == nil {
 				b.unhold()
 			}

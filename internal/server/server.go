@@ -74,7 +74,7 @@ func Health(manager *sandbox.Manager) http.Handler {
 }
 
 func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostagentv1.CreateSandboxRequest]) (*connect.Response[hostagentv1.CreateSandboxResponse], error) {
-	info, err := s.manager.Create(ctx, sandbox.CreateRequest{
+	created, err := s.manager.Create(ctx, sandbox.CreateRequest{
 		Template: req.Msg.Template,
 		VCPUs:    int(req.Msg.Vcpus),
 		MemMiB:   int(req.Msg.MemoryMb),
@@ -85,9 +85,14 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.CreateSandboxResponse{
-		SandboxId: string(info.ID), Status: string(info.State), HostIp: info.HostIP.String(),
-	}), nil
+	resp := &hostagentv1.CreateSandboxResponse{
+		SandboxId: string(created.ID), Status: string(created.State), HostIp: created.HostIP.String(),
+		StartedFrom: created.From, Why: created.Why,
+	}
+	for _, p := range created.Phases {
+		resp.Phases = append(resp.Phases, &hostagentv1.Phase{Name: p.Name, Ms: float64(p.Took.Microseconds()) / 1000})
+	}
+	return connect.NewResponse(resp), nil
 }
 
 func (s *service) DestroySandbox(ctx context.Context, req *connect.Request[hostagentv1.DestroySandboxRequest]) (*connect.Response[hostagentv1.DestroySandboxResponse], error) {

@@ -14,7 +14,7 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"runtime"
+	"runtime/debug"
 	"strconv"
 	"sync"
 	"time"
@@ -62,7 +62,7 @@ func (s *Server) rehearse(ctx context.Context) {
 	}
 	// What it left behind is cleared away now and not in the middle of the first
 	// requests.
-	runtime.GC()
+	debug.FreeOSMemory()
 }
 
 func (s *Server) playOnce(ctx context.Context) error {
@@ -95,10 +95,11 @@ func (s *Server) playOnce(ctx context.Context) error {
 		return err
 	}
 	// Shells and programs come from the disk the first time.
-	for _, script := range []string{"ls / | cat; id; date; uname; [ ! -x /bin/bash ] || /bin/bash -c :", "echo"} {
-		start, err := proto.Marshal(&processv1.StartRequest{
-			Process: &processv1.ProcessConfig{Cmd: "/bin/sh", Args: []string{"-c", script}}, Stdin: new(bool),
-		})
+	for _, config := range []*processv1.ProcessConfig{
+		{Cmd: "/bin/sh", Args: []string{"-c", "ls / | cat; id; date; uname; [ ! -x /bin/bash ] || /bin/bash -c :"}},
+		{Cmd: "echo", Args: []string{"ready"}},
+	} {
+		start, err := proto.Marshal(&processv1.StartRequest{Process: config, Stdin: new(bool)})
 		if err != nil {
 			return err
 		}

@@ -396,6 +396,8 @@ func (r *rig) wantConsistent() {
 	if live := r.host.Live(); !slices.Equal(live, vms) && len(live)+len(vms) > 0 {
 		r.t.Errorf("VMs %v live, records name %v", live, vms)
 	}
+	r.net.mu.Lock()
+	defer r.net.mu.Unlock()
 	if len(r.net.open) != slots || len(r.net.taken) != slots {
 		r.t.Errorf("%d sandboxes hold slots; open %v, taken %v", slots, r.net.open, r.net.taken)
 	}

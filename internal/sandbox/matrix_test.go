@@ -144,13 +144,12 @@ var scenarios = map[string]scenario{
 		run: func(ctx context.Context, r *rig, _ ID) error {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
 			defer cancel()
-			m := r.Manager
-			err := m.Shutdown(ctx, false)
 			f := r.faults
+			err := r.Shutdown(ctx, false)
 			f.mu.Lock()
 			dead := f.dead
 			f.mu.Unlock()
-			if dead {
+			if dead { // it was killed in the middle
 				return err
 			}
 			r.die()
@@ -201,7 +200,9 @@ func (s scenario) steps(t *testing.T) (steps []string) {
 		r := s.rig(t)
 		id := s.prepare(r)
 		f := r.faults // not those of an agent to come
+		f.mu.Lock()
 		before := len(f.order)
+		f.mu.Unlock()
 		if err := s.run(t.Context(), r, id); err != nil {
 			t.Fatalf("without faults: %v", err)
 		}

@@ -183,7 +183,7 @@ func spin(what string) (stop func()) {
 
 func newCreate(c *client) *cobra.Command {
 	var s size
-	var asJSON bool
+	var asJSON, verbose bool
 	cmd := &cobra.Command{
 		Use:   "create [TEMPLATE]",
 		Short: "Create a sandbox and print its id",
@@ -203,6 +203,9 @@ passed without activity.`,
 			if err != nil {
 				return err
 			}
+			if verbose {
+				fmt.Fprintln(cmd.ErrOrStderr(), course(resp))
+			}
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), resp)
 			}
@@ -212,7 +215,20 @@ passed without activity.`,
 	}
 	s.flags(cmd)
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "say on stderr what the sandbox started from and what the time went into")
 	return cmd
+}
+
+// course says in a line what a sandbox started from, and what that took.
+func course(resp *hostagentv1.CreateSandboxResponse) string {
+	line := "started from: " + resp.StartedFrom
+	if resp.Why != "" {
+		line += " (" + resp.Why + ")"
+	}
+	for i, p := range resp.Phases {
+		line += fmt.Sprintf("%s %s %.1f ms", map[bool]string{true: ";", false: ","}[i == 0], p.Name, p.Ms)
+	}
+	return line
 }
 
 func newPs(c *client) *cobra.Command {

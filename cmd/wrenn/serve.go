@@ -120,6 +120,8 @@ type serveConfig struct {
 	dns        string
 	egress     string
 	pool       int
+	warm       int
+	warmErr    error // of its environment variable
 	overlayMiB int
 	capacity   sandbox.Capacity
 	boot       time.Duration
@@ -158,6 +160,9 @@ adopts those that run.`,
 	f.StringVar(&c.dns, "dns", env("WRENN_DNS", ""), "resolvers of the guests, comma-separated; the host's own when empty (env WRENN_DNS)")
 	f.StringVar(&c.egress, "egress", env("WRENN_EGRESS", string(network.Public)), "what sandboxes may reach: public (the internet, no private networks), none, or all (env WRENN_EGRESS)")
 	f.IntVar(&c.pool, "pool", 4, "networks kept built ahead of use")
+	warm, err := strconv.Atoi(env("WRENN_WARM", "0"))
+	c.warmErr = err
+	f.IntVar(&c.warm, "warm", warm, "guests of the default template and size kept running ahead of use, so that a create need not start one; they take room until a sandbox needs it (env WRENN_WARM)")
 	f.IntVar(&c.overlayMiB, "disk", 4096, "size of each sandbox's disk in MiB; it takes only what is written")
 	f.IntVar(&c.capacity.Sandboxes, "max-sandboxes", 1000, "most sandboxes at a time")
 	f.IntVar(&c.capacity.VCPUs, "max-vcpus", 32*cpus, "most virtual CPUs of all sandboxes together")
@@ -190,11 +195,14 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 	if c.logFormat != "text" && c.logFormat != "json" {
 		errs = append(errs, fmt.Errorf("--log-format %q is unknown: use text or json", c.logFormat))
 	}
+	if c.warmErr != nil {
+		errs = append(errs, fmt.Errorf("WRENN_WARM: %w", c.warmErr))
+	}
 	if _, err := network.ParseMode(c.egress); err != nil {
 		errs = append(errs, fmt.Errorf("--egress: %w", err))
 	}
 	for name, n := range map[string]int{
-		"pool": c.pool + 1,
+		"pool": c.pool + 1, "warm": c.warm + 1,
 		"disk": c.overlayMiB - 63, "max-sandboxes": c.capacity.Sandboxes, "max-vcpus": c.capacity.VCPUs,
 		"max-memory": c.capacity.MemMiB, "max-starts": c.capacity.Starts,
 	} {
@@ -277,7 +285,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	net := network.New(plan, network.Options{BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Resolvers: dns, Pool: c.pool, Log: log})
 	cfg.Network = net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
-	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused = c.boot, c.keep, c.keepPaused
+	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused, cfg.Warm = c.boot, c.keep, c.keepPaused, c.warm
 	// Whoever ends us now waits until the state is taken over, and is then
 	// served as always: half a recovery would leave rules and routes that
 	// nobody looks after.

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -268,11 +269,14 @@ func replaceFile(name, text string) error {
 // limits keeps envd alive under whatever its users' processes do.
 func (b *booter) limits() {
 	b.optional("protect envd from the OOM killer", os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0o644))
+	// Memory is cheaper here than the time to look for what can be freed, and to
+	// give it back and fetch it again.
+	debug.SetGCPercent(400)
 	// What a distribution's init gives: programs that want more raise it.
 	b.optional("raise the limit of open files",
 		unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 524288}))
 	for name, value := range map[string]string{
-		"HOME": "/root", "PATH": DefaultPath, "TERM": "",
+		"HOME": "/root", "PATH": DefaultPath, "TERM": "", "GODEBUG": "",
 	} {
 		if value == "" {
 			os.Unsetenv(name)

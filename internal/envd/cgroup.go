@@ -49,6 +49,8 @@ func setupCgroups(mountpoint, root string) error {
 // become empty. Safe for concurrent use.
 type cgroups struct {
 	root string
+	// room is how many processes there can be.
+	room func() int
 
 	mu sync.Mutex
 	// ended holds the cgroups whose process has ended while others, its
@@ -58,7 +60,13 @@ type cgroups struct {
 }
 
 func newCgroups(root string) *cgroups {
-	return &cgroups{root: root, ended: make(map[string]struct{})}
+	g := &cgroups{root: root, ended: make(map[string]struct{})}
+	g.room = sync.OnceValue(func() int {
+		text, _ := os.ReadFile(filepath.Join(root, "pids.max"))
+		room, _ := strconv.Atoi(strings.TrimSpace(string(text))) // or there is no limit
+		return room
+	})
+	return g
 }
 
 // cgroup is one process's, with its descendants.
@@ -76,10 +84,8 @@ func (g *cgroups) make() (*cgroup, *os.File, error) {
 	}
 	// A fork bomb must not keep anybody from starting what ends it: no process
 	// with its descendants gets the last eighth of the room.
-	if text, err := os.ReadFile(filepath.Join(g.root, "pids.max")); err == nil {
-		if room, err := strconv.Atoi(strings.TrimSpace(string(text))); err == nil {
-			_ = os.WriteFile(filepath.Join(c.dir, "pids.max"), []byte(strconv.Itoa(room-room/8)), 0o644)
-		}
+	if room := g.room(); room > 0 {
+		_ = os.WriteFile(filepath.Join(c.dir, "pids.max"), []byte(strconv.Itoa(room-room/8)), 0o644)
 	}
 	dir, err := os.Open(c.dir)
 	if err != nil {
@@ -160,6 +166,12 @@ func (c *cgroup) pids() []int {
 		return nil
 	})
 	return pids
+}
+
+// alone says whether the process is the only one in the cgroup itself.
+func (c *cgroup) alone(pid int) bool {
+	text, err := os.ReadFile(filepath.Join(c.dir, "cgroup.procs"))
+	return err == nil && strings.TrimSpace(string(text)) == strconv.Itoa(pid)
 }
 
 func (c *cgroup) empty() bool {

@@ -370,12 +370,15 @@ func (p *process) awaitGone(limit time.Duration) bool {
 // adjustOOM makes the process, and what it has already forked, more eligible
 // for the OOM killer than envd, whose protection it inherited.
 func (p *process) adjustOOM() {
-	pids := []int{p.child.pid}
-	if p.cgroup != nil {
-		pids = append(pids, p.cgroup.pids()...)
-	}
-	for _, pid := range pids {
+	adjust := func(pid int) {
 		_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("100"), 0o644)
+	}
+	adjust(p.child.pid)
+	// Rarely has it forked by now: no need to look through the whole tree.
+	if p.cgroup != nil && !p.cgroup.alone(p.child.pid) {
+		for _, pid := range p.cgroup.pids() {
+			adjust(pid)
+		}
 	}
 }
 

@@ -1,22 +1,30 @@
 package envd
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
+	"runtime/debug"
 	"strconv"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+
+	processv1 "git.omukk.dev/wrenn/sandbox/api/process"
+	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
 )
 
 const (
@@ -44,41 +52,101 @@ func (s *Server) quiesce(w http.ResponseWriter, r *http.Request) {
 }
 
 // rehearse does once what every clone does first, so that what is made or read
-// at the first use is in the picture already. Nothing of it is visible
-// afterwards.
+// at the first use, and translated where that is how the guest's CPU works, is
+// there already. Nothing of it is visible afterwards: another Server answers,
+// on the loopback, and only the processes are the same.
 func (s *Server) rehearse(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, maxQuiet)
 	defer cancel()
-	var req initRequest
-	stamp := time.Now()
-	sample := initRequest{
-		Timestamp: &stamp, DefaultUser: "root", EnvVars: map[string]string{"A": "b"},
-		SandboxID: "sb-0123456789abcdef", Entropy: make([]byte, 64), Restored: true,
-	}
-	body, err := json.Marshal(sample)
-	if err == nil {
-		err = json.Unmarshal(body, &req)
-	}
-	if err == nil {
-		err = req.check(s.accounts)
-	}
-	if err == nil {
-		err = setMachineID()
-	}
-	var uts unix.Utsname
-	if err == nil {
-		err = unix.Uname(&uts)
-	}
-	if err == nil {
-		err = setHostname(unix.ByteSliceToString(uts.Nodename[:]), s.addr)
-	}
-	if err == nil {
-		// Shells and programs come from the disk the first time.
-		err = exec.CommandContext(ctx, "/bin/sh", "-c", "ls / | cat; id; date; uname; [ ! -x /bin/bash ] || /bin/bash -c :").Run()
-	}
-	if err != nil {
+	if err := s.playOnce(ctx); err != nil {
 		s.log.Warn("rehearse", "err", err)
 	}
+	// What it left behind is cleared away now and not in the middle of the first
+	// requests.
+	debug.FreeOSMemory()
+}
+
+func (s *Server) playOnce(ctx context.Context) error {
+	understudy := New(Config{Log: slog.New(slog.DiscardHandler), Guest: true, Addr: s.addr})
+	understudy.processes.children, understudy.processes.cgroups = s.processes.children, s.processes.cgroups
+	defer understudy.Close()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	serving, stop := context.WithCancel(ctx)
+	served := make(chan error, 1)
+	go func() { served <- understudy.Serve(serving, l) }()
+	defer func() { stop(); <-served }()
+
+	var uts unix.Utsname
+	if err := unix.Uname(&uts); err != nil {
+		return err
+	}
+	stamp := time.Now()
+	body, err := json.Marshal(initRequest{
+		AccessToken: "rehearsal", Timestamp: &stamp, DefaultUser: "root", EnvVars: map[string]string{},
+		Hostname: unix.ByteSliceToString(uts.Nodename[:]), SandboxID: "sb-0123456789abcdef",
+		Entropy: make([]byte, 64), Restored: true,
+	})
+	if err != nil {
+		return err
+	}
+	if err := ask(ctx, l.Addr(), "/init", "application/json", body); err != nil {
+		return err
+	}
+	// Shells and programs come from the disk the first time.
+	for _, config := range []*processv1.ProcessConfig{
+		{Cmd: "/bin/sh", Args: []string{"-c", "ls / | cat; id; date; uname; [ ! -x /bin/bash ] || /bin/bash -c :"}},
+		{Cmd: "echo", Args: []string{"ready"}},
+	} {
+		start, err := proto.Marshal(&processv1.StartRequest{Process: config, Stdin: new(bool)})
+		if err != nil {
+			return err
+		}
+		// A message of a stream: no flags, its length, itself.
+		message := append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(start))), start...)
+		if err := ask(ctx, l.Addr(), processconnect.ProcessStartProcedure, "application/connect+proto", message); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ask sends one request and takes all of its answer.
+func ask(ctx context.Context, addr net.Addr, path, kind string, body []byte) error {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, addr.Network(), addr.String())
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+addr.String()+path, bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", kind)
+	req.Header.Set("Connect-Protocol-Version", "1")
+	req.Header.Set("Connect-Timeout-Ms", "5000")
+	req.Header.Set(lifetimeHeader, lifetimeStream)
+	req.Header.Set(tokenHeader, "rehearsal")
+	if err := req.Write(conn); err != nil {
+		return err
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+		return err
+	}
+	if resp.StatusCode >= 300 {
+		return fmt.Errorf("%s is answered with %s", path, resp.Status)
+	}
+	return nil
 }
 
 func waitQuiet(ctx context.Context) {

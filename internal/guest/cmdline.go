@@ -37,5 +37,8 @@ func Cmdline(b Boot) string {
 	}
 	add("base", "vda")
 	add("overlay", "vdb")
+	// The kernel puts this into envd's environment. Its goroutines need no
+	// interruption; in an emulated guest, slow as that is, they are sent many.
+	words = append(words, "GODEBUG=asyncpreemptoff=1")
 	return strings.Join(words, " ")
 }

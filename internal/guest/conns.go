@@ -6,6 +6,9 @@ import (
 	"io"
 	"net"
 	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // errClosed is what a closed client answers with.
@@ -65,4 +68,63 @@ func (c *conn) Close() error {
 	delete(c.owner.open, c)
 	c.owner.mu.Unlock()
 	return c.Conn.Close()
+}
+
+const (
+	// partTimeout bounds the end of a connection, partPoll is how often it is
+	// looked for.
+	partTimeout = time.Second
+	partPoll    = time.Millisecond
+)
+
+// kept is a connection that its transport does not close.
+type kept struct{ net.Conn }
+
+func (k *kept) Close() error { return nil }
+
+// part ends the connection and returns when the guest knows. A guest that is
+// stopped before would go on telling nobody that it is over, and do so first of
+// all when it is restored.
+func (k *kept) part(ctx context.Context) {
+	defer k.Conn.Close()
+	tracked, ok := k.Conn.(*conn)
+	if !ok {
+		return
+	}
+	tcp, ok := tracked.Conn.(*net.TCPConn)
+	if !ok {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, partTimeout)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { _ = tcp.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	_ = tcp.SetDeadline(time.Time{})
+	if tcp.CloseWrite() != nil {
+		return
+	}
+	if _, err := io.Copy(io.Discard, tcp); err != nil {
+		return
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return
+	}
+	tick := time.NewTicker(partPoll)
+	defer tick.Stop()
+	for {
+		over := true
+		_ = raw.Control(func(fd uintptr) {
+			info, err := unix.GetsockoptTCPInfo(int(fd), unix.SOL_TCP, unix.TCP_INFO)
+			over = err != nil || info.State == unix.BPF_TCP_CLOSE
+		})
+		if over {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }

@@ -276,7 +276,7 @@ func (s *stamped) Close() error { return nil }
 
 // Quiesce has the guest write to its disk what it has in memory; with quiet it
 // returns when the guest's CPUs have nothing to do, or no later than a few
-// seconds from then. No connection is open afterwards.
+// seconds from then. No connection is open afterwards, at the guest's end either.
 func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 	url := c.base + "/quiesce"
 	if quiet {
@@ -287,11 +287,23 @@ func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 		return fmt.Errorf("quiesce the guest: %w", err)
 	}
 	req.Close = true
-	resp, err := c.http.Do(req)
+	var last *kept
+	resp, err := withToken{&http.Transport{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		raw, err := c.conns.dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		last = &kept{raw}
+		return last, nil
+	}}, c.token}.RoundTrip(req)
 	if err != nil {
+		if last != nil {
+			last.Conn.Close()
+		}
 		return errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
 	}
-	defer resp.Body.Close()
+	resp.Body.Close()
+	last.part(ctx)
 	c.transport.CloseIdleConnections()
 	if resp.StatusCode != http.StatusNoContent {
 		return errdefs.Unavailable.Errorf("quiesce the guest: it answered %s", resp.Status)

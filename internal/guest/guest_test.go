@@ -25,7 +25,7 @@ func TestCmdline(t *testing.T) {
 		Hostname: "sb-0123456789abcdef",
 	}
 	const want = "wrenn.ip=169.254.0.21/30 wrenn.gw=169.254.0.22 wrenn.hostname=sb-0123456789abcdef " +
-		"wrenn.dns=1.1.1.1,8.8.8.8 wrenn.base=vda wrenn.overlay=vdb"
+		"wrenn.dns=1.1.1.1,8.8.8.8 wrenn.base=vda wrenn.overlay=vdb GODEBUG=asyncpreemptoff=1"
 	got := guest.Cmdline(boot)
 	if got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
@@ -35,7 +35,7 @@ func TestCmdline(t *testing.T) {
 	if err != nil || p.Addr != boot.Addr || p.Gateway != boot.Gateway || len(p.DNS) != 2 || p.Hostname != boot.Hostname {
 		t.Errorf("read back %+v, %v", p, err)
 	}
-	if got, want := guest.Cmdline(guest.Boot{}), "wrenn.base=vda wrenn.overlay=vdb"; got != want {
+	if got, want := guest.Cmdline(guest.Boot{}), "wrenn.base=vda wrenn.overlay=vdb GODEBUG=asyncpreemptoff=1"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
 }

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -27,6 +28,10 @@ func (r Resources) plus(o Resources) Resources {
 
 func (r Resources) minus(o Resources) Resources {
 	return Resources{r.Sandboxes - o.Sandboxes, r.VCPUs - o.VCPUs, r.MemMiB - o.MemMiB, r.DiskMiB - o.DiskMiB}
+}
+
+func (r Resources) within(limit Resources) bool {
+	return r.Sandboxes <= limit.Sandboxes && r.VCPUs <= limit.VCPUs && r.MemMiB <= limit.MemMiB && r.DiskMiB <= limit.DiskMiB
 }
 
 // Capacity is what all sandboxes of the host together may take.
@@ -72,6 +77,22 @@ func (r Record) awake() Resources {
 	return Resources{VCPUs: r.VCPUs, MemMiB: r.MemMiB + VMMOverheadMiB}
 }
 
+// admitted reserves what a new sandbox needs. Guests that wait for a sandbox of
+// another kind make way for it, by giveUp, one after the other.
+func (m *Manager) admitted(ctx context.Context, need Resources, giveUp func(context.Context, Resources) bool) error {
+	for {
+		m.mu.Lock()
+		err := error(errdefs.Unavailable.Errorf("the host is shutting down"))
+		if !m.draining {
+			err = m.admit(need)
+		}
+		m.mu.Unlock()
+		if !errors.Is(err, errdefs.Exhausted) || !giveUp(ctx, need) {
+			return err
+		}
+	}
+}
+
 // admit reserves what a new sandbox needs, or says which limit is in the way
 // and how much is free. Called with Manager.mu held.
 func (m *Manager) admit(need Resources) error {
@@ -101,7 +122,7 @@ func (m *Manager) startSlot(ctx context.Context) (done func(), err error) {
 	defer timer.Stop()
 	select {
 	case m.starts <- struct{}{}:
-		return func() { <-m.starts }, nil
+		return func() { <-m.starts; m.stir() }, nil
 	case <-timer.C:
 		return nil, errdefs.Exhausted.Errorf("%d sandboxes are starting already; none finished within %s", cap(m.starts), m.cfg.Capacity.StartQueue)
 	case <-ctx.Done():

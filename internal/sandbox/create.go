@@ -45,10 +45,14 @@ type CreateRequest struct {
 
 	// diskMiB is a fork's; Config.OverlayMiB when zero.
 	diskMiB int
+	// warm is the key of what a guest is made from that is to wait for its
+	// sandbox; empty for a sandbox.
+	warm string
 }
 
 // The ways in which a sandbox can start.
 const (
+	FromWarm  = "warm" // a guest that was waiting
 	FromReady = "ready snapshot"
 	FromBoot  = "cold boot"
 	// FromSnapshot is the state of another sandbox.
@@ -121,6 +125,9 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Created, error
 	if err != nil {
 		return Created{}, err
 	}
+	if created, ok, err := m.createWarm(ctx, req, tmpl); ok || err != nil {
+		return created, err
+	}
 	return m.make(ctx, req, tmpl.BaseSHA256, func(ctx context.Context, b *box, took *phases) error {
 		return m.boot(ctx, b, tmpl, took)
 	})
@@ -167,14 +174,11 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	if req.diskMiB != 0 {
 		need.DiskMiB = req.diskMiB
 	}
-	m.mu.Lock()
-	if m.draining {
-		err = errdefs.Unavailable.Errorf("the host is shutting down")
-	} else {
-		err = m.admit(need)
+	giveUp := m.giveUpWarm
+	if req.warm != "" { // none makes way for another
+		giveUp = func(context.Context, Resources) bool { return false }
 	}
-	m.mu.Unlock()
-	if err != nil {
+	if err := m.admitted(ctx, need, giveUp); err != nil {
 		return nil, err
 	}
 	temp.Push("admission", func(context.Context) error {
@@ -185,6 +189,9 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	})
 
 	slot, err := m.cfg.Network.Acquire(ctx)
+	for errors.Is(err, errdefs.Exhausted) && giveUp(ctx, Resources{}) {
+		slot, err = m.cfg.Network.Acquire(ctx)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -203,7 +210,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: Creating,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(),
+		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(), Warm: req.warm,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
 		CloneKey:  newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
@@ -224,7 +231,9 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 		return nil, errdefs.Unavailable.Errorf("the host is shutting down")
 	}
 	temp.Keep()
-	m.tell(Event{Time: now, ID: id, To: Creating})
+	if !b.waits() {
+		m.tell(Event{Time: now, ID: id, To: Creating})
+	}
 	return b, nil
 }
 
@@ -408,7 +417,7 @@ func (m *Manager) watch(b *box, vm vmm.VM, kill context.CancelCauseFunc) {
 		return // the next agent finds it
 	}
 	defer b.unhold()
-	if s := b.state(); s != Running && s != Paused || b.vm != vm {
+	if s := b.state(); s != Running && s != Paused && !m.inPool(b) || b.vm != vm {
 		return
 	}
 	m.release(b, VMExited, vm.Exit().String()+m.lastWords(b.id))

@@ -471,11 +471,8 @@ func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
 	if i.AccessToken == "" {
 		return errors.New("no token")
 	}
-	err := g.called(ctx, "guest.init")
-	if err == nil {
-		g.told(i)
-	}
-	return err
+	g.told(i)
+	return g.called(ctx, "guest.init")
 }
 func (g fakeGuest) Quiesce(ctx context.Context, _ bool) error { return g.called(ctx, "guest.quiesce") }
 func (g fakeGuest) Close()                                    { g.open.Add(-1) }

@@ -224,14 +224,7 @@ func (m *Manager) readmit(ctx context.Context, b *box, rec Record) (err error) {
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 	need := rec.awake()
-	m.mu.Lock()
-	if m.draining {
-		err = errdefs.Unavailable.Errorf("the host is shutting down")
-	} else {
-		err = m.admit(need)
-	}
-	m.mu.Unlock()
-	if err != nil {
+	if err := m.admitted(ctx, need, m.giveUpWarm); err != nil {
 		return err
 	}
 	temp.Push("admission", func(context.Context) error {
@@ -241,6 +234,9 @@ func (m *Manager) readmit(ctx context.Context, b *box, rec Record) (err error) {
 		return nil
 	})
 	slot, err := m.cfg.Network.Acquire(ctx)
+	for errors.Is(err, errdefs.Exhausted) && m.giveUpWarm(ctx, Resources{}) {
+		slot, err = m.cfg.Network.Acquire(ctx)
+	}
 	if err != nil {
 		return err
 	}

@@ -98,6 +98,8 @@ type Config struct {
 	// BootTimeout bounds a create from the start of its VM until the guest
 	// is ready.
 	BootTimeout time.Duration
+	// Warm is how many guests of the default kind wait ahead of use.
+	Warm int
 	// KeepStopped is how long the record of a sandbox that ended by itself
 	// can still be read.
 	KeepStopped time.Duration
@@ -107,6 +109,8 @@ type Config struct {
 
 	Log *slog.Logger
 
+	// warmCalm is warmCalm unless a test sets it.
+	warmCalm time.Duration
 	// storeHook is tests': see store.hook.
 	storeHook func(step string) error
 }
@@ -134,6 +138,7 @@ type Manager struct {
 
 	mu       sync.Mutex
 	boxes    map[ID]*box
+	pool     pool
 	used     Resources
 	ends     map[Reason]int // since the start
 	pending  int            // releases and slots that did not come off yet
@@ -282,6 +287,14 @@ func (m *Manager) move(b *box, to State, change func(*Record)) error {
 		return err
 	}
 	rec := b.record()
+	switch {
+	case rec.Warm != "":
+		m.log.Info("warm guest "+string(to), "sandbox", b.id, "reason", rec.Reason)
+		return nil
+	case from.Warm != "": // it begins to be a sandbox
+		m.tell(Event{Time: rec.CreatedAt, ID: b.id, To: from.State})
+		from.StateAt = rec.CreatedAt
+	}
 	m.tell(Event{Time: now, ID: b.id, From: from.State, To: to, Reason: rec.Reason})
 	m.log.Info("sandbox "+string(to), "sandbox", b.id, "from", from.State, "reason", rec.Reason, "after", now.Sub(from.StateAt).Round(time.Millisecond))
 	return nil
@@ -299,7 +312,7 @@ func (m *Manager) find(id ID) (*box, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	b := m.boxes[id]
-	if b == nil {
+	if b == nil || b.waits() {
 		return nil, errdefs.NotFound.Errorf("sandbox %s does not exist", id)
 	}
 	return b, nil
@@ -331,6 +344,9 @@ func (m *Manager) List(stopped bool) []Info {
 	boxes := m.all()
 	infos := make([]Info, 0, len(boxes))
 	for _, b := range boxes {
+		if b.waits() {
+			continue
+		}
 		if info := b.info(); stopped || info.State != Stopped {
 			infos = append(infos, info)
 		}
@@ -352,6 +368,8 @@ type Stats struct {
 	Reserved, Limit Resources
 	// Pending counts what could not be freed yet.
 	Pending int
+	// Warm guests wait for a sandbox to be; WarmWanted are meant to.
+	Warm, WarmWanted int
 }
 
 // Stats returns the manager's numbers. It never waits for an operation.
@@ -364,6 +382,7 @@ func (m *Manager) Stats() Stats {
 	defer m.mu.Unlock()
 	maps.Copy(s.Ended, m.ends)
 	s.Reserved, s.Limit, s.Pending = m.used, m.cfg.Capacity.Resources, m.pending
+	s.Warm, s.WarmWanted = len(m.pool.waiting), m.cfg.Warm
 	return s
 }
 

@@ -22,7 +22,11 @@ type scenario struct {
 	keeps bool
 	// asleep says that no failure costs the sandbox: its snapshot is safe.
 	asleep bool
+	// change sets up another manager than usual.
+	change func(*Config)
 }
+
+func warmOne(c *Config) { c.Warm = 1 }
 
 var scenarios = map[string]scenario{
 	"first create": {
@@ -152,6 +156,56 @@ var scenarios = map[string]scenario{
 		prepare: func(r *rig) ID { return r.create() },
 		run:     func(ctx context.Context, r *rig, id ID) error { return r.Destroy(ctx, id) },
 	},
+	"create from the pool": {
+		prepare: func(r *rig) ID { id := r.create(); r.fillPool(); return id },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			created, err := r.Create(ctx, CreateRequest{})
+			if err == nil && created.From != FromWarm {
+				r.t.Logf("created from %s", created.From)
+			}
+			return err
+		},
+		change: warmOne,
+	},
+	"create that needs the pool's room": {
+		prepare: func(r *rig) ID { id := r.create(); r.fillPool(); return id },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			_, err := r.Create(ctx, CreateRequest{MemMiB: 256})
+			return err
+		},
+		change: func(c *Config) { c.Warm, c.Capacity.Sandboxes = 1, 2 },
+	},
+	"refill of the pool": {
+		prepare: func(r *rig) ID { return r.create() },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			time.Sleep(30 * time.Second)
+			synctest.Wait()
+			if n := r.Stats().Warm; n != 1 {
+				return fmt.Errorf("%d guests wait", n)
+			}
+			return nil
+		},
+		change: warmOne,
+	},
+	"end of the agent with a pool": {
+		prepare: func(r *rig) ID { r.create(); r.fillPool(); return "" },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
+			defer cancel()
+			f := r.faults
+			err := r.Shutdown(ctx, false)
+			f.mu.Lock()
+			dead := f.dead
+			f.mu.Unlock()
+			if dead { // it was killed in the middle
+				return err
+			}
+			r.die()
+			r.start()
+			return err
+		},
+		change: warmOne,
+	},
 	"start of the agent": {
 		prepare: func(r *rig) ID { return prepareRuin(r) },
 		run: func(ctx context.Context, r *rig, _ ID) error {
@@ -191,21 +245,51 @@ func prepareRuin(r *rig) ID {
 // what is below the manager and every change on disk, in order, each once.
 func (s scenario) steps(t *testing.T) (steps []string) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t)
+		r := s.rig(t)
 		id := s.prepare(r)
-		before := len(r.faults.order)
+		f := r.faults // not those of an agent to come
+		f.mu.Lock()
+		before := len(f.order)
+		f.mu.Unlock()
 		if err := s.run(t.Context(), r, id); err != nil {
 			t.Fatalf("without faults: %v", err)
 		}
-		r.faults.mu.Lock()
-		defer r.faults.mu.Unlock()
-		for _, step := range r.faults.order[before:] {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		for _, step := range f.order[before:] {
 			if !slices.Contains(steps, step) {
 				steps = append(steps, step)
 			}
 		}
 	})
 	return steps
+}
+
+func (s scenario) rig(t *testing.T) *rig {
+	if s.change == nil {
+		return newRig(t)
+	}
+	return newRig(t, s.change)
+}
+
+// fillPool waits until the pool is full.
+func (r *rig) fillPool() {
+	r.t.Helper()
+	time.Sleep(time.Minute)
+	synctest.Wait()
+	if stats := r.Stats(); stats.Warm != stats.WarmWanted {
+		r.t.Fatalf("%d guests wait, want %d", stats.Warm, stats.WarmWanted)
+	}
+}
+
+// waiting are the guests in the pool.
+func (r *rig) waiting() (ids []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, b := range r.pool.waiting {
+		ids = append(ids, string(b.id))
+	}
+	return ids
 }
 
 var errFault = errors.New("injected fault")
@@ -234,7 +318,7 @@ func TestFaultMatrix(t *testing.T) {
 }
 
 func (s scenario) under(t *testing.T, step, kind string) {
-	r := newRig(t)
+	r := s.rig(t)
 	id := s.prepare(r)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -320,10 +404,24 @@ func (s scenario) under(t *testing.T, step, kind string) {
 	if err != nil {
 		t.Errorf("snapshots afterwards: %v", err)
 	}
+	if s.change != nil {
+		if stats := r.Stats(); stats.Warm != stats.WarmWanted && stats.Reserved.Sandboxes != stats.Limit.Sandboxes {
+			t.Errorf("%d guests wait, want %d", stats.Warm, stats.WarmWanted)
+		}
+	}
 	for _, info := range r.List(true) {
 		if err := r.Destroy(t.Context(), info.ID); err != nil && !errors.Is(err, errdefs.NotFound) {
 			t.Errorf("destroy afterwards: %v", err)
 		}
+	}
+	if s.change != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		if err := r.Shutdown(ctx, false); err != nil {
+			t.Errorf("shutdown afterwards: %v", err)
+		}
+		r.wantNothing()
+		return
 	}
 	r.wantNothing()
 	if again := r.create(); r.wantState(again, Running).ID != again {
@@ -335,8 +433,8 @@ func (s scenario) under(t *testing.T, step, kind string) {
 // story.
 func (r *rig) wantConsistent() {
 	r.t.Helper()
-	var vms []string
-	slots := 0
+	vms := r.waiting()
+	slots := len(vms)
 	for _, info := range r.List(true) {
 		switch info.State {
 		case Running, Paused:
@@ -358,6 +456,8 @@ func (r *rig) wantConsistent() {
 	if live := r.host.Live(); !slices.Equal(live, vms) && len(live)+len(vms) > 0 {
 		r.t.Errorf("VMs %v live, records name %v", live, vms)
 	}
+	r.net.mu.Lock()
+	defer r.net.mu.Unlock()
 	if len(r.net.open) != slots || len(r.net.taken) != slots {
 		r.t.Errorf("%d sandboxes hold slots; open %v, taken %v", slots, r.net.open, r.net.taken)
 	}

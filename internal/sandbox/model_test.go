@@ -3,6 +3,7 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"testing"
@@ -33,8 +34,17 @@ func isExpected(err error) bool {
 // TestManyAtOnce lets 120 callers do what they like with the same sandboxes
 // while VMs die, and then looks whether the story adds up.
 func TestManyAtOnce(t *testing.T) {
+	for _, warm := range []int{0, 5} {
+		t.Run(fmt.Sprintf("warm %d", warm), func(t *testing.T) { testManyAtOnce(t, warm) })
+	}
+}
+
+func testManyAtOnce(t *testing.T, warm int) {
 	const callers, steps = 120, 60
-	r := newRig(t, func(c *Config) { c.Capacity.Sandboxes = 40; c.Capacity.Starts = 8 })
+	r := newRig(t, func(c *Config) {
+		c.Capacity.Sandboxes, c.Capacity.Starts = 40, 8
+		c.Warm, c.warmCalm = warm, time.Nanosecond
+	})
 	r.exec = func(ctx context.Context, _ guest.Command) (guest.Result, error) {
 		select {
 		case <-time.After(time.Duration(rand.IntN(2000)) * time.Microsecond):
@@ -87,6 +97,9 @@ func TestManyAtOnce(t *testing.T) {
 					if rand.IntN(4) == 0 {
 						r.host.Die(string(any()))
 					}
+					if waiting := r.waiting(); len(waiting) > 0 && rand.IntN(4) == 0 {
+						r.host.Die(waiting[rand.IntN(len(waiting))])
+					}
 				case 10:
 					what = "snapshot"
 					_, err = r.Snapshot(ctx, any(), name)
@@ -109,6 +122,11 @@ func TestManyAtOnce(t *testing.T) {
 	for _, info := range r.List(true) {
 		if err := r.Destroy(t.Context(), info.ID); err != nil && !errors.Is(err, errdefs.NotFound) {
 			t.Errorf("destroy: %v", err)
+		}
+	}
+	if warm > 0 {
+		if err := r.Shutdown(t.Context(), false); err != nil {
+			t.Error(err)
 		}
 	}
 	r.wantNothing()
@@ -179,10 +197,22 @@ func (r *rig) wantLegalHistory(t *testing.T) {
 // TestModel holds the manager against a model that anybody can read, in every
 // order that chance comes up with; an agent may die between any two steps.
 func TestModel(t *testing.T) {
+	for _, warm := range []int{0, 2} {
+		t.Run(fmt.Sprintf("warm %d", warm), func(t *testing.T) { testModel(t, warm) })
+	}
+}
+
+func testModel(t *testing.T, warm int) {
 	synctest.Test(t, func(t *testing.T) {
 		// Without t's Deadline, which a bubble does not have.
 		rapid.Check(struct{ rapid.TB }{t}, func(rt *rapid.T) {
-			r := newRig(t)
+			r := newRig(t, func(c *Config) { c.Warm = warm })
+			var graves []chan struct{} // of what an agent did when it died
+			defer func() {
+				for _, grave := range graves {
+					close(grave)
+				}
+			}()
 			model := map[ID]State{}
 			snapshots := map[string]bool{}
 			pick := func(rt *rapid.T) ID {
@@ -220,7 +250,21 @@ func TestModel(t *testing.T) {
 					}
 					model[info.ID] = Running
 				},
+				"time passes": func(rt *rapid.T) {
+					time.Sleep(time.Duration(rapid.IntRange(1, 5000).Draw(rt, "ms")) * time.Millisecond)
+					synctest.Wait()
+				},
+				"waiting vm dies": func(rt *rapid.T) {
+					for _, id := range r.waiting() {
+						r.host.Die(id)
+						break
+					}
+					synctest.Wait()
+				},
 				"failing create": func(rt *rapid.T) {
+					if warm > 0 {
+						rt.Skip() // it might be the pool's
+					}
 					r.driver.Inject(vmmtest.OpStart, 1, vmmtest.Fault{Err: errFault})
 					r.driver.Inject(vmmtest.OpRestore, 1, vmmtest.Fault{Err: errFault})
 					if _, err := r.Create(t.Context(), CreateRequest{}); !errors.Is(err, errFault) {
@@ -299,10 +343,12 @@ func TestModel(t *testing.T) {
 					}
 				},
 				"agent dies": func(rt *rapid.T) {
+					graves = append(graves, r.faults.grave)
 					r.die()
 					r.start()
 				},
 				"": func(rt *rapid.T) {
+					synctest.Wait()
 					infos := r.List(true)
 					if len(infos) != len(model) {
 						rt.Fatalf("%d sandboxes, the model has %d", len(infos), len(model))

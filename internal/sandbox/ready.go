@@ -139,25 +139,14 @@ func (m *Manager) restoreVM(ctx context.Context, spec vmm.Spec, dir string) (vmm
 // tells its guest in who it is now. token is what the guest knows as its own,
 // if it is not the sandbox's. Called with the op lock held.
 func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, dir string, in guest.Init, token string, took *phases) error {
-	vm, err := m.restoreVM(ctx, m.spec(b.record(), tmpl), dir)
-	if err != nil {
-		return fmt.Errorf("restore vm: %w", err)
-	}
-	m.adopt(b, vm)
-	handle := vm.Handle()
-	if err := m.save(b, func(r *Record) { r.VM, r.Restored = &handle, true }); err != nil {
+	if err := m.load(ctx, b, tmpl, dir, took); err != nil {
 		return err
 	}
-	took.end("load")
 	ctx, cancel := context.WithTimeoutCause(ctx, wakeTimeout,
 		errdefs.Unavailable.Errorf("the restored guest did not answer within %s", wakeTimeout))
 	defer cancel()
 	ctx, cancelBoth := both(ctx, b.alive)
 	defer cancelBoth()
-	if err := vm.Resume(ctx); err != nil {
-		return fmt.Errorf("wake vm: %w", err)
-	}
-	took.end("wake")
 	// No packet is lost before the guest runs: the first connection is the one.
 	g := b.guest
 	if token != "" {
@@ -168,6 +157,28 @@ func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, d
 		return m.bootFailed(b, "initialise guest", err)
 	}
 	took.end("init")
+	return nil
+}
+
+// load starts a sandbox's VM from a snapshot in dir and lets its guest run, which
+// has not been told who it is. Called with the op lock held.
+func (m *Manager) load(ctx context.Context, b *box, tmpl template.Template, dir string, took *phases) error {
+	vm, err := m.restoreVM(ctx, m.spec(b.record(), tmpl), dir)
+	if err != nil {
+		return fmt.Errorf("restore vm: %w", err)
+	}
+	m.adopt(b, vm)
+	handle := vm.Handle()
+	if err := m.save(b, func(r *Record) { r.VM, r.Restored = &handle, true }); err != nil {
+		return err
+	}
+	took.end("load")
+	ctx, cancel := both(ctx, b.alive)
+	defer cancel()
+	if err := vm.Resume(ctx); err != nil {
+		return fmt.Errorf("wake vm: %w", err)
+	}
+	took.end("wake")
 	return nil
 }
 

@@ -52,6 +52,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		cfg: cfg, log: cfg.Log, lock: lock,
 		starts: make(chan struct{}, cfg.Capacity.Starts),
 		boxes:  map[ID]*box{},
+		pool:   pool{woken: make(chan struct{}, 1)},
 		ends:   map[Reason]int{},
 	}
 	m.life, m.end = context.WithCancel(context.Background())
@@ -66,6 +67,9 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	m.goes("janitor", m.janitor)
 	m.goes("reconciler", m.reconciler)
 	m.goes("read ahead", m.readAhead)
+	if cfg.Warm > 0 {
+		m.goes("warm pool", m.keepWarm)
+	}
 	return m, found, nil
 }
 
@@ -298,8 +302,8 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 		}
 		wg.Go(func() {
 			var err error
-			if destroy {
-				err = m.Destroy(ctx, b.id)
+			if destroy || m.inPool(b) {
+				err = m.destroyBox(ctx, b)
 			} else if err = b.hold(ctx, "awaited"); err == nil {
 				b.unhold()
 			}

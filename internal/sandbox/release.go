@@ -27,6 +27,10 @@ func (m *Manager) Destroy(ctx context.Context, id ID) error {
 	if err != nil {
 		return err
 	}
+	return m.destroyBox(ctx, b)
+}
+
+func (m *Manager) destroyBox(ctx context.Context, b *box) error {
 	result := make(chan error, 1)
 	if !m.goes("destroy", func() { result <- m.destroy(b) }) {
 		return errdefs.Unavailable.Errorf("the host has shut down")
@@ -61,6 +65,7 @@ func (m *Manager) destroy(b *box) error {
 // What cannot be freed keeps the sandbox in stopping, to be tried again; its
 // slot is not given away before. Called with the op lock held.
 func (m *Manager) release(b *box, reason Reason, detail string) error {
+	m.leavePool(b)
 	if b.state() != Stopping {
 		err := m.move(b, Stopping, func(r *Record) { r.Reason, r.Detail = reason, detail })
 		if err != nil {
@@ -87,7 +92,7 @@ func (m *Manager) release(b *box, reason Reason, detail string) error {
 		return err
 	}
 	m.giveBack(b, rec)
-	if rec.Reason == Destroyed || reason == Destroyed {
+	if rec.Reason == Destroyed || reason == Destroyed || rec.Warm != "" {
 		return m.forget(b)
 	}
 	return nil
@@ -138,8 +143,11 @@ func (m *Manager) giveBack(b *box, rec Record) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.used = m.used.minus(rec.takes())
-	m.ends[rec.Reason]++
+	if rec.Warm == "" {
+		m.ends[rec.Reason]++
+	}
 	m.settled(b)
+	m.pool.wake()
 }
 
 // settled ends a series of failures. Called with Manager.mu held.
@@ -196,7 +204,7 @@ func (m *Manager) sweep(now time.Time) {
 }
 
 func (m *Manager) due(b *box, now time.Time) bool {
-	return m.expired(b, now) || b.retryDue(now) || m.stale(b, now) || b.state() == Creating
+	return m.expired(b, now) || b.retryDue(now) || m.stale(b, now) || b.state() == Creating && !m.inPool(b)
 }
 
 // attend does what is due, judged again under the op lock.
@@ -210,7 +218,7 @@ func (m *Manager) attend(b *box, now time.Time) {
 		_ = m.letGo(b)
 	case b.retryDue(now):
 		m.release(b, b.record().Reason, "")
-	case b.state() == Creating: // and nobody holds it: its create panicked
+	case b.state() == Creating && !m.inPool(b): // and nobody holds it: its create panicked
 		m.release(b, CreateFailed, "the create broke off")
 	case m.stale(b, now):
 		if err := m.forget(b); err != nil {

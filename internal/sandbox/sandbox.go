@@ -155,6 +155,10 @@ type Record struct {
 	CloneKey string `json:"cloneKey,omitempty"`
 	// VM is set from the start of the VMM until the sandbox is stopped.
 	VM *vmm.Handle `json:"vm,omitempty"`
+	// Warm marks a guest that waits, in creating, for the sandbox that it will
+	// be: the key of the ready snapshot that it came from. Nobody knows of it,
+	// and no start takes it over.
+	Warm string `json:"warm,omitempty"`
 	// Restored says that the VM came from a snapshot and was not booted.
 	Restored bool `json:"restored,omitempty"`
 

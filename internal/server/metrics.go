@@ -19,6 +19,7 @@ var (
 	endedDesc     = prometheus.NewDesc("wrenn_sandboxes_ended_total", "Sandboxes that ended since the agent started, by reason.", []string{"reason"}, nil)
 	usedDesc      = prometheus.NewDesc("wrenn_reserved", "What sandboxes have reserved of the host: sandboxes, vcpus, memory_mib, disk_mib.", []string{"resource"}, nil)
 	limitDesc     = prometheus.NewDesc("wrenn_limit", "What sandboxes may reserve of the host.", []string{"resource"}, nil)
+	warmDesc      = prometheus.NewDesc("wrenn_warm", "Guests that wait for a sandbox to be: those that are ready, and those that are wanted.", []string{"state"}, nil)
 	fencedDesc    = prometheus.NewDesc("wrenn_cleanup_pending", "Sandboxes and slots that could not be freed yet.", nil, nil)
 )
 
@@ -41,6 +42,8 @@ func (m metrics) Collect(ch chan<- prometheus.Metric) {
 		gauge(desc, r.MemMiB, "memory_mib")
 		gauge(desc, r.DiskMiB, "disk_mib")
 	}
+	gauge(warmDesc, stats.Warm, "ready")
+	gauge(warmDesc, stats.WarmWanted, "wanted")
 	gauge(fencedDesc, stats.Pending)
 }
 

@@ -87,10 +87,14 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.CreateSandboxResponse{
+	resp := &hostagentv1.CreateSandboxResponse{
 		SandboxId: string(created.ID), Status: string(created.State), HostIp: created.HostIP.String(),
 		StartedFrom: created.From, Why: created.Why,
-	}), nil
+	}
+	for _, p := range created.Phases {
+		resp.Phases = append(resp.Phases, &hostagentv1.Phase{Name: p.Name, Ms: float64(p.Took.Microseconds()) / 1000})
+	}
+	return connect.NewResponse(resp), nil
 }
 
 func (s *service) DestroySandbox(ctx context.Context, req *connect.Request[hostagentv1.DestroySandboxRequest]) (*connect.Response[hostagentv1.DestroySandboxResponse], error) {

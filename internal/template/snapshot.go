@@ -56,22 +56,26 @@ func (s *Store) Snapshot(ctx context.Context, name string) (Snapshot, error) {
 	if err != nil {
 		return Snapshot{}, err
 	}
-	snap, m, err := s.readNamed(name)
-	if err == nil {
-		err = s.verify(ctx, snap.Dir, m)
-	}
-	if ctx.Err() != nil {
-		return Snapshot{}, context.Cause(ctx)
-	}
-	if err != nil {
-		if _, gone := os.Lstat(s.snapshotDir(name)); errors.Is(gone, fs.ErrNotExist) {
+	for {
+		was, err := os.Lstat(s.snapshotDir(name))
+		if errors.Is(err, fs.ErrNotExist) {
 			return Snapshot{}, errdefs.NotFound.Errorf("snapshot %q does not exist", name)
 		}
+		snap, m, err := s.readNamed(name)
+		if err == nil {
+			err = s.verify(ctx, snap.Dir, m)
+		}
+		if ctx.Err() != nil {
+			return Snapshot{}, context.Cause(ctx)
+		}
+		if err == nil {
+			return snap, nil
+		}
+		if now, _ := os.Lstat(s.snapshotDir(name)); was != nil && now != nil && os.SameFile(was, now) {
+			return Snapshot{}, errdefs.Corrupt.Errorf("snapshot %q is damaged: %w", name, err)
+		}
+		// It was deleted under our eyes, and perhaps another took its name.
 	}
-	if err != nil {
-		return Snapshot{}, errdefs.Corrupt.Errorf("snapshot %q is damaged: %w", name, err)
-	}
-	return snap, nil
 }
 
 // readNamed reads what is known of a named snapshot without its contents.

@@ -47,6 +47,14 @@ func argv(m machine) []string {
 	if m.memory != "" {
 		ram = "memory-backend-file,share=off,mem-path=" + value(m.memory)
 	}
+	// The spec's own command line comes last and may overrule this. Time that
+	// passed while a guest did not run is no lockup, and the clock of an
+	// emulated CPU is the host's: watching over either wakes the guest for
+	// nothing, as do the averages of who waits for what.
+	own := "console=ttyS0 reboot=k panic=-1 nowatchdog"
+	if m.accel == "tcg" {
+		own += " tsc=nowatchdog psi=0"
+	}
 	args := []string{
 		m.binary,
 		"-name", "wrenn-" + s.ID,
@@ -59,6 +67,8 @@ func argv(m machine) []string {
 		"-object", fmt.Sprintf("%s,id=ram,size=%dM", ram, s.MemMiB),
 		// A snapshot is device state alone, without a migration's preamble.
 		"-global", "migration.send-configuration=off",
+		// Nobody has to learn where a restored guest is now: its link is new.
+		"-global", "migration.announce-rounds=0",
 		// Once everything is open, QEMU lives in an empty directory as
 		// somebody who may do nothing.
 		"-sandbox", "on,obsolete=deny,spawn=deny,resourcecontrol=deny,elevateprivileges=" + elevate,
@@ -73,7 +83,7 @@ func argv(m machine) []string {
 	if m.memory != "" {
 		args = append(args, "-S", "-incoming", fmt.Sprintf("fd:%d", stateFD))
 	} else {
-		args = append(args, "-kernel", s.Kernel, "-append", cmdline(s.Cmdline))
+		args = append(args, "-kernel", s.Kernel, "-append", strings.TrimSpace(own+" "+s.Cmdline))
 		if s.Initrd != "" {
 			args = append(args, "-initrd", s.Initrd)
 		}
@@ -84,7 +94,7 @@ func argv(m machine) []string {
 	if n := s.NIC; n != nil {
 		args = append(args,
 			"-netdev", "tap,id=net,script=no,downscript=no,vhost=off,ifname="+n.Tap,
-			"-device", "virtio-net-pci,netdev=net,romfile=,addr=0x3,mac="+n.MAC)
+			"-device", "virtio-net-pci,netdev=net,romfile=,guest_announce=off,addr=0x3,mac="+n.MAC)
 	}
 	for i, d := range s.Disks {
 		mode := "read-only=off,discard=unmap"
@@ -123,12 +133,6 @@ func since(version string, major, minor int) bool {
 	var x, y int
 	fmt.Sscanf(version, "%d.%d", &x, &y)
 	return x > major || x == major && y >= minor
-}
-
-// cmdline puts what this machine needs before the spec's own, which may
-// therefore overrule it.
-func cmdline(own string) string {
-	return strings.TrimSpace("console=ttyS0 reboot=k panic=-1 " + own)
 }
 
 // value quotes a value of QEMU's key=value lists.

@@ -61,6 +61,9 @@ func (s *Store) Snapshot(ctx context.Context, name string) (Snapshot, error) {
 		if errors.Is(err, fs.ErrNotExist) {
 			return Snapshot{}, errdefs.NotFound.Errorf("snapshot %q does not exist", name)
 		}
+		if err != nil {
+			return Snapshot{}, fmt.Errorf("look at snapshot %q: %w", name, err)
+		}
 		snap, m, err := s.readNamed(name)
 		if err == nil {
 			err = s.verify(ctx, snap.Dir, m)
@@ -71,7 +74,7 @@ func (s *Store) Snapshot(ctx context.Context, name string) (Snapshot, error) {
 		if err == nil {
 			return snap, nil
 		}
-		if now, _ := os.Lstat(s.snapshotDir(name)); was != nil && now != nil && os.SameFile(was, now) {
+		if now, _ := os.Lstat(s.snapshotDir(name)); now != nil && os.SameFile(was, now) {
 			return Snapshot{}, errdefs.Corrupt.Errorf("snapshot %q is damaged: %w", name, err)
 		}
 		// It was deleted under our eyes, and perhaps another took its name.

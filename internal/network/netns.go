@@ -106,6 +106,7 @@ func removeNS(path string) error {
 func onThread(fn func() error) error {
 	done := make(chan error)
 	go func() {
+		defer close(done) // for fn that ends the goroutine, as a failing test does
 		runtime.LockOSThread()
 		home, err := netns.Get()
 		if err != nil {

@@ -45,6 +45,8 @@ type Options struct {
 	// Egress is the host's policy. Its lists apply to every sandbox beside the
 	// sandbox's own; its mode, Public if empty, to those that set none.
 	Egress Policy
+	// Limits hold for every sandbox where its own say nothing.
+	Limits Limits
 	// Resolvers are the name servers that the guests are told to use.
 	Resolvers []netip.Addr
 	// Pool is how many slots Run keeps built ahead of use.
@@ -89,7 +91,7 @@ func (n *Network) Plan() Plan { return n.plan }
 // slots in use, so that packets to a sandbox that is gone do not leave by the
 // default route. It is idempotent and leaves open slots working.
 func (n *Network) Setup(ctx context.Context) error {
-	if err := errors.Join(n.plan.Validate(), n.opts.Egress.Validate()); err != nil {
+	if err := errors.Join(n.plan.Validate(), n.opts.Egress.Validate(), n.opts.Limits.Validate()); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {

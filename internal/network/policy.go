@@ -162,9 +162,7 @@ func (n *Network) SetPolicy(ctx context.Context, s Slot, p Policy) error {
 		if err := swapPolicy(egressRules(n.plan, n.opts, p)); err != nil {
 			return err
 		}
-		return forget(func(f *netlink.ConntrackFilter) error {
-			return f.AddIP(netlink.ConntrackOrigSrcIP, GuestAddr.Addr().AsSlice())
-		})
+		return forgetGuest()
 	})
 	if errors.Is(err, os.ErrNotExist) {
 		return errdefs.NotFound.Errorf("network slot %d is not open", s)
@@ -206,6 +204,13 @@ func swapPolicy(rules []rule) error {
 	return transact(func(c *nftables.Conn) error {
 		c.FlushChain(egress)
 		return addRules(c, t, egress, []rule{{jump(next.Name)}})
+	})
+}
+
+// forgetGuest deletes what the guest began from the calling thread's namespace.
+func forgetGuest() error {
+	return forget(func(f *netlink.ConntrackFilter) error {
+		return f.AddIP(netlink.ConntrackOrigSrcIP, GuestAddr.Addr().AsSlice())
 	})
 }
 

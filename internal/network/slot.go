@@ -153,6 +153,12 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 		return fmt.Errorf("open netlink in namespace: %w", err)
 	}
 	defer h.Close()
+	if err := applyLimits(h, Limits{}, n.opts.Limits); err != nil {
+		return err
+	}
+	if err := n.step(ctx, s, "limits"); err != nil {
+		return err
+	}
 	up := func(name string, addr *netlink.Addr) (int, error) {
 		l, err := h.LinkByName(name)
 		if err != nil {

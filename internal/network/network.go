@@ -27,6 +27,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/google/nftables"
@@ -67,6 +68,11 @@ type Network struct {
 	slots allocator
 	// taken tells Run that a slot left the pool.
 	taken chan struct{}
+	// strays holds those that RemoveStrays could not free.
+	strays struct {
+		sync.Mutex
+		left []Slot
+	}
 	// madeDir: Setup made netnsDir a mount, for Teardown to take back.
 	madeDir atomic.Bool
 
@@ -264,8 +270,11 @@ func (n *Network) Claim(s Slot) error { return n.slots.claim(s) }
 func (n *Network) Release(s Slot) error { return n.slots.release(s) }
 
 // Strays returns, in order, the slots of which something exists on the host
-// under our instance's names, though used says that nobody uses them and it is
-// none of the pool's. Claim, Close and Release free them. Routes need no look of their own: they go with
+// under our instance's names, though nobody has reserved them and used, which
+// may be nil, does not claim them. It may be called at any time: a slot being
+// built or removed, or in the pool, is reserved throughout. One that is taken
+// after the look cannot be claimed; so Claim each before Close and Release,
+// or let RemoveStrays do that. Routes need no look of their own: they go with
 // their link.
 func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, error) {
 	if err := ctx.Err(); err != nil {
@@ -273,7 +282,7 @@ func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, err
 	}
 	found := map[Slot]bool{}
 	add := func(name string) {
-		if s, ok := n.plan.slotOf(name); ok && !used(s) && !n.slots.pooled(s) {
+		if s, ok := n.plan.slotOf(name); ok && !n.slots.reserved(s) && (used == nil || !used(s)) {
 			found[s] = true
 		}
 	}
@@ -297,6 +306,40 @@ func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, err
 		add(l.Attrs().Name)
 	}
 	return sortedSlots(found), nil
+}
+
+// RemoveStrays frees the strays there are, and returns them. One that cannot be
+// removed is fenced: it stays reserved, counts in Stats, and is tried again by
+// the next call.
+func (n *Network) RemoveStrays(ctx context.Context) (removed []Slot, err error) {
+	strays, err := n.Strays(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	n.strays.Lock()
+	defer n.strays.Unlock()
+	for _, s := range strays {
+		// Somebody who took it meanwhile has found the name in use.
+		if n.slots.claim(s) == nil {
+			n.strays.left = append(n.strays.left, s)
+		}
+	}
+	left := n.strays.left
+	n.strays.left = nil
+	for _, s := range left {
+		err := n.Close(ctx, s)
+		if err == nil {
+			err = n.slots.release(s)
+		}
+		if err != nil {
+			errs = append(errs, err)
+			n.strays.left = append(n.strays.left, s)
+			continue
+		}
+		removed = append(removed, s)
+	}
+	return removed, errors.Join(errs...)
 }
 
 // transact sends what fill queues as one nftables transaction, in the network

@@ -209,35 +209,47 @@ func swapPolicy(rules []rule) error {
 
 // forgetGuest deletes what the guest began from the calling thread's namespace.
 func forgetGuest() error {
-	return forget(func(f *netlink.ConntrackFilter) error {
+	_, err := forget(func(f *netlink.ConntrackFilter) error {
 		return f.AddIP(netlink.ConntrackOrigSrcIP, GuestAddr.Addr().AsSlice())
 	})
+	return err
+}
+
+// forgetAll forgets until a look at the whole table finds nothing.
+func forgetAll(describe ...func(*netlink.ConntrackFilter) error) error {
+	for range 5 {
+		if found, err := forget(describe...); found == 0 || err != nil {
+			return err
+		}
+	}
+	return errors.New("forget connections: new ones keep coming")
 }
 
 // forget deletes the connections that any of the filters describes from the
-// calling thread's namespace.
-func forget(describe ...func(*netlink.ConntrackFilter) error) error {
+// calling thread's namespace, and says how many there were.
+func forget(describe ...func(*netlink.ConntrackFilter) error) (found uint, err error) {
 	// Looking for them means walking the kernel's whole table.
 	if b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count"); err == nil && strings.TrimSpace(string(b)) == "0" {
-		return nil
+		return 0, nil
 	}
 	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 	if err != nil {
-		return fmt.Errorf("open conntrack: %w", err)
+		return 0, fmt.Errorf("open conntrack: %w", err)
 	}
 	defer h.Close()
 	var filters []netlink.CustomConntrackFilter
 	for _, d := range describe {
 		f := new(netlink.ConntrackFilter)
 		if err := d(f); err != nil {
-			return fmt.Errorf("describe connections: %w", err)
+			return 0, fmt.Errorf("describe connections: %w", err)
 		}
 		filters = append(filters, f)
 	}
-	if _, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filters...); err != nil {
-		return fmt.Errorf("forget connections: %w", err)
+	found, err = h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filters...)
+	if err != nil {
+		return found, fmt.Errorf("forget connections: %w", err)
 	}
-	return nil
+	return found, nil
 }
 
 // Counters are what has passed between a sandbox and the host since the slot
@@ -267,6 +279,37 @@ func (n *Network) Counters(ctx context.Context, s Slot) (Counters, error) {
 	if err != nil {
 		return Counters{}, fmt.Errorf("find link of network slot %d: %w", s, err)
 	}
+	return countersOf(l)
+}
+
+// CountersAll returns the counters of all open slots, at the price of one look
+// at the host's links.
+func (n *Network) CountersAll(ctx context.Context) (map[Slot]Counters, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	links, err := listed(h.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	all := make(map[Slot]Counters, len(links))
+	for _, l := range links {
+		if s, ok := n.plan.slotOf(l.Attrs().Name); ok {
+			if all[s], err = countersOf(l); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return all, nil
+}
+
+// countersOf reads a link's from the host's side, which sees them reversed.
+func countersOf(l netlink.Link) (Counters, error) {
 	st := l.Attrs().Statistics
 	if st == nil {
 		return Counters{}, errdefs.Unsupported.Errorf("the host's kernel does not count packets")

@@ -78,6 +78,7 @@ type Stats struct {
 	Reserved int // all slots that are not free, those below among them
 	Open     int // with something on the host
 	Pool     int // built and waiting
+	Fenced   int // whose removal failed; tried again, and nobody's until it succeeds
 }
 
 // Stats returns the present counts.

@@ -2,6 +2,7 @@ package network
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -9,9 +10,11 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
@@ -59,7 +62,7 @@ func (n *Network) CheckAll(ctx context.Context, slots []Slot) (Findings, error) 
 				return errdefs.InvalidArgument.Errorf("network slot %d is not in 1..%d", s, MaxSlot)
 			}
 			a := n.plan.Addrs(s)
-			if err := errors.Join(v.checkHostSide(a), n.checkNS(a)); err != nil {
+			if err := errors.Join(v.checkHostSide(a), n.checkNS(s, a)); err != nil {
 				found.Slots[s] = err
 			}
 		}
@@ -161,7 +164,7 @@ func (v view) checkHostSide(a Addrs) error {
 }
 
 // checkNS looks into a slot's namespace, on a thread that may change its own.
-func (n *Network) checkNS(a Addrs) error {
+func (n *Network) checkNS(s Slot, a Addrs) error {
 	ns, err := netns.GetFromPath(a.NetNSPath)
 	if err != nil {
 		return errNoNS
@@ -176,33 +179,32 @@ func (n *Network) checkNS(a Addrs) error {
 	}
 	defer h.Close()
 	var errs []error
+	links, err := listed(h.LinkList)
+	if err != nil {
+		return fmt.Errorf("list links of namespace: %w", err)
+	}
+	addrs, err := listed(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return fmt.Errorf("list addresses of namespace: %w", err)
+	}
 	index := map[string]int{}
+	for _, l := range links {
+		index[l.Attrs().Name] = l.Attrs().Index
+		if (l.Attrs().Name == Tap || l.Attrs().Name == peerName) && l.Attrs().Flags&net.FlagUp == 0 {
+			errs = append(errs, fmt.Errorf("%s is down", l.Attrs().Name))
+		}
+	}
+	if index[peerName] == 0 {
+		errs = append(errs, errors.New(peerName+" is missing"))
+	}
+	if index[Tap] == 0 {
+		errs = append(errs, errNoTap)
+	}
 	for name, addr := range map[string]netip.Prefix{Tap: netip.PrefixFrom(GuestGateway, GuestAddr.Bits()), peerName: a.NSVeth} {
-		l, err := h.LinkByName(name)
-		switch {
-		case errors.As(err, new(netlink.LinkNotFoundError)) && name == Tap:
-			errs = append(errs, errNoTap)
-			continue
-		case errors.As(err, new(netlink.LinkNotFoundError)):
-			errs = append(errs, fmt.Errorf("%s is missing", name))
-			continue
-		case err != nil:
-			return fmt.Errorf("find %s: %w", name, err)
-		}
-		index[name] = l.Attrs().Index
-		if l.Attrs().Flags&net.FlagUp == 0 {
-			errs = append(errs, fmt.Errorf("%s is down", name))
-		}
-		list, err := listed(func() ([]netlink.Addr, error) { return h.AddrList(l, netlink.FAMILY_V4) })
-		if err != nil {
-			return fmt.Errorf("list addresses of %s: %w", name, err)
-		}
-		var have []netip.Prefix
-		for _, ad := range list {
+		if index[name] != 0 && !slices.ContainsFunc(addrs, func(ad netlink.Addr) bool {
 			p, _ := prefixOf(ad.IPNet)
-			have = append(have, p)
-		}
-		if !slices.Contains(have, addr) {
+			return ad.LinkIndex == index[name] && p == addr
+		}) {
 			errs = append(errs, fmt.Errorf("the address of %s is missing", name))
 		}
 	}
@@ -232,10 +234,66 @@ func (n *Network) checkNS(a Addrs) error {
 	for _, c := range nsSysctls {
 		errs = append(errs, checkSysctl("the namespace", c.name, c.value))
 	}
-	if err := checkTables(slotRules(a, nil)...); err != nil {
-		errs = append(errs, errors.Join(errNoRules, err))
+	gen, err := generation()
+	if err != nil {
+		return err
+	}
+	if !n.whole.at(s, gen) {
+		if err := checkTables(slotRules(a, nil)...); err != nil {
+			errs = append(errs, errors.Join(errNoRules, err))
+		} else {
+			n.whole.set(s, gen)
+		}
 	}
 	return errors.Join(errs...)
+}
+
+// generations are the numbers of the last nftables transactions in the
+// namespaces whose rules were found whole: until the number changes, they are.
+type generations struct {
+	sync.Mutex
+	m map[Slot]uint32
+}
+
+func (g *generations) at(s Slot, gen uint32) bool {
+	g.Lock()
+	defer g.Unlock()
+	return gen != 0 && g.m[s] == gen
+}
+
+// set notes a number; 0 forgets.
+func (g *generations) set(s Slot, gen uint32) {
+	g.Lock()
+	defer g.Unlock()
+	if g.m == nil {
+		g.m = map[Slot]uint32{}
+	}
+	if g.m[s] = gen; gen == 0 {
+		delete(g.m, s)
+	}
+}
+
+// generation is the number of the last nftables transaction in the calling
+// thread's namespace.
+func generation() (uint32, error) {
+	req := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN, 0)
+	req.AddData(&nl.Nfgenmsg{Version: nl.NFNETLINK_V0})
+	msgs, err := req.Execute(unix.NETLINK_NETFILTER, 0)
+	if err != nil {
+		return 0, fmt.Errorf("ask for the rules' generation: %w", err)
+	}
+	for _, m := range msgs {
+		attrs, err := nl.ParseRouteAttr(m[nl.SizeofNfgenmsg:])
+		if err != nil {
+			return 0, fmt.Errorf("parse the rules' generation: %w", err)
+		}
+		for _, a := range attrs {
+			if a.Attr.Type == unix.NFTA_GEN_ID && len(a.Value) == 4 {
+				return binary.BigEndian.Uint32(a.Value), nil
+			}
+		}
+	}
+	return 0, errors.New("the kernel does not tell the rules' generation")
 }
 
 // What Repair asks of a finding.

@@ -68,6 +68,9 @@ type Network struct {
 	slots allocator
 	// taken tells Run that a slot left the pool.
 	taken chan struct{}
+	// links and whole spare CountersAll and CheckAll what has not changed.
+	links linkNames
+	whole generations
 	// strays holds those that RemoveStrays could not free.
 	strays struct {
 		sync.Mutex

@@ -298,6 +298,20 @@ func TestCounters(t *testing.T) {
 	if d := after.InBytes - before.InBytes; d < 530 || d > 530+4*60 {
 		t.Errorf("%d bytes in, want 530", d)
 	}
+	// All at once, and after one more slot: the same numbers.
+	for range 2 {
+		one, err := n.Counters(t.Context(), s)
+		must(t, err)
+		all, err := n.CountersAll(t.Context())
+		must(t, err)
+		if all[s] != one {
+			t.Errorf("counters of all: %+v, of the slot alone %+v", all[s], one)
+		}
+		if len(all) != n.Stats().Open {
+			t.Errorf("counters of %d slots, %d are open", len(all), n.Stats().Open)
+		}
+		open(t, n)
+	}
 	// What the policy refuses does not leave the namespace.
 	must(t, n.SetPolicy(t.Context(), s, Policy{Mode: None}))
 	ask(t, g.ns, "udp", internetAddr, 7013, silence)

@@ -277,6 +277,7 @@ func (n *Network) Close(_ context.Context, s Slot) (err error) {
 	if err := n.verifyGone(host, a); err != nil {
 		return fmt.Errorf("close network slot %d: %w", s, err)
 	}
+	n.whole.set(s, 0)
 	n.slots.closed(s)
 	return nil
 }

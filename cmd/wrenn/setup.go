@@ -166,10 +166,11 @@ why it matters, and the command that mends it. The exit status is 1 when
 something required is missing. As root it sees more.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if _, err := c.plan(); err != nil {
+			plan, err := c.plan()
+			if err != nil {
 				return err
 			}
-			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: []vmm.Driver{c.driver()}})
+			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: []vmm.Driver{c.driver()}, Plan: plan})
 			out := cmd.OutOrStdout()
 			if asJSON {
 				enc := json.NewEncoder(out)

@@ -135,6 +135,13 @@ func (n *Network) Setup(ctx context.Context) error {
 			return fmt.Errorf("add unreachable route %s: %w", r.Dst, err)
 		}
 	}
+	obstacles, err := n.plan.Obstacles(n.opts.Resolvers)
+	if err != nil {
+		n.opts.Log.Warn("other firewalls of the host not looked at", "err", err)
+	}
+	for _, o := range obstacles {
+		n.opts.Log.Warn("another firewall of this host drops what sandboxes send", "chain", o.Chain, "mend", o.String())
+	}
 	return nil
 }
 

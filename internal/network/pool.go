@@ -83,3 +83,8 @@ type Stats struct {
 
 // Stats returns the present counts.
 func (n *Network) Stats() Stats { return n.slots.stats() }
+
+// ByState names the counts, as the metrics do.
+func (s Stats) ByState() map[string]int {
+	return map[string]int{"reserved": s.Reserved, "open": s.Open, "pool": s.Pool, "fenced": s.Fenced}
+}

@@ -12,13 +12,17 @@ import (
 
 // metrics reads the manager's numbers when somebody asks for them; it keeps
 // none of its own.
-type metrics struct{ manager *sandbox.Manager }
+type metrics struct {
+	manager *sandbox.Manager
+	slots   func() map[string]int
+}
 
 var (
 	sandboxesDesc = prometheus.NewDesc("wrenn_sandboxes", "Sandboxes by state.", []string{"state"}, nil)
 	endedDesc     = prometheus.NewDesc("wrenn_sandboxes_ended_total", "Sandboxes that ended since the agent started, by reason.", []string{"reason"}, nil)
 	usedDesc      = prometheus.NewDesc("wrenn_reserved", "What sandboxes have reserved of the host: sandboxes, vcpus, memory_mib, disk_mib.", []string{"resource"}, nil)
 	limitDesc     = prometheus.NewDesc("wrenn_limit", "What sandboxes may reserve of the host.", []string{"resource"}, nil)
+	slotsDesc     = prometheus.NewDesc("wrenn_network_slots", "Network slots: reserved (all that are not free), open (with something on the host), pool (built and waiting), fenced (not removed yet, kept from use).", []string{"state"}, nil)
 	fencedDesc    = prometheus.NewDesc("wrenn_cleanup_pending", "Sandboxes and slots that could not be freed yet.", nil, nil)
 )
 
@@ -42,13 +46,17 @@ func (m metrics) Collect(ch chan<- prometheus.Metric) {
 		gauge(desc, r.DiskMiB, "disk_mib")
 	}
 	gauge(fencedDesc, stats.Pending)
+	for state, n := range m.slots() {
+		gauge(slotsDesc, n, state)
+	}
 }
 
-// Metrics answers GET /metrics in Prometheus' text format.
-func Metrics(manager *sandbox.Manager) http.Handler {
+// Metrics answers GET /metrics in Prometheus' text format. slots counts the
+// network's slots by state.
+func Metrics(manager *sandbox.Manager, slots func() map[string]int) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
-		metrics{manager},
+		metrics{manager, slots},
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)

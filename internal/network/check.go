@@ -13,6 +13,7 @@ import (
 	"sync"
 
 	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
@@ -239,7 +240,7 @@ func (n *Network) checkNS(s Slot, a Addrs) error {
 		return err
 	}
 	if !n.whole.at(s, gen) {
-		if err := checkTables(slotRules(a, nil)...); err != nil {
+		if err := errors.Join(checkTables(slotRules(a, nil)...), checkPolicy()); err != nil {
 			errs = append(errs, errors.Join(errNoRules, err))
 		} else {
 			n.whole.set(s, gen)
@@ -349,6 +350,42 @@ func checkTables(rs ...ruleset) error {
 		}
 		return errors.Join(errs...)
 	})
+}
+
+// checkPolicy says whether the egress chain leads to a policy chain that is not
+// empty: an empty one lets nothing out.
+func checkPolicy() error {
+	return transact(func(c *nftables.Conn) error {
+		now, err := policyInUse(c)
+		if err != nil {
+			return err
+		}
+		rules, err := c.GetRules(now.Table, now)
+		if err != nil {
+			return fmt.Errorf("read policy: %w", err)
+		}
+		if len(rules) == 0 {
+			return errors.New("the policy is empty")
+		}
+		return nil
+	})
+}
+
+// policyInUse is the policy chain that the egress chain jumps to.
+func policyInUse(c *nftables.Conn) (*nftables.Chain, error) {
+	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: slotTable}
+	rules, err := c.GetRules(t, &nftables.Chain{Name: egressChain, Table: t})
+	if err != nil {
+		return nil, fmt.Errorf("read policy: %w", err)
+	}
+	for _, r := range rules {
+		for _, e := range r.Exprs {
+			if v, ok := e.(*expr.Verdict); ok && v.Kind == expr.VerdictJump {
+				return &nftables.Chain{Name: v.Chain, Table: t}, nil
+			}
+		}
+	}
+	return nil, errors.New("no policy is in use")
 }
 
 func checkSysctl(where, name, want string) error {

@@ -117,6 +117,14 @@ func TestCheckAndRepair(t *testing.T) {
 		{"sandbox table", "rules", inside(func() { drop(slot[1], "") })},
 		{"guard's rules", "rules", inside(func() { drop(slot[0], "ingress") })},
 		{"egress rules", "rules", inside(func() { drop(slot[1], egressChain) })},
+		{"policy", "policy is empty", inside(func() {
+			must(t, transact(func(c *nftables.Conn) error {
+				now, err := policyInUse(c)
+				must(t, err)
+				c.FlushChain(now)
+				return nil
+			}))
+		})},
 		{"everything in nftables", "rules", inside(func() {
 			must(t, transact(func(c *nftables.Conn) error { c.FlushRuleset(); return nil }))
 		})},

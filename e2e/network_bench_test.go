@@ -98,7 +98,7 @@ func slotCommands(b *testing.B, a network.Addrs) (open, closing []string) {
 	link := "ip -n " + a.NetNS + " "
 	return []string{
 			"ip netns add " + a.NetNS,
-			inside + "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=1" +
+			inside + "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=1 net.ipv4.icmp_ratemask=6160" +
 				" net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1",
 			link + "tuntap add " + network.Tap + " mode tap vnet_hdr user 0",
 			"ip link add " + a.Veth + " type veth peer name veth0 netns " + a.NetNS,

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -272,16 +273,31 @@ func TestConnectionLimit(t *testing.T) {
 		l, err = net.Listen("tcp4", netip.AddrPortFrom(internetAddr, 7040).String())
 		must(t, err)
 	})
-	defer l.Close()
-	go func() {
+	var wg sync.WaitGroup
+	accepted := make(chan net.Conn, 100)
+	wg.Go(func() {
+		defer close(accepted)
 		for {
 			c, err := l.Accept()
 			if err != nil {
 				return
 			}
-			go func() { defer c.Close(); io.Copy(c, c) }()
+			accepted <- c
+			wg.Go(func() {
+				// Wrapped, or it would splice, and keep the pipes.
+				io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
+				c.Close()
+			})
 		}
-	}()
+	})
+	// The far end of a connection that was cut off never hears of it.
+	t.Cleanup(func() {
+		l.Close()
+		for c := range accepted {
+			c.Close()
+		}
+		wg.Wait()
+	})
 	serve(t, g.ns, netip.IPv4Unspecified(), 49983)
 	dial := func() (c net.Conn, err error) {
 		in(t, g.ns, func() { c, err = net.DialTimeout("tcp4", l.Addr().String(), timeout) })

@@ -100,14 +100,16 @@ func TestEgress(t *testing.T) {
 	}
 }
 
-// A refusal is an answer, not a silence.
+// A refusal is an answer, not a silence, however many there are.
 func TestRefusedConnectionsFailAtOnce(t *testing.T) {
 	n := world(t, Options{})
 	_, _, g := open(t, n)
 	in(t, g.ns, func() {
-		_, err := net.DialTimeout("tcp4", netip.AddrPortFrom(privateAddr, 80).String(), timeout)
-		if !errors.Is(err, unix.EHOSTUNREACH) {
-			t.Errorf("dial of a refused address = %v, want no route to host", err)
+		for range 100 {
+			_, err := net.DialTimeout("tcp4", netip.AddrPortFrom(privateAddr, 80).String(), timeout)
+			if !errors.Is(err, unix.EHOSTUNREACH) {
+				t.Fatalf("dial of a refused address = %v, want no route to host", err)
+			}
 		}
 	})
 }

@@ -111,10 +111,14 @@ func (n *Network) exists(s Slot) bool {
 
 // nsSysctls are what makes a namespace a router. Strict about sources: each
 // address has one way here, so anything else is forged. What else a router
-// does (redirects) the rules do not let through.
+// does (redirects) the rules do not let through. All but unreachable errors are
+// limited in rate, as is the default: refusals are for the guest alone, which
+// should learn of each at once, and so take nothing of what the kernel lets
+// the whole host send.
 var nsSysctls = []struct{ name, value string }{
 	{"net/ipv4/ip_forward", "1"},
 	{"net/ipv4/conf/all/rp_filter", "1"},
+	{"net/ipv4/icmp_ratemask", "6160"},
 }
 
 // fillNS builds the namespace's inside, on a thread that is in it. host speaks

@@ -104,9 +104,11 @@ func removeNS(path string) error {
 // namespace. A thread that cannot return is never used for anything else: its
 // goroutine ends locked to it, so the runtime ends the thread too.
 func onThread(fn func() error) error {
-	done := make(chan error)
+	done := make(chan error, 1)
 	go func() {
-		defer close(done) // for fn that ends the goroutine, as a failing test does
+		// Last of all, so that nothing is left when onThread returns, even if
+		// fn ends the goroutine, as a failing test does.
+		defer close(done)
 		runtime.LockOSThread()
 		home, err := netns.Get()
 		if err != nil {
@@ -123,7 +125,9 @@ func onThread(fn func() error) error {
 		runtime.UnlockOSThread()
 		done <- err
 	}()
-	return <-done
+	err := <-done
+	<-done
+	return err
 }
 
 // makeTap makes a persistent tap in the calling thread's namespace. A process

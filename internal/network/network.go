@@ -114,6 +114,11 @@ func (n *Network) Setup(ctx context.Context) error {
 	if err := n.checkRoutes(h); err != nil {
 		return err
 	}
+	if n.opts.Limits.InBytes > 0 || n.opts.Limits.OutBytes > 0 {
+		if err := tryShaping(); err != nil {
+			return err
+		}
+	}
 	made, err := shareDir(netnsDir)
 	if made {
 		n.madeDir.Store(true)

@@ -1,521 +1,184 @@
 package e2e_test
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
+	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"math/big"
-	"net"
 	"net/http"
-	"net/netip"
-	"runtime"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
-	"connectrpc.com/connect"
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
-	"golang.org/x/net/dns/dnsmessage"
-	"golang.org/x/sys/unix"
-
-	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/host"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
-// The internet of these tests is a namespace behind a link of the host's. It
-// has a resolver and three servers, each of which answers with its own name.
-const (
-	internetHost = "198.51.100.1/24" // the host's address there
-	resolverAddr = "198.51.100.53"
-)
-
-var internetServers = map[string]string{
-	"good":    "198.51.100.10",
-	"evil":    "198.51.100.20",
-	"private": "10.254.254.10", // nothing that calls itself public has this
-}
-
-// internetNames is what the resolver knows.
-var internetNames = map[string]string{
-	"good.example.":       internetServers["good"],
-	"www.good.example.":   internetServers["good"],
-	"evil.example.":       internetServers["evil"],
-	"rebinding.example.":  internetServers["private"],
-	"metadata.example.":   "169.254.169.254",
-	"bad.under.example.":  internetServers["evil"],
-	"fine.under.example.": internetServers["good"],
-}
-
-// internet is what was asked of it.
-type internet struct {
-	mu    sync.Mutex
-	asked []string // names, of the resolver
-}
-
-func (i *internet) questions() string {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	return strings.Join(i.asked, " ")
-}
-
-// theInternet sets it up for one test.
-func theInternet(t *testing.T) *internet {
-	t.Helper()
-	i := &internet{}
-	check := func(err error) {
+// The host's limits hold for a sandbox with a network from the pool: TCP finds
+// the rate, both ways, and no more connections begin than may.
+func TestHostLimits(t *testing.T) {
+	const rate, size, connections = 500_000, 1_000_000, 5
+	a := startAgent(t, "--net-in=500K", "--net-out=0.5M", fmt.Sprintf("--net-connections=%d", connections), "--egress=all", "--pool=1")
+	slots := func(state string) (n int) {
 		t.Helper()
+		resp, err := http.Get(a.url + "/metrics")
 		if err != nil {
 			t.Fatal(err)
 		}
-	}
-	ns := func() (ns netns.NsHandle) {
-		check(onOwnThread(func() (err error) {
-			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-				return err
-			}
-			ns, err = netns.Get()
-			return err
-		}))
-		return ns
-	}()
-	t.Cleanup(func() { ns.Close() })
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = "e2einet0"
-	veth := netlink.NewVeth(attrs)
-	veth.PeerName, veth.PeerNamespace = "inet0", netlink.NsFd(ns)
-	check(netlink.LinkAdd(veth))
-	t.Cleanup(func() { netlink.LinkDel(veth) })
-	address := func(h *netlink.Handle, link string, addrs ...string) {
-		t.Helper()
-		l, err := h.LinkByName(link)
-		check(err)
-		for _, addr := range addrs {
-			a, err := netlink.ParseAddr(addr)
-			check(err)
-			check(h.AddrAdd(l, a))
-		}
-		check(h.LinkSetUp(l))
-	}
-	here, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	check(err)
-	defer here.Close()
-	address(here, "e2einet0", internetHost)
-	// The host has a way to the private address, too.
-	l, err := here.LinkByName("e2einet0")
-	check(err)
-	check(here.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(t, internetServers["private"]+"/32"), Gw: net.ParseIP(resolverAddr)}))
-
-	cert := selfSigned(t)
-	var servers []io.Closer
-	check(onOwnThread(func() error {
-		if err := netns.Set(ns); err != nil {
-			return err
-		}
-		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		defer resp.Body.Close()
+		body, err := io.ReadAll(resp.Body)
 		if err != nil {
-			return err
+			t.Fatal(err)
 		}
-		defer h.Close()
-		address(h, "lo", internetServers["private"]+"/32", "169.254.169.254/32")
-		address(h, "inet0", resolverAddr+"/24", internetServers["good"]+"/24", internetServers["evil"]+"/24")
-		for name, addr := range internetServers {
-			for port, config := range map[string]*tls.Config{"80": nil, "443": {Certificates: []tls.Certificate{cert}}, "8443": {Certificates: []tls.Certificate{cert}}} {
-				l, err := net.Listen("tcp", net.JoinHostPort(addr, port))
-				if err != nil {
-					return err
-				}
-				if config != nil {
-					l = tls.NewListener(l, config)
-				}
-				srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, name) })}
-				servers = append(servers, srv)
-				go srv.Serve(l)
-			}
-			// What speaks first, as ssh does, and on UDP.
-			l, err := net.Listen("tcp", net.JoinHostPort(addr, "22"))
-			if err != nil {
-				return err
-			}
-			servers = append(servers, l)
-			go func() {
-				for {
-					conn, err := l.Accept()
-					if err != nil {
-						return
-					}
-					io.WriteString(conn, name)
-					conn.Close()
-				}
-			}()
-			u, err := net.ListenPacket("udp", net.JoinHostPort(addr, "443"))
-			if err != nil {
-				return err
-			}
-			servers = append(servers, u)
-			go answerEach(u, func([]byte) []byte { return []byte(name) })
+		_, rest, ok := strings.Cut(string(body), fmt.Sprintf("wrenn_network_slots{state=%q} ", state))
+		if _, err := fmt.Sscan(rest, &n); !ok || err != nil {
+			t.Fatalf("the metrics do not say how many slots are %s", state)
 		}
-		for _, addr := range []string{resolverAddr, internetServers["evil"]} {
-			u, err := net.ListenPacket("udp", net.JoinHostPort(addr, "53"))
-			if err != nil {
-				return err
-			}
-			servers = append(servers, u)
-			go answerEach(u, i.resolve)
-		}
-		return nil
-	}))
-	t.Cleanup(func() {
-		for _, s := range servers {
-			s.Close()
-		}
-	})
-	return i
-}
-
-// answerEach answers datagrams until the socket is closed.
-func answerEach(u net.PacketConn, with func([]byte) []byte) {
-	buf := make([]byte, 2048)
-	for {
-		n, from, err := u.ReadFrom(buf)
-		if err != nil {
-			return
-		}
-		if reply := with(buf[:n]); reply != nil {
-			u.WriteTo(reply, from)
-		}
+		return n
 	}
-}
-
-// resolve is the resolver.
-func (i *internet) resolve(query []byte) []byte {
-	var m dnsmessage.Message
-	if m.Unpack(query) != nil || len(m.Questions) != 1 {
-		return nil
-	}
-	q := m.Questions[0]
-	i.mu.Lock()
-	i.asked = append(i.asked, q.Name.String())
-	i.mu.Unlock()
-	m.Response, m.RecursionAvailable, m.Additionals = true, true, nil
-	addr, ok := internetNames[strings.ToLower(q.Name.String())]
-	if !ok {
-		m.RCode = dnsmessage.RCodeNameError
-	} else if q.Type == dnsmessage.TypeA {
-		m.Answers = []dnsmessage.Resource{{
-			Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 1},
-			Body:   &dnsmessage.AResource{A: netip.MustParseAddr(addr).As4()},
-		}}
-	}
-	reply, err := m.Pack()
-	if err != nil {
-		return nil
-	}
-	return reply
-}
-
-// onOwnThread runs f on a thread that ends with it.
-func onOwnThread(f func() error) error {
-	errc := make(chan error)
-	go func() {
-		runtime.LockOSThread()
-		errc <- f()
-	}()
-	return <-errc
-}
-
-func ipNet(t *testing.T, s string) *net.IPNet {
-	t.Helper()
-	_, n, err := net.ParseCIDR(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
-}
-
-func selfSigned(t *testing.T) tls.Certificate {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), DNSNames: []string{"good.example"}, NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
-}
-
-// attempt is what a guest tries.
-type attempt struct {
-	// How is http, https, ssh (the server speaks first), udp, or dns (of a
-	// resolver at Addr).
-	How string `json:"how"`
-	// Addr is an address, or a name for the guest to look up.
-	Addr string `json:"addr"`
-	Port int    `json:"port"`
-	// Name is what the guest says it wants: the Host, the server name, the
-	// question.
-	Name string `json:"name"`
-}
-
-// attempts runs them in the guest, side by side, and returns for each the name
-// of the server that answered, or why none did.
-func (b *sandbox) attempts(list ...attempt) []string {
-	b.t.Helper()
-	data, err := json.Marshal(list)
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	out := b.sh("python3 - <<'END'\nimport json, socket, ssl, struct, threading\n" +
-		"todo = json.loads('''" + string(data) + "''')\n" + `
-def one(a):
-    how, addr, port, name = a["how"], a["addr"], a["port"], a["name"]
-    if how in ("udp", "dns"):
-        s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        s.settimeout(4)
-        s.connect((addr, port))
-        q = b"x"
-        if how == "dns":
-            q = struct.pack(">HHHHHH", 7, 0x100, 1, 0, 0, 0)
-            for label in name.split("."):
-                q += bytes([len(label)]) + label.encode()
-            q += b"\0" + struct.pack(">HH", 1, 1)
-        s.send(q)
-        got = s.recv(2048)
-        return "rcode %d" % (got[3] & 15) if how == "dns" else got.decode()
-    s = socket.create_connection((addr, port), 8)
-    s.settimeout(8)
-    if how == "ssh":
-        return s.recv(100).decode() or "closed"
-    if how == "https":
-        c = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        c.check_hostname, c.verify_mode = False, ssl.CERT_NONE
-        s = c.wrap_socket(s, server_hostname=name or None)
-    s.sendall(("GET / HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n" % name).encode())
-    got = b""
-    while True:
-        part = s.recv(4096)
-        if not part: break
-        got += part
-    head, _, body = got.decode().partition("\r\n\r\n")
-    return body.strip() if " 200 " in head.split("\r\n")[0] else "refused: " + head[:40]
-results = [None] * len(todo)
-def attempt(i):
-    try: results[i] = one(todo[i])
-    except Exception as e: results[i] = "refused: %s" % type(e).__name__
-threads = [threading.Thread(target=attempt, args=(i,)) for i in range(len(todo))]
-for t in threads: t.start()
-for t in threads: t.join()
-print(json.dumps(results))
-END`)
-	var results []string
-	if err := json.Unmarshal([]byte(out), &results); err != nil || len(results) != len(list) {
-		b.t.Fatalf("attempts printed %q: %v", out, err)
-	}
-	return results
-}
-
-// expect runs attempts, of which each has its wanted result: a server's name,
-// or "no" for one that no server answered.
-func (b *sandbox) expect(when string, wanted map[attempt]string) {
-	b.t.Helper()
-	var list []attempt
-	for a := range wanted {
-		list = append(list, a)
-	}
-	for i, got := range b.attempts(list...) {
-		want := wanted[list[i]]
-		if want == "no" && (strings.HasPrefix(got, "refused") || got == "closed" || got == "rcode 3" || got == "rcode 5") || got == want {
-			continue
-		}
-		b.t.Errorf("%s: %+v: got %q, want %q", when, list[i], got, want)
-	}
-}
-
-func (b *sandbox) setNetwork(p *hostagentv1.NetworkPolicy) error {
-	_, err := b.a.UpdateNetwork(b.t.Context(), connect.NewRequest(&hostagentv1.UpdateNetworkRequest{SandboxId: b.id, Network: p}))
-	return err
-}
-
-func off() *bool { no := false; return &no }
-
-// What is reached from a default sandbox, and what from one without internet.
-// These attempts reach their servers where they may, which gives all the
-// refusals their meaning.
-func TestEgress(t *testing.T) {
-	i := theInternet(t)
-	a := startAgent(t, "--dns="+resolverAddr)
+	waitFor(t, "the pool to fill", func() bool { return slots("pool") == 1 })
 	b := a.create(t, nil)
-	good, evil := internetServers["good"], internetServers["evil"]
-	open := map[attempt]string{
-		{"http", good, 80, "good.example"}:                     "good",
-		{"http", "good.example", 80, "good.example"}:           "good",
-		{"https", good, 443, "good.example"}:                   "good",
-		{"ssh", evil, 22, ""}:                                  "evil",
-		{"udp", evil, 443, ""}:                                 "evil",
-		{"dns", resolverAddr, 53, "good.example"}:              "rcode 0",
-		{"http", internetServers["private"], 80, "x"}:          "no",
-		{"http", "169.254.169.254", 80, "x"}:                   "no",
-		{"http", "rebinding.example", 80, "x"}:                 "no",
-		{"udp", internetServers["private"], 443, "x"}:          "no",
-		{"http", strings.Split(internetHost, "/")[0], 80, "x"}: "no",
-	}
-	b.expect("by default", open)
-	if !strings.Contains(i.questions(), "good.example.") {
-		t.Errorf("the resolver was asked %q", i.questions())
+	waitFor(t, "the pool to fill again", func() bool { return slots("pool") == 1 })
+	if open, reserved, fenced := slots("open"), slots("reserved"), slots("fenced"); open != 2 || reserved != 2 || fenced != 0 {
+		t.Errorf("slots: %d open, %d reserved, %d fenced; want the sandbox's and the pool's", open, reserved, fenced)
 	}
 
-	if err := b.setNetwork(&hostagentv1.NetworkPolicy{DenyOut: []string{evil + "/32"}}); err != nil {
-		t.Fatal(err)
-	}
-	b.expect("with a range denied", map[attempt]string{
-		{"ssh", evil, 22, ""}: "no", {"udp", evil, 443, ""}: "no", {"http", good, 80, "x"}: "good",
+	b.sh(`cd /tmp && head -c ` + fmt.Sprint(size) + ` /dev/zero >big && cat >server.py <<'END'
+import http.server, socketserver
+class H(http.server.SimpleHTTPRequestHandler):
+    def do_PUT(self):
+        left = int(self.headers["Content-Length"])
+        while left > 0:
+            left -= len(self.rfile.read(min(left, 65536)))
+        self.send_response(200); self.end_headers()
+socketserver.TCPServer(("0.0.0.0", 8000), H).serve_forever()
+END
+nohup python3 server.py >/dev/null 2>&1 &`)
+	url := fmt.Sprintf("http://%s:8000/big", b.addrs().HostIP)
+	waitFor(t, "the guest's server", func() bool {
+		resp, err := http.Head(url)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err == nil
 	})
-	closed := &hostagentv1.NetworkPolicy{AllowInternet: off(), AllowOut: []string{"198.51.100.10"}}
-	if err := b.setNetwork(closed); err != nil {
-		t.Fatal(err)
-	}
-	inForce := func(when string) {
-		t.Helper()
-		b.expect(when, map[attempt]string{
-			{"ssh", evil, 22, ""}: "no", {"udp", evil, 443, ""}: "no", {"ssh", good, 22, ""}: "good",
-			{"dns", resolverAddr, 53, "good.example"}: "no",
-		})
-	}
-	inForce("without internet, but for one address")
-
-	// It stays so, whatever happens to sandbox and agent.
-	if err := errors.Join(b.pause(), b.resume()); err != nil {
-		t.Fatal(err)
-	}
-	inForce("after a pause")
-	if _, err := a.PauseSandbox(t.Context(), connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: b.id, ToDisk: true})); err != nil {
-		t.Fatal(err)
-	}
-	if err := b.resume(); err != nil {
-		t.Fatal(err)
-	}
-	inForce("after a hibernation")
-	forked, err := a.ForkSandbox(t.Context(), connect.NewRequest(&hostagentv1.ForkSandboxRequest{SandboxId: b.id}))
-	if err != nil {
-		t.Fatal(err)
-	}
-	fork := &sandbox{t, a, forked.Msg.Sandboxes[0].SandboxId}
-	fork.expect("in a fork", map[attempt]string{{"ssh", evil, 22, ""}: "no", {"ssh", good, 22, ""}: "good"})
-
-	for _, bad := range [][]string{{"300.1.1.1"}, {"fe80::/10"}, {"a b"}, {"*."}, {"exa_mple!"}, {strings.Repeat("a", 300)}} {
-		if err := b.setNetwork(&hostagentv1.NetworkPolicy{AllowOut: bad}); connect.CodeOf(err) != connect.CodeInvalidArgument {
-			t.Errorf("allow %q: %v, want invalid argument", bad, err)
+	least := time.Duration(float64(size-(64<<10)) / rate * float64(time.Second))
+	for what, do := range map[string]func() (*http.Response, error){
+		"out": func() (*http.Response, error) { return http.Get(url) },
+		"in": func() (*http.Response, error) {
+			req, err := http.NewRequest("PUT", url, bytes.NewReader(make([]byte, size)))
+			if err != nil {
+				return nil, err
+			}
+			return http.DefaultClient.Do(req)
+		},
+	} {
+		began := time.Now()
+		resp, err := do()
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := io.Copy(io.Discard, resp.Body)
+		resp.Body.Close()
+		took := time.Since(began)
+		if err != nil || resp.StatusCode != http.StatusOK || what == "out" && n != size {
+			t.Fatalf("%s: status %d, %d bytes, %v", what, resp.StatusCode, n, err)
+		}
+		t.Logf("%s: %.3f of %.3f MB/s", what, size/1e6/took.Seconds(), rate/1e6)
+		if took < least {
+			t.Errorf("%s: %d bytes took %s, at the limit no less than %s", what, size, took, least)
 		}
 	}
-	inForce("after bad updates")
 
-	resp, err := a.GetSandbox(t.Context(), connect.NewRequest(&hostagentv1.GetSandboxRequest{SandboxId: b.id}))
-	if err != nil {
-		t.Fatal(err)
+	// Datagrams to many ports: the first may leave, those above the number are
+	// refused, and the guest is told.
+	got := b.sh(`python3 - <<'END'
+import socket, time
+refused, kept = 0, []
+for port in range(9000, 9020):
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.connect(("203.0.113.9", port))
+    kept.append(s)
+    try:
+        for _ in range(40):
+            s.send(b"x")
+            time.sleep(0.005)
+    except OSError as e:
+        refused += e.strerror == "Network is unreachable"
+print(20 - refused)
+END`)
+	// One of them may be the end of a connection that the snapshot's guest had.
+	if got != fmt.Sprint(connections) && got != fmt.Sprint(connections-1) {
+		t.Errorf("%s connections were let through, want %d", got, connections)
 	}
-	if info := resp.Msg.Sandbox; info.Network.GetAllowInternet() || len(info.Network.GetAllowOut()) != 1 || info.Traffic.GetInBytes() == 0 || info.Traffic.GetOutPackets() == 0 {
-		t.Errorf("the sandbox is listed with %v, %v", info.Network, info.Traffic)
+
+	bad, err := exec.Command(filepath.Join(a.bin, "wrenn"), "serve", "--state-dir", a.stateDir,
+		"--net-in=slow", "--net-out=1", "--net-connections=-1", "--dns=127.0.0.53").CombinedOutput()
+	for _, want := range []string{"--net-in", "bytes per second out", "connections: -1", "--dns 127.0.0.53"} {
+		if err == nil || !strings.Contains(string(bad), want) {
+			t.Errorf("serve with bad limits: %v, %s; want it to name %q", err, bad, want)
+		}
+	}
+	if len(network.HostResolvers()) == 0 && !strings.Contains(a.log.String(), "no resolver") {
+		t.Error("the agent does not say that the host has no resolver for guests")
 	}
 }
 
-// Domain names count for what is really connected to.
-func TestEgressByName(t *testing.T) {
-	i := theInternet(t)
-	a := startAgent(t, "--dns="+resolverAddr, "--on-shutdown=leave")
-	good, evil := internetServers["good"], internetServers["evil"]
-	b := a.create(t, &hostagentv1.CreateSandboxRequest{Network: &hostagentv1.NetworkPolicy{
-		AllowInternet: off(), AllowOut: []string{"good.example", "*.under.example", "rebinding.example", "metadata.example"}, DenyOut: []string{"bad.under.example"},
-	}})
-	byName := map[attempt]string{
-		{"http", "good.example", 80, "good.example"}:             "good",
-		{"https", "good.example", 443, "good.example"}:           "good",
-		{"https", "good.example", 8443, "good.example"}:          "good",
-		{"http", "fine.under.example", 80, "FINE.under.example"}: "good",
-		// The name decides where the connection goes, not the address.
-		{"http", evil, 80, "good.example"}:   "good",
-		{"https", evil, 443, "good.example"}: "good",
-		// Whoever says another name, or none, is refused.
-		{"http", good, 80, "evil.example"}:              "no",
-		{"https", good, 443, "evil.example"}:            "no",
-		{"https", good, 443, ""}:                        "no",
-		{"http", good, 80, good}:                        "no",
-		{"http", evil, 80, evil}:                        "no",
-		{"http", good, 80, "www.good.example"}:          "no",
-		{"http", good, 80, "bad.under.example"}:         "no",
-		{"http", good, 80, "good.example.evil.example"}: "no",
-		{"ssh", good, 22, ""}:                           "no",
-		{"udp", good, 443, ""}:                          "no",
-		// A name that is let through but leads inside.
-		{"http", good, 80, "rebinding.example"}:  "no",
-		{"https", good, 443, "metadata.example"}: "no",
-		// Questions are a way out, too.
-		{"dns", resolverAddr, 53, "good.example"}:        "rcode 0",
-		{"dns", resolverAddr, 53, "secret.evil.example"}: "no",
-		{"dns", evil, 53, "secret.evil.example"}:         "no",
+// Another firewall that drops the sandboxes' packets is named by doctor, and
+// what doctor says mends it.
+func TestDoctorNamesFirewalls(t *testing.T) {
+	testenv.Root(t)
+	testenv.Program(t, "nft")
+	// In a network namespace of its own, so that the host keeps its rules.
+	script := `
+nft -f "$1"
+"$2" doctor --json >"$3" || true
+sed -n 's/^ *"fix": "\(sudo nft .*\) #.*/\1/p' "$3" | sed 's/sudo //g; s/\\u0026/\&/g' >"$3.fix"
+sh -e "$3.fix"
+"$2" doctor --json >"$3.mended" || true`
+	dir := t.TempDir()
+	rules := filepath.Join(dir, "rules")
+	if err := os.WriteFile(rules, []byte(`table inet other {
+	chain passing {
+		type filter hook forward priority filter
+		policy drop
 	}
-	b.expect("by name", byName)
-	if strings.Contains(i.questions(), "secret") {
-		t.Errorf("the question got out: %s", i.questions())
-	}
-
-	if err := b.setNetwork(&hostagentv1.NetworkPolicy{DenyOut: []string{"evil.example"}}); err != nil {
-		t.Fatal(err)
-	}
-	denied := map[attempt]string{
-		{"http", "good.example", 80, "good.example"}: "good",
-		{"http", good, 80, "www.good.example"}:       "good",
-		{"https", evil, 443, "evil.example"}:         "no",
-		{"http", evil, 80, "evil.example"}:           "no",
-		{"http", evil, 80, evil}:                     "no",
-		// It shares the denied one's address.
-		{"http", evil, 80, "bad.under.example"}:   "no",
-		{"dns", resolverAddr, 53, "evil.example"}: "no",
-	}
-	b.expect("with a name denied", denied)
-
-	// The agent's part in it ends with the agent, and then nothing passes; the
-	// next one takes it up.
-	if err := a.signal(9); err != nil {
-		t.Fatal(err)
-	}
-	if err := a.start("--dns="+resolverAddr, "--on-shutdown=destroy"); err != nil {
-		t.Fatal(err)
-	}
-	b.expect("after the agent was killed", denied)
 }
-
-// A connection that a new policy refuses ends, and the cap counts.
-func TestNetworkLimits(t *testing.T) {
-	theInternet(t)
-	a := startAgent(t, "--dns="+resolverAddr)
-	b := a.create(t, &hostagentv1.CreateSandboxRequest{Network: &hostagentv1.NetworkPolicy{MaxConnections: 3}})
-	hold := fmt.Sprintf(`python3 - <<'END'
-import socket
-held = []
-for i in range(6):
-    try: held.append(socket.create_connection(("%s", 80), 3))
-    except OSError: pass
-print(len(held))
-END`, internetServers["good"])
-	if got := b.sh(hold); got != "3" {
-		t.Errorf("%s connections were possible, want 3", got)
-	}
-	if err := b.setNetwork(nil); err != nil {
+`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if got := b.sh(hold); got != "6" {
-		t.Errorf("without the cap %s connections were possible, want 6", got)
+	out := filepath.Join(dir, "out")
+	cmd := exec.Command("unshare", "--net", "sh", "-ec", script, "sh", rules, filepath.Join(binDir(t), "wrenn"), out)
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, msg)
 	}
-	if err := b.setNetwork(&hostagentv1.NetworkPolicy{InBytesPerSec: -1}); connect.CodeOf(err) != connect.CodeInvalidArgument {
-		t.Errorf("negative rate: %v", err)
+	firewall := func(file string) host.Check {
+		t.Helper()
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var checks []host.Check
+		if err := json.Unmarshal(b, &checks); err != nil {
+			t.Fatal(err)
+		}
+		i := slices.IndexFunc(checks, func(c host.Check) bool { return c.Name == "firewall" })
+		if i < 0 {
+			t.Fatalf("doctor does not look at firewalls: %s", b)
+		}
+		return checks[i]
+	}
+	c := firewall(out)
+	want := "sudo nft insert rule inet other passing iifname 'wrenn-*' accept && sudo nft insert rule inet other passing oifname 'wrenn-*' accept"
+	if c.OK || c.Unknown || !strings.Contains(c.Found, "inet other passing") || !strings.HasPrefix(c.Fix, want) {
+		t.Errorf("doctor says %+v, want %q", c, want)
+	}
+	if c := firewall(out + ".mended"); !c.OK {
+		t.Errorf("after doctor's own commands it says %+v", c)
 	}
 }

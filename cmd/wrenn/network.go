@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strconv"
 	"strings"
 	"text/tabwriter"
 
@@ -33,7 +32,7 @@ func (r *reach) flags(cmd *cobra.Command) {
 	f.BoolVar(&r.internet, "internet", true, "whether the sandbox reaches what no list names; --internet=false closes all but --allow")
 	f.StringSliceVar(&r.allow, "allow", nil, "address, range or domain that it reaches all the same (192.0.2.0/24, example.com, *.example.com); may be repeated")
 	f.StringSliceVar(&r.deny, "deny", nil, "address, range or domain that it does not reach; wins over --allow")
-	f.StringVar(&r.in, "net-in", "", "most bytes a second into the sandbox: 500k, 10m")
+	f.StringVar(&r.in, "net-in", "", "most bytes a second into the sandbox: 500K, 10M, 64KiB")
 	f.StringVar(&r.out, "net-out", "", "most bytes a second out of it")
 	f.Int64Var(&r.inPkts, "net-in-packets", 0, "most packets a second into the sandbox")
 	f.Int64Var(&r.outPkts, "net-out-packets", 0, "most packets a second out of it")
@@ -62,29 +61,17 @@ func (r *reach) policy() (*hostagentv1.NetworkPolicy, error) {
 	if r.cmd.Flags().Changed("internet") {
 		p.AllowInternet = &r.internet
 	}
-	var errs [2]error
-	p.InBytesPerSec, errs[0] = parseRate("--net-in", r.in)
-	p.OutBytesPerSec, errs[1] = parseRate("--net-out", r.out)
-	return p, errors.Join(errs[:]...)
-}
-
-// parseRate reads bytes a second; k, m and g are powers of 1000, as networks
-// count. Empty is 0, the host's setting.
-func parseRate(flag, s string) (int64, error) {
-	if s == "" {
-		return 0, nil
-	}
-	text, factor := strings.ToLower(s), 1.0
-	for unit, f := range map[string]float64{"k": 1e3, "m": 1e6, "g": 1e9} {
-		if rest, ok := strings.CutSuffix(text, unit); ok {
-			text, factor = rest, f
+	for flag, rate := range map[string]struct {
+		text string
+		to   *int64
+	}{"net-in": {r.in, &p.InBytesPerSec}, "net-out": {r.out, &p.OutBytesPerSec}} {
+		n, err := parseRate(rate.text)
+		if err != nil {
+			return nil, fmt.Errorf("--%s: %w", flag, err)
 		}
+		*rate.to = n
 	}
-	n, err := strconv.ParseFloat(text, 64)
-	if err != nil || !(n >= 0) || n*factor > 1e15 {
-		return 0, fmt.Errorf("%s %q is no rate: give bytes a second, or a number with k, m or g", flag, s)
-	}
-	return int64(n * factor), nil
+	return p, nil
 }
 
 func newNetwork(c *client) *cobra.Command {
@@ -101,7 +88,7 @@ Domains count for TLS, by the server name that the client asks for, and for HTTP
 by the Host of each request; the host looks the name up itself and connects to
 what it finds, whatever address the sandbox asked for. A sandbox with a domain in
 a list speaks to the internet in no other way, but for the ranges in --allow.`,
-		Example: "  wrenn network 3fa\n  wrenn network 3fa --internet=false --allow pypi.org,*.pythonhosted.org\n  wrenn network 3fa --deny 192.0.2.0/24 --net-out 1m\n  wrenn network 3fa --reset",
+		Example: "  wrenn network 3fa\n  wrenn network 3fa --internet=false --allow pypi.org,*.pythonhosted.org\n  wrenn network 3fa --deny 192.0.2.0/24 --net-out 1M\n  wrenn network 3fa --reset",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			policy, err := r.policy()

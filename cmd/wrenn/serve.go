@@ -122,6 +122,9 @@ type serveConfig struct {
 	pool       int
 	warm       int
 	warmErr    error // of its environment variable
+	netIn      string
+	netOut     string
+	limits     network.Limits
 	overlayMiB int
 	capacity   sandbox.Capacity
 	boot       time.Duration
@@ -159,6 +162,9 @@ adopts those that run.`,
 	f.StringVar(&c.onShutdown, "on-shutdown", env("WRENN_ON_SHUTDOWN", "leave"), "what becomes of sandboxes: leave (for the next agent) or destroy (env WRENN_ON_SHUTDOWN)")
 	f.StringVar(&c.dns, "dns", env("WRENN_DNS", ""), "resolvers of the guests, comma-separated; the host's own when empty (env WRENN_DNS)")
 	f.StringVar(&c.egress, "egress", env("WRENN_EGRESS", string(network.Public)), "what sandboxes may reach: public (the internet, no private networks), none, or all (env WRENN_EGRESS)")
+	f.StringVar(&c.netIn, "net-in", env("WRENN_NET_IN", "0"), "bytes per second into each sandbox, like 10M or 64KiB; 0 is no limit (env WRENN_NET_IN)")
+	f.StringVar(&c.netOut, "net-out", env("WRENN_NET_OUT", "0"), "bytes per second out of each sandbox (env WRENN_NET_OUT)")
+	f.IntVar(&c.limits.Connections, "net-connections", 0, "most connections at a time that each sandbox may have begun; 0 is no limit")
 	f.IntVar(&c.pool, "pool", 4, "networks kept built ahead of use")
 	warm, err := strconv.Atoi(env("WRENN_WARM", "0"))
 	c.warmErr = err
@@ -213,6 +219,17 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 	if c.boot <= 0 || c.capacity.StartQueue <= 0 || c.keep < 0 || c.keepPaused < 0 || c.capacity.DiskMiB < 0 || c.capacity.FreeDiskMiB < 0 {
 		errs = append(errs, errors.New("--boot-timeout and --start-queue must be positive; --keep-stopped, --keep-paused, --max-disk and --keep-free not negative"))
 	}
+	for flag, limit := range map[string]struct {
+		text string
+		rate *int64
+	}{"net-in": {c.netIn, &c.limits.InBytes}, "net-out": {c.netOut, &c.limits.OutBytes}} {
+		if *limit.rate, err = parseRate(limit.text); err != nil {
+			errs = append(errs, fmt.Errorf("--%s: %w", flag, err))
+		}
+	}
+	if err := c.limits.Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("--net-in, --net-out, --net-connections: %w", err))
+	}
 	dns := network.Resolvers()
 	if c.dns != "" {
 		dns = nil
@@ -220,6 +237,8 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 			addr, err := netip.ParseAddr(strings.TrimSpace(s))
 			if err != nil {
 				errs = append(errs, fmt.Errorf("--dns: %w", err))
+			} else if !network.ReachableResolver(addr) {
+				errs = append(errs, fmt.Errorf("--dns %s: guests cannot reach it: they speak IPv4, and not to loopback or link-local addresses", addr))
 			}
 			dns = append(dns, addr)
 		}
@@ -282,7 +301,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	defer listener.Close()
 
 	cfg := c.managerConfig(plan, chosen, templates, log)
-	net := network.New(plan, network.Options{BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Resolvers: dns, Pool: c.pool, Log: log})
+	net := network.New(plan, network.Options{BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits, Resolvers: dns, Pool: c.pool, Log: log})
 	cfg.Network = net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
 	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused, cfg.Warm = c.boot, c.keep, c.keepPaused, c.warm
@@ -294,6 +313,9 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 		return err
 	}
 	log.Info("state taken over: "+found.String(), "dir", c.stateDir)
+	if c.dns == "" && len(network.HostResolvers()) == 0 {
+		log.Warn("the host has no resolver that a guest can reach; guests ask public ones, --dns names others", "dns", dns)
+	}
 	pool, endPool := context.WithCancel(context.WithoutCancel(ctx))
 	pooled := make(chan struct{})
 	go func() { defer close(pooled); net.Run(pool) }()
@@ -303,7 +325,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	mux := http.NewServeMux()
 	mux.Handle(server.New(manager, version, log))
 	mux.Handle("/", server.Health(manager))
-	mux.Handle("GET /metrics", server.Metrics(manager))
+	mux.Handle("GET /metrics", server.Metrics(manager, func() map[string]int { return net.Stats().ByState() }))
 	srv := &http.Server{
 		Handler:           gateway.New(manager, mux, log),
 		ReadHeaderTimeout: 10 * time.Second,

@@ -165,10 +165,11 @@ why it matters, and the command that mends it. The exit status is 1 when
 something required is missing. As root it sees more.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if _, err := c.plan(); err != nil {
+			plan, err := c.plan()
+			if err != nil {
 				return err
 			}
-			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(), VMM: c.vmm})
+			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(), VMM: c.vmm, Plan: plan})
 			out := cmd.OutOrStdout()
 			if asJSON {
 				enc := json.NewEncoder(out)

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,6 +18,7 @@ import (
 	"syscall"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
@@ -59,6 +61,8 @@ type Options struct {
 	Drivers []vmm.Driver
 	// VMM is the name of the one to be used; empty for AutoVMM.
 	VMM string
+	// Plan says which links are ours.
+	Plan network.Plan
 }
 
 // Doctor looks at all that this host needs, in the order in which it is best
@@ -71,6 +75,9 @@ func Doctor(ctx context.Context, o Options) []Check {
 		missing: Missing,
 		probe:   probeNetwork,
 		statfs:  freeMiB,
+
+		resolvers: network.HostResolvers,
+		obstacles: func(resolvers []netip.Addr) ([]network.Obstacle, error) { return o.Plan.Obstacles(resolvers) },
 	}
 	return m.doctor(ctx, o)
 }
@@ -82,6 +89,9 @@ type machine struct {
 	missing func() []Package
 	probe   func() networkProbe
 	statfs  func(path string) (freeMiB int64, err error)
+
+	resolvers func() []netip.Addr
+	obstacles func(resolvers []netip.Addr) ([]network.Obstacle, error)
 }
 
 // networkProbe is what came of trying, in a namespace of its own.
@@ -95,7 +105,7 @@ func (m machine) doctor(ctx context.Context, o Options) []Check {
 	checks = append(checks, m.drivers(ctx, o)...)
 	checks = append(checks, m.tun())
 	checks = append(checks, m.network()...)
-	checks = append(checks, m.forwarding())
+	checks = append(checks, m.forwarding(), m.firewall(), m.dns())
 	checks = append(checks, m.store(o)...)
 	return append(checks, m.disk(o.StateDir), m.memory(), m.cgroups())
 }
@@ -302,6 +312,50 @@ func (m machine) forwarding() Check {
 	if !c.OK {
 		c.Fix = "sudo sysctl -w net.ipv4.ip_forward=1"
 	}
+	return c
+}
+
+// firewall looks for what others on this host forbid the sandboxes.
+func (m machine) firewall() Check {
+	c := Check{Name: "firewall", Level: Optional, Why: "a packet passes only if every firewall of this host lets it: Docker's and others' drop what they do not know"}
+	if !m.root {
+		c.Unknown, c.Found, c.Fix = true, "only root can look", "sudo wrenn doctor"
+		return c
+	}
+	found, err := m.obstacles(m.resolvers())
+	if err != nil {
+		c.Unknown, c.Found = true, err.Error()
+		return c
+	}
+	if len(found) == 0 {
+		c.OK, c.Found = true, "no other one stands in the way"
+		return c
+	}
+	var chains, fixes []string
+	for _, o := range found {
+		chains, fixes = append(chains, o.Chain), append(fixes, o.String())
+	}
+	c.Found = "the sandboxes' packets are dropped by " + strings.Join(chains, ", ")
+	c.Fix = strings.Join(fixes, " && ") + " # until it is started anew: make it part of its own rules"
+	return c
+}
+
+func (m machine) dns() Check {
+	c := Check{Name: "resolvers", Level: Optional, Why: "guests ask the host's name servers; they cannot reach one that listens on the host's loopback only"}
+	var list []string
+	for _, a := range m.resolvers() {
+		list = append(list, a.String())
+	}
+	if c.OK = len(list) > 0; c.OK {
+		c.Found = strings.Join(list, ", ")
+		return c
+	}
+	list = nil
+	for _, a := range network.FallbackResolvers() {
+		list = append(list, a.String())
+	}
+	c.Found = "the host names none that a guest can reach; guests ask " + strings.Join(list, ", ")
+	c.Fix = "# start the agent with --dns ADDRESS to choose others"
 	return c
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -69,6 +71,9 @@ func host(t *testing.T, files map[string]string) machine {
 		missing: func() []Package { return nil },
 		probe:   func() networkProbe { return networkProbe{} },
 		statfs:  func(string) (int64, error) { return 50000, nil },
+
+		resolvers: func() []netip.Addr { return []netip.Addr{netip.MustParseAddr("192.0.2.53")} },
+		obstacles: func([]netip.Addr) ([]network.Obstacle, error) { return nil, nil },
 	}
 }
 
@@ -143,6 +148,28 @@ func TestDoctor(t *testing.T) {
 		{check: "ip forwarding", want: okOpt, found: "on"},
 		{check: "ip forwarding", want: badOpt, found: "off", fix: "sysctl", change: func(f map[string]string) { f["proc/sys/net/ipv4/ip_forward"] = "0\n" }},
 		{check: "ip forwarding", want: verdict{Level: Optional, Unknown: true}, change: func(f map[string]string) { delete(f, "proc/sys/net/ipv4/ip_forward") }},
+		{check: "firewall", want: okOpt},
+		{check: "firewall", want: badOpt, found: "dropped by ip filter FORWARD, inet x y",
+			fix: "sudo iptables -I DOCKER-USER -i wrenn-+ -j ACCEPT && sudo nft insert rule inet x y iifname 'wrenn-*' accept #",
+			machine: func(m *machine) {
+				m.obstacles = func(resolvers []netip.Addr) ([]network.Obstacle, error) {
+					if len(resolvers) != 1 {
+						t.Errorf("resolvers = %v", resolvers)
+					}
+					return []network.Obstacle{
+						{Chain: "ip filter FORWARD", Mend: [][]string{{"iptables", "-I", "DOCKER-USER", "-i", "wrenn-+", "-j", "ACCEPT"}}},
+						{Chain: "inet x y", Mend: [][]string{{"nft", "insert", "rule", "inet", "x", "y", "iifname", "wrenn-*", "accept"}}},
+					}, nil
+				}
+			}},
+		{check: "firewall", want: verdict{Level: Optional, Unknown: true}, found: "boom", machine: func(m *machine) {
+			m.obstacles = func([]netip.Addr) ([]network.Obstacle, error) { return nil, errors.New("boom") }
+		}},
+		{check: "firewall", want: verdict{Level: Optional, Unknown: true}, fix: "sudo wrenn doctor", machine: func(m *machine) { m.root = false }},
+		{check: "resolvers", want: okOpt, found: "192.0.2.53"},
+		{check: "resolvers", want: badOpt, found: "guests ask 1.1.1.1", fix: "--dns", machine: func(m *machine) {
+			m.resolvers = func() []netip.Addr { return nil }
+		}},
 		{check: "guest kernel", want: bad, found: "no guest kernel yet", fix: "wrenn setup --state-dir"},
 		{check: "initrd", want: bad, fix: "wrenn setup"},
 		{check: "template minimal", want: bad, fix: "wrenn setup"},

@@ -34,6 +34,8 @@ type allocator struct {
 	last Slot
 	used map[Slot]slotState
 	pool []Slot // those in slotPooled, the oldest first
+	// fenced are those of used whose last removal failed.
+	fenced map[Slot]bool
 }
 
 func (a *allocator) acquire() (Slot, error) { return a.take(slotClean) }
@@ -134,9 +136,25 @@ func (a *allocator) opening(s Slot) (built bool, err error) {
 func (a *allocator) closed(s Slot) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	delete(a.fenced, s)
 	if a.used[s] != 0 {
 		a.used[s] = slotClean
 	}
+}
+
+// fence notes that a slot's removal failed. It stays dirty, so that nobody
+// gets it, until a removal succeeds.
+func (a *allocator) fence(s Slot) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.used[s] == 0 {
+		return
+	}
+	if a.fenced == nil {
+		a.fenced = map[Slot]bool{}
+	}
+	a.used[s] = slotDirty
+	a.fenced[s] = true
 }
 
 func (a *allocator) pooled(s Slot) bool {
@@ -160,7 +178,7 @@ func (a *allocator) warmCount() int {
 func (a *allocator) stats() Stats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	st := Stats{Reserved: len(a.used), Pool: len(a.pool)}
+	st := Stats{Reserved: len(a.used), Pool: len(a.pool), Fenced: len(a.fenced)}
 	for _, s := range a.used {
 		if s != slotClean {
 			st.Open++

@@ -60,7 +60,7 @@ func commands(b *testing.B, p Plan, a Addrs) (open, closing []string) {
 	tap := "ip -n " + a.NetNS + " "
 	return []string{
 			"ip netns add " + a.NetNS,
-			in + "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=1" +
+			in + "sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=1 net.ipv4.icmp_ratemask=6160" +
 				" net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1",
 			tap + "tuntap add " + Tap + " mode tap vnet_hdr user 0",
 			"ip link add " + a.Veth + " type veth peer name " + peerName + " netns " + a.NetNS,

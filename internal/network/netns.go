@@ -104,27 +104,29 @@ func removeNS(path string) error {
 // namespace. A thread that cannot return is never used for anything else: its
 // goroutine ends locked to it, so the runtime ends the thread too.
 func onThread(fn func() error) error {
-	done := make(chan error)
-	// The caller goes on only when all of it is over, its descriptors included.
-	go func() { done <- thereAndBack(fn) }()
-	return <-done
-}
-
-// thereAndBack leaves the goroutine locked to its thread where that could not
-// return.
-func thereAndBack(fn func() error) error {
-	runtime.LockOSThread()
-	home, err := netns.Get()
-	if err != nil {
+	done := make(chan error, 1)
+	go func() {
+		// Last of all, so that nothing is left when onThread returns, even if
+		// fn ends the goroutine, as a failing test does.
+		defer close(done)
+		runtime.LockOSThread()
+		home, err := netns.Get()
+		if err != nil {
+			runtime.UnlockOSThread()
+			done <- fmt.Errorf("find own namespace: %w", err)
+			return
+		}
+		defer home.Close()
+		err = fn()
+		if back := netns.Set(home); back != nil {
+			done <- errors.Join(err, fmt.Errorf("leave namespace: %w", back))
+			return
+		}
 		runtime.UnlockOSThread()
-		return fmt.Errorf("find own namespace: %w", err)
-	}
-	defer home.Close()
-	err = fn()
-	if back := netns.Set(home); back != nil {
-		return errors.Join(err, fmt.Errorf("leave namespace: %w", back))
-	}
-	runtime.UnlockOSThread()
+		done <- err
+	}()
+	err := <-done
+	<-done
 	return err
 }
 

@@ -27,6 +27,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/google/nftables"
@@ -45,6 +46,8 @@ type Options struct {
 	// Egress is the host's policy. Its lists apply to every sandbox beside the
 	// sandbox's own; its mode, Public if empty, to those that set none.
 	Egress Policy
+	// Limits hold for every sandbox where its own say nothing.
+	Limits Limits
 	// Resolvers are the name servers that the guests are told to use.
 	Resolvers []netip.Addr
 	// Pool is how many slots Run keeps built ahead of use.
@@ -65,6 +68,14 @@ type Network struct {
 	slots allocator
 	// taken tells Run that a slot left the pool.
 	taken chan struct{}
+	// links and whole spare CountersAll and CheckAll what has not changed.
+	links linkNames
+	whole generations
+	// strays holds those that RemoveStrays could not free.
+	strays struct {
+		sync.Mutex
+		left []Slot
+	}
 	// madeDir: Setup made netnsDir a mount, for Teardown to take back.
 	madeDir atomic.Bool
 
@@ -89,7 +100,7 @@ func (n *Network) Plan() Plan { return n.plan }
 // slots in use, so that packets to a sandbox that is gone do not leave by the
 // default route. It is idempotent and leaves open slots working.
 func (n *Network) Setup(ctx context.Context) error {
-	if err := errors.Join(n.plan.Validate(), n.opts.Egress.Validate()); err != nil {
+	if err := errors.Join(n.plan.Validate(), n.opts.Egress.Validate(), n.opts.Limits.Validate()); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
@@ -102,6 +113,11 @@ func (n *Network) Setup(ctx context.Context) error {
 	defer h.Close()
 	if err := n.checkRoutes(h); err != nil {
 		return err
+	}
+	if n.opts.Limits.InBytes > 0 || n.opts.Limits.OutBytes > 0 {
+		if err := tryShaping(); err != nil {
+			return err
+		}
 	}
 	made, err := shareDir(netnsDir)
 	if made {
@@ -123,6 +139,13 @@ func (n *Network) Setup(ctx context.Context) error {
 		if err := h.RouteReplace(&r); err != nil {
 			return fmt.Errorf("add unreachable route %s: %w", r.Dst, err)
 		}
+	}
+	obstacles, err := n.plan.Obstacles(n.opts.Resolvers)
+	if err != nil {
+		n.opts.Log.Warn("other firewalls of the host not looked at", "err", err)
+	}
+	for _, o := range obstacles {
+		n.opts.Log.Warn("another firewall of this host drops what sandboxes send", "chain", o.Chain, "mend", o.String())
 	}
 	return nil
 }
@@ -262,8 +285,11 @@ func (n *Network) Claim(s Slot) error { return n.slots.claim(s) }
 func (n *Network) Release(s Slot) error { return n.slots.release(s) }
 
 // Strays returns, in order, the slots of which something exists on the host
-// under our instance's names, though used says that nobody uses them and it is
-// none of the pool's. Claim, Close and Release free them. Routes need no look of their own: they go with
+// under our instance's names, though nobody has reserved them and used, which
+// may be nil, does not claim them. It may be called at any time: a slot being
+// built or removed, or in the pool, is reserved throughout. One that is taken
+// after the look cannot be claimed; so Claim each before Close and Release,
+// or let RemoveStrays do that. Routes need no look of their own: they go with
 // their link.
 func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, error) {
 	if err := ctx.Err(); err != nil {
@@ -271,7 +297,7 @@ func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, err
 	}
 	found := map[Slot]bool{}
 	add := func(name string) {
-		if s, ok := n.plan.slotOf(name); ok && !used(s) && !n.slots.pooled(s) {
+		if s, ok := n.plan.slotOf(name); ok && !n.slots.reserved(s) && (used == nil || !used(s)) {
 			found[s] = true
 		}
 	}
@@ -295,6 +321,40 @@ func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, err
 		add(l.Attrs().Name)
 	}
 	return sortedSlots(found), nil
+}
+
+// RemoveStrays frees the strays there are, and returns them. One that cannot be
+// removed is fenced: it stays reserved, counts in Stats, and is tried again by
+// the next call.
+func (n *Network) RemoveStrays(ctx context.Context) (removed []Slot, err error) {
+	strays, err := n.Strays(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	n.strays.Lock()
+	defer n.strays.Unlock()
+	for _, s := range strays {
+		// Somebody who took it meanwhile has found the name in use.
+		if n.slots.claim(s) == nil {
+			n.strays.left = append(n.strays.left, s)
+		}
+	}
+	left := n.strays.left
+	n.strays.left = nil
+	for _, s := range left {
+		err := n.Close(ctx, s)
+		if err == nil {
+			err = n.slots.release(s)
+		}
+		if err != nil {
+			errs = append(errs, err)
+			n.strays.left = append(n.strays.left, s)
+			continue
+		}
+		removed = append(removed, s)
+	}
+	return removed, errors.Join(errs...)
 }
 
 // transact sends what fill queues as one nftables transaction, in the network

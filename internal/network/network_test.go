@@ -620,17 +620,7 @@ func TestRulesAreWhatTheKernelHolds(t *testing.T) {
 		Egress:    Policy{Deny: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}},
 	})
 	s, a, _ := open(t, n)
-	check := func(r ruleset) {
-		t.Helper()
-		cmd := exec.Command("nft", "-s", "list", "table", familyNames[r.family], r.name)
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			t.Fatalf("nft: %v: %s", err, out)
-		}
-		if d := cmp.Diff(r.String(), string(out)); d != "" {
-			t.Errorf("%s (-sent +kernel):\n%s", r.name, d)
-		}
-	}
+	check := func(r ruleset) { t.Helper(); kernelHolds(t, r) }
 	check(hostRules(n.plan, n.opts.Resolvers))
 	ns, err := netns.GetFromPath(a.NetNSPath)
 	must(t, err)
@@ -653,6 +643,20 @@ func TestRulesAreWhatTheKernelHolds(t *testing.T) {
 	in(t, ns, func() { check(want[1]) })
 	must(t, n.Setup(t.Context()))
 	check(hostRules(n.plan, n.opts.Resolvers))
+}
+
+// kernelHolds compares a table with what the kernel has of it, in the calling
+// thread's namespace.
+func kernelHolds(t testing.TB, r ruleset) {
+	t.Helper()
+	cmd := exec.Command("nft", "-s", "list", "table", familyNames[r.family], r.name)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("nft: %v: %s", err, out)
+	}
+	if d := cmp.Diff(r.String(), string(out)); d != "" {
+		t.Errorf("%s (-sent +kernel):\n%s", r.name, d)
+	}
 }
 
 // picture is everything in the host's network, a line each.

@@ -121,7 +121,10 @@ func TestResolvers(t *testing.T) {
 		"stub": "nameserver 127.0.0.53\noptions edns0\n",
 		"up":   "# real\nnameserver 192.0.2.7\nnameserver 2001:db8::1\n nameserver ::ffff:192.0.2.8 \n",
 		"mix":  "nameserver ::1\nnameserver 0.0.0.0\nnameserver\nnameserver x\n;nameserver 9.9.9.9\nnameserver 10.0.0.2\nnameserver 127.0.0.1\n",
-		"v6":   "nameserver 2001:db8::1\nnameserver fe80::1%eth0\n",
+		// A host with systemd-resolved.
+		"/etc/resolv.conf":                 "nameserver 127.0.0.53\nsearch example.com\n",
+		"/run/systemd/resolve/resolv.conf": "nameserver 192.0.2.7\nnameserver 192.0.2.8\n",
+		"v6":                               "nameserver 2001:db8::1\nnameserver fe80::1%eth0\n",
 	}
 	read := func(p string) ([]byte, error) {
 		if s, ok := files[p]; ok {
@@ -137,6 +140,7 @@ func TestResolvers(t *testing.T) {
 		{[]string{"mix", "up"}, []string{"10.0.0.2"}},
 		{[]string{"none", "up"}, []string{"192.0.2.7", "192.0.2.8"}},
 		{[]string{"stub", "v6"}, nil},
+		{resolvPaths, []string{"192.0.2.7", "192.0.2.8"}},
 	} {
 		var got []string
 		for _, a := range resolvers(read, c.paths...) {
@@ -144,6 +148,11 @@ func TestResolvers(t *testing.T) {
 		}
 		if d := cmp.Diff(c.want, got); d != "" {
 			t.Errorf("resolvers(%v) (-want +got):\n%s", c.paths, d)
+		}
+	}
+	for _, a := range FallbackResolvers() {
+		if !ReachableResolver(a) {
+			t.Errorf("guests cannot reach the fallback %s", a)
 		}
 	}
 }

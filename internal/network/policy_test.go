@@ -100,14 +100,16 @@ func TestEgress(t *testing.T) {
 	}
 }
 
-// A refusal is an answer, not a silence.
+// A refusal is an answer, not a silence, however many there are.
 func TestRefusedConnectionsFailAtOnce(t *testing.T) {
 	n := world(t, Options{})
 	_, _, g := open(t, n)
 	in(t, g.ns, func() {
-		_, err := net.DialTimeout("tcp4", netip.AddrPortFrom(privateAddr, 80).String(), timeout)
-		if !errors.Is(err, unix.EHOSTUNREACH) {
-			t.Errorf("dial of a refused address = %v, want no route to host", err)
+		for range 100 {
+			_, err := net.DialTimeout("tcp4", netip.AddrPortFrom(privateAddr, 80).String(), timeout)
+			if !errors.Is(err, unix.EHOSTUNREACH) {
+				t.Fatalf("dial of a refused address = %v, want no route to host", err)
+			}
 		}
 	})
 }
@@ -297,6 +299,20 @@ func TestCounters(t *testing.T) {
 	}
 	if d := after.InBytes - before.InBytes; d < 530 || d > 530+4*60 {
 		t.Errorf("%d bytes in, want 530", d)
+	}
+	// All at once, and after one more slot: the same numbers.
+	for range 2 {
+		one, err := n.Counters(t.Context(), s)
+		must(t, err)
+		all, err := n.CountersAll(t.Context())
+		must(t, err)
+		if all[s] != one {
+			t.Errorf("counters of all: %+v, of the slot alone %+v", all[s], one)
+		}
+		if len(all) != n.Stats().Open {
+			t.Errorf("counters of %d slots, %d are open", len(all), n.Stats().Open)
+		}
+		open(t, n)
 	}
 	// What the policy refuses does not leave the namespace.
 	must(t, n.SetPolicy(t.Context(), s, Policy{Mode: None}))

@@ -78,7 +78,13 @@ type Stats struct {
 	Reserved int // all slots that are not free, those below among them
 	Open     int // with something on the host
 	Pool     int // built and waiting
+	Fenced   int // whose removal failed; tried again, and nobody's until it succeeds
 }
 
 // Stats returns the present counts.
 func (n *Network) Stats() Stats { return n.slots.stats() }
+
+// ByState names the counts, as the metrics do.
+func (s Stats) ByState() map[string]int {
+	return map[string]int{"reserved": s.Reserved, "open": s.Open, "pool": s.Pool, "fenced": s.Fenced}
+}

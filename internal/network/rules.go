@@ -75,8 +75,10 @@ var (
 	priorities = map[string]*nftables.ChainPriority{
 		"raw":    nftables.ChainPriorityRaw,
 		"dstnat": nftables.ChainPriorityNATDest,
-		"filter": nftables.ChainPriorityFilter,
-		"srcnat": nftables.ChainPriorityNATSource,
+		// After the destination is decided.
+		"dstnat + 10": nftables.ChainPriorityRef(*nftables.ChainPriorityNATDest + 10),
+		"filter":      nftables.ChainPriorityFilter,
+		"srcnat":      nftables.ChainPriorityNATSource,
 	}
 )
 

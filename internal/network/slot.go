@@ -65,6 +65,12 @@ func (n *Network) build(ctx context.Context, s Slot) (err error) {
 		return err
 	}
 
+	return n.wireHost(ctx, s, a, host)
+}
+
+// wireHost makes the host's end of a slot's link work. What is right already
+// stays as it is.
+func (n *Network) wireHost(ctx context.Context, s Slot, a Addrs, host *netlink.Handle) error {
 	link, err := host.LinkByName(a.Veth)
 	if err != nil {
 		return fmt.Errorf("find link: %w", err)
@@ -73,7 +79,7 @@ func (n *Network) build(ctx context.Context, s Slot) (err error) {
 	if err := disableIPv6(a.Veth); err != nil {
 		return err
 	}
-	if err := host.AddrAdd(link, &netlink.Addr{IPNet: ipNet(a.HostVeth)}); err != nil {
+	if err := host.AddrReplace(link, &netlink.Addr{IPNet: ipNet(a.HostVeth)}); err != nil {
 		return fmt.Errorf("set host link address: %w", err)
 	}
 	if err := n.step(ctx, s, "host address"); err != nil {
@@ -85,7 +91,7 @@ func (n *Network) build(ctx context.Context, s Slot) (err error) {
 	if err := n.step(ctx, s, "host link up"); err != nil {
 		return err
 	}
-	if err := host.RouteAdd(&netlink.Route{
+	if err := host.RouteReplace(&netlink.Route{
 		LinkIndex: link.Attrs().Index, Protocol: routeProtocol,
 		Dst: ipNet(netip.PrefixFrom(a.HostIP, 32)), Gw: a.NSVeth.Addr().AsSlice(),
 	}); err != nil {
@@ -103,19 +109,28 @@ func (n *Network) exists(s Slot) bool {
 	return err == nil && st.Type == unix.NSFS_MAGIC
 }
 
+// nsSysctls are what makes a namespace a router. Strict about sources: each
+// address has one way here, so anything else is forged. What else a router
+// does (redirects) the rules do not let through. All but unreachable errors are
+// limited in rate, as is the default: refusals are for the guest alone, which
+// should learn of each at once, and so take nothing of what the kernel lets
+// the whole host send.
+var nsSysctls = []struct{ name, value string }{
+	{"net/ipv4/ip_forward", "1"},
+	{"net/ipv4/conf/all/rp_filter", "1"},
+	{"net/ipv4/icmp_ratemask", "6160"},
+}
+
 // fillNS builds the namespace's inside, on a thread that is in it. host speaks
 // to the host's namespace wherever the thread is.
 func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Handle, ns netns.NsHandle) error {
 	if err := n.step(ctx, s, "namespace"); err != nil {
 		return err
 	}
-	if err := writeSysctl("net/ipv4/ip_forward", "1"); err != nil {
-		return err
-	}
-	// Strict: each address has one way here, so anything else is forged. What
-	// else a router does (redirects) the rules do not let through.
-	if err := writeSysctl("net/ipv4/conf/all/rp_filter", "1"); err != nil {
-		return err
+	for _, c := range nsSysctls {
+		if err := writeSysctl(c.name, c.value); err != nil {
+			return err
+		}
 	}
 	for _, link := range []string{"all", "default"} {
 		if err := disableIPv6(link); err != nil {
@@ -135,12 +150,8 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 	if err := n.step(ctx, s, "tap"); err != nil {
 		return err
 	}
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = a.Veth
-	veth := netlink.NewVeth(attrs)
-	veth.PeerName, veth.PeerNamespace = peerName, netlink.NsFd(ns)
-	if err := host.LinkAdd(veth); err != nil {
-		return fmt.Errorf("add veth pair: %w", err)
+	if err := addVeth(host, a, ns); err != nil {
+		return err
 	}
 	if err := n.step(ctx, s, "veth"); err != nil {
 		return err
@@ -157,13 +168,37 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 		return fmt.Errorf("open netlink in namespace: %w", err)
 	}
 	defer h.Close()
+	if err := applyLimits(h, Limits{}, n.opts.Limits); err != nil {
+		return err
+	}
+	if err := n.step(ctx, s, "limits"); err != nil {
+		return err
+	}
+	return n.wireNS(ctx, s, a, h)
+}
+
+// addVeth makes a slot's veth pair, one end in the host's namespace.
+func addVeth(host *netlink.Handle, a Addrs, ns netns.NsHandle) error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = a.Veth
+	veth := netlink.NewVeth(attrs)
+	veth.PeerName, veth.PeerNamespace = peerName, netlink.NsFd(ns)
+	if err := host.LinkAdd(veth); err != nil {
+		return fmt.Errorf("add veth pair: %w", err)
+	}
+	return nil
+}
+
+// wireNS makes the namespace's links work; h speaks to it. What is right
+// already stays as it is.
+func (n *Network) wireNS(ctx context.Context, s Slot, a Addrs, h *netlink.Handle) error {
 	up := func(name string, addr *netlink.Addr) (int, error) {
 		l, err := h.LinkByName(name)
 		if err != nil {
 			return 0, fmt.Errorf("find %s: %w", name, err)
 		}
 		if addr != nil {
-			if err := h.AddrAdd(l, addr); err != nil {
+			if err := h.AddrReplace(l, addr); err != nil {
 				return 0, fmt.Errorf("set address of %s: %w", name, err)
 			}
 		}
@@ -200,7 +235,7 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 	if err := n.step(ctx, s, "neighbour"); err != nil {
 		return err
 	}
-	if err := h.RouteAdd(&netlink.Route{LinkIndex: peer, Gw: a.HostVeth.Addr().AsSlice()}); err != nil {
+	if err := h.RouteReplace(&netlink.Route{LinkIndex: peer, Gw: a.HostVeth.Addr().AsSlice()}); err != nil {
 		return fmt.Errorf("add default route: %w", err)
 	}
 	return n.step(ctx, s, "default route")
@@ -211,13 +246,18 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 // done, and a slot that was never opened, or is nobody's, can be closed too.
 // It finishes even if ctx is cancelled. The VMM must be gone by then: a process
 // left in the namespace keeps it, nameless and cut off, until it ends.
-func (n *Network) Close(_ context.Context, s Slot) error {
+func (n *Network) Close(_ context.Context, s Slot) (err error) {
 	if !s.Valid() {
 		return errdefs.InvalidArgument.Errorf("network slot %d is not in 1..%d", s, MaxSlot)
 	}
 	if n.slots.pooled(s) {
 		return errdefs.WrongState.Errorf("network slot %d is in the pool", s)
 	}
+	defer func() {
+		if err != nil {
+			n.slots.fence(s)
+		}
+	}()
 	a := n.plan.Addrs(s)
 	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -229,7 +269,7 @@ func (n *Network) Close(_ context.Context, s Slot) error {
 	}
 	// The next sandbox with this address must not inherit its connections,
 	// neither those it made nor those made to it.
-	if err := forget(
+	if err := forgetAll(
 		func(f *netlink.ConntrackFilter) error {
 			return f.AddIP(netlink.ConntrackOrigSrcIP, a.HostIP.AsSlice())
 		},
@@ -242,7 +282,39 @@ func (n *Network) Close(_ context.Context, s Slot) error {
 	if err := removeNS(a.NetNSPath); err != nil {
 		return fmt.Errorf("close network slot %d: %w", s, err)
 	}
+	if err := n.verifyGone(host, a); err != nil {
+		return fmt.Errorf("close network slot %d: %w", s, err)
+	}
+	n.whole.set(s, 0)
 	n.slots.closed(s)
+	return nil
+}
+
+// verifyGone looks once more before a slot may be somebody else's: nothing of
+// it is on the host, whoever put it there.
+func (n *Network) verifyGone(host *netlink.Handle, a Addrs) error {
+	if _, err := os.Lstat(a.NetNSPath); !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("the namespace is still there: %w", err)
+	}
+	if _, err := host.LinkByName(a.Veth); !errors.As(err, new(netlink.LinkNotFoundError)) {
+		return errors.Join(errors.New("the link is still there"), err)
+	}
+	// Which of the host's routes these addresses would take, not the whole
+	// table: that would cost more with every sandbox.
+	for _, ip := range []netip.Addr{a.HostIP, a.NSVeth.Addr()} {
+		rs, err := host.RouteGetWithOptions(ip.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+		if errors.Is(err, unix.EHOSTUNREACH) || errors.Is(err, unix.ENETUNREACH) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("look up route to %s: %w", ip, err)
+		}
+		for _, r := range rs {
+			if dst, ok := prefixOf(r.Dst); r.Dst != nil && ok && dst.Bits() >= 31 {
+				return fmt.Errorf("a route to %s is still there", dst)
+			}
+		}
+	}
 	return nil
 }
 

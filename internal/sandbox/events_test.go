@@ -176,8 +176,8 @@ func TestStraySlotIsFencedAndRetried(t *testing.T) {
 		}
 		r.faults.on("network.close", func(context.Context) error { return errFault })
 		r.start()
-		if n := r.Stats().Pending; n != 1 {
-			t.Errorf("%d are pending", n)
+		if n := len(r.net.fenced); n != 1 {
+			t.Errorf("%d slots are fenced, want 1", n)
 		}
 		if info := r.wantState(r.create(), Running); info.HostIP == addr("10.11.0.1") {
 			t.Error("the fenced slot was handed out")
@@ -185,8 +185,8 @@ func TestStraySlotIsFencedAndRetried(t *testing.T) {
 		r.faults.on("network.close", nil)
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
-		if n := r.Stats().Pending; n != 0 {
-			t.Errorf("%d are still pending", n)
+		if n := len(r.net.fenced); n != 0 {
+			t.Errorf("%d slots are still fenced", n)
 		}
 	})
 }

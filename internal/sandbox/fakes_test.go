@@ -162,6 +162,8 @@ type fakeNetwork struct {
 	policies map[network.Slot]network.Policy
 	limits   map[network.Slot]network.Limits
 	broken   map[network.Slot]bool
+	// fenced are strays that did not come off.
+	fenced map[network.Slot]bool
 	// strict lets no sandbox have settings of its own.
 	strict bool
 	limit  int
@@ -171,6 +173,7 @@ func newFakeNetwork(f *faults) *fakeNetwork {
 	return &fakeNetwork{
 		faults: f, taken: map[network.Slot]bool{}, open: map[network.Slot]bool{}, limit: int(network.MaxSlot),
 		policies: map[network.Slot]network.Policy{}, limits: map[network.Slot]network.Limits{}, broken: map[network.Slot]bool{},
+		fenced: map[network.Slot]bool{},
 	}
 }
 
@@ -278,27 +281,27 @@ func (n *fakeNetwork) SetLimits(ctx context.Context, s network.Slot, l network.L
 	})
 }
 
-func (n *fakeNetwork) CheckAll(ctx context.Context, slots []network.Slot) (map[network.Slot]error, error) {
+func (n *fakeNetwork) CheckAll(ctx context.Context, slots []network.Slot) (network.Findings, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	wrong := map[network.Slot]error{}
+	found := network.Findings{Slots: map[network.Slot]error{}}
 	for _, s := range slots {
 		if _, ok := n.broken[s]; ok || !n.open[s] {
-			wrong[s] = errors.New("something is missing")
+			found.Slots[s] = errors.New("something is missing")
 		}
 	}
-	return wrong, nil
+	return found, nil
 }
 
-func (n *fakeNetwork) Repair(ctx context.Context, s network.Slot) error {
+func (n *fakeNetwork) Repair(ctx context.Context, s network.Slot, p network.Policy, l network.Limits) error {
 	return n.do(ctx, "network.repair", func() error {
 		n.mu.Lock()
 		defer n.mu.Unlock()
 		if n.broken[s] {
-			return errdefs.Corrupt.Errorf("the tap is gone")
+			return errdefs.Unavailable.Errorf("the tap is gone")
 		}
 		delete(n.broken, s)
-		delete(n.policies, s)
+		n.policies[s], n.limits[s] = p, l
 		return nil
 	})
 }
@@ -316,19 +319,32 @@ func (n *fakeNetwork) CountersAll(ctx context.Context) (map[network.Slot]network
 	return all, nil
 }
 
-func (n *fakeNetwork) Strays(ctx context.Context, used func(network.Slot) bool) ([]network.Slot, error) {
+// RemoveStrays fences what does not come off.
+func (n *fakeNetwork) RemoveStrays(ctx context.Context) (removed []network.Slot, err error) {
 	if err := n.called(ctx, "network.strays"); err != nil {
 		return nil, err
 	}
 	n.mu.Lock()
-	defer n.mu.Unlock()
 	var strays []network.Slot
 	for _, s := range slices.Sorted(maps.Keys(n.open)) {
-		if !used(s) {
+		if !n.taken[s] || n.fenced[s] {
+			n.taken[s], n.fenced[s] = true, true
 			strays = append(strays, s)
 		}
 	}
-	return strays, nil
+	n.mu.Unlock()
+	for _, s := range strays {
+		if cerr := n.Close(ctx, s); cerr != nil {
+			err = errors.Join(err, cerr)
+			continue
+		}
+		n.mu.Lock()
+		delete(n.fenced, s)
+		n.mu.Unlock()
+		err = errors.Join(err, n.Release(s))
+		removed = append(removed, s)
+	}
+	return removed, err
 }
 
 // restart is what the next agent finds: what is open, and an empty book.

@@ -34,12 +34,12 @@ type Network interface {
 	Release(network.Slot) error
 	Open(context.Context, network.Slot) error
 	Close(context.Context, network.Slot) error
-	Strays(ctx context.Context, used func(network.Slot) bool) ([]network.Slot, error)
+	RemoveStrays(context.Context) ([]network.Slot, error)
 	ParsePolicy(allowInternet *bool, allow, deny []string) (network.Policy, error)
 	SetPolicy(context.Context, network.Slot, network.Policy) error
 	SetLimits(context.Context, network.Slot, network.Limits) error
-	CheckAll(context.Context, []network.Slot) (map[network.Slot]error, error)
-	Repair(context.Context, network.Slot) error
+	CheckAll(context.Context, []network.Slot) (network.Findings, error)
+	Repair(context.Context, network.Slot, network.Policy, network.Limits) error
 	CountersAll(context.Context) (map[network.Slot]network.Counters, error)
 }
 
@@ -132,9 +132,6 @@ type Manager struct {
 	life context.Context
 	end  context.CancelFunc
 	wg   sync.WaitGroup
-
-	// fenced are slots of nobody's that could not be freed. The reconciler's.
-	fenced []network.Slot
 
 	mu       sync.Mutex
 	boxes    map[ID]*box

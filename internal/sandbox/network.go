@@ -61,13 +61,7 @@ func (m *Manager) openNetwork(ctx context.Context, rec Record) error {
 // setNetwork gives an open slot what its record says. Called with the op lock
 // held.
 func (m *Manager) setNetwork(ctx context.Context, rec Record) error {
-	policy, err := m.policy(rec.Network)
-	if err != nil {
-		// They were good once: the host has been given stricter settings.
-		m.log.Warn("the host does not let the sandbox have its network policy any more, it reaches nothing", "sandbox", rec.ID, "err", err)
-		policy = network.Policy{Mode: network.None}
-	}
-	err = m.cfg.Network.SetPolicy(ctx, rec.Slot, policy)
+	err := m.cfg.Network.SetPolicy(ctx, rec.Slot, m.policyInForce(rec))
 	if err == nil {
 		err = m.cfg.Network.SetLimits(ctx, rec.Slot, rec.Network.Limits)
 	}
@@ -75,6 +69,17 @@ func (m *Manager) setNetwork(ctx context.Context, rec Record) error {
 		return fmt.Errorf("set what it may reach: %w", err)
 	}
 	return nil
+}
+
+// policyInForce is what a record's settings come to. They were good once; if
+// they are not now, the host has been given stricter ones.
+func (m *Manager) policyInForce(rec Record) network.Policy {
+	policy, err := m.policy(rec.Network)
+	if err != nil {
+		m.log.Warn("the host does not let the sandbox have its network policy any more, it reaches nothing", "sandbox", rec.ID, "err", err)
+		return network.Policy{Mode: network.None}
+	}
+	return policy
 }
 
 // UpdateNetwork replaces what a sandbox may reach. The network tightens before
@@ -152,11 +157,6 @@ func (m *Manager) reconciler() {
 // what somebody took from a sandbox's network, and ends a sandbox whose network
 // cannot be rebuilt.
 func (m *Manager) reconcile(ctx context.Context) {
-	before := len(m.fenced)
-	m.fenced = slices.DeleteFunc(m.fenced, func(s network.Slot) bool { return m.closeStray(ctx, s) })
-	m.mu.Lock()
-	m.pending -= before - len(m.fenced)
-	m.mu.Unlock()
 	var found Recovery
 	if err := m.removeStrays(ctx, &found); err != nil {
 		m.log.Error("strays not removed", "err", err)
@@ -172,12 +172,18 @@ func (m *Manager) reconcile(ctx context.Context) {
 			slots = append(slots, slot)
 		}
 	}
-	broken, err := m.cfg.Network.CheckAll(ctx, slots)
+	wrong, err := m.cfg.Network.CheckAll(ctx, slots)
 	if err != nil {
 		m.log.Error("networks not checked", "err", err)
 		return
 	}
-	for slot, wrong := range broken {
+	if wrong.Host != nil {
+		m.log.Warn("the host's part of the networks is set up again", "wrong", wrong.Host)
+		if err := m.cfg.Network.Setup(ctx); err != nil {
+			m.log.Error("the host's part of the networks not set up", "err", err)
+		}
+	}
+	for slot, wrong := range wrong.Slots {
 		// Whoever changes it may be the reason; it is looked at again.
 		if b := boxes[slot]; b.tryHold("repaired") {
 			m.goes("repair", func() {
@@ -197,15 +203,12 @@ func (m *Manager) repair(b *box, slot network.Slot, wrong error) {
 	}
 	ctx, cancel := context.WithTimeout(m.life, opTimeout)
 	defer cancel()
-	err := m.cfg.Network.Repair(ctx, slot)
-	if err == nil {
-		err = m.setNetwork(ctx, rec)
-	}
+	err := m.cfg.Network.Repair(ctx, slot, m.policyInForce(rec), rec.Network.Limits)
 	switch {
 	case err == nil:
 		m.log.Warn("network repaired", "sandbox", b.id, "slot", slot, "wrong", wrong)
-	case errors.Is(err, errdefs.Corrupt), errors.Is(err, errdefs.NotFound):
-		m.release(b, NetworkLost, fmt.Sprintf("%v; not repaired: %v", wrong, err))
+	case errors.Is(err, errdefs.Unavailable):
+		m.release(b, NetworkLost, err.Error())
 	default:
 		m.log.Error("network not repaired, will try again", "sandbox", b.id, "slot", slot, "wrong", wrong, "err", err)
 	}

@@ -148,24 +148,12 @@ func (m *Manager) removeStrays(ctx context.Context, found *Recovery) error {
 		return fmt.Errorf("kill stray vms: %w", err)
 	}
 	found.Strays = append(found.Strays, killed...)
-	slots := m.slots()
-	strays, err := m.cfg.Network.Strays(ctx, func(s network.Slot) bool { return slots[s] != nil })
+	// What cannot be removed is fenced off, counted and tried again there.
+	strays, err := m.cfg.Network.RemoveStrays(ctx)
 	if err != nil {
-		return fmt.Errorf("look for stray networks: %w", err)
+		m.log.Error("stray networks not removed, their slots are fenced off", "err", err)
 	}
 	for _, s := range strays {
-		if err := m.cfg.Network.Claim(s); errors.Is(err, errdefs.AlreadyExists) {
-			continue // somebody's by now
-		} else if err != nil {
-			return fmt.Errorf("claim stray slot %d: %w", s, err)
-		}
-		if !m.closeStray(ctx, s) {
-			m.fenced = append(m.fenced, s)
-			m.mu.Lock()
-			m.pending++
-			m.mu.Unlock()
-			continue
-		}
 		found.Strays = append(found.Strays, fmt.Sprintf("slot %d", s))
 	}
 	entries, err := os.ReadDir(m.cfg.RunDir)
@@ -191,19 +179,6 @@ func (m *Manager) slots() map[network.Slot]*box {
 		}
 	}
 	return slots
-}
-
-// closeStray frees a claimed slot that no record names. One that cannot be
-// freed stays claimed: fenced off, never handed out, tried again.
-func (m *Manager) closeStray(ctx context.Context, s network.Slot) bool {
-	err := m.cfg.Network.Close(ctx, s)
-	if err == nil {
-		err = m.cfg.Network.Release(s)
-	}
-	if err != nil {
-		m.log.Error("stray network not removed, its slot is fenced off", "slot", s, "err", err)
-	}
-	return err == nil
 }
 
 // takeUp brings one record to a state that is true, and returns the list of

@@ -12,7 +12,10 @@ import (
 
 // metrics reads the manager's numbers when somebody asks for them; it keeps
 // none of its own.
-type metrics struct{ manager *sandbox.Manager }
+type metrics struct {
+	manager *sandbox.Manager
+	slots   func() map[string]int
+}
 
 var (
 	sandboxesDesc = prometheus.NewDesc("wrenn_sandboxes", "Sandboxes by state.", []string{"state"}, nil)
@@ -20,6 +23,7 @@ var (
 	usedDesc      = prometheus.NewDesc("wrenn_reserved", "What sandboxes have reserved of the host: sandboxes, vcpus, memory_mib, disk_mib.", []string{"resource"}, nil)
 	limitDesc     = prometheus.NewDesc("wrenn_limit", "What sandboxes may reserve of the host.", []string{"resource"}, nil)
 	warmDesc      = prometheus.NewDesc("wrenn_warm", "Guests that wait for a sandbox to be: those that are ready, and those that are wanted.", []string{"state"}, nil)
+	slotsDesc     = prometheus.NewDesc("wrenn_network_slots", "Network slots: reserved (all that are not free), open (with something on the host), pool (built and waiting), fenced (not removed yet, kept from use).", []string{"state"}, nil)
 	fencedDesc    = prometheus.NewDesc("wrenn_cleanup_pending", "Sandboxes and slots that could not be freed yet.", nil, nil)
 )
 
@@ -45,13 +49,17 @@ func (m metrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(warmDesc, stats.Warm, "ready")
 	gauge(warmDesc, stats.WarmWanted, "wanted")
 	gauge(fencedDesc, stats.Pending)
+	for state, n := range m.slots() {
+		gauge(slotsDesc, n, state)
+	}
 }
 
-// Metrics answers GET /metrics in Prometheus' text format.
-func Metrics(manager *sandbox.Manager) http.Handler {
+// Metrics answers GET /metrics in Prometheus' text format. slots counts the
+// network's slots by state.
+func Metrics(manager *sandbox.Manager, slots func() map[string]int) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
-		metrics{manager},
+		metrics{manager, slots},
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)

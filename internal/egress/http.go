@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -43,6 +44,14 @@ func newHTTPSide(p *Proxy) *httpSide {
 		},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, linkKey{}, c.(*httpConn).link)
+		},
+		ConnState: func(c net.Conn, st http.ConnState) {
+			switch st {
+			case http.StateClosed:
+				c.(*httpConn).end()
+			case http.StateHijacked:
+				c.(*httpConn).hijacked.Store(true)
+			}
 		},
 		ReadHeaderTimeout: firstBytes,
 		IdleTimeout:       httpIdle,
@@ -109,10 +118,14 @@ func (h *httpSide) carry(l *link) {
 // httpConn is a client's connection with what was heard of it put back.
 type httpConn struct {
 	*net.TCPConn
-	link  *link
-	ended chan struct{}
-	once  sync.Once
+	link     *link
+	hijacked atomic.Bool
+	ended    chan struct{}
+	once     sync.Once
 }
+
+// end is called when no handler of the connection's runs any more.
+func (c *httpConn) end() { c.once.Do(func() { close(c.ended) }) }
 
 func (c *httpConn) Read(b []byte) (int, error) {
 	if len(c.link.heard) > 0 {
@@ -135,9 +148,10 @@ func (c *httpConn) WriteTo(w io.Writer) (int64, error) {
 }
 
 func (c *httpConn) Close() error {
-	err := c.TCPConn.Close()
-	c.once.Do(func() { close(c.ended) })
-	return err
+	if c.hijacked.Load() {
+		defer c.end() // by the handler, as the last it does
+	}
+	return c.TCPConn.Close()
 }
 
 // shown returns the name that a request is for, "" for an address.
@@ -178,7 +192,8 @@ func (h *httpSide) rewrite(r *httputil.ProxyRequest) {
 	}
 	r.Out.URL.Scheme, r.Out.URL.Host = "http", to
 	r.Out.Host = r.In.Host
-	// As it came, whatever it means to whom it is for.
+	// As they came, whatever they mean to whom they are for.
+	r.Out.URL.RawQuery = r.In.URL.RawQuery
 	for _, f := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
 		if v, ok := r.In.Header[f]; ok {
 			r.Out.Header[f] = v

@@ -104,8 +104,11 @@ type Proxy struct {
 	mu sync.Mutex
 	// All of rules must let something through: the settled policy, and while
 	// a change is under way the coming one.
-	rules  []rules
-	banned map[netip.Addr]time.Time // until when
+	rules []rules
+	// seen are the addresses of names that are or were denied, and until when
+	// they count; banned are those of the names that are denied now.
+	seen   map[string]map[netip.Addr]time.Time
+	banned map[netip.Addr]bool
 	links  map[*link]struct{}
 }
 
@@ -148,7 +151,7 @@ func New(ctx context.Context, cfg Config, policy Policy) *Proxy {
 	}
 	p := &Proxy{
 		cfg: cfg, resolver: resolver{servers: cfg.Resolvers},
-		rules: []rules{rulesOf(policy)}, banned: map[netip.Addr]time.Time{}, links: map[*link]struct{}{},
+		rules: []rules{rulesOf(policy)}, seen: map[string]map[netip.Addr]time.Time{}, links: map[*link]struct{}{},
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.http = newHTTPSide(p)
@@ -192,6 +195,7 @@ func (p *Proxy) Restrict(ctx context.Context, policy Policy) {
 func (p *Proxy) Settle() {
 	p.mu.Lock()
 	p.rules = p.rules[len(p.rules)-1:]
+	p.banLocked()
 	p.mu.Unlock()
 	p.sweep()
 }
@@ -211,6 +215,7 @@ func (p *Proxy) sweep() {
 		for u := range l.uses {
 			if !p.permitsLocked(u) {
 				l.cancel()
+				reset(l.client)
 				break
 			}
 		}
@@ -218,7 +223,7 @@ func (p *Proxy) sweep() {
 }
 
 func (p *Proxy) permitsLocked(u use) bool {
-	if until, ok := p.banned[u.addr]; ok && time.Now().Before(until) {
+	if p.banned[u.addr] {
 		return false
 	}
 	for _, r := range p.rules {
@@ -277,25 +282,17 @@ func (p *Proxy) direct(l *link) bool {
 	return p.permitsLocked(use{"", l.dst.Addr(), true})
 }
 
-// deniedNames are those whose addresses are denied, too.
-func (p *Proxy) deniedNames() (found []string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, r := range p.rules {
-		for name := range r.deny.exact {
-			found = append(found, name)
-		}
-	}
-	return found
-}
-
 // learn asks for the addresses of the denied names. What no resolver knows is
 // not denied by address; the name itself is in any case.
 func (p *Proxy) learn(ctx context.Context) {
-	list := p.deniedNames()
-	if len(list) == 0 {
-		return
+	p.mu.Lock()
+	var list []string
+	for _, r := range p.rules {
+		for name := range r.deny.exact {
+			list = append(list, name)
+		}
 	}
+	p.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, banWait)
 	defer cancel()
 	turn := make(chan struct{}, banLookups)
@@ -311,12 +308,37 @@ func (p *Proxy) learn(ctx context.Context) {
 			}
 			p.mu.Lock()
 			defer p.mu.Unlock()
+			if p.seen[name] == nil {
+				p.seen[name] = map[netip.Addr]time.Time{}
+			}
 			for _, a := range addrs {
-				p.banned[a] = time.Now().Add(banTTL)
+				p.seen[name][a] = time.Now().Add(banTTL)
 			}
 		})
 	}
 	wg.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.banLocked()
+}
+
+// banLocked brings banned up to the present rules, and forgets what is over.
+func (p *Proxy) banLocked() {
+	p.banned = map[netip.Addr]bool{}
+	now := time.Now()
+	for name, addrs := range p.seen {
+		denied := slices.ContainsFunc(p.rules, func(r rules) bool { return r.deny.exact[name] })
+		if !denied {
+			delete(p.seen, name)
+		}
+		for a, until := range addrs {
+			if now.After(until) {
+				delete(addrs, a)
+			} else if denied {
+				p.banned[a] = true
+			}
+		}
+	}
 }
 
 func (p *Proxy) keepLearning() {
@@ -327,16 +349,9 @@ func (p *Proxy) keepLearning() {
 		case <-p.ctx.Done():
 			return
 		case <-tick.C:
+			p.learn(p.ctx)
+			p.sweep()
 		}
-		p.learn(p.ctx)
-		p.mu.Lock()
-		for a, until := range p.banned {
-			if time.Now().After(until) {
-				delete(p.banned, a)
-			}
-		}
-		p.mu.Unlock()
-		p.sweep()
 	}
 }
 

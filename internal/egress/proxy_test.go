@@ -198,6 +198,7 @@ func TestHTTPIsJudgedByRequest(t *testing.T) {
 		want []string
 	}{
 		"one":                   {last("good.example"), []string{"good: GET / host=good.example"}},
+		"path and query":        {"GET //a;b?x=1;y=%zz&z HTTP/1.1\r\nConnection: close\r\nX-Forwarded-For: me\r\nHost: good.example\r\n\r\n", []string{"good: GET //a;b?x=1;y=%zz&z host=good.example"}},
 		"with a port":           {last("good.example:80"), []string{"good: GET / host=good.example:80"}},
 		"upper case, dot":       {last("Good.Example."), []string{"good: GET / host=Good.Example."}},
 		"false host":            {last("evil.example"), nil},
@@ -443,6 +444,10 @@ func TestPolicyChangeEndsConnections(t *testing.T) {
 	w.settle(Policy{Open: true, Deny: []string{"alias2.example"}})
 	if alive(other) {
 		t.Error("a connection to an address of a denied name goes on")
+	}
+	w.settle(Policy{Open: true})
+	if got, err := askTLS(w.dial("198.51.100.9:443"), "other.example"); got != "other" {
+		t.Errorf("an address of a name that is no longer denied led to %q, %v", got, err)
 	}
 }
 

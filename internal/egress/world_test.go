@@ -220,11 +220,18 @@ type fakeResolver struct {
 
 func newFakeResolver(t testing.TB) *fakeResolver {
 	t.Helper()
-	u, err := net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	must(t, err)
-	f := &fakeResolver{addr: u.LocalAddr().(*net.UDPAddr).AddrPort(), zone: map[string][]string{}}
-	l, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(f.addr))
-	must(t, err)
+	f := &fakeResolver{zone: map[string][]string{}}
+	var u *net.UDPConn
+	var l *net.TCPListener
+	for l == nil { // until a port is free for both
+		var err error
+		u, err = net.ListenUDP("udp4", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
+		must(t, err)
+		f.addr = u.LocalAddr().(*net.UDPAddr).AddrPort()
+		if l, err = net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(f.addr)); err != nil {
+			u.Close()
+		}
+	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		buf := make([]byte, 4096)

@@ -214,6 +214,7 @@ func (n *Network) Close(_ context.Context, s Slot) error {
 	if n.slots.pooled(s) {
 		return errdefs.WrongState.Errorf("network slot %d is in the pool", s)
 	}
+	n.gates.close(s)
 	a := n.plan.Addrs(s)
 	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -226,12 +227,8 @@ func (n *Network) Close(_ context.Context, s Slot) error {
 	// The next sandbox with this address must not inherit its connections,
 	// neither those it made nor those made to it.
 	if err := forget(
-		func(f *netlink.ConntrackFilter) error {
-			return f.AddIP(netlink.ConntrackOrigSrcIP, a.HostIP.AsSlice())
-		},
-		func(f *netlink.ConntrackFilter) error {
-			return f.AddIP(netlink.ConntrackOrigDstIP, a.HostIP.AsSlice())
-		},
+		func(f *netlink.ConntrackFlow) bool { return f.Forward.SrcIP.Equal(a.HostIP.AsSlice()) },
+		func(f *netlink.ConntrackFlow) bool { return f.Forward.DstIP.Equal(a.HostIP.AsSlice()) },
 	); err != nil {
 		return fmt.Errorf("close network slot %d: %w", s, err)
 	}

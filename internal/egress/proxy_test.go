@@ -254,6 +254,45 @@ func TestHTTPIsJudgedByRequest(t *testing.T) {
 	}
 }
 
+// Where the address is let through, the denied name is not, however it is
+// spelled; and what shows no name passes.
+func TestHTTPAtAnAddressLetThrough(t *testing.T) {
+	policy := Policy{Open: true, Deny: []string{"evil.example", "*.bad.example"}, Direct: netip.MustParsePrefix("198.51.100.0/24").Contains}
+	for raw, want := range map[string]string{
+		"GET / HTTP/1.1\r\nConnection: close\r\nHost: other.example\r\n\r\n":    "good",
+		"GET / HTTP/1.1\r\nConnection: close\r\nHost: 198.51.100.1\r\n\r\n":     "good",
+		"GET / HTTP/1.1\r\nConnection: close\r\nHost: evil.example\r\n\r\n":     "",
+		"GET / HTTP/1.1\r\nConnection: close\r\nHost: EVIL.example.:80\r\n\r\n": "",
+		"GET / HTTP/1.1\r\nConnection: close\r\nHost: a.bad.example\r\n\r\n":    "",
+		"\r\nGET / HTTP/1.1\r\nHost: evil.example\r\n\r\n":                      "",
+		"\nGET / HTTP/1.1\r\nHost: evil.example\r\n\r\n":                        "",
+		"get / http/1.1\r\nHost: evil.example\r\n\r\n":                          "",
+		"GET / HTTP/1.1 \r\nHost: evil.example\r\n\r\n":                         "",
+		"GET / HTTP/1.9\r\nHost: evil.example\r\n\r\n":                          "",
+		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n":                                      "",
+	} {
+		w := twoServers(t, policy)
+		got, _ := w.request(w.dial(goodAddr+":80"), raw)
+		if len(got) == 0 != (want == "") || len(got) > 0 && !strings.HasPrefix(got[0], want+": ") {
+			t.Errorf("%q: answers %q, want %q", raw, got, want)
+		}
+		if want == "" && len(w.dialed) > 0 {
+			t.Errorf("%q: dialed %v", raw, w.dialed)
+		}
+		w.proxy.Close()
+	}
+	w := twoServers(t, policy)
+	w.serve(goodAddr+":6379", func(c net.Conn) { io.Copy(c, c) })
+	for _, said := range []string{"*1\r\n$4\r\nPING\r\n", "NICK me\r\n", "\x00\x00\x00\x08\x04\xd2\x16\x2f"} {
+		c := w.dial(goodAddr + ":6379")
+		io.WriteString(c, said)
+		c.CloseWrite()
+		if b, err := io.ReadAll(c); string(b) != said {
+			t.Errorf("%q came back as %q, %v", said, b, err)
+		}
+	}
+}
+
 func TestWebSocketPasses(t *testing.T) {
 	w := twoServers(t, Policy{Allow: []string{"good.example"}})
 	c := w.dial(goodAddr + ":80")

@@ -243,6 +243,7 @@ func newFakeResolver(t testing.TB) *fakeResolver {
 			// Answers of somebody who guesses come first.
 			forged := slices.Clone(f.reply(buf[:n], false))
 			forged[0] ^= 0xff
+			forged[3] |= byte(dnsmessage.RCodeServerFailure)
 			u.WriteToUDPAddrPort(forged, from)
 			u.WriteToUDPAddrPort(f.reply(buf[:n], true), from)
 		}

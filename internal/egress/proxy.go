@@ -482,7 +482,7 @@ func (p *Proxy) carry(l *link) error {
 		return err
 	}
 	defer up.Close()
-	l.relay(up)
+	l.relay(up.TCPConn)
 	return nil
 }
 
@@ -497,11 +497,16 @@ func (p *Proxy) carrySilent(l *link) error {
 	down := make(chan struct{})
 	go func() {
 		defer close(down)
-		l.copy(l.client, up, &moved)
+		l.copy(l.client, up.TCPConn, &moved)
 	}()
 	defer func() { <-down }()
 	defer up.Close()
-	first, name, err := l.hear(idleTimeout)
+	// The server may have much to say meanwhile.
+	first, name, err := l.hear(2 * idleTimeout)
+	for last := int64(0); first == silent && err == nil && moved.Load() != last; {
+		last = moved.Load()
+		first, name, err = l.hear(2 * idleTimeout)
+	}
 	switch {
 	case errors.Is(err, io.EOF):
 		up.CloseWrite()
@@ -525,10 +530,10 @@ func (p *Proxy) carrySilent(l *link) error {
 	if name != "" && !p.admit(l, use{name, l.dst.Addr(), true}) {
 		return refused(name, "the policy does not let the name through")
 	}
-	if !l.flush(up) {
+	if !l.flush(up.TCPConn) {
 		return nil
 	}
-	l.copy(up, l.client, &moved)
+	l.copy(up.TCPConn, l.client, &moved)
 	<-down
 	return nil
 }
@@ -536,7 +541,7 @@ func (p *Proxy) carrySilent(l *link) error {
 // connect dials for a client that shows the name, or none if it is "": the
 // address of its own choice where that is permitted, or else what the name
 // stands for.
-func (p *Proxy) connect(l *link, name string) (*net.TCPConn, error) {
+func (p *Proxy) connect(l *link, name string) (*upstream, error) {
 	if p.admit(l, use{name, l.dst.Addr(), true}) {
 		return p.dial(l, l.dst)
 	}
@@ -563,7 +568,7 @@ func (p *Proxy) connect(l *link, name string) (*net.TCPConn, error) {
 		if !p.admit(l, use{name, a, false}) {
 			continue
 		}
-		var up *net.TCPConn
+		var up *upstream
 		if up, dialErr = p.dial(l, netip.AddrPortFrom(a, l.dst.Port())); dialErr == nil {
 			return up, nil
 		}
@@ -577,16 +582,25 @@ func (p *Proxy) connect(l *link, name string) (*net.TCPConn, error) {
 	return nil, dialErr
 }
 
-func (p *Proxy) dial(l *link, to netip.AddrPort) (*net.TCPConn, error) {
+// upstream is a connection to a server, which ends with its link at the latest.
+type upstream struct {
+	*net.TCPConn
+	forget func() bool // that the link's end closes it
+}
+
+func (u *upstream) Close() error {
+	u.forget()
+	return u.TCPConn.Close()
+}
+
+func (p *Proxy) dial(l *link, to netip.AddrPort) (*upstream, error) {
 	ctx, cancel := context.WithTimeout(l.ctx, dialTimeout)
 	defer cancel()
-	up, err := p.cfg.Dial(ctx, to)
+	c, err := p.cfg.Dial(ctx, to)
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", to, err)
 	}
 	// Unlike the guest, a far end may be gone without a word.
-	up.SetKeepAlive(true)
-	// Whoever ends the link ends this, too.
-	context.AfterFunc(l.ctx, func() { up.Close() })
-	return up, nil
+	c.SetKeepAlive(true)
+	return &upstream{c, context.AfterFunc(l.ctx, func() { c.Close() })}, nil
 }

@@ -16,8 +16,9 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/egress"
 )
 
-// proxyMark is on what the agent sends into a namespace on behalf of the
-// guest there. Only who may administer the host's network can set it.
+// proxyMark is on what the agent sends from a namespace on behalf of the guest
+// there. It takes CAP_NET_ADMIN or CAP_NET_RAW on the host to set it, and VMMs
+// have neither.
 const proxyMark = 0x5772656e // "Wren"
 
 // gate is where a sandbox with names in its policy gets out: a proxy in the

@@ -120,16 +120,42 @@ func (n *Network) openGate(ctx context.Context, path string, policy egress.Polic
 	}, nil
 }
 
-// serves says whether a connection of the guest's was turned to this gate.
+// serves says whether a connection of the guest's was turned to this gate; to
+// any if it is nil.
 func (g *gate) serves(f *netlink.ConntrackFlow) bool {
-	if !f.Reverse.SrcIP.Equal(GuestGateway.AsSlice()) {
+	switch {
+	case !f.Reverse.SrcIP.Equal(GuestGateway.AsSlice()):
 		return false
-	}
-	if f.Forward.Protocol == unix.IPPROTO_UDP {
+	case g == nil:
+		return true
+	case f.Forward.Protocol == unix.IPPROTO_UDP:
 		return f.Reverse.SrcPort == g.ports.dnsPacket
 	}
 	return f.Reverse.SrcPort == g.ports.conns || f.Reverse.SrcPort == g.ports.dnsConns
 }
+
+// forgetBeside deletes what the guest began from the calling thread's
+// namespace, but for what goes to the gate: that must stay known, or its
+// answers would come from where the guest never was.
+func forgetBeside(g *gate) error {
+	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
+	if err != nil {
+		return fmt.Errorf("open conntrack: %w", err)
+	}
+	defer h.Close()
+	if _, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, flowFilter(func(f *netlink.ConntrackFlow) bool {
+		return f.Forward.SrcIP.Equal(GuestAddr.Addr().AsSlice()) && !g.serves(f)
+	})); err != nil {
+		return fmt.Errorf("forget connections: %w", err)
+	}
+	return nil
+}
+
+// flowFilter says which connections are meant.
+type flowFilter func(*netlink.ConntrackFlow) bool
+
+// MatchConntrackFlow makes it the library's.
+func (m flowFilter) MatchConntrackFlow(f *netlink.ConntrackFlow) bool { return m(f) }
 
 // original returns where a connection was going before the rules turned it.
 func original(c *net.TCPConn) (to netip.AddrPort, err error) {

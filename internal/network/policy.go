@@ -333,7 +333,11 @@ func (n *Network) setPolicy(ctx context.Context, s Slot, p Policy) error {
 			return err
 		}
 		n.gates.close(s)
-		return inNS(path, func() error { return forget(fromGuest) })
+		return inNS(path, func() error {
+			return forget(func(f *netlink.ConntrackFilter) error {
+				return f.AddIP(netlink.ConntrackOrigSrcIP, GuestAddr.Addr().AsSlice())
+			})
+		})
 	}
 	// The sockets are open before a rule points to them.
 	g := n.gates.of(s)
@@ -354,11 +358,7 @@ func (n *Network) setPolicy(ctx context.Context, s Slot, p Policy) error {
 	}
 	n.gates.put(s, g)
 	g.proxy.Settle()
-	// What goes to the proxy must stay known, or its answers would come from
-	// where the guest never was.
-	return inNS(path, func() error {
-		return forget(func(f *netlink.ConntrackFlow) bool { return fromGuest(f) && !g.serves(f) })
-	})
+	return inNS(path, func() error { return forgetBeside(g) })
 }
 
 func (n *Network) swap(ctx context.Context, s Slot, chains []policyChain) error {
@@ -366,10 +366,6 @@ func (n *Network) swap(ctx context.Context, s Slot, chains []policyChain) error 
 		return err
 	}
 	return inNS(n.plan.Addrs(s).NetNSPath, func() error { return swapPolicy(chains) })
-}
-
-func fromGuest(f *netlink.ConntrackFlow) bool {
-	return f.Forward.SrcIP.Equal(GuestAddr.Addr().AsSlice())
 }
 
 // swapPolicy fills the variants of the policy's chains that are not in use, and
@@ -425,9 +421,9 @@ func swapPolicy(chains []policyChain) error {
 	})
 }
 
-// forget deletes the connections that match any of the filters from the
+// forget deletes the connections that any of the filters describes from the
 // calling thread's namespace.
-func forget(matches ...flowFilter) error {
+func forget(describe ...func(*netlink.ConntrackFilter) error) error {
 	// Looking for them means walking the kernel's whole table.
 	if b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count"); err == nil && strings.TrimSpace(string(b)) == "0" {
 		return nil
@@ -438,20 +434,18 @@ func forget(matches ...flowFilter) error {
 	}
 	defer h.Close()
 	var filters []netlink.CustomConntrackFilter
-	for _, m := range matches {
-		filters = append(filters, m)
+	for _, d := range describe {
+		f := new(netlink.ConntrackFilter)
+		if err := d(f); err != nil {
+			return fmt.Errorf("describe connections: %w", err)
+		}
+		filters = append(filters, f)
 	}
 	if _, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filters...); err != nil {
 		return fmt.Errorf("forget connections: %w", err)
 	}
 	return nil
 }
-
-// flowFilter says which connections are meant.
-type flowFilter func(*netlink.ConntrackFlow) bool
-
-// MatchConntrackFlow makes it the library's.
-func (m flowFilter) MatchConntrackFlow(f *netlink.ConntrackFlow) bool { return m(f) }
 
 // Counters are what has passed between a sandbox and the host since the slot
 // was opened, Ethernet headers included.

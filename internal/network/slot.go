@@ -227,8 +227,12 @@ func (n *Network) Close(_ context.Context, s Slot) error {
 	// The next sandbox with this address must not inherit its connections,
 	// neither those it made nor those made to it.
 	if err := forget(
-		func(f *netlink.ConntrackFlow) bool { return f.Forward.SrcIP.Equal(a.HostIP.AsSlice()) },
-		func(f *netlink.ConntrackFlow) bool { return f.Forward.DstIP.Equal(a.HostIP.AsSlice()) },
+		func(f *netlink.ConntrackFilter) error {
+			return f.AddIP(netlink.ConntrackOrigSrcIP, a.HostIP.AsSlice())
+		},
+		func(f *netlink.ConntrackFilter) error {
+			return f.AddIP(netlink.ConntrackOrigDstIP, a.HostIP.AsSlice())
+		},
 	); err != nil {
 		return fmt.Errorf("close network slot %d: %w", s, err)
 	}

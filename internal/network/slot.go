@@ -214,8 +214,8 @@ func (n *Network) Close(_ context.Context, s Slot) error {
 	if n.slots.pooled(s) {
 		return errdefs.WrongState.Errorf("network slot %d is in the pool", s)
 	}
-	n.gates.close(s)
 	a := n.plan.Addrs(s)
+	n.gates.close(s)
 	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("close network slot %d: open netlink: %w", s, err)

@@ -357,6 +357,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	<-drained
 	endPool()
 	<-pooled
+	net.Detach()
 	if merr == nil && len(manager.List(false)) == 0 {
 		// Nothing needs the host's rules and routes any more.
 		merr = net.Teardown(end)

@@ -66,6 +66,7 @@ type Network struct {
 	plan  Plan
 	opts  Options
 	slots allocator
+	gates gates
 	// taken tells Run that a slot left the pool.
 	taken chan struct{}
 	// links and whole spare CountersAll and CheckAll what has not changed.
@@ -102,6 +103,9 @@ func (n *Network) Plan() Plan { return n.plan }
 func (n *Network) Setup(ctx context.Context) error {
 	if err := errors.Join(n.plan.Validate(), n.opts.Egress.Validate(), n.opts.Limits.Validate()); err != nil {
 		return err
+	}
+	if len(n.opts.Egress.AllowNames)+len(n.opts.Egress.DenyNames) > 0 {
+		return errdefs.InvalidArgument.Errorf("the host's egress policy has names, which only a sandbox's can have")
 	}
 	if err := ctx.Err(); err != nil {
 		return err

@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
@@ -40,8 +41,12 @@ func ParseMode(s string) (Mode, error) {
 	return "", errdefs.InvalidArgument.Errorf("egress mode %q: want public, none or all", s)
 }
 
-// MaxPolicyRanges bounds each list of a Policy.
-const MaxPolicyRanges = 512
+// MaxPolicyRanges bounds each list of ranges of a Policy, MaxPolicyNames each
+// list of names.
+const (
+	MaxPolicyRanges = 512
+	MaxPolicyNames  = 512
+)
 
 // Policy is what a sandbox may reach. What it is asked is decided in this
 // order, the first answer counting:
@@ -55,14 +60,115 @@ const MaxPolicyRanges = 512
 //  5. The mode.
 //
 // Refusals are answered with an ICMP error, so that programs fail at once.
+//
+// Names change that, if there are any to deny, or any to allow where the mode
+// is None (elsewhere a name that is allowed is nothing new). Then:
+//
+//   - TCP connections go to a proxy, which lets through what shows the name of
+//     a host, in TLS or in HTTP, and connects to the addresses that it finds
+//     for that name itself; never to those that the guest claims it has. 1, 2
+//     and 4 hold for them as well, and private addresses need 4 or the mode
+//     All. A name in DenyNames is refused, then one in AllowNames is let
+//     through, then the mode decides. Refused connections are reset.
+//   - Addresses in Allow are reached directly; if there are DenyNames, by TCP
+//     through the proxy, which refuses nothing but those.
+//   - Questions to port 53, wherever they are sent, are answered by the agent:
+//     names that are not let through do not exist.
+//   - Everything else is refused, QUIC among it.
+//
+// A denied name without a * also denies the addresses that it has. What a
+// server that is let through does inside of its TLS connections cannot be
+// seen; where the internet is open but for denied names, any relay leads
+// around them.
+//
+// The proxy is the agent's: without an agent nothing passes by name.
 type Policy struct {
 	// Mode is the host's default if empty.
 	Mode Mode
 	// Allow and Deny are ranges; Deny wins. IPv6 ranges may be denied, which
 	// they are anyway, but not allowed.
-	Allow, Deny           []netip.Prefix
-	AllowNames, DenyNames []string // tmp
+	Allow, Deny []netip.Prefix
+	// AllowNames and DenyNames are names in lower case: "example.com",
+	// "*.example.com" for all below it, or "*". They are a sandbox's own; the
+	// host's policy has none.
+	AllowNames, DenyNames []string
 }
+
+// ParsePolicy reads the lists of a sandbox as the API has them: IPv4 addresses,
+// ranges, and names. The range 0.0.0.0/0 is the internet: denied, it means the
+// same as allowInternet false, and allowed as true, the former winning.
+//
+// A sandbox may not be more open than the host lets it, whose mode is the
+// first argument: Denied for allowInternet or anything allowed on a host with
+// None, and for private ranges on one with Public. Everything else that is
+// wrong is InvalidArgument. All problems are reported at once.
+func ParsePolicy(host Mode, allowInternet *bool, allow, deny []string) (Policy, error) {
+	if host == "" {
+		host = Public
+	}
+	var p Policy
+	var errs []error
+	open := allowInternet == nil || *allowInternet
+	read := func(what string, list []string, ranges *[]netip.Prefix, names *[]string) (internet bool) {
+		if len(list) > MaxPolicyRanges+MaxPolicyNames {
+			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list has %d entries, at most %d are possible", what, len(list), MaxPolicyRanges+MaxPolicyNames))
+			return false
+		}
+		for _, text := range list {
+			r, err := netip.ParsePrefix(text)
+			if a, aerr := netip.ParseAddr(text); aerr == nil && a.Zone() == "" {
+				r, err = netip.PrefixFrom(a, a.BitLen()), nil
+			}
+			if err == nil {
+				if r = r.Masked(); r == theInternet {
+					internet = true
+				} else if !slices.Contains(*ranges, r) {
+					*ranges = append(*ranges, r)
+				}
+				continue
+			}
+			name, err := egress.ParseName(text)
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s list: %w", what, err))
+			} else if !slices.Contains(*names, name) {
+				*names = append(*names, name)
+			}
+		}
+		return internet
+	}
+	allowed := read("allow", allow, &p.Allow, &p.AllowNames)
+	denied := read("deny", deny, &p.Deny, &p.DenyNames)
+	errs = append(errs, p.Validate())
+	if denied || !open && !allowed {
+		p.Mode = None
+	}
+	if host == None {
+		if allowInternet != nil && *allowInternet || len(allow) > 0 {
+			errs = append(errs, errdefs.Denied.Errorf("this host lets its sandboxes reach nothing (--egress none): nothing can be allowed to one"))
+		}
+	}
+	if host == Public {
+		for _, r := range p.Allow {
+			for _, private := range privateRanges {
+				if r.Overlaps(private) {
+					errs = append(errs, errdefs.Denied.Errorf("allow list: %s: this host does not let its sandboxes reach private addresses (--egress public), which %s are", r, private))
+					break
+				}
+			}
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return Policy{}, err
+	}
+	return p, nil
+}
+
+// ParsePolicy is ParsePolicy on this host.
+func (n *Network) ParsePolicy(allowInternet *bool, allow, deny []string) (Policy, error) {
+	return ParsePolicy(n.opts.Egress.Mode, allowInternet, allow, deny)
+}
+
+var theInternet = netip.MustParsePrefix("0.0.0.0/0")
 
 // Validate reports every problem at once, as InvalidArgument.
 func (p Policy) Validate() error {
@@ -82,6 +188,19 @@ func (p Policy) Validate() error {
 				errs = append(errs, errdefs.InvalidArgument.Errorf("%s list: a range is not valid", what))
 			case what == "allow" && !r.Addr().Is4():
 				errs = append(errs, errdefs.InvalidArgument.Errorf("%s list: %s: sandboxes speak IPv4 only", what, r))
+			}
+		}
+	}
+	for what, list := range map[string][]string{"allow": p.AllowNames, "deny": p.DenyNames} {
+		if len(list) > MaxPolicyNames {
+			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list has %d names, at most %d are possible", what, len(list), MaxPolicyNames))
+			continue
+		}
+		for _, name := range list {
+			if as, err := egress.ParseName(name); err != nil {
+				errs = append(errs, fmt.Errorf("%s list: %w", what, err))
+			} else if as != name {
+				errs = append(errs, errdefs.InvalidArgument.Errorf("%s list: name %q: want it as %q", what, name, as))
 			}
 		}
 	}
@@ -106,15 +225,31 @@ var (
 	}
 )
 
-// egressRules are the rules of the egress chain.
-func egressRules(plan Plan, opts Options, p Policy) []rule {
-	mode := p.Mode
-	if mode == "" {
-		mode = opts.Egress.Mode
+// verdicts is a policy with the host's in it, as ranges.
+type verdicts struct {
+	never, deny, resolvers, allow []addrRange
+	mode                          Mode
+}
+
+func verdictsOf(plan Plan, opts Options, p Policy) verdicts {
+	v := verdicts{
+		never: rangesOf(append(slices.Clone(neverRanges), plan.Hosts, plan.Veths)),
+		deny:  rangesOf(append(slices.Clone(opts.Egress.Deny), p.Deny...)),
+		allow: rangesOf(append(slices.Clone(opts.Egress.Allow), p.Allow...)),
+		mode:  p.Mode,
 	}
-	never := append(slices.Clone(neverRanges), plan.Hosts, plan.Veths)
-	deny := append(slices.Clone(opts.Egress.Deny), p.Deny...)
-	rules := []rule{{ipv4.daddrIn(rangesOf(never)), reject()}}
+	if v.mode == "" {
+		v.mode = opts.Egress.Mode
+	}
+	if v.mode != None {
+		v.resolvers = rangesOf(singles(opts.Resolvers))
+	}
+	return v
+}
+
+// rules are those of the egress chain.
+func (v verdicts) rules() []rule {
+	rules := []rule{{ipv4.daddrIn(v.never), reject()}}
 	add := func(list []addrRange, terms ...term) {
 		switch {
 		case len(list) == 0:
@@ -124,14 +259,11 @@ func egressRules(plan Plan, opts Options, p Policy) []rule {
 			rules = append(rules, append(rule{ipv4.daddrIn(list)}, terms...))
 		}
 	}
-	add(rangesOf(deny), reject())
-	if mode != None {
-		resolvers := rangesOf(singles(opts.Resolvers))
-		add(resolvers, dport(unix.IPPROTO_UDP, 53), accept())
-		add(resolvers, dport(unix.IPPROTO_TCP, 53), accept())
-	}
-	add(rangesOf(append(slices.Clone(opts.Egress.Allow), p.Allow...)), accept())
-	switch mode {
+	add(v.deny, reject())
+	add(v.resolvers, dport(unix.IPPROTO_UDP, 53), accept())
+	add(v.resolvers, dport(unix.IPPROTO_TCP, 53), accept())
+	add(v.allow, accept())
+	switch v.mode {
 	case All:
 		return append(rules, rule{accept()})
 	case None:
@@ -142,7 +274,27 @@ func egressRules(plan Plan, opts Options, p Policy) []rule {
 	}
 }
 
-// SetPolicy replaces what an open slot may reach. The change is one rule in one
+// permits is what the rules say of an address, but for the resolvers.
+func (v verdicts) permits(a netip.Addr) bool {
+	switch {
+	case !a.Is4() || contains(v.never, a) || contains(v.deny, a):
+		return false
+	case contains(v.allow, a):
+		return true
+	}
+	return v.mode == All || v.mode != None && !contains(rangesOf(privateRanges), a)
+}
+
+// egressRules are the rules of the egress chain.
+func egressRules(plan Plan, opts Options, p Policy) []rule {
+	v := verdictsOf(plan, opts, p)
+	if v.named(p) {
+		v = v.beside(p)
+	}
+	return v.rules()
+}
+
+// SetPolicy replaces what an open slot may reach. The change is one
 // transaction: there is no moment without a policy, and on an error the old
 // one stands. Connections that the new policy refuses end, since it is asked
 // about every packet of what the guest began; what the kernel remembers of the
@@ -152,6 +304,12 @@ func egressRules(plan Plan, opts Options, p Policy) []rule {
 // needs no entry on the host that could outlive the sandbox, it goes with the
 // namespace and survives the agent, and long lists cost nobody else. NotFound
 // if the slot is not open.
+//
+// Names need the agent: a policy that has them must be set again after its
+// restart, and until then refuses what it would have to look at. While names
+// change, what the old and the new policy refuse is refused, and what both let
+// through goes on; on an error it stays so, and trying again is safe. Without
+// names in the new policy, connections through the proxy end.
 func (n *Network) SetPolicy(ctx context.Context, s Slot, p Policy) error {
 	if !s.Valid() {
 		return errdefs.InvalidArgument.Errorf("network slot %d is not in 1..%d", s, MaxSlot)
@@ -159,12 +317,7 @@ func (n *Network) SetPolicy(ctx context.Context, s Slot, p Policy) error {
 	if err := errors.Join(p.Validate(), ctx.Err()); err != nil {
 		return err
 	}
-	err := inNS(n.plan.Addrs(s).NetNSPath, func() error {
-		if err := swapPolicy(egressRules(n.plan, n.opts, p)); err != nil {
-			return err
-		}
-		return forgetGuest()
-	})
+	err := n.setPolicy(ctx, s, p)
 	if errors.Is(err, os.ErrNotExist) {
 		return errdefs.NotFound.Errorf("network slot %d is not open", s)
 	}
@@ -174,37 +327,100 @@ func (n *Network) SetPolicy(ctx context.Context, s Slot, p Policy) error {
 	return nil
 }
 
-// swapPolicy fills the policy chain that is not in use, and then lets the
-// egress chain jump to it, in the calling thread's namespace.
+func (n *Network) setPolicy(ctx context.Context, s Slot, p Policy) error {
+	path := n.plan.Addrs(s).NetNSPath
+	v := verdictsOf(n.plan, n.opts, p)
+	if !v.named(p) {
+		if g := n.gates.of(s); g != nil {
+			g.proxy.Restrict(ctx, v.names(p))
+		}
+		if err := n.swap(ctx, s, policyChainsOf(v, p, nil)); err != nil {
+			return err
+		}
+		n.gates.close(s)
+		return inNS(path, func() error {
+			return forgetGuest()
+		})
+	}
+	// The sockets are open before a rule points to them.
+	g := n.gates.of(s)
+	fresh := g == nil
+	if fresh {
+		var err error
+		if g, err = n.openGate(ctx, path, v.names(p)); err != nil {
+			return err
+		}
+	} else {
+		g.proxy.Restrict(ctx, v.names(p))
+	}
+	if err := n.swap(ctx, s, policyChainsOf(v, p, g)); err != nil {
+		if fresh {
+			g.proxy.Close()
+		}
+		return err
+	}
+	n.gates.put(s, g)
+	g.proxy.Settle()
+	return inNS(path, func() error { return forgetBeside(g) })
+}
+
+func (n *Network) swap(ctx context.Context, s Slot, chains []policyChain) error {
+	if err := n.step(ctx, s, "policy"); err != nil {
+		return err
+	}
+	return inNS(n.plan.Addrs(s).NetNSPath, func() error { return swapPolicy(chains) })
+}
+
+// swapPolicy fills the variants of the policy's chains that are not in use, and
+// then lets the fixed chains jump to them, in the calling thread's namespace.
+// A chain without rules is not jumped to.
 //
 // Replacing the rules in place, in one transaction, is not enough: a packet
 // that is among the old rules when the new ones come looks in sets that are
 // gone by then, finds nothing, and walks past what refused it. So the old
-// chain and its sets stay as they are until the next change.
-func swapPolicy(rules []rule) error {
+// chains and their sets stay as they are until the next change.
+func swapPolicy(chains []policyChain) error {
 	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: slotTable}
-	egress := &nftables.Chain{Name: egressChain, Table: t}
-	next := &nftables.Chain{Name: policyChains[0], Table: t}
+	next := 0
 	if err := transact(func(c *nftables.Conn) error {
-		now, err := c.GetRules(t, egress)
+		now, err := c.GetRules(t, &nftables.Chain{Name: egressChain, Table: t})
 		if err != nil {
 			return fmt.Errorf("read policy: %w", err)
 		}
 		for _, r := range now {
 			for _, e := range r.Exprs {
-				if v, ok := e.(*expr.Verdict); ok && v.Chain == next.Name {
-					next.Name = policyChains[1]
+				if v, ok := e.(*expr.Verdict); ok && v.Chain == variantOf(egressChain, next) {
+					next = 1
 				}
 			}
 		}
-		c.FlushChain(next)
-		return addRules(c, t, next, rules)
+		for _, pc := range chains {
+			if len(pc.rules) == 0 {
+				continue
+			}
+			ch := c.AddChain(&nftables.Chain{Name: variantOf(pc.name, next), Table: t})
+			c.FlushChain(ch)
+			if err := addRules(c, t, ch, pc.rules); err != nil {
+				return err
+			}
+		}
+		return nil
 	}); err != nil {
 		return err
 	}
 	return transact(func(c *nftables.Conn) error {
-		c.FlushChain(egress)
-		return addRules(c, t, egress, []rule{{jump(next.Name)}})
+		for _, pc := range chains {
+			// Added in case an earlier version made the slot.
+			ch := c.AddChain(&nftables.Chain{Name: pc.name, Table: t})
+			c.FlushChain(ch)
+			if len(pc.rules) == 0 {
+				continue
+			}
+			if err := addRules(c, t, ch, []rule{{jump(variantOf(pc.name, next))}}); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 
@@ -331,6 +547,13 @@ func (r addrRange) String() string {
 	return addr4(r.first).String() + "-" + addr4(r.last).String()
 }
 
+// contains says whether an IPv4 address is in one of the ranges.
+func contains(rs []addrRange, a netip.Addr) bool {
+	b := a.As4()
+	n := binary.BigEndian.Uint32(b[:])
+	return slices.ContainsFunc(rs, func(r addrRange) bool { return r.first <= n && n <= r.last })
+}
+
 // daddrIn matches a destination in one of the ranges.
 func (f family) daddrIn(rs []addrRange) term { return f.addrIn("daddr", 16, rs) }
 
@@ -340,9 +563,4 @@ func joinRanges(rs []addrRange) string {
 		texts[i] = r.String()
 	}
 	return strings.Join(texts, ", ")
-}
-
-// ParsePolicy reads a sandbox's lists on this host; tmp
-func (n *Network) ParsePolicy(allowInternet *bool, allow, deny []string) (Policy, error) {
-	return Policy{}, nil
 }

@@ -47,14 +47,25 @@ type ruleset struct {
 
 type family nftables.TableFamily
 
-// The names in a slot's namespace that SetPolicy needs again. The egress chain
-// does nothing but jump to one of the two policy chains.
+// The names in a slot's namespace that SetPolicy needs again. Each of the
+// chains does nothing but jump to one of its two variants, or nothing at all.
 const (
 	slotTable   = "sandbox"
-	egressChain = "egress"
+	egressChain = "egress" // what the guest sends out
+	turnChain   = "turn"   // what of it the agent answers instead
+	hearChain   = "hear"   // what the namespace itself takes in
+	speakChain  = "speak"  // and sends
 )
 
 var policyChains = [2]string{"policy-a", "policy-b"}
+
+// variantOf names a chain's first or second variant.
+func variantOf(chain string, i int) string {
+	if chain == egressChain {
+		return policyChains[i]
+	}
+	return chain + "-" + string('a'+rune(i))
+}
 
 const (
 	inet   = family(nftables.TableFamilyINet)
@@ -139,17 +150,20 @@ func slotRules(a Addrs, egress []rule) []ruleset {
 		{ipv4, slotTable, []chain{
 			base("prerouting", nftables.ChainTypeNAT, "dstnat", false,
 				rule{iif(peerName), ipv4.daddr(eq, netip.PrefixFrom(a.HostIP, 32)), dnat(guest.Addr())},
+				rule{iif(Tap), jump(turnChain)},
 			),
 			base("postrouting", nftables.ChainTypeNAT, "srcnat", false,
 				rule{oif(peerName), ipv4.saddr(eq, guest), snat(a.HostIP)},
+				rule{oif(peerName), marked(proxyMark), snat(a.HostIP)},
 			),
 			// Nobody speaks to the namespace itself, and nothing in it speaks,
 			// a VMM that got out of hand included; only the errors that make
-			// the guest's connections work.
-			base("input", nftables.ChainTypeFilter, "filter", true),
+			// the guest's connections work, and the agent, if names say so.
+			base("input", nftables.ChainTypeFilter, "filter", true, rule{jump(hearChain)}),
 			base("output", nftables.ChainTypeFilter, "filter", true,
 				rule{oif(Tap), icmpType("destination-unreachable", 3), accept()},
 				rule{oif(Tap), icmpType("time-exceeded", 11), accept()},
+				rule{jump(speakChain)},
 			),
 			// In: the host, and answers. Out: answers, and what egress allows.
 			// Egress sees every packet of what the guest began, so that a
@@ -161,6 +175,9 @@ func slotRules(a Addrs, egress []rule) []ruleset {
 				append(rule(fromGuest), replyDirection(), accept()),
 				append(rule(fromGuest), jump(egressChain)),
 			),
+			{name: turnChain},
+			{name: hearChain},
+			{name: speakChain},
 			{name: egressChain, rules: []rule{{jump(policyChains[0])}}},
 			{name: policyChains[0], rules: egress},
 			{name: policyChains[1]},
@@ -412,6 +429,18 @@ func dnatted() term {
 	return stmt("ct status dnat", append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1}}, hasBits(1<<5)...)...)
 }
 
+// marked: the packet is of a socket with this mark, which takes privilege to
+// set. The mark ends with the namespace.
+func marked(mark uint32) term {
+	return stmt(fmt.Sprintf("meta mark 0x%08x", mark),
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: 1}, compare(eq, binaryutil.NativeEndian.PutUint32(mark)...))
+}
+
+func isTCP() term {
+	return stmt("meta l4proto tcp",
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, unix.IPPROTO_TCP))
+}
+
 func replyDirection() term {
 	return stmt("ct direction reply", &expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, compare(eq, 1))
 }
@@ -450,6 +479,7 @@ func verdict(text string, v expr.VerdictKind, chain string) term {
 func accept() term           { return verdict("accept", expr.VerdictAccept, "") }
 func drop() term             { return verdict("drop", expr.VerdictDrop, "") }
 func jump(chain string) term { return verdict("jump "+chain, expr.VerdictJump, chain) }
+func back() term             { return verdict("return", expr.VerdictReturn, "") }
 
 func masquerade() term { return stmt("masquerade", &expr.Masq{}) }
 
@@ -460,4 +490,12 @@ func nat(text string, typ expr.NATType, to netip.Addr) term {
 	return stmt(text+" to "+to.String(),
 		&expr.Immediate{Register: 1, Data: to.AsSlice()},
 		&expr.NAT{Type: typ, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegAddrMax: 1})
+}
+
+// dnatTo translates address and port; the rule must say which protocol before.
+func dnatTo(to netip.AddrPort) term {
+	return stmt("dnat to "+to.String(),
+		&expr.Immediate{Register: 1, Data: to.Addr().AsSlice()},
+		&expr.Immediate{Register: 2, Data: binaryutil.BigEndian.PutUint16(to.Port())},
+		&expr.NAT{Type: expr.NATTypeDestNAT, Family: unix.NFPROTO_IPV4, RegAddrMin: 1, RegProtoMin: 2})
 }

@@ -33,6 +33,16 @@ var testPolicies = []Policy{
 	{Mode: All, Deny: prefixes("11.0.0.0/8", "12.0.0.0/8", "192.0.2.7/31", "1.1.1.1/32")},
 }
 
+var namedPolicies = []Policy{
+	{Mode: None, AllowNames: []string{"example.com"}},
+	{Mode: None, Allow: prefixes("10.5.0.0/16"), Deny: prefixes("8.8.8.8/32"), AllowNames: []string{"*.example.com"}},
+	{Mode: Public, Allow: prefixes("10.5.0.0/16"), DenyNames: []string{"*.example.com"}},
+	{Mode: All, DenyNames: []string{"example.com"}},
+	{Mode: Public, AllowNames: []string{"example.com"}}, // which it is anyway
+}
+
+var testPorts = gatePorts{conns: 40001, dnsConns: 40002, dnsPacket: 40003}
+
 // The rule sets as text; that the kernel holds the same is shown elsewhere.
 func TestRulesGolden(t *testing.T) {
 	p := DefaultPlan()
@@ -50,7 +60,23 @@ func TestRulesGolden(t *testing.T) {
 			fmt.Fprintln(&policies, r)
 		}
 	}
+	var named strings.Builder
+	for _, pol := range namedPolicies {
+		fmt.Fprintf(&named, "# mode %s, allow %v %v, deny %v %v\n", pol.Mode, pol.Allow, pol.AllowNames, pol.Deny, pol.DenyNames)
+		v := verdictsOf(p, opts, pol)
+		var g *gate
+		if v.named(pol) {
+			g = &gate{ports: testPorts}
+		}
+		for _, c := range policyChainsOf(v, pol, g) {
+			fmt.Fprintf(&named, "%s:\n", c.name)
+			for _, r := range c.rules {
+				fmt.Fprintf(&named, "\t%s\n", r)
+			}
+		}
+	}
 	for file, got := range map[string]string{
+		"testdata/names.nft":    named.String(),
 		"testdata/host.nft":     hostRules(p, opts.Resolvers).String(),
 		"testdata/slot-7.nft":   slot.String(),
 		"testdata/policies.nft": policies.String(),

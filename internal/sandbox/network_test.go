@@ -15,7 +15,7 @@ import (
 
 func closed() NetworkSettings {
 	no := false
-	return NetworkSettings{AllowInternet: &no, Allow: []string{"example.com"}, Limits: network.Limits{InBytes: 1000}}
+	return NetworkSettings{AllowInternet: &no, Allow: []string{"example.com"}, Limits: network.Limits{InBytes: 10_000}}
 }
 
 // wantNetwork fails the test unless the sandbox's slot has what the settings

@@ -1,0 +1,177 @@
+package egress
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"golang.org/x/net/dns/dnsmessage"
+)
+
+const (
+	// dnsTimeout bounds the answer to one question.
+	dnsTimeout = 5 * time.Second
+	// dnsIdle is how long a TCP connection may ask nothing.
+	dnsIdle = 10 * time.Second
+	// maxQuestions bounds the questions under way; more are dropped, which
+	// resolvers in guests take for a lost datagram.
+	maxQuestions = 64
+	// maxDNSConns bounds the TCP connections that ask.
+	maxDNSConns = 16
+	maxQuestion = 1232
+)
+
+// askable are the kinds of records that a guest may ask for. Others exist, but
+// nothing there is of use to it: HTTPS and SVCB records would have programs
+// hide the name that they connect to, or use QUIC.
+var askable = []dnsmessage.Type{
+	dnsmessage.TypeA, dnsmessage.TypeNS, dnsmessage.TypeCNAME, dnsmessage.TypeSOA, dnsmessage.TypePTR,
+	dnsmessage.TypeMX, dnsmessage.TypeTXT, dnsmessage.TypeAAAA, dnsmessage.TypeSRV, typeCAA,
+}
+
+const typeCAA dnsmessage.Type = 257
+
+// serveDatagrams answers questions until the socket is closed.
+func (p *Proxy) serveDatagrams() {
+	turn := make(chan struct{}, maxQuestions)
+	buf := make([]byte, 65535)
+	for {
+		n, from, err := p.cfg.DNSPacket.ReadFromUDPAddrPort(buf)
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			continue // an ICMP error of an answer before
+		}
+		if n > maxQuestion {
+			continue
+		}
+		select {
+		case turn <- struct{}{}:
+		default:
+			continue
+		}
+		query := slices.Clone(buf[:n])
+		p.wg.Go(func() {
+			defer func() { <-turn }()
+			if msg := p.answer(p.ctx, query, true); msg != nil {
+				p.cfg.DNSPacket.WriteToUDPAddrPort(msg, from)
+			}
+		})
+	}
+}
+
+// serveDNSConn answers questions on a connection, one after the other.
+func (p *Proxy) serveDNSConn(c *net.TCPConn) {
+	for {
+		c.SetDeadline(time.Now().Add(dnsIdle))
+		query, err := readMessage(c)
+		if err != nil || len(query) > maxQuestion {
+			return
+		}
+		msg := p.answer(p.ctx, query, false)
+		if msg == nil || writeMessage(c, msg) != nil {
+			return
+		}
+	}
+}
+
+// answer answers one message, nil if it deserves none. Names that the policy
+// does not let through do not exist; nothing of the question but name and kind
+// leaves the host.
+func (p *Proxy) answer(ctx context.Context, query []byte, datagram bool) []byte {
+	var parser dnsmessage.Parser
+	h, err := parser.Start(query)
+	if err != nil || h.Response {
+		return nil
+	}
+	reply := dnsmessage.Header{ID: h.ID, Response: true, OpCode: h.OpCode, RecursionDesired: h.RecursionDesired, RecursionAvailable: true}
+	if h.OpCode != 0 {
+		reply.RCode = dnsmessage.RCodeNotImplemented
+		return finish(reply, nil)
+	}
+	qs, err := parser.AllQuestions()
+	if err != nil || len(qs) != 1 {
+		reply.RCode = dnsmessage.RCodeFormatError
+		return finish(reply, nil)
+	}
+	q := qs[0]
+	edns, err := ednsOf(&parser)
+	if err != nil {
+		reply.RCode = dnsmessage.RCodeFormatError
+		return finish(reply, &q)
+	}
+	name, ok := canonical(q.Name.String())
+	switch {
+	case q.Class != dnsmessage.ClassINET:
+		reply.RCode = dnsmessage.RCodeRefused
+		return finish(reply, &q)
+	case !ok || !p.resolvable(name):
+		p.refuse("dns", name, netip.AddrPort{}, "the policy does not let the name through")
+		reply.RCode = dnsmessage.RCodeNameError
+		return finish(reply, &q)
+	case !slices.Contains(askable, q.Type):
+		return finish(reply, &q)
+	}
+	ctx, cancel := context.WithTimeout(ctx, dnsTimeout)
+	defer cancel()
+	msg, err := p.resolver.exchange(ctx, q, edns)
+	if err != nil {
+		p.cfg.Log.Debug("question of a sandbox not answered", "name", name, "err", err)
+		reply.RCode = dnsmessage.RCodeServerFailure
+		return finish(reply, &q)
+	}
+	limit := 65535
+	if datagram {
+		limit = 512
+		if edns != nil {
+			limit = min(max(int(edns.Class), limit), ednsSize)
+		}
+	}
+	if len(msg) > limit {
+		reply.Truncated = true
+		return finish(reply, &q)
+	}
+	binary.BigEndian.PutUint16(msg, h.ID)
+	return msg
+}
+
+// ednsOf finds the asker's EDNS record, nil if there is none.
+func ednsOf(p *dnsmessage.Parser) (*dnsmessage.ResourceHeader, error) {
+	if err := errors.Join(p.SkipAllAnswers(), p.SkipAllAuthorities()); err != nil {
+		return nil, err
+	}
+	for {
+		h, err := p.AdditionalHeader()
+		if errors.Is(err, dnsmessage.ErrSectionDone) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		if h.Type == dnsmessage.TypeOPT {
+			return &h, nil
+		}
+		if err := p.SkipAdditional(); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func finish(h dnsmessage.Header, q *dnsmessage.Question) []byte {
+	b := dnsmessage.NewBuilder(nil, h)
+	if q != nil {
+		if errors.Join(b.StartQuestions(), b.Question(*q)) != nil {
+			return nil
+		}
+	}
+	msg, err := b.Finish()
+	if err != nil {
+		return nil
+	}
+	return msg
+}

@@ -1,0 +1,251 @@
+package egress
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"net/http/httputil"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	httpIdle       = 2 * time.Minute
+	maxHeaderBytes = 64 << 10
+)
+
+// httpSide serves HTTP/1 connections request by request: each is judged by its
+// own Host and goes to that host, however many come on one connection. What
+// goes on is written anew, so that no server can read it differently.
+type httpSide struct {
+	proxy  *Proxy
+	server http.Server
+	conns  chan net.Conn
+	done   chan struct{}
+	once   sync.Once
+}
+
+func newHTTPSide(p *Proxy) *httpSide {
+	h := &httpSide{proxy: p, conns: make(chan net.Conn), done: make(chan struct{})}
+	h.server = http.Server{
+		Handler: &httputil.ReverseProxy{
+			Rewrite:       func(r *httputil.ProxyRequest) { h.rewrite(r) },
+			Transport:     roundTripper{},
+			FlushInterval: -1,
+			ErrorLog:      log.New(io.Discard, "", 0),
+			// Whom the proxy cannot connect gets what it would get without one.
+			ErrorHandler: func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
+		},
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, linkKey{}, c.(*httpConn).link)
+		},
+		ConnState: func(c net.Conn, st http.ConnState) {
+			switch st {
+			case http.StateClosed:
+				c.(*httpConn).end()
+			case http.StateHijacked:
+				c.(*httpConn).hijacked.Store(true)
+			}
+		},
+		ReadHeaderTimeout: firstBytes,
+		IdleTimeout:       httpIdle,
+		MaxHeaderBytes:    maxHeaderBytes,
+		ErrorLog:          log.New(io.Discard, "", 0),
+		Protocols:         new(http.Protocols),
+	}
+	h.server.Protocols.SetHTTP1(true)
+	proxy := h.server.Handler
+	h.server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		l := linkOf(r.Context())
+		l.requests.Add(1)
+		if ref := h.judge(l, r); ref != nil {
+			p.refuse("request", ref.name, l.dst, ref.why)
+			panic(http.ErrAbortHandler)
+		}
+		// The server may answer before it has read all.
+		http.NewResponseController(w).EnableFullDuplex()
+		proxy.ServeHTTP(w, r)
+	})
+	return h
+}
+
+func (h *httpSide) serve() { h.server.Serve(h) }
+
+// Accept, Close and Addr make it the listener of its own server.
+func (h *httpSide) Accept() (net.Conn, error) {
+	select {
+	case c := <-h.conns:
+		return c, nil
+	case <-h.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (h *httpSide) Close() error {
+	h.once.Do(func() { close(h.done) })
+	return nil
+}
+
+func (h *httpSide) Addr() net.Addr { return h.proxy.cfg.Conns.Addr() }
+
+func (h *httpSide) close() {
+	h.Close()
+	h.server.Close()
+}
+
+// carry serves a connection until it is closed.
+func (h *httpSide) carry(l *link) {
+	l.client.SetReadDeadline(time.Time{})
+	c := &httpConn{TCPConn: l.client, link: l, ended: make(chan struct{})}
+	l.http = h.transport(l)
+	defer l.http.CloseIdleConnections()
+	select {
+	case h.conns <- c:
+		<-c.ended
+	case <-h.done:
+	}
+	if l.requests.Load() == 0 {
+		h.proxy.refuse("connection", "", l.dst, "no request came that is one")
+	}
+}
+
+// httpConn is a client's connection with what was heard of it put back.
+type httpConn struct {
+	*net.TCPConn
+	link     *link
+	hijacked atomic.Bool
+	ended    chan struct{}
+	once     sync.Once
+}
+
+// end is called when no handler of the connection's runs any more.
+func (c *httpConn) end() { c.once.Do(func() { close(c.ended) }) }
+
+func (c *httpConn) Read(b []byte) (int, error) {
+	if len(c.link.heard) > 0 {
+		n := copy(b, c.link.heard)
+		c.link.heard = c.link.heard[n:]
+		return n, nil
+	}
+	return c.TCPConn.Read(b)
+}
+
+// WriteTo is what a connection that became a WebSocket is copied by.
+func (c *httpConn) WriteTo(w io.Writer) (int64, error) {
+	n, err := w.Write(c.link.heard)
+	if err != nil {
+		return int64(n), err
+	}
+	c.link.heard = nil
+	m, err := c.TCPConn.WriteTo(w)
+	return int64(n) + m, err
+}
+
+func (c *httpConn) Close() error {
+	if c.hijacked.Load() {
+		defer c.end() // by the handler, as the last it does
+	}
+	return c.TCPConn.Close()
+}
+
+// shown returns the name that a request is for, "" for an address.
+func shown(r *http.Request) (name string, ok bool) {
+	host := r.Host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	if _, err := netip.ParseAddr(strings.Trim(host, "[]")); err == nil {
+		return "", true
+	}
+	name, ok = canonical(host)
+	return name, ok
+}
+
+// judge returns a refusal for a request that must not go on.
+func (h *httpSide) judge(l *link, r *http.Request) *refusal {
+	name, ok := shown(r)
+	switch {
+	case r.Method == http.MethodConnect:
+		return &refusal{name, "CONNECT is for proxies that are asked"}
+	case r.ProtoMajor != 1 || r.Method == "PRI":
+		return &refusal{name, "HTTP/2 without TLS carries many hosts at once"}
+	case !ok:
+		return &refusal{r.Host, "the request has no host that is a name"}
+	case !h.proxy.passes(l, name):
+		return &refusal{name, "the policy does not let the name through"}
+	}
+	return nil
+}
+
+func (h *httpSide) rewrite(r *httputil.ProxyRequest) {
+	l := linkOf(r.In.Context())
+	name, _ := shown(r.In)
+	to := l.dst.String()
+	if name != "" {
+		to = net.JoinHostPort(name, portOf(l.dst))
+	}
+	r.Out.URL.Scheme, r.Out.URL.Host = "http", to
+	r.Out.Host = r.In.Host
+	// As they came, whatever they mean to whom they are for.
+	r.Out.URL.RawQuery = r.In.URL.RawQuery
+	for _, f := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
+		if v, ok := r.In.Header[f]; ok {
+			r.Out.Header[f] = v
+		}
+	}
+	// HTTP/2 begun by an upgrade carries many hosts, too.
+	if up := r.Out.Header.Get("Upgrade"); up != "" && !strings.EqualFold(up, "websocket") {
+		r.Out.Header.Del("Upgrade")
+		r.Out.Header.Del("Connection")
+	}
+	r.Out.Header.Del("Http2-Settings")
+}
+
+func portOf(a netip.AddrPort) string {
+	_, port, _ := net.SplitHostPort(a.String())
+	return port
+}
+
+// roundTripper uses the transport of the request's own connection: nothing is
+// shared with others.
+type roundTripper struct{}
+
+func (roundTripper) RoundTrip(r *http.Request) (*http.Response, error) {
+	l := linkOf(r.Context())
+	if l == nil {
+		return nil, errors.New("request without a connection")
+	}
+	return l.http.RoundTrip(r)
+}
+
+func (h *httpSide) transport(l *link) *http.Transport {
+	t := &http.Transport{
+		DialContext: func(_ context.Context, _, addr string) (net.Conn, error) {
+			host, _, err := net.SplitHostPort(addr)
+			if err != nil {
+				return nil, err
+			}
+			name, _ := canonical(host) // "" for an address
+			up, err := h.proxy.connect(l, name)
+			if err != nil {
+				h.proxy.refuse("request", name, l.dst, err.Error())
+				return nil, err
+			}
+			return up, nil
+		},
+		DisableCompression:    true,
+		MaxIdleConns:          4,
+		MaxIdleConnsPerHost:   1,
+		IdleConnTimeout:       httpIdle / 4,
+		ExpectContinueTimeout: time.Second,
+		Protocols:             new(http.Protocols),
+	}
+	t.Protocols.SetHTTP1(true)
+	return t
+}

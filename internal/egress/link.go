@@ -1,0 +1,191 @@
+package egress
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"time"
+)
+
+// speech is what a client's first bytes are.
+type speech int
+
+const (
+	silent speech = iota // nothing came in time
+	speaksTLS
+	speaksHTTP
+	speaksOther
+)
+
+const (
+	// maxHello is more than any ClientHello that crypto/tls reads.
+	maxHello = 80 << 10
+	// maxLine bounds the first line of what is not TLS.
+	maxLine = 8 << 10
+	// copyChunk is how much is moved between two looks at the clock.
+	copyChunk = 1 << 20
+)
+
+// hear reads what the client says first, as much of it as tells whom it wants,
+// and keeps it. The name is of TLS alone, "" if it shows none. Nothing at all
+// is silent, with io.EOF if nothing will come. Other errors are refusals: what
+// began and did not go on, or only looks like TLS.
+func (l *link) hear(wait time.Duration) (speech, string, error) {
+	l.client.SetReadDeadline(time.Now().Add(wait))
+	defer l.client.SetReadDeadline(time.Time{})
+	for len(l.heard) == 0 {
+		if err := l.more(maxLine); err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				err = nil
+			}
+			return silent, "", err
+		}
+	}
+	l.client.SetReadDeadline(time.Now().Add(firstBytes))
+	switch c := l.heard[0]; {
+	case c == 0x16: // a handshake record
+		name, err := l.hello()
+		return speaksTLS, name, err
+	case c >= 'A' && c <= 'Z', c >= 'a' && c <= 'z', c == '\r', c == '\n':
+	default:
+		return speaksOther, "", nil
+	}
+	// HTTP, if its first line says so. Empty lines, which some servers pass
+	// over, are left to the strict parser to refuse.
+	for {
+		line, _, whole := bytes.Cut(l.heard, []byte("\n"))
+		if whole {
+			if bytes.Contains(bytes.ToUpper(line), []byte("HTTP/")) || len(bytes.TrimSpace(line)) == 0 {
+				return speaksHTTP, "", nil
+			}
+			return speaksOther, "", nil
+		}
+		if err := l.more(maxLine); err != nil {
+			return speaksOther, "", refused("", "the client's first line has no end: %v", err)
+		}
+	}
+}
+
+// more reads once, up to limit in all.
+func (l *link) more(limit int) error {
+	if len(l.heard) >= limit {
+		return errors.New("too long")
+	}
+	buf := make([]byte, min(4096, limit-len(l.heard)))
+	n, err := l.client.Read(buf)
+	l.heard = append(l.heard, buf[:n]...)
+	if n > 0 {
+		return nil
+	}
+	return err
+}
+
+var errHello = errors.New("heard enough")
+
+// hello reads a ClientHello, in however many records, and returns the name
+// that it shows. crypto/tls is as strict a reader as there is: a name twice,
+// an address or a trailing dot are errors.
+func (l *link) hello() (string, error) {
+	var name string
+	var complete bool
+	err := tls.Server(&listener{Conn: l.client, link: l}, &tls.Config{
+		MinVersion: tls.VersionTLS10,
+		GetConfigForClient: func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+			name, complete = h.ServerName, true
+			return nil, errHello
+		},
+	}).HandshakeContext(l.ctx)
+	if !complete {
+		return "", refused("", "not a TLS ClientHello: %v", err)
+	}
+	if name == "" {
+		return "", nil
+	}
+	host, ok := canonical(name)
+	if !ok {
+		return "", refused(name, "the name in the ClientHello is none")
+	}
+	return host, nil
+}
+
+// listener is the client's connection as crypto/tls sees it: what it reads is
+// kept in link.heard, and what it would say is not sent.
+type listener struct {
+	net.Conn
+	link *link
+	at   int // of heard, passed on
+}
+
+func (c *listener) Read(b []byte) (int, error) {
+	if c.at == len(c.link.heard) {
+		if err := c.link.more(maxHello); err != nil {
+			return 0, err
+		}
+	}
+	n := copy(b, c.link.heard[c.at:])
+	c.at += n
+	return n, nil
+}
+
+func (c *listener) Write(b []byte) (int, error) { return len(b), nil }
+
+// relay carries bytes both ways until both sides are done, or one breaks, or
+// nothing moves for idleTimeout.
+func (l *link) relay(up *net.TCPConn) {
+	if !l.flush(up) {
+		return
+	}
+	var moved atomic.Int64
+	down := make(chan struct{})
+	go func() {
+		defer close(down)
+		l.copy(l.client, up, &moved)
+	}()
+	l.copy(up, l.client, &moved)
+	<-down
+}
+
+// flush passes on what was heard.
+func (l *link) flush(up *net.TCPConn) bool {
+	_, err := up.Write(l.heard)
+	l.heard = nil
+	return err == nil
+}
+
+// copy carries bytes one way, in the kernel where it can, as fast as the
+// receiver takes them. The end of one direction is passed on as such.
+func (l *link) copy(to, from *net.TCPConn, moved *atomic.Int64) {
+	last := moved.Load()
+	for {
+		from.SetReadDeadline(time.Now().Add(idleTimeout))
+		n, err := io.Copy(to, io.LimitReader(from, copyChunk))
+		now := moved.Add(n)
+		switch {
+		case err == nil && n == copyChunk:
+		case err == nil:
+			to.CloseWrite()
+			return
+		case errors.Is(err, net.ErrClosed):
+			return
+		case errors.Is(err, os.ErrDeadlineExceeded) && now != last:
+			// The other direction counts as well.
+		default:
+			l.cancel()
+			return
+		}
+		last = now
+	}
+}
+
+// linkKey finds the link of an HTTP request in its context.
+type linkKey struct{}
+
+func linkOf(ctx context.Context) *link {
+	l, _ := ctx.Value(linkKey{}).(*link)
+	return l
+}

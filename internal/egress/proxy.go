@@ -1,0 +1,606 @@
+// Package egress lets a sandbox connect by name: a transparent proxy that
+// reads which host a connection is for, asks the resolvers itself, and dials
+// what they say; and a DNS server that knows the same names and no others.
+//
+// What a guest claims decides where it gets, not only whether: the address
+// that it chose is not used. So a false name leads to that name's owner. What
+// goes on inside of TLS is not seen: a server that a policy lets through may
+// serve, or relay to, other names than the one shown.
+//
+// The package knows nothing of namespaces and rules. Its sockets are given to
+// it, and how to dial; whoever gives them sees to it that nothing gets out
+// beside the proxy.
+package egress
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// firstBytes is how long a client may take to show whom it wants.
+	firstBytes = 10 * time.Second
+	// serverFirst is how long a client whose address is let through anyway is
+	// given to speak, before its server is.
+	serverFirst = 500 * time.Millisecond
+	dialTimeout = 10 * time.Second
+	// idleTimeout ends a connection that carries nothing, in either direction.
+	idleTimeout = 30 * time.Minute
+	// DefaultMaxConns is Config.MaxConns where it is 0.
+	DefaultMaxConns = 512
+	// maxUses bounds the names that one connection may ask for in turn.
+	maxUses = 256
+
+	// The addresses of denied names are asked for again after banRefresh, and
+	// forgotten banTTL after they were last seen: many names have more
+	// addresses than one answer shows.
+	banRefresh = 30 * time.Second
+	banTTL     = 10 * time.Minute
+	// banWait bounds how long a change of policy waits for them.
+	banWait    = 2 * time.Second
+	banLookups = 16
+)
+
+// Policy is what a proxy lets through.
+type Policy struct {
+	// Allow and Deny are names as ParseName returns them. Deny wins, and also
+	// covers the addresses that its names without a * have.
+	Allow, Deny []string
+	// Open lets through names that neither list has.
+	Open bool
+	// Reach says which addresses a name may lead to.
+	Reach func(netip.Addr) bool
+	// Direct says which addresses a guest may choose itself, so that nothing
+	// but a denied name is refused there. Nil is none.
+	Direct func(netip.Addr) bool
+}
+
+// Config is what a proxy works with.
+type Config struct {
+	// Conns brings the guest's connections, DNSConns and DNSPacket its
+	// questions. The proxy closes them.
+	Conns, DNSConns *net.TCPListener
+	DNSPacket       *net.UDPConn
+	// Original returns where a connection was going before it was turned here.
+	Original func(*net.TCPConn) (netip.AddrPort, error)
+	// Dial connects on the sandbox's behalf.
+	Dial func(context.Context, netip.AddrPort) (*net.TCPConn, error)
+	// Resolvers are asked from the host.
+	Resolvers []netip.AddrPort
+	// MaxConns bounds the connections at a time.
+	MaxConns int
+	// Log receives each refusal, at debug level.
+	Log *slog.Logger
+}
+
+// Counts are what a proxy has done so far.
+type Counts struct {
+	Open     int    // connections at present
+	Accepted uint64 // connections begun
+	Refused  uint64 // connections, requests and questions that were refused
+}
+
+// Proxy serves one sandbox. Safe for concurrent use.
+type Proxy struct {
+	cfg      Config
+	resolver resolver
+	http     *httpSide
+	ctx      context.Context
+	cancel   context.CancelFunc
+	wg       sync.WaitGroup
+	accepted atomic.Uint64
+	refused  atomic.Uint64
+
+	mu sync.Mutex
+	// All of rules must let something through: the settled policy, and while
+	// a change is under way the coming one.
+	rules []rules
+	// seen are the addresses of names that are or were denied, and until when
+	// they count; banned are those of the names that are denied now.
+	seen   map[string]map[netip.Addr]time.Time
+	banned map[netip.Addr]bool
+	links  map[*link]struct{}
+}
+
+// rules are a policy made to be asked.
+type rules struct {
+	Policy
+	allow, deny names
+}
+
+// use is one thing that a connection is used for.
+type use struct {
+	name string // "" if none was shown
+	addr netip.Addr
+	// direct: addr is the guest's choice, not the name's.
+	direct bool
+}
+
+func rulesOf(p Policy) rules { return rules{p, namesOf(p.Allow), namesOf(p.Deny)} }
+
+// name says whether the name alone is let through.
+func (r rules) name(name string) bool {
+	return name != "" && !r.deny.match(name) && (r.Open || r.allow.match(name))
+}
+
+func (r rules) permits(u use) bool {
+	if u.direct {
+		return r.Direct != nil && r.Direct(u.addr) && (u.name == "" || !r.deny.match(u.name))
+	}
+	return r.name(u.name) && r.Reach(u.addr)
+}
+
+// New serves the sockets of cfg until Close. It returns when the addresses of
+// denied names are known, or ctx ends.
+func New(ctx context.Context, cfg Config, policy Policy) *Proxy {
+	if cfg.MaxConns <= 0 {
+		cfg.MaxConns = DefaultMaxConns
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	p := &Proxy{
+		cfg: cfg, resolver: resolver{servers: cfg.Resolvers},
+		rules: []rules{rulesOf(policy)}, seen: map[string]map[netip.Addr]time.Time{}, links: map[*link]struct{}{},
+	}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.http = newHTTPSide(p)
+	p.learn(ctx)
+	p.wg.Go(func() { p.http.serve() })
+	p.wg.Go(func() { accept(cfg.Conns, cfg.MaxConns, &p.wg, p.ctx, p.serve) })
+	p.wg.Go(func() { accept(cfg.DNSConns, maxDNSConns, &p.wg, p.ctx, p.serveDNSConn) })
+	p.wg.Go(p.serveDatagrams)
+	p.wg.Go(p.keepLearning)
+	return p
+}
+
+// Close ends the proxy and every connection through it, and waits until all
+// is gone. It may be called again.
+func (p *Proxy) Close() {
+	p.cancel()
+	p.cfg.Conns.Close()
+	p.cfg.DNSConns.Close()
+	p.cfg.DNSPacket.Close()
+	p.http.close()
+	p.mu.Lock()
+	for l := range p.links {
+		l.cancel()
+	}
+	p.mu.Unlock()
+	p.wg.Wait()
+}
+
+// Restrict lets through only what both the settled policy and this one do,
+// and ends connections that this refuses. A later Restrict takes the place of
+// this one; Settle makes the policy the only one.
+func (p *Proxy) Restrict(ctx context.Context, policy Policy) {
+	p.mu.Lock()
+	p.rules = append(p.rules[:1:1], rulesOf(policy))
+	p.mu.Unlock()
+	p.learn(ctx)
+	p.sweep()
+}
+
+// Settle makes the policy of the last Restrict the only one.
+func (p *Proxy) Settle() {
+	p.mu.Lock()
+	p.rules = p.rules[len(p.rules)-1:]
+	p.banLocked()
+	p.mu.Unlock()
+	p.sweep()
+}
+
+// Counts returns the present counts.
+func (p *Proxy) Counts() Counts {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return Counts{Open: len(p.links), Accepted: p.accepted.Load(), Refused: p.refused.Load()}
+}
+
+// sweep ends the connections that are used for what is refused by now.
+func (p *Proxy) sweep() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for l := range p.links {
+		for u := range l.uses {
+			if !p.permitsLocked(u) {
+				l.cancel()
+				reset(l.client)
+				break
+			}
+		}
+	}
+}
+
+func (p *Proxy) permitsLocked(u use) bool {
+	if p.banned[u.addr] {
+		return false
+	}
+	for _, r := range p.rules {
+		if !r.permits(u) {
+			return false
+		}
+	}
+	return true
+}
+
+// admit notes a use of the connection, if it is permitted. A later change of
+// policy that refuses it ends the connection, whatever it has come to by then.
+func (p *Proxy) admit(l *link, u use) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.permitsLocked(u) || l.ctx.Err() != nil {
+		return false
+	}
+	if _, ok := l.uses[u]; !ok && len(l.uses) >= maxUses {
+		return false
+	}
+	l.uses[u] = struct{}{}
+	return true
+}
+
+// passes says whether a client that shows the name may go on, before anybody
+// is asked for the name's addresses.
+func (p *Proxy) passes(l *link, name string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.permitsLocked(use{name, l.dst.Addr(), true}) || p.nameLocked(name)
+}
+
+func (p *Proxy) nameLocked(name string) bool {
+	for _, r := range p.rules {
+		if !r.name(name) {
+			return false
+		}
+	}
+	return true
+}
+
+// resolvable says whether a name may be asked for: what is asked, and what is
+// answered, carries more than addresses if somebody wants it to.
+func (p *Proxy) resolvable(name string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.nameLocked(name)
+}
+
+// direct says whether the guest's choice of address is permitted if it shows
+// no name.
+func (p *Proxy) direct(l *link) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.permitsLocked(use{"", l.dst.Addr(), true})
+}
+
+// learn asks for the addresses of the denied names. What no resolver knows is
+// not denied by address; the name itself is in any case.
+func (p *Proxy) learn(ctx context.Context) {
+	p.mu.Lock()
+	var list []string
+	for _, r := range p.rules {
+		for name := range r.deny.exact {
+			list = append(list, name)
+		}
+	}
+	p.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, banWait)
+	defer cancel()
+	turn := make(chan struct{}, banLookups)
+	var wg sync.WaitGroup
+	for _, name := range list {
+		wg.Go(func() {
+			turn <- struct{}{}
+			defer func() { <-turn }()
+			addrs, err := p.resolver.lookup(ctx, name)
+			if err != nil {
+				p.cfg.Log.Debug("denied name has no known address", "name", name, "err", err)
+				return
+			}
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			if p.seen[name] == nil {
+				p.seen[name] = map[netip.Addr]time.Time{}
+			}
+			for _, a := range addrs {
+				p.seen[name][a] = time.Now().Add(banTTL)
+			}
+		})
+	}
+	wg.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.banLocked()
+}
+
+// banLocked brings banned up to the present rules, and forgets what is over.
+func (p *Proxy) banLocked() {
+	p.banned = map[netip.Addr]bool{}
+	now := time.Now()
+	for name, addrs := range p.seen {
+		denied := slices.ContainsFunc(p.rules, func(r rules) bool { return r.deny.exact[name] })
+		if !denied {
+			delete(p.seen, name)
+		}
+		for a, until := range addrs {
+			if now.After(until) {
+				delete(addrs, a)
+			} else if denied {
+				p.banned[a] = true
+			}
+		}
+	}
+}
+
+func (p *Proxy) keepLearning() {
+	tick := time.NewTicker(banRefresh)
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.ctx.Done():
+			return
+		case <-tick.C:
+			p.learn(p.ctx)
+			p.sweep()
+		}
+	}
+}
+
+// refuse counts and logs a refusal.
+func (p *Proxy) refuse(what, name string, dst netip.AddrPort, why string) {
+	p.refused.Add(1)
+	p.cfg.Log.Debug("egress refused", "what", what, "name", name, "to", dst, "why", why)
+}
+
+// link is one connection of the guest, until both ends are gone.
+type link struct {
+	client *net.TCPConn
+	dst    netip.AddrPort // where the guest meant to go
+	ctx    context.Context
+	cancel context.CancelFunc // ends it, with all that was dialled for it
+	heard  []byte             // read from the client and not passed on
+	uses   map[use]struct{}   // under Proxy.mu
+
+	http     *http.Transport // of the requests, if it speaks HTTP
+	requests atomic.Int64
+}
+
+// accept hands connections to serve, at most limit at a time; more are closed
+// at once, so that the guest knows.
+func accept(from *net.TCPListener, limit int, wg *sync.WaitGroup, ctx context.Context, serve func(*net.TCPConn)) {
+	turn := make(chan struct{}, limit)
+	for {
+		c, err := from.AcceptTCP()
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) || ctx.Err() != nil {
+				return
+			}
+			// Out of descriptors, say: what is closed gives some back.
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(100 * time.Millisecond):
+			}
+			continue
+		}
+		select {
+		case turn <- struct{}{}:
+		default:
+			reset(c)
+			continue
+		}
+		wg.Go(func() {
+			defer func() { <-turn }()
+			stop := context.AfterFunc(ctx, func() { c.Close() })
+			defer stop()
+			defer c.Close()
+			serve(c)
+		})
+	}
+}
+
+// reset closes a connection so that its other end knows it was not served.
+func reset(c *net.TCPConn) {
+	c.SetLinger(0)
+	c.Close()
+}
+
+func (p *Proxy) serve(c *net.TCPConn) {
+	p.accepted.Add(1)
+	// A guest that is paused does not answer, and is there all the same.
+	c.SetKeepAlive(false)
+	dst, err := p.cfg.Original(c)
+	if err != nil {
+		p.refuse("connection", "", dst, "it was not turned here")
+		return
+	}
+	l := &link{client: c, dst: dst, uses: map[use]struct{}{}}
+	l.ctx, l.cancel = context.WithCancel(p.ctx)
+	defer l.cancel()
+	stop := context.AfterFunc(l.ctx, func() { reset(c) })
+	defer stop()
+	p.mu.Lock()
+	p.links[l] = struct{}{}
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		delete(p.links, l)
+		p.mu.Unlock()
+	}()
+	if err := p.carry(l); err != nil {
+		name := ""
+		if r := (*refusal)(nil); errors.As(err, &r) {
+			name = r.name
+		}
+		p.refuse("connection", name, dst, err.Error())
+		reset(c)
+	}
+}
+
+// refusal says why something that showed the name is refused.
+type refusal struct{ name, why string }
+
+func (r *refusal) Error() string { return r.why }
+
+func refused(name, format string, args ...any) error {
+	return &refusal{name, fmt.Sprintf(format, args...)}
+}
+
+// carry serves a connection until it ends; an error is a refusal.
+func (p *Proxy) carry(l *link) error {
+	wait := firstBytes
+	if p.direct(l) {
+		wait = serverFirst
+	}
+	first, name, err := l.hear(wait)
+	switch {
+	case first == silent && p.direct(l):
+		return p.carrySilent(l)
+	case err != nil:
+		return err
+	}
+	switch first {
+	case speaksHTTP:
+		p.http.carry(l)
+		return nil
+	case silent, speaksOther:
+		if !p.direct(l) {
+			return refused("", "the client shows no name")
+		}
+	}
+	up, err := p.connect(l, name)
+	if err != nil {
+		return err
+	}
+	defer up.Close()
+	l.relay(up.TCPConn)
+	return nil
+}
+
+// carrySilent serves a client that waits for its server to speak. What it says
+// then is judged all the same, before the server hears it.
+func (p *Proxy) carrySilent(l *link) error {
+	up, err := p.connect(l, "")
+	if err != nil {
+		return err
+	}
+	var moved atomic.Int64
+	down := make(chan struct{})
+	go func() {
+		defer close(down)
+		l.copy(l.client, up.TCPConn, &moved)
+	}()
+	defer func() { <-down }()
+	defer up.Close()
+	// The server may have much to say meanwhile.
+	first, name, err := l.hear(2 * idleTimeout)
+	for last := int64(0); first == silent && err == nil && moved.Load() != last; {
+		last = moved.Load()
+		first, name, err = l.hear(2 * idleTimeout)
+	}
+	switch {
+	case errors.Is(err, io.EOF):
+		up.CloseWrite()
+		<-down
+		return nil
+	case first == silent:
+		return nil // it has gone, or waited too long
+	case err != nil:
+		return err
+	case first == speaksHTTP:
+		// A connection made ahead of its use. A server that has spoken already
+		// speaks something else, and the client has something up its sleeve.
+		up.Close()
+		<-down
+		if moved.Load() > 0 {
+			return refused("", "HTTP began late")
+		}
+		p.http.carry(l)
+		return nil
+	}
+	if name != "" && !p.admit(l, use{name, l.dst.Addr(), true}) {
+		return refused(name, "the policy does not let the name through")
+	}
+	if !l.flush(up.TCPConn) {
+		return nil
+	}
+	l.copy(up.TCPConn, l.client, &moved)
+	<-down
+	return nil
+}
+
+// connect dials for a client that shows the name, or none if it is "": the
+// address of its own choice where that is permitted, or else what the name
+// stands for.
+func (p *Proxy) connect(l *link, name string) (*upstream, error) {
+	if p.admit(l, use{name, l.dst.Addr(), true}) {
+		return p.dial(l, l.dst)
+	}
+	if name == "" {
+		return nil, refused("", "the client shows no name")
+	}
+	if !p.resolvable(name) {
+		return nil, refused(name, "the policy does not let the name through")
+	}
+	addrs, err := p.resolver.lookup(l.ctx, name)
+	if err != nil {
+		return nil, refused(name, "%v", err)
+	}
+	if len(addrs) == 0 {
+		return nil, refused(name, "the name has no address")
+	}
+	// One of the name's own that the guest has chosen comes first.
+	if i := slices.Index(addrs, l.dst.Addr()); i > 0 {
+		addrs = slices.Clone(addrs)
+		addrs[0], addrs[i] = addrs[i], addrs[0]
+	}
+	var dialErr error
+	for _, a := range addrs {
+		if !p.admit(l, use{name, a, false}) {
+			continue
+		}
+		var up *upstream
+		if up, dialErr = p.dial(l, netip.AddrPortFrom(a, l.dst.Port())); dialErr == nil {
+			return up, nil
+		}
+		if l.ctx.Err() != nil {
+			break
+		}
+	}
+	if dialErr == nil {
+		dialErr = refused(name, "the name leads to %v, where the policy lets nobody", addrs)
+	}
+	return nil, dialErr
+}
+
+// upstream is a connection to a server, which ends with its link at the latest.
+type upstream struct {
+	*net.TCPConn
+	forget func() bool // that the link's end closes it
+}
+
+func (u *upstream) Close() error {
+	u.forget()
+	return u.TCPConn.Close()
+}
+
+func (p *Proxy) dial(l *link, to netip.AddrPort) (*upstream, error) {
+	ctx, cancel := context.WithTimeout(l.ctx, dialTimeout)
+	defer cancel()
+	c, err := p.cfg.Dial(ctx, to)
+	if err != nil {
+		return nil, fmt.Errorf("dial %s: %w", to, err)
+	}
+	// Unlike the guest, a far end may be gone without a word.
+	c.SetKeepAlive(true)
+	return &upstream{c, context.AfterFunc(l.ctx, func() { c.Close() })}, nil
+}

@@ -1,0 +1,325 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/egress"
+)
+
+// proxyMark is on what the agent sends from a namespace on behalf of the guest
+// there. It takes CAP_NET_ADMIN or CAP_NET_RAW on the host to set it, and VMMs
+// have neither.
+const proxyMark = 0x5772656e // "Wren"
+
+// gate is where a sandbox with names in its policy gets out: a proxy in the
+// agent whose sockets are in the sandbox's namespace. They listen on the tap's
+// address there, so nobody but that guest reaches them, the host neither; and
+// when the agent is gone, so are they, while the rules still point to them.
+type gate struct {
+	proxy *egress.Proxy
+	ports gatePorts
+}
+
+type gatePorts struct{ conns, dnsConns, dnsPacket uint16 }
+
+// gates are those of the open slots.
+type gates struct {
+	mu   sync.Mutex
+	open map[Slot]*gate
+}
+
+func (gs *gates) of(s Slot) *gate {
+	gs.mu.Lock()
+	defer gs.mu.Unlock()
+	return gs.open[s]
+}
+
+func (gs *gates) put(s Slot, g *gate) {
+	gs.mu.Lock()
+	defer gs.mu.Unlock()
+	if gs.open == nil {
+		gs.open = map[Slot]*gate{}
+	}
+	gs.open[s] = g
+}
+
+// close ends a slot's gate and all connections through it; none is done.
+func (gs *gates) close(s Slot) {
+	gs.mu.Lock()
+	g := gs.open[s]
+	delete(gs.open, s)
+	gs.mu.Unlock()
+	if g != nil {
+		g.proxy.Close()
+	}
+}
+
+// Detach ends what the agent itself does for open slots, as its own end would:
+// sandboxes with names in their policy reach nothing by name from then on,
+// until SetPolicy. Call it when the slots are left to a later agent.
+func (n *Network) Detach() {
+	n.gates.mu.Lock()
+	open := n.gates.open
+	n.gates.open = nil
+	n.gates.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, g := range open {
+		wg.Go(g.proxy.Close)
+	}
+	wg.Wait()
+}
+
+// NameCounts returns what the proxy of a slot has done since it came; zero if
+// the slot's policy needs none.
+func (n *Network) NameCounts(s Slot) egress.Counts {
+	if g := n.gates.of(s); g != nil {
+		return g.proxy.Counts()
+	}
+	return egress.Counts{}
+}
+
+// openGate opens the sockets in the namespace at path and serves them.
+func (n *Network) openGate(ctx context.Context, path string, policy egress.Policy) (*gate, error) {
+	cfg := egress.Config{Original: original, Log: n.opts.Log}
+	cfg.Dial = func(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) { return dialMarked(ctx, path, to) }
+	for _, r := range n.opts.Resolvers {
+		cfg.Resolvers = append(cfg.Resolvers, netip.AddrPortFrom(r, 53))
+	}
+	if err := inNS(path, func() (err error) {
+		at := netip.AddrPortFrom(GuestGateway, 0)
+		if cfg.Conns, err = net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(at)); err != nil {
+			return err
+		}
+		if cfg.DNSConns, err = net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(at)); err != nil {
+			return errors.Join(err, cfg.Conns.Close())
+		}
+		if cfg.DNSPacket, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(at)); err != nil {
+			return errors.Join(err, cfg.Conns.Close(), cfg.DNSConns.Close())
+		}
+		return nil
+	}); err != nil {
+		return nil, fmt.Errorf("listen for the sandbox: %w", err)
+	}
+	return &gate{
+		ports: gatePorts{
+			conns:     cfg.Conns.Addr().(*net.TCPAddr).AddrPort().Port(),
+			dnsConns:  cfg.DNSConns.Addr().(*net.TCPAddr).AddrPort().Port(),
+			dnsPacket: cfg.DNSPacket.LocalAddr().(*net.UDPAddr).AddrPort().Port(),
+		},
+		proxy: egress.New(ctx, cfg, policy),
+	}, nil
+}
+
+// serves says whether a connection of the guest's was turned to this gate; to
+// any if it is nil.
+func (g *gate) serves(f *netlink.ConntrackFlow) bool {
+	switch {
+	case !f.Reverse.SrcIP.Equal(GuestGateway.AsSlice()):
+		return false
+	case g == nil:
+		return true
+	case f.Forward.Protocol == unix.IPPROTO_UDP:
+		return f.Reverse.SrcPort == g.ports.dnsPacket
+	}
+	return f.Reverse.SrcPort == g.ports.conns || f.Reverse.SrcPort == g.ports.dnsConns
+}
+
+// forgetBeside deletes what the guest began from the calling thread's
+// namespace, but for what goes to the gate: that must stay known, or its
+// answers would come from where the guest never was.
+func forgetBeside(g *gate) error {
+	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
+	if err != nil {
+		return fmt.Errorf("open conntrack: %w", err)
+	}
+	defer h.Close()
+	if _, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, flowFilter(func(f *netlink.ConntrackFlow) bool {
+		return f.Forward.SrcIP.Equal(GuestAddr.Addr().AsSlice()) && !g.serves(f)
+	})); err != nil {
+		return fmt.Errorf("forget connections: %w", err)
+	}
+	return nil
+}
+
+// flowFilter says which connections are meant.
+type flowFilter func(*netlink.ConntrackFlow) bool
+
+// MatchConntrackFlow makes it the library's.
+func (m flowFilter) MatchConntrackFlow(f *netlink.ConntrackFlow) bool { return m(f) }
+
+// original returns where a connection was going before the rules turned it.
+func original(c *net.TCPConn) (to netip.AddrPort, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return to, err
+	}
+	cerr := raw.Control(func(fd uintptr) {
+		// A sockaddr_in, which is as long as an IPv6 address.
+		var sa *unix.IPv6Mreq
+		if sa, err = unix.GetsockoptIPv6Mreq(int(fd), unix.SOL_IP, unix.SO_ORIGINAL_DST); err != nil {
+			return
+		}
+		b := sa.Multiaddr
+		to = netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), uint16(b[2])<<8|uint16(b[3]))
+	})
+	if err := errors.Join(err, cerr); err != nil {
+		return to, fmt.Errorf("find where the connection was going: %w", err)
+	}
+	if to == c.LocalAddr().(*net.TCPAddr).AddrPort() {
+		return to, errors.New("the connection was made to the proxy itself")
+	}
+	return to, nil
+}
+
+// dialMarked connects from the namespace at path. Only the making of the
+// socket needs a thread there, not the waiting.
+func dialMarked(ctx context.Context, path string, to netip.AddrPort) (*net.TCPConn, error) {
+	var f *os.File
+	if err := inNS(path, func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("make socket: %w", err)
+		}
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, proxyMark); err != nil {
+			return errors.Join(fmt.Errorf("mark socket: %w", err), unix.Close(fd))
+		}
+		if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil && !errors.Is(err, unix.EINPROGRESS) {
+			return errors.Join(fmt.Errorf("connect: %w", err), unix.Close(fd))
+		}
+		f = os.NewFile(uintptr(fd), "connection")
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	stop := context.AfterFunc(ctx, func() { f.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var failed error
+	if err := raw.Write(func(fd uintptr) (done bool) {
+		if n, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); err != nil || n != 0 {
+			failed = errors.Join(err, unix.Errno(n))
+			return true
+		}
+		_, err := unix.Getpeername(int(fd))
+		return err == nil
+	}); err != nil {
+		return nil, errors.Join(fmt.Errorf("connect: %w", err), ctx.Err())
+	}
+	if failed != nil {
+		return nil, fmt.Errorf("connect: %w", failed)
+	}
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("connect: %w", err)
+	}
+	return c.(*net.TCPConn), nil
+}
+
+// policyChain is one of the chains that a policy fills.
+type policyChain struct {
+	name  string
+	rules []rule
+}
+
+// policyChainsOf are all chains of a policy; without a gate only what the
+// guest sends out has rules.
+func policyChainsOf(v verdicts, p Policy, g *gate) []policyChain {
+	if g == nil {
+		return []policyChain{{egressChain, v.rules()}, {turnChain, nil}, {hearChain, nil}, {speakChain, nil}}
+	}
+	return []policyChain{
+		{egressChain, v.beside(p).rules()},
+		{turnChain, v.turn(p, g.ports)},
+		{hearChain, g.ports.hear()},
+		{speakChain, v.speak()},
+	}
+}
+
+// named says whether names make a difference.
+func (v verdicts) named(p Policy) bool {
+	return len(p.DenyNames) > 0 || len(p.AllowNames) > 0 && v.mode == None
+}
+
+// beside is what passes without the proxy: the ranges that are allowed, unless
+// a denied name may be behind them.
+func (v verdicts) beside(p Policy) verdicts {
+	v.mode, v.resolvers = None, nil
+	if len(p.DenyNames) > 0 {
+		v.allow = nil
+	}
+	return v
+}
+
+// dialled is what the proxy may connect to.
+func (v verdicts) dialled() verdicts {
+	v.resolvers = nil
+	if v.mode == None {
+		v.mode = Public
+	}
+	return v
+}
+
+// names is the policy as the proxy asks it.
+func (v verdicts) names(p Policy) egress.Policy {
+	return egress.Policy{
+		Allow: p.AllowNames, Deny: p.DenyNames,
+		Open:   v.mode != None,
+		Reach:  v.dialled().permits,
+		Direct: v.beside(Policy{}).permits,
+	}
+}
+
+// turn sends the guest's new connections to the agent. What is not turned meets the egress chain as ever.
+func (v verdicts) turn(p Policy, ports gatePorts) []rule {
+	to := func(port uint16) term { return dnatTo(netip.AddrPortFrom(GuestGateway, port)) }
+	rules := []rule{
+		{dport(unix.IPPROTO_UDP, 53), to(ports.dnsPacket)},
+		{dport(unix.IPPROTO_TCP, 53), to(ports.dnsConns)},
+		{ipv4.daddrIn(v.never), back()},
+	}
+	lists := [][]addrRange{v.deny}
+	if len(p.DenyNames) == 0 {
+		lists = append(lists, v.allow)
+	}
+	for _, l := range lists {
+		if len(l) > 0 {
+			rules = append(rules, rule{ipv4.daddrIn(l), back()})
+		}
+	}
+	return append(rules, rule{isTCP(), to(ports.conns)})
+}
+
+// hear lets in what was turned here, and answers to the proxy.
+func (ports gatePorts) hear() []rule {
+	turned := []term{iif(Tap), dnatted()}
+	return []rule{
+		append(rule(turned), dport(unix.IPPROTO_TCP, ports.conns), accept()),
+		append(rule(turned), dport(unix.IPPROTO_TCP, ports.dnsConns), accept()),
+		append(rule(turned), dport(unix.IPPROTO_UDP, ports.dnsPacket), accept()),
+		{iif(peerName), established(), replyDirection(), accept()},
+	}
+}
+
+// speak lets the agent answer the guest, and the proxy connect to what the
+// policy's ranges permit.
+func (v verdicts) speak() []rule {
+	rules := []rule{{oif(Tap), dnatted(), replyDirection(), accept()}}
+	for _, r := range v.dialled().rules() {
+		rules = append(rules, append(rule{oif(peerName), marked(proxyMark)}, r...))
+	}
+	return rules
+}

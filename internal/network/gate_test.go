@@ -1,0 +1,972 @@
+package network
+
+import (
+	"bufio"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	mathrand "math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/net/dns/dnsmessage"
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+// The internet of the tests with names: two owners and a resolver, which also
+// has names that lead to where no sandbox may go.
+var (
+	goodAddr = netip.MustParseAddr("198.51.100.10")
+	evilAddr = netip.MustParseAddr("198.51.100.66")
+)
+
+type namesWorld struct {
+	*Network
+	mu    sync.Mutex
+	asked []string // by the resolver
+	hits  map[string]int
+}
+
+// hit notes that somebody got through to a server.
+func (w *namesWorld) hit(server string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.hits[server]++
+}
+
+// reached returns the servers that somebody got through to, and forgets them.
+func (w *namesWorld) reached() (servers []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for s := range w.hits {
+		servers = append(servers, s)
+	}
+	clear(w.hits)
+	slices.Sort(servers)
+	return servers
+}
+
+func worldWithNames(t *testing.T, zone map[string]netip.Addr) *namesWorld {
+	t.Helper()
+	w := &namesWorld{Network: world(t, Options{Resolvers: []netip.Addr{privateAddr}}), hits: map[string]int{}}
+	in(t, internet, func() { up(t, "lo", netip.PrefixFrom(goodAddr, 32), netip.PrefixFrom(evilAddr, 32)) })
+	t.Cleanup(func() {
+		in(t, internet, func() {
+			l, _ := netlink.LinkByName("lo")
+			for _, a := range []netip.Addr{goodAddr, evilAddr} {
+				must(t, netlink.AddrDel(l, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, 32))}))
+			}
+		})
+	})
+	w.serveNames(t, zone)
+	for name, a := range map[string]netip.Addr{"good": goodAddr, "evil": evilAddr, "private": privateAddr, "metadata": metadataAddr} {
+		w.serveWeb(t, internet, name, a)
+	}
+	w.serveWeb(t, here, "host", uplinkAddr)
+	return w
+}
+
+// serveWeb answers HTTP on ports 80 and 8080, TLS on 443 and 8443, with the
+// server's name and the name that was asked for; and whatever comes by UDP, or
+// by TCP to ports 53 and 7000.
+func (w *namesWorld) serveWeb(t *testing.T, ns netns.NsHandle, name string, a netip.Addr) {
+	t.Helper()
+	cert := testCertificate(t)
+	srv := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		w.hit(name)
+		host := r.Host
+		if r.TLS != nil {
+			host = r.TLS.ServerName
+		}
+		fmt.Fprintf(rw, "%s as %s", name, host)
+	})}
+	var wg sync.WaitGroup
+	t.Cleanup(func() { srv.Close(); wg.Wait() })
+	listen := func(port uint16) (l net.Listener) {
+		open := func() {
+			var err error
+			l, err = net.Listen("tcp4", netip.AddrPortFrom(a, port).String())
+			must(t, err)
+		}
+		if ns.IsOpen() {
+			in(t, ns, open)
+		} else {
+			open()
+		}
+		return l
+	}
+	for _, port := range []uint16{80, 8080} {
+		l := listen(port)
+		wg.Go(func() { srv.Serve(l) })
+	}
+	for _, port := range []uint16{443, 8443} {
+		l := tls.NewListener(listen(port), &tls.Config{Certificates: []tls.Certificate{cert}})
+		wg.Go(func() { srv.Serve(l) })
+	}
+	if a == privateAddr {
+		return // where the resolver is
+	}
+	for _, port := range []uint16{53, 443, 7000} {
+		if port == 443 {
+			w.serveDatagrams(t, ns, name, netip.AddrPortFrom(a, port))
+			continue
+		}
+		e := serve(t, ns, a, port)
+		stop := make(chan struct{})
+		wg.Go(func() {
+			for {
+				select {
+				case <-e.got:
+					w.hit(name)
+				case <-stop:
+					return
+				}
+			}
+		})
+		t.Cleanup(func() { close(stop) })
+	}
+}
+
+func (w *namesWorld) serveDatagrams(t *testing.T, ns netns.NsHandle, name string, at netip.AddrPort) {
+	t.Helper()
+	var u *net.UDPConn
+	open := func() {
+		var err error
+		u, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(at))
+		must(t, err)
+	}
+	if ns.IsOpen() {
+		in(t, ns, open)
+	} else {
+		open()
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		buf := make([]byte, 2048)
+		for {
+			if _, _, err := u.ReadFromUDPAddrPort(buf); err != nil {
+				return
+			}
+			w.hit(name)
+		}
+	})
+	t.Cleanup(func() { u.Close(); wg.Wait() })
+}
+
+// serveNames is the resolver.
+func (w *namesWorld) serveNames(t *testing.T, zone map[string]netip.Addr) {
+	t.Helper()
+	var u *net.UDPConn
+	in(t, internet, func() {
+		var err error
+		u, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(privateAddr, 53)))
+		must(t, err)
+	})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		buf := make([]byte, 2048)
+		for {
+			n, from, err := u.ReadFromUDPAddrPort(buf)
+			if err != nil {
+				return
+			}
+			var m dnsmessage.Message
+			if m.Unpack(buf[:n]) != nil || len(m.Questions) != 1 {
+				continue
+			}
+			q := m.Questions[0]
+			name := strings.TrimSuffix(q.Name.String(), ".")
+			w.mu.Lock()
+			w.asked = append(w.asked, name)
+			w.mu.Unlock()
+			m.Response = true
+			if a, ok := zone[name]; !ok {
+				m.RCode = dnsmessage.RCodeNameError
+			} else if q.Type == dnsmessage.TypeA {
+				m.Answers = []dnsmessage.Resource{{
+					Header: dnsmessage.ResourceHeader{Name: q.Name, Class: dnsmessage.ClassINET, TTL: 60},
+					Body:   &dnsmessage.AResource{A: a.As4()},
+				}}
+			}
+			b, err := m.Pack()
+			if err != nil {
+				continue
+			}
+			u.WriteToUDPAddrPort(b, from)
+		}
+	})
+	t.Cleanup(func() { u.Close(); wg.Wait() })
+}
+
+func testCertificate(t *testing.T) tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(t, err)
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, &key.PublicKey, key)
+	must(t, err)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// dialFrom connects from a namespace.
+func dialFrom(t testing.TB, ns netns.NsHandle, to netip.AddrPort, wait time.Duration) (c net.Conn, err error) {
+	t.Helper()
+	in(t, ns, func() { c, err = net.DialTimeout("tcp4", to.String(), wait) })
+	return c, err
+}
+
+// browse makes an HTTP request to a port of an address, over TLS if the port
+// is one for it, and returns what the server says, or "".
+func browse(t testing.TB, ns netns.NsHandle, to netip.Addr, port uint16, name string) string {
+	t.Helper()
+	c, err := dialFrom(t, ns, netip.AddrPortFrom(to, port), timeout)
+	if err != nil {
+		return ""
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(timeout))
+	return ask1(c, port, name, name)
+}
+
+// ask1 makes one request on a connection, with the name in TLS and the host
+// in HTTP.
+func ask1(c net.Conn, port uint16, name, host string) string {
+	if port%1000 == 443 {
+		c = tls.Client(c, &tls.Config{InsecureSkipVerify: true, ServerName: name})
+	}
+	fmt.Fprintf(c, "GET / HTTP/1.1\r\nHost: %s\r\n\r\n", host)
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		return ""
+	}
+	b, _ := io.ReadAll(resp.Body)
+	return string(b)
+}
+
+// lookUp asks a name server from a namespace.
+func lookUp(t testing.TB, ns netns.NsHandle, network string, at netip.Addr, name string, typ dnsmessage.Type) (m dnsmessage.Message, err error) {
+	t.Helper()
+	q := dnsmessage.Message{Header: dnsmessage.Header{ID: 77, RecursionDesired: true},
+		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name + "."), Type: typ, Class: dnsmessage.ClassINET}}}
+	b, err := q.Pack()
+	must(t, err)
+	var c net.Conn
+	in(t, ns, func() { c, err = net.DialTimeout(network+"4", netip.AddrPortFrom(at, 53).String(), timeout) })
+	if err != nil {
+		return m, err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(timeout))
+	if network == "tcp" {
+		b = append([]byte{byte(len(b) >> 8), byte(len(b))}, b...)
+	}
+	if _, err := c.Write(b); err != nil {
+		return m, err
+	}
+	buf := make([]byte, 2048)
+	k, err := c.Read(buf)
+	if err != nil {
+		return m, err
+	}
+	if buf = buf[:k]; network == "tcp" {
+		buf = buf[2:]
+	}
+	return m, m.Unpack(buf)
+}
+
+// Every way around the names that we know of.
+func TestNamesCannotBeBypassed(t *testing.T) {
+	zone := map[string]netip.Addr{
+		"good.example": goodAddr, "a.wild.example": goodAddr, "evil.example": evilAddr,
+		"private.example": privateAddr, "metadata.example": metadataAddr, "host.example": uplinkAddr,
+		"gateway.example": GuestGateway, "self.example": netip.MustParseAddr("127.0.0.1"),
+		"secret.evil.example": evilAddr,
+	}
+	w := worldWithNames(t, zone)
+	s, a, g := open(t, w.Network)
+	_, b, gb := open(t, w.Network)
+	zone["sandbox.example"], zone["link.example"], zone["hostlink.example"] = b.HostIP, b.NSVeth.Addr(), a.HostVeth.Addr()
+	w.serveWeb(t, gb.ns, "sandbox", GuestAddr.Addr())
+	inside := []string{"private.example", "metadata.example", "host.example", "sandbox.example", "link.example", "hostlink.example", "gateway.example", "self.example"}
+	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: append([]string{"good.example", "*.wild.example"}, inside...)}))
+
+	type attempt struct {
+		what string
+		do   func() string
+		want string // what the client hears; "" also means that no server was reached
+	}
+	at := func(to netip.Addr, port uint16, name string) func() string {
+		return func() string { return browse(t, g.ns, to, port, name) }
+	}
+	attempts := []attempt{
+		{"allowed name, TLS", at(goodAddr, 443, "good.example"), "good as good.example"},
+		{"allowed name, HTTP", at(goodAddr, 80, "good.example"), "good as good.example"},
+		{"wildcard", at(goodAddr, 443, "a.wild.example"), "good as a.wild.example"},
+		{"allowed name, other port, TLS", at(goodAddr, 8443, "good.example"), "good as good.example"},
+		{"allowed name, other port, HTTP", at(goodAddr, 8080, "good.example"), "good as good.example"},
+		{"false SNI", at(evilAddr, 443, "good.example"), "good as good.example"},
+		{"false Host", at(evilAddr, 80, "good.example"), "good as good.example"},
+		{"false SNI at a private address", at(privateAddr, 443, "good.example"), "good as good.example"},
+		{"false SNI at the metadata address", at(metadataAddr, 443, "good.example"), ""},
+		{"name that is not allowed, TLS", at(evilAddr, 443, "evil.example"), ""},
+		{"name that is not allowed, HTTP", at(evilAddr, 80, "evil.example"), ""},
+		{"name that is not allowed, at an allowed name's address", at(goodAddr, 443, "evil.example"), ""},
+		{"apex of a wildcard", at(goodAddr, 443, "wild.example"), ""},
+		{"no SNI", at(goodAddr, 443, ""), ""},
+		{"address as Host", at(goodAddr, 80, goodAddr.String()), ""},
+		{"address as Host of an evil server", at(evilAddr, 8080, evilAddr.String()), ""},
+		{"Host switched on a kept connection", func() string {
+			c, err := dialFrom(t, g.ns, netip.AddrPortFrom(goodAddr, 80), timeout)
+			must(t, err)
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(timeout))
+			if got := ask1(c, 80, "", "good.example"); got != "good as good.example" {
+				t.Errorf("first request on a kept connection: %q", got)
+			}
+			w.reached()
+			return ask1(c, 80, "", "evil.example")
+		}, ""},
+		{"CONNECT", func() string {
+			c, err := dialFrom(t, g.ns, netip.AddrPortFrom(goodAddr, 80), timeout)
+			must(t, err)
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(timeout))
+			fmt.Fprint(c, "CONNECT evil.example:80 HTTP/1.1\r\nHost: good.example\r\n\r\n")
+			b, _ := io.ReadAll(c)
+			return string(b)
+		}, ""},
+		{"no name, TCP", func() string { return ask(t, g.ns, "tcp", evilAddr, 7000, silence) }, ""},
+		{"no name, UDP", func() string { return ask(t, g.ns, "udp", evilAddr, 7000, silence) }, ""},
+		{"no name, UDP to an allowed name's address", func() string { return ask(t, g.ns, "udp", goodAddr, 7000, silence) }, ""},
+		{"QUIC", func() string { return ask(t, g.ns, "udp", goodAddr, 443, silence) }, ""},
+		{"another resolver, UDP", func() string { return ask(t, g.ns, "udp", evilAddr, 53, silence) }, ""},
+		{"another resolver, TCP", func() string { return ask(t, g.ns, "tcp", evilAddr, 53, silence) }, ""},
+		{"anything to port 53 of the host", func() string { return ask(t, g.ns, "tcp", uplinkAddr, 53, silence) }, ""},
+		{"ping", func() string { return ping(t, g.ns, goodAddr, silence) }, ""},
+		{"metadata", at(metadataAddr, 80, "metadata.example"), ""},
+		{"the proxy itself", func() string {
+			gate := w.gates.of(s)
+			for _, port := range []uint16{gate.ports.conns, gate.ports.dnsConns} {
+				if c, err := dialFrom(t, g.ns, netip.AddrPortFrom(GuestGateway, port), silence); err == nil {
+					c.Close()
+					return "connected"
+				}
+			}
+			return ""
+		}, ""},
+	}
+	for _, name := range inside {
+		attempts = append(attempts, attempt{"allowed name that leads inside: " + name, at(goodAddr, 80, name), ""})
+	}
+	for _, c := range attempts {
+		w.reached()
+		if got := c.do(); got != c.want {
+			t.Errorf("%s: heard %q, want %q", c.what, got, c.want)
+		}
+		if got := w.reached(); c.want == "" && len(got) > 0 {
+			t.Errorf("%s: got through to %v", c.what, got)
+		}
+	}
+
+	// The same questions, whoever they are put to.
+	for _, network := range []string{"udp", "tcp"} {
+		for _, server := range []netip.Addr{privateAddr, evilAddr, GuestGateway, metadataAddr} {
+			for _, q := range []struct {
+				name    string
+				typ     dnsmessage.Type
+				rcode   dnsmessage.RCode
+				answers int
+			}{
+				{"good.example", dnsmessage.TypeA, dnsmessage.RCodeSuccess, 1},
+				{"good.example", dnsmessage.TypeHTTPS, dnsmessage.RCodeSuccess, 0},
+				{"evil.example", dnsmessage.TypeA, dnsmessage.RCodeNameError, 0},
+				{"secret.evil.example", dnsmessage.TypeTXT, dnsmessage.RCodeNameError, 0},
+			} {
+				m, err := lookUp(t, g.ns, network, server, q.name, q.typ)
+				if err != nil || m.RCode != q.rcode || len(m.Answers) != q.answers {
+					t.Errorf("%s %s of %s over %s = %+v, %v", q.name, q.typ, server, network, m, err)
+				}
+			}
+		}
+	}
+	w.mu.Lock()
+	for _, name := range w.asked {
+		if strings.Contains(name, "evil") {
+			t.Errorf("%s was asked for", name)
+		}
+	}
+	w.mu.Unlock()
+	if got := w.reached(); len(got) > 0 {
+		t.Errorf("questions got through to %v", got)
+	}
+	if n := w.NameCounts(s); n.Refused == 0 || n.Accepted == 0 {
+		t.Errorf("counts %+v", n)
+	}
+}
+
+// ping sends an echo request and returns "pong" if it is answered.
+func ping(t testing.TB, ns netns.NsHandle, to netip.Addr, wait time.Duration) (answer string) {
+	t.Helper()
+	var c *net.IPConn
+	in(t, ns, func() {
+		var err error
+		c, err = net.DialIP("ip4:icmp", nil, &net.IPAddr{IP: to.AsSlice()})
+		must(t, err)
+	})
+	defer c.Close()
+	c.Write([]byte{8, 0, 0xf7, 0xfe, 0, 0, 0, 1})
+	c.SetDeadline(time.Now().Add(wait))
+	buf := make([]byte, 128)
+	for {
+		n, _, err := c.ReadFrom(buf) // which leaves out the header
+		if err != nil {
+			return ""
+		}
+		if n > 0 && buf[0] == 0 {
+			return "pong"
+		}
+	}
+}
+
+// Where the internet is open, names are denied.
+func TestDeniedNames(t *testing.T) {
+	w := worldWithNames(t, map[string]netip.Addr{
+		"good.example": goodAddr, "evil.example": evilAddr, "alias.example": evilAddr, "a.bad.example": goodAddr, "private.example": privateAddr,
+	})
+	s, _, g := open(t, w.Network)
+	if ping(t, g.ns, goodAddr, timeout) == "" {
+		t.Error("no answer to a ping before")
+	}
+	for _, c := range []struct {
+		policy Policy
+		want   map[string]string
+	}{
+		{Policy{DenyNames: []string{"evil.example", "*.bad.example"}}, map[string]string{
+			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "", "private": "", "none": "", "raw": "", "udp": "",
+		}},
+		{Policy{DenyNames: []string{"evil.example"}, Allow: prefixes("198.51.100.0/24", "10.99.0.0/16")}, map[string]string{
+			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "good as a.bad.example", "private": "private as private.example", "none": "good as ", "raw": "203.0.113.1", "udp": "",
+		}},
+		{Policy{Mode: All, DenyNames: []string{"evil.example"}}, map[string]string{
+			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "good as a.bad.example", "private": "private as private.example", "none": "", "raw": "", "udp": "",
+		}},
+		{Policy{Mode: None, Allow: prefixes("198.51.100.10/32"), AllowNames: []string{"evil.example"}}, map[string]string{
+			"good": "good as good.example", "false": "", "evil": "evil as evil.example", "alias": "", "bad": "good as a.bad.example", "private": "", "none": "good as ", "raw": "203.0.113.1", "udp": "203.0.113.1",
+		}},
+		{Policy{AllowNames: []string{"good.example"}}, map[string]string{ // nothing new
+			"good": "good as good.example", "false": "evil as good.example", "evil": "evil as evil.example", "alias": "evil as alias.example", "bad": "good as a.bad.example", "private": "", "none": "good as ", "raw": "203.0.113.1", "udp": "203.0.113.1",
+		}},
+	} {
+		must(t, w.SetPolicy(t.Context(), s, c.policy))
+		for what, got := range map[string]string{
+			"good":    browse(t, g.ns, goodAddr, 443, "good.example"),
+			"false":   browse(t, g.ns, evilAddr, 443, "good.example"),
+			"evil":    browse(t, g.ns, evilAddr, 80, "evil.example"),
+			"alias":   browse(t, g.ns, evilAddr, 443, "alias.example"),
+			"bad":     browse(t, g.ns, goodAddr, 443, "a.bad.example"),
+			"private": browse(t, g.ns, privateAddr, 443, "private.example"),
+			"none":    browse(t, g.ns, goodAddr, 443, ""),
+			"raw":     ask(t, g.ns, "tcp", goodAddr, 7000, timeout),
+			"udp":     ask(t, g.ns, "udp", goodAddr, 7000, silence),
+		} {
+			if got != c.want[what] {
+				t.Errorf("%+v: %s: heard %q, want %q", c.policy, what, got, c.want[what])
+			}
+		}
+	}
+}
+
+// The proxy is one guest's, and its way out is the agent's alone.
+func TestGateIsNobodyElses(t *testing.T) {
+	w := worldWithNames(t, map[string]netip.Addr{"good.example": goodAddr})
+	s, a, g := open(t, w.Network)
+	_, b, gb := open(t, w.Network)
+	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: []string{"good.example"}}))
+	ports := w.gates.of(s).ports
+	for _, from := range []struct {
+		what string
+		ns   netns.NsHandle
+		to   []netip.Addr
+	}{
+		{"the host", here, []netip.Addr{a.NSVeth.Addr(), a.HostIP, GuestGateway}},
+		{"another sandbox", gb.ns, []netip.Addr{a.NSVeth.Addr(), a.HostIP, GuestGateway, b.NSVeth.Addr()}},
+		{"the internet", internet, []netip.Addr{a.NSVeth.Addr(), a.HostIP, GuestGateway}},
+	} {
+		for _, to := range from.to {
+			for _, port := range []uint16{ports.conns, ports.dnsConns, ports.dnsPacket} {
+				dial := func() {
+					if c, err := net.DialTimeout("tcp4", netip.AddrPortFrom(to, port).String(), silence); err == nil {
+						c.Close()
+						t.Errorf("%s connects to %s port %d", from.what, to, port)
+					}
+				}
+				if from.ns.IsOpen() {
+					in(t, from.ns, dial)
+				} else {
+					dial()
+				}
+			}
+			if got := ask(t, from.ns, "udp", to, ports.dnsPacket, silence/3); got != "" {
+				t.Errorf("%s is answered by %s", from.what, to)
+			}
+		}
+	}
+	if got := browse(t, g.ns, goodAddr, 443, "good.example"); got != "good as good.example" {
+		t.Errorf("heard %q", got)
+	}
+
+	// A VMM may do in its namespace what its user may.
+	ns, err := netns.GetFromPath(a.NetNSPath)
+	must(t, err)
+	defer ns.Close()
+	must(t, onThread(func() error {
+		if err := netns.Set(ns); err != nil {
+			return err
+		}
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, ^uintptr(0), 65533, 0); errno != 0 {
+			return errno
+		}
+		defer unix.RawSyscall(unix.SYS_SETRESUID, 0, 0, 0)
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, proxyMark); !errors.Is(err, unix.EPERM) {
+			t.Errorf("set mark without privilege: %v, want it refused", err)
+		}
+		to := &unix.SockaddrInet4{Port: 7000, Addr: goodAddr.As4()}
+		if err := unix.Sendto(fd, []byte("astray"), 0, to); !errors.Is(err, unix.EPERM) {
+			t.Errorf("send without the mark: %v, want it refused", err)
+		}
+		return nil
+	}))
+	if got := w.reached(); !slices.Equal(got, []string{"good"}) { // by browse above
+		t.Errorf("got through to %v", got)
+	}
+
+	// The mark opens what the policy's ranges leave open, and only that.
+	dial := func(to netip.Addr) error {
+		ctx, cancel := context.WithTimeout(t.Context(), 2*silence)
+		defer cancel()
+		c, err := dialMarked(ctx, a.NetNSPath, netip.AddrPortFrom(to, 80))
+		if err == nil {
+			c.Close()
+		}
+		return err
+	}
+	if err := dial(evilAddr); err != nil {
+		t.Errorf("marked, to the internet: %v", err)
+	}
+	for _, to := range []netip.Addr{privateAddr, metadataAddr, uplinkAddr, b.HostIP, a.HostVeth.Addr()} {
+		if dial(to) == nil {
+			t.Errorf("marked, to %s: connected", to)
+		}
+	}
+	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: []string{"good.example"}, Deny: prefixes("198.51.100.66/32")}))
+	if dial(evilAddr) == nil {
+		t.Error("marked, to a denied range: connected")
+	}
+	must(t, w.SetPolicy(t.Context(), s, Policy{}))
+	if dial(goodAddr) == nil {
+		t.Error("marked, without names in the policy: connected")
+	}
+}
+
+// stream is a connection whose server repeats what it is told.
+func (w *namesWorld) stream(t *testing.T, g *guest, to netip.Addr, name string) *tls.Conn {
+	t.Helper()
+	c, err := dialFrom(t, g.ns, netip.AddrPortFrom(to, 9443), timeout)
+	must(t, err)
+	t.Cleanup(func() { c.Close() })
+	s := tls.Client(c, &tls.Config{InsecureSkipVerify: true, ServerName: name})
+	if !alive(s, timeout) {
+		t.Fatalf("no stream to %s", name)
+	}
+	return s
+}
+
+func alive(c net.Conn, wait time.Duration) bool {
+	c.SetDeadline(time.Now().Add(wait))
+	if _, err := c.Write([]byte("x")); err != nil {
+		return false
+	}
+	_, err := c.Read(make([]byte, 1))
+	return err == nil
+}
+
+func TestNamesChangeAtRuntime(t *testing.T) {
+	w := worldWithNames(t, map[string]netip.Addr{"good.example": goodAddr, "evil.example": evilAddr})
+	s, _, g := open(t, w.Network)
+	cert := testCertificate(t)
+	served := make(chan *tls.Conn, 16)
+	for _, a := range []netip.Addr{goodAddr, evilAddr} {
+		var l net.Listener
+		in(t, internet, func() {
+			var err error
+			l, err = net.Listen("tcp4", netip.AddrPortFrom(a, 9443).String())
+			must(t, err)
+		})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				wg.Go(func() {
+					defer c.Close()
+					c.SetDeadline(time.Now().Add(3 * timeout))
+					tc := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{cert}})
+					served <- tc
+					io.Copy(tc, tc)
+				})
+			}
+		})
+		t.Cleanup(func() { l.Close() })
+	}
+	fds, goroutines := descriptorCount(t), runtime.NumGoroutine()
+
+	set := func(p Policy) {
+		t.Helper()
+		must(t, w.SetPolicy(t.Context(), s, p))
+	}
+	both := Policy{Mode: None, AllowNames: []string{"good.example", "evil.example"}}
+	direct := w.stream(t, g, goodAddr, "good.example")
+	<-served
+	set(both)
+	if alive(direct, silence) {
+		t.Error("a direct connection that must go through the proxy goes on")
+	}
+	good := w.stream(t, g, goodAddr, "good.example")
+	far := <-served
+	evil := w.stream(t, g, evilAddr, "evil.example")
+	set(Policy{Mode: None, AllowNames: []string{"good.example"}})
+	if alive(evil, silence) {
+		t.Error("a connection to a name that is refused by now goes on")
+	}
+	evil.Close()
+	if !alive(good, timeout) {
+		t.Error("a connection that both policies let through ended")
+	}
+	// The other side speaks first after the change: the kernel must still know
+	// whom it is speaking to.
+	set(both)
+	_, err := far.Write([]byte("y"))
+	must(t, err)
+	good.SetDeadline(time.Now().Add(timeout))
+	said := make([]byte, 1)
+	if _, err := good.Read(said); err != nil || said[0] != 'y' {
+		t.Errorf("what the server says after a change: %q, %v", said, err)
+	}
+	// An address that a name has is denied as a range.
+	set(Policy{Mode: None, AllowNames: both.AllowNames, Deny: prefixes("198.51.100.10/32")})
+	if alive(good, silence) {
+		t.Error("a connection to a range that is denied by now goes on")
+	}
+	if got := browse(t, g.ns, evilAddr, 443, "evil.example"); got != "evil as evil.example" {
+		t.Errorf("heard %q", got)
+	}
+
+	// A change that fails leaves the stricter of both, and can be made again.
+	set(both)
+	injected := errors.New("injected")
+	w.hook = func(_ Slot, step string) error {
+		if step == "policy" {
+			return injected
+		}
+		return nil
+	}
+	if err := w.SetPolicy(t.Context(), s, Policy{DenyNames: []string{"evil.example"}}); !errors.Is(err, injected) {
+		t.Errorf("SetPolicy = %v", err)
+	}
+	for name, want := range map[string]string{"good.example": "good as good.example", "evil.example": "", "other.example": ""} {
+		if got := browse(t, g.ns, evilAddr, 443, name); got != want {
+			t.Errorf("after a failed change %s: heard %q", name, got)
+		}
+	}
+	w.hook = nil
+	set(Policy{Mode: None, AllowNames: []string{"evil.example"}})
+	if got := browse(t, g.ns, goodAddr, 443, "evil.example"); got != "evil as evil.example" {
+		t.Errorf("heard %q", got)
+	}
+
+	// Without names there is no proxy, and nothing is left of it.
+	evil = w.stream(t, g, evilAddr, "evil.example")
+	set(Policy{})
+	if alive(evil, silence) {
+		t.Error("a connection through the proxy outlives it")
+	}
+	if got := browse(t, g.ns, evilAddr, 443, "good.example"); got != "evil as good.example" {
+		t.Errorf("heard %q", got)
+	}
+	for _, c := range []net.Conn{direct, good, evil} {
+		c.Close()
+	}
+	nothingLeft(t, fds, goroutines)
+}
+
+// nothingLeft waits for what the far servers hold of closed connections, and
+// fails if more is there than before then.
+func nothingLeft(t *testing.T, fds, goroutines int) {
+	t.Helper()
+	for end := time.Now().Add(5 * timeout); ; time.Sleep(5 * time.Millisecond) {
+		f, k := descriptorCount(t), runtime.NumGoroutine()
+		if f <= fds && k <= goroutines {
+			return
+		}
+		if time.Now().After(end) {
+			buf := make([]byte, 1<<20)
+			t.Fatalf("%d descriptors and %d goroutines before, %d and %d after:\n%s", fds, goroutines, f, k, buf[:runtime.Stack(buf, true)])
+		}
+	}
+}
+
+func descriptorCount(t *testing.T) int {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	must(t, err)
+	return len(fds)
+}
+
+// A failed first change leaves neither proxy nor rules, and a slot's end ends
+// its proxy.
+func TestGateGoesWithItsSlot(t *testing.T) {
+	w := worldWithNames(t, map[string]netip.Addr{"good.example": goodAddr})
+	before := picture(t)
+	fds, goroutines := descriptorCount(t), runtime.NumGoroutine()
+	s, err := w.Acquire(t.Context())
+	must(t, err)
+	must(t, w.Open(t.Context(), s))
+	injected := errors.New("injected")
+	w.hook = func(_ Slot, step string) error { return injected }
+	p := Policy{Mode: None, AllowNames: []string{"good.example"}}
+	if err := w.SetPolicy(t.Context(), s, p); !errors.Is(err, injected) {
+		t.Errorf("SetPolicy = %v", err)
+	}
+	if w.gates.of(s) != nil {
+		t.Error("a failed first change left a proxy")
+	}
+	w.hook = nil
+	must(t, w.SetPolicy(t.Context(), s, p))
+	must(t, w.Close(t.Context(), s))
+	if err := w.SetPolicy(t.Context(), s, p); !errors.Is(err, errdefs.NotFound) {
+		t.Errorf("SetPolicy of a closed slot = %v", err)
+	}
+	must(t, w.Release(s))
+	// The last line counts descriptors; others of before may be gone by now.
+	after := picture(t)
+	last := len(before) - 1
+	if d := cmp.Diff(before[:last], after[:len(after)-1]); d != "" {
+		t.Errorf("left (-before +after):\n%s", d)
+	}
+	nothingLeft(t, fds, goroutines)
+}
+
+// Without the agent nothing passes by name; the next agent takes over.
+func TestNamesAfterTheAgentsRestart(t *testing.T) {
+	w := worldWithNames(t, map[string]netip.Addr{"good.example": goodAddr})
+	s, _, g := open(t, w.Network)
+	p := Policy{Mode: None, AllowNames: []string{"good.example"}}
+	must(t, w.SetPolicy(t.Context(), s, p))
+	// A resolver of the guest's that keeps its port.
+	if _, err := lookUp(t, g.ns, "udp", privateAddr, "good.example", dnsmessage.TypeA); err != nil {
+		t.Errorf("look up: %v", err)
+	}
+	w.Detach()
+	w.reached()
+	if got := browse(t, g.ns, goodAddr, 443, "good.example"); got != "" {
+		t.Errorf("without an agent: heard %q", got)
+	}
+	for _, network := range []string{"udp", "tcp"} {
+		for _, port := range []uint16{53, 443, 7000} {
+			if got := ask(t, g.ns, network, goodAddr, port, silence); got != "" {
+				t.Errorf("without an agent: port %d over %s answered %q", port, network, got)
+			}
+		}
+	}
+	if got := w.reached(); len(got) > 0 {
+		t.Errorf("without an agent: got through to %v", got)
+	}
+	next := New(testPlan(), w.opts)
+	defer next.Detach()
+	must(t, next.SetPolicy(t.Context(), s, p))
+	if got := browse(t, g.ns, evilAddr, 443, "good.example"); got != "good as good.example" {
+		t.Errorf("with the next agent: heard %q", got)
+	}
+	if m, err := lookUp(t, g.ns, "udp", evilAddr, "good.example", dnsmessage.TypeA); err != nil || len(m.Answers) != 1 {
+		t.Errorf("with the next agent: %+v, %v", m, err)
+	}
+}
+
+// The kernel holds what the golden file shows.
+func TestNamesRulesAreWhatTheKernelHolds(t *testing.T) {
+	n := world(t, Options{Resolvers: []netip.Addr{privateAddr}, Egress: Policy{Deny: prefixes("198.51.100.0/24")}})
+	s, a, _ := open(t, n)
+	ns, err := netns.GetFromPath(a.NetNSPath)
+	must(t, err)
+	defer ns.Close()
+	for i, p := range append(namedPolicies, Policy{}) {
+		must(t, n.SetPolicy(t.Context(), s, p))
+		in(t, ns, func() {
+			v := verdictsOf(n.plan, n.opts, p)
+			for _, c := range policyChainsOf(v, p, n.gates.of(s)) {
+				var want []string
+				if len(c.rules) > 0 {
+					want = []string{jump(variantOf(c.name, (i+1)%2)).text}
+					if d := cmp.Diff(ruleTexts(c.rules), kernelChain(t, variantOf(c.name, (i+1)%2))); d != "" {
+						t.Errorf("%+v: %s (-sent +kernel):\n%s", p, c.name, d)
+					}
+				}
+				if d := cmp.Diff(want, kernelChain(t, c.name)); d != "" {
+					t.Errorf("%+v: %s (-sent +kernel):\n%s", p, c.name, d)
+				}
+			}
+		})
+	}
+}
+
+func ruleTexts(rules []rule) (texts []string) {
+	for _, r := range rules {
+		texts = append(texts, r.String())
+	}
+	return texts
+}
+
+// kernelChain returns the rules of a chain of the calling thread's namespace.
+func kernelChain(t testing.TB, name string) (rules []string) {
+	t.Helper()
+	out, err := exec.Command("nft", "-s", "list", "chain", "ip", slotTable, name).CombinedOutput()
+	if err != nil {
+		t.Errorf("nft: %v: %s", err, out)
+	}
+	for line := range strings.Lines(string(out)) {
+		if rule, ok := strings.CutPrefix(line, "\t\t"); ok {
+			rules = append(rules, strings.TrimSuffix(rule, "\n"))
+		}
+	}
+	return rules
+}
+
+// What the proxy thinks of an address is what the rules say of it.
+func TestVerdictsAgreeWithRules(t *testing.T) {
+	opts := Options{Resolvers: []netip.Addr{privateAddr}, Egress: Policy{Allow: prefixes("10.0.0.0/9"), Deny: prefixes("198.51.100.0/24")}}
+	var interesting []netip.Addr
+	for _, p := range append(slices.Concat(neverRanges, privateRanges), DefaultPlan().Hosts, DefaultPlan().Veths, opts.Egress.Allow[0], opts.Egress.Deny[0]) {
+		r := rangesOf([]netip.Prefix{p})[0]
+		for _, n := range []uint32{r.first - 1, r.first, r.last, r.last + 1} {
+			interesting = append(interesting, addr4(n))
+		}
+	}
+	for range 200 {
+		interesting = append(interesting, addr4(mathrand.Uint32()))
+	}
+	for _, p := range append(testPolicies, namedPolicies...) {
+		v := verdictsOf(DefaultPlan(), opts, p).dialled()
+		for _, a := range interesting {
+			if got, want := v.permits(a), evaluate(v.rules(), a); got != want {
+				t.Errorf("%+v: %s permitted: %v, the rules say %v", p, a, got, want)
+			}
+		}
+	}
+}
+
+// evaluate walks rules for an address as the kernel does.
+func evaluate(rules []rule, a netip.Addr) bool {
+	for _, r := range rules {
+		if r[0].in == nil || contains(r[0].in, a) {
+			return r[len(r)-1].text == "accept"
+		}
+	}
+	return true
+}
+
+func TestParsePolicy(t *testing.T) {
+	yes, no := true, false
+	all := []string{"0.0.0.0/0"}
+	for _, c := range []struct {
+		host        Mode
+		internet    *bool
+		allow, deny []string
+		want        Policy
+		class       *errdefs.Class
+		text        string // in the error
+	}{
+		{host: Public},
+		{host: "", internet: &yes},
+		{host: All, internet: &yes},
+		{host: None},
+		{host: None, internet: &no, want: Policy{Mode: None}},
+		{host: None, deny: []string{"1.2.3.4"}, want: Policy{Deny: prefixes("1.2.3.4/32")}},
+		{host: Public, internet: &no, want: Policy{Mode: None}},
+		{host: Public, deny: all, want: Policy{Mode: None}},
+		{host: Public, deny: all, allow: []string{"1.1.1.1", "Example.com.", "*.example.com", "example.com"},
+			want: Policy{Mode: None, Allow: prefixes("1.1.1.1/32"), AllowNames: []string{"example.com", "*.example.com"}}},
+		{host: Public, internet: &yes, deny: all, want: Policy{Mode: None}},
+		{host: Public, internet: &no, allow: all},
+		{host: Public, internet: &no, allow: all, deny: all, want: Policy{Mode: None}},
+		{host: Public, allow: []string{"8.8.8.8/24"}, deny: []string{"evil.com", "10.0.0.0/8", "2001:db8::/32"},
+			want: Policy{Allow: prefixes("8.8.8.0/24"), Deny: prefixes("10.0.0.0/8", "2001:db8::/32"), DenyNames: []string{"evil.com"}}},
+		{host: All, allow: []string{"10.0.0.0/8"}, want: Policy{Allow: prefixes("10.0.0.0/8")}},
+		{host: Public, allow: []string{"10.1.0.0/16"}, class: errdefs.Denied, text: "10.1.0.0/16"},
+		{host: Public, allow: []string{"8.0.0.0/5"}, class: errdefs.Denied, text: "private"},
+		{host: None, internet: &yes, class: errdefs.Denied, text: "--egress none"},
+		{host: None, allow: []string{"example.com"}, class: errdefs.Denied, text: "--egress none"},
+		{host: Public, allow: []string{"::1"}, class: errdefs.InvalidArgument, text: "IPv4 only"},
+		{host: Public, allow: []string{"2001:db8::/32"}, class: errdefs.InvalidArgument, text: "IPv4 only"},
+		{host: Public, allow: []string{"http://x.com"}, deny: []string{"bücher.de"}, class: errdefs.InvalidArgument, text: "http://x.com"},
+		{host: Public, allow: []string{"http://x.com"}, deny: []string{"bücher.de"}, class: errdefs.InvalidArgument, text: "xn--"},
+		{host: Public, allow: []string{""}, class: errdefs.InvalidArgument, text: `""`},
+		{host: Public, deny: []string{"1.2.3.4/33"}, class: errdefs.InvalidArgument, text: "1.2.3.4/33"},
+		{host: Public, deny: manyNames(MaxPolicyNames + 1), class: errdefs.InvalidArgument, text: "513 names"},
+		{host: Public, deny: manyNames(5000), class: errdefs.InvalidArgument, text: "5000 entries"},
+		{host: Public, deny: manyNames(MaxPolicyNames), want: Policy{DenyNames: manyNames(MaxPolicyNames)}},
+	} {
+		got, err := ParsePolicy(c.host, c.internet, c.allow, c.deny)
+		if c.class != nil {
+			if !errors.Is(err, c.class) || !strings.Contains(err.Error(), c.text) {
+				t.Errorf("ParsePolicy(%s, %v, %.3q, %.3q) = %v, want %v with %q", c.host, c.internet, c.allow, c.deny, err, c.class, c.text)
+			}
+			continue
+		}
+		if d := cmp.Diff(c.want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); err != nil || d != "" {
+			t.Errorf("ParsePolicy(%s, %v, %.3q, %.3q): %v (-want +got):\n%s", c.host, c.internet, c.allow, c.deny, err, d)
+		}
+	}
+	for _, p := range []Policy{{AllowNames: []string{"Example.com"}}, {DenyNames: []string{"a b"}}, {DenyNames: []string{"a.example."}}} {
+		if err := p.Validate(); !errors.Is(err, errdefs.InvalidArgument) {
+			t.Errorf("%+v is valid: %v", p, err)
+		}
+	}
+	if err := New(testPlan(), Options{Egress: Policy{DenyNames: []string{"evil.com"}}}).Setup(t.Context()); !errors.Is(err, errdefs.InvalidArgument) {
+		t.Errorf("a host's policy with names = %v", err)
+	}
+}
+
+func manyNames(n int) (names []string) {
+	for i := range n {
+		names = append(names, fmt.Sprintf("host-%d.example", i))
+	}
+	return names
+}

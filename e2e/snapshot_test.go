@@ -230,3 +230,34 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestSnapshotOnAFullDisk says so, leaves nothing, and the source goes on.
+func TestSnapshotOnAFullDisk(t *testing.T) {
+	a := startAgent(t)
+	b := a.create(t, nil)
+	b.count()
+	dir := filepath.Join(a.stateDir, "snapshots")
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=8m"); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Unmount(dir, syscall.MNT_DETACH)
+	for n := range 2 { // with what is left of the first, the second would say more
+		_, err := b.snapshot("big")
+		wantCode(t, err, connect.CodeResourceExhausted, "the host's disk is full")
+		if strings.Contains(err.Error(), a.stateDir) {
+			t.Errorf("a client reads a path of the host: %v", err)
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) != 1 || left[0].Name() != "lock" {
+			t.Errorf("left: %v, %v", left, err)
+		}
+		if got := b.next(); got != n+1 {
+			t.Errorf("the source counts %d, want %d", got, n+1)
+		}
+	}
+	if err := syscall.Unmount(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.snapshot("big"); err != nil {
+		t.Error(err)
+	}
+}

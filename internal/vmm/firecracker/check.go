@@ -131,7 +131,7 @@ func find(name string) (string, error) {
 	return filepath.EvalSymlinks(path)
 }
 
-var versionLine = regexp.MustCompile(`^(\w+) v(\d+\.\d+\.\d+)`)
+var versionLine = regexp.MustCompile(`^(\w+) v(\d+\.\d+\.\d+\S*)`)
 
 func version(ctx context.Context, binary, name string) (string, error) {
 	out, err := exec.CommandContext(ctx, binary, "--version").Output()

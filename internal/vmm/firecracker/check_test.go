@@ -22,6 +22,7 @@ func TestCheck(t *testing.T) {
 		"jailed":         {install(t, fakeSettings{}, true), nil, "a test says so, confined by its jailer"},
 		"plain":          {install(t, fakeSettings{}, false), nil, "there is no jailer beside it"},
 		"oldest":         {install(t, fakeSettings{Version: "1.8.0"}, true), nil, "a test says so"},
+		"a later one":    {install(t, fakeSettings{Version: "1.17.0-dev"}, true), nil, "a test says so"},
 		"too old":        {install(t, fakeSettings{Version: "1.7.0"}, true), errdefs.Unsupported, "firecracker is 1.7.0, and 1.8 or later is needed"},
 		"none":           {Config{Binary: "/nonexistent/firecracker"}, errdefs.Unavailable, "firecracker is not installed"},
 		"no such jailer": {Config{Binary: another.Binary, Jailer: "/nonexistent/jailer"}, errdefs.Unavailable, "the jailer is not where the settings say"},

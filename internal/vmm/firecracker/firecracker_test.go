@@ -231,6 +231,15 @@ func TestContractOfTheRealOne(t *testing.T) {
 	})
 }
 
+// A version is more than three numbers.
+func TestVersionOfABuild(t *testing.T) {
+	s := subject(t, install(t, fakeSettings{Version: "1.17.0-dev"}, true))
+	v := boot(t, s)
+	if h := v.Handle(); h.Version != "1.17.0-dev" {
+		t.Errorf("handle of version %q", h.Version)
+	}
+}
+
 func TestOddVCPUs(t *testing.T) {
 	s := subject(t, install(t, fakeSettings{}, true))
 	for _, n := range []int{3, 5, 31, 33, 64} {

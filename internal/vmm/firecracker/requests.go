@@ -95,7 +95,9 @@ func configure(s vmm.Spec) []request {
 	}
 	for i, d := range s.Disks {
 		// None is a root device: that would add to the command line. The first
-		// one is vda, the next vdb.
+		// one is vda, the next vdb. What the guest flushes goes no further than
+		// the host's cache, which is what a VM has that does not outlive its host;
+		// whoever keeps a disk flushes it.
 		id := "vd" + string(rune('a'+i))
 		calls = append(calls, put("/drives/"+id, drive{ID: id, Path: diskPath(i), ReadOnly: d.ReadOnly}))
 	}

@@ -106,10 +106,11 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 // here. Its kernel and its envd are in it, so they are not part of that. A driver
 // that is not here, or cannot restore, is errdefs.Unsupported.
 func (m *Manager) memoryKey(ctx context.Context, shape template.Shape) (string, error) {
-	if here := m.cfg.Driver.Name(); shape.Driver != here {
+	driver := m.driverOf(vmm.Handle{Driver: shape.Driver})
+	if here := driver.Name(); shape.Driver != here {
 		return "", errdefs.Unsupported.Errorf("its memory is of the vmm %s, here is %s", shape.Driver, here)
 	}
-	restorer, ok := m.cfg.Driver.(vmm.Restorer)
+	restorer, ok := driver.(vmm.Restorer)
 	if !ok {
 		return "", errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", shape.Driver)
 	}

@@ -49,8 +49,6 @@ func setupCgroups(mountpoint, root string) error {
 // become empty. Safe for concurrent use.
 type cgroups struct {
 	root string
-	// room is how many processes there can be.
-	room func() int
 
 	mu sync.Mutex
 	// ended holds the cgroups whose process has ended while others, its
@@ -60,13 +58,7 @@ type cgroups struct {
 }
 
 func newCgroups(root string) *cgroups {
-	g := &cgroups{root: root, ended: make(map[string]struct{})}
-	g.room = sync.OnceValue(func() int {
-		text, _ := os.ReadFile(filepath.Join(root, "pids.max"))
-		room, _ := strconv.Atoi(strings.TrimSpace(string(text))) // or there is no limit
-		return room
-	})
-	return g
+	return &cgroups{root: root, ended: make(map[string]struct{})}
 }
 
 // cgroup is one process's, with its descendants.
@@ -84,8 +76,10 @@ func (g *cgroups) make() (*cgroup, *os.File, error) {
 	}
 	// A fork bomb must not keep anybody from starting what ends it: no process
 	// with its descendants gets the last eighth of the room.
-	if room := g.room(); room > 0 {
-		_ = os.WriteFile(filepath.Join(c.dir, "pids.max"), []byte(strconv.Itoa(room-room/8)), 0o644)
+	if text, err := os.ReadFile(filepath.Join(g.root, "pids.max")); err == nil {
+		if room, err := strconv.Atoi(strings.TrimSpace(string(text))); err == nil {
+			_ = os.WriteFile(filepath.Join(c.dir, "pids.max"), []byte(strconv.Itoa(room-room/8)), 0o644)
+		}
 	}
 	dir, err := os.Open(c.dir)
 	if err != nil {

@@ -1,6 +1,7 @@
 package guest_test
 
 import (
+	"bufio"
 	"context"
 	"io"
 	"net"
@@ -9,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -167,5 +169,38 @@ func TestCloseEndsWhatIsUnderWay(t *testing.T) {
 	}
 	if _, err := c.Exec(t.Context(), guest.Command{Cmd: "true"}); errdefs.ClassOf(err) != errdefs.Unavailable {
 		t.Errorf("after close: %v, want unavailable", err)
+	}
+}
+
+// TestQuiesceParts: when Quiesce returns, the guest knows that the connection is
+// over; it would be in the picture otherwise.
+func TestQuiesceParts(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var knows atomic.Bool
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		in := bufio.NewReader(conn)
+		if _, err := http.ReadRequest(in); err != nil {
+			return
+		}
+		_, _ = io.WriteString(conn, "HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+		_, err = in.ReadByte()
+		knows.Store(err == io.EOF)
+	}()
+	c := guest.New(l.Addr().(*net.TCPAddr).AddrPort(), "")
+	defer c.Close()
+	if err := c.Quiesce(t.Context(), true); err != nil {
+		t.Fatal(err)
+	}
+	if !knows.Load() {
+		t.Error("the guest does not know that the connection is over")
 	}
 }

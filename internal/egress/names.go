@@ -16,6 +16,9 @@ func ParseName(s string) (string, error) {
 	}
 	below, wild := strings.CutPrefix(s, "*.")
 	name, ok := canonical(below)
+	if len(s) > 300 { // more than a name has, and enough to find it by
+		s = s[:300] + "..."
+	}
 	switch {
 	case ok && wild:
 		return "*." + name, nil

@@ -77,8 +77,10 @@ type Config struct {
 	Dial func(context.Context, netip.AddrPort) (*net.TCPConn, error)
 	// Resolvers are asked from the host.
 	Resolvers []netip.AddrPort
-	// MaxConns bounds the connections at a time.
+	// MaxConns bounds the connections at a time; Turns, if not nil, those of
+	// all proxies that share it, to its capacity.
 	MaxConns int
+	Turns    chan struct{}
 	// Log receives each refusal, at debug level.
 	Log *slog.Logger
 }
@@ -157,8 +159,8 @@ func New(ctx context.Context, cfg Config, policy Policy) *Proxy {
 	p.http = newHTTPSide(p)
 	p.learn(ctx)
 	p.wg.Go(func() { p.http.serve() })
-	p.wg.Go(func() { accept(cfg.Conns, cfg.MaxConns, &p.wg, p.ctx, p.serve) })
-	p.wg.Go(func() { accept(cfg.DNSConns, maxDNSConns, &p.wg, p.ctx, p.serveDNSConn) })
+	p.wg.Go(func() { p.accept(cfg.Conns, cfg.MaxConns, p.serve) })
+	p.wg.Go(func() { p.accept(cfg.DNSConns, maxDNSConns, p.serveDNSConn) })
 	p.wg.Go(p.serveDatagrams)
 	p.wg.Go(p.keepLearning)
 	return p
@@ -376,35 +378,58 @@ type link struct {
 
 // accept hands connections to serve, at most limit at a time; more are closed
 // at once, so that the guest knows.
-func accept(from *net.TCPListener, limit int, wg *sync.WaitGroup, ctx context.Context, serve func(*net.TCPConn)) {
-	turn := make(chan struct{}, limit)
+func (p *Proxy) accept(from *net.TCPListener, limit int, serve func(*net.TCPConn)) {
+	own := make(chan struct{}, limit)
 	for {
 		c, err := from.AcceptTCP()
 		if err != nil {
-			if errors.Is(err, net.ErrClosed) || ctx.Err() != nil {
+			if errors.Is(err, net.ErrClosed) || p.ctx.Err() != nil {
 				return
 			}
 			// Out of descriptors, say: what is closed gives some back.
 			select {
-			case <-ctx.Done():
+			case <-p.ctx.Done():
 				return
 			case <-time.After(100 * time.Millisecond):
 			}
 			continue
 		}
-		select {
-		case turn <- struct{}{}:
-		default:
+		if !takeTurn(own) {
 			reset(c)
 			continue
 		}
-		wg.Go(func() {
-			defer func() { <-turn }()
-			stop := context.AfterFunc(ctx, func() { c.Close() })
+		if !takeTurn(p.cfg.Turns) {
+			<-own
+			reset(c)
+			continue
+		}
+		p.wg.Go(func() {
+			defer giveTurn(own)
+			defer giveTurn(p.cfg.Turns)
+			stop := context.AfterFunc(p.ctx, func() { c.Close() })
 			defer stop()
 			defer c.Close()
 			serve(c)
 		})
+	}
+}
+
+// takeTurn says whether there is one left; where nobody counts there is.
+func takeTurn(turns chan struct{}) bool {
+	if turns == nil {
+		return true
+	}
+	select {
+	case turns <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+func giveTurn(turns chan struct{}) {
+	if turns != nil {
+		<-turns
 	}
 }
 

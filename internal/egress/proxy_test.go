@@ -491,27 +491,41 @@ func TestPolicyChangeEndsConnections(t *testing.T) {
 }
 
 func TestConnectionsAreBounded(t *testing.T) {
-	w := twoServers(t, Policy{Allow: []string{"good.example"}})
-	var conns []*net.TCPConn
-	for range w.proxy.cfg.MaxConns {
-		conns = append(conns, w.dial(goodAddr+":443"))
-	}
-	waitOpen(t, w.proxy, len(conns))
-	if over, err := net.Dial("tcp4", w.proxy.cfg.Conns.Addr().String()); err == nil {
-		over.SetDeadline(time.Now().Add(timeout))
-		if _, err := over.Read(make([]byte, 1)); err == nil || errTimeout(err) != nil {
-			t.Errorf("one too many: %v, want it closed", err)
+	for what, turns := range map[string]int{"its own": 0, "all proxies'": 8} {
+		w := newWorld(t)
+		w.dns.set("good.example", goodAddr)
+		w.serveTLS(goodAddr+":443", "good")
+		most := 32
+		if turns > 0 {
+			w.turns, most = make(chan struct{}, turns), turns
 		}
-		over.Close()
-	}
-	conns[0].Close()
-	waitOpen(t, w.proxy, len(conns)-1)
-	for end := time.Now().Add(timeout); ; {
-		if got, _ := askTLS(w.dial(goodAddr+":443"), "good.example"); got == "good" {
-			break
+		w.start(Policy{Allow: []string{"good.example"}})
+		var conns []*net.TCPConn
+		for range most {
+			conns = append(conns, w.dial(goodAddr+":443"))
 		}
-		if time.Now().After(end) {
-			t.Fatal("no connection after one has ended")
+		waitOpen(t, w.proxy, most)
+		if over, err := net.Dial("tcp4", w.proxy.cfg.Conns.Addr().String()); err == nil {
+			over.SetDeadline(time.Now().Add(timeout))
+			if _, err := over.Read(make([]byte, 1)); err == nil || errTimeout(err) != nil {
+				t.Errorf("one more than %s limit: %v, want it closed", what, err)
+			}
+			over.Close()
+		}
+		conns[0].Close()
+		waitOpen(t, w.proxy, most-1)
+		// Its turn is given back right after.
+		for end := time.Now().Add(timeout); ; {
+			if got, _ := askTLS(w.dial(goodAddr+":443"), "good.example"); got == "good" {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatal("no connection after one has ended")
+			}
+		}
+		w.proxy.Close()
+		if len(w.turns) > 0 {
+			t.Errorf("%d turns are not given back", len(w.turns))
 		}
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -34,6 +35,7 @@ var discard = slog.New(slog.DiscardHandler)
 type world struct {
 	t       testing.TB
 	proxy   *Proxy
+	turns   chan struct{}
 	servers map[netip.AddrPort]net.Addr
 	dns     *fakeResolver
 
@@ -90,6 +92,7 @@ func (w *world) start(policy Policy) {
 		},
 		Resolvers: []netip.AddrPort{w.dns.addr},
 		MaxConns:  32,
+		Turns:     w.turns,
 	}, reaching(policy))
 	w.t.Cleanup(w.proxy.Close)
 }
@@ -113,7 +116,11 @@ func (w *world) dial(to string) *net.TCPConn {
 	w.t.Helper()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	c, err := net.DialTCP("tcp4", nil, w.proxy.cfg.Conns.Addr().(*net.TCPAddr))
+	at := w.proxy.cfg.Conns.Addr().(*net.TCPAddr)
+	c, err := net.DialTCP("tcp4", nil, at)
+	for errors.Is(err, syscall.ECONNRESET) { // one too many, for a moment
+		c, err = net.DialTCP("tcp4", nil, at)
+	}
 	must(w.t, err)
 	w.meant[c.LocalAddr().String()] = netip.MustParseAddrPort(to)
 	c.SetDeadline(time.Now().Add(timeout))

@@ -938,6 +938,7 @@ func TestParsePolicy(t *testing.T) {
 		{host: Public, allow: []string{"http://x.com"}, deny: []string{"bücher.de"}, class: errdefs.InvalidArgument, text: "http://x.com"},
 		{host: Public, allow: []string{"http://x.com"}, deny: []string{"bücher.de"}, class: errdefs.InvalidArgument, text: "xn--"},
 		{host: Public, allow: []string{""}, class: errdefs.InvalidArgument, text: `""`},
+		{host: Public, allow: slices.Repeat([]string{"a b"}, 500), class: errdefs.InvalidArgument, text: "484 more"},
 		{host: Public, deny: []string{"1.2.3.4/33"}, class: errdefs.InvalidArgument, text: "1.2.3.4/33"},
 		{host: Public, deny: manyNames(MaxPolicyNames + 1), class: errdefs.InvalidArgument, text: "513 names"},
 		{host: Public, deny: manyNames(5000), class: errdefs.InvalidArgument, text: "5000 entries"},

@@ -89,7 +89,7 @@ func New(plan Plan, opts Options) *Network {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Network{plan: plan, opts: opts, taken: make(chan struct{}, 1)}
+	return &Network{plan: plan, opts: opts, gates: newGates(), taken: make(chan struct{}, 1)}
 }
 
 // Plan returns the address plan.

@@ -74,7 +74,7 @@ const (
 //     through the proxy, which refuses nothing but those.
 //   - Questions to port 53, wherever they are sent, are answered by the agent:
 //     names that are not let through do not exist.
-//   - Everything else is refused, QUIC among it.
+//   - Everything else is refused: QUIC, and HTTP/2 that begins without TLS.
 //
 // A denied name without a * also denies the addresses that it has. What a
 // server that is let through does inside of its TLS connections cannot be
@@ -101,7 +101,7 @@ type Policy struct {
 // A sandbox may not be more open than the host lets it, whose mode is the
 // first argument: Denied for allowInternet or anything allowed on a host with
 // None, and for private ranges on one with Public. Everything else that is
-// wrong is InvalidArgument. All problems are reported at once.
+// wrong is InvalidArgument. Problems are reported at once, not one by one.
 func ParsePolicy(host Mode, allowInternet *bool, allow, deny []string) (Policy, error) {
 	if host == "" {
 		host = Public
@@ -114,6 +114,7 @@ func ParsePolicy(host Mode, allowInternet *bool, allow, deny []string) (Policy, 
 			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list has %d entries, at most %d are possible", what, len(list), MaxPolicyRanges+MaxPolicyNames))
 			return false
 		}
+		bad := 0
 		for _, text := range list {
 			r, err := netip.ParsePrefix(text)
 			if a, aerr := netip.ParseAddr(text); aerr == nil && a.Zone() == "" {
@@ -129,10 +130,15 @@ func ParsePolicy(host Mode, allowInternet *bool, allow, deny []string) (Policy, 
 			}
 			name, err := egress.ParseName(text)
 			if err != nil {
-				errs = append(errs, fmt.Errorf("%s list: %w", what, err))
+				if bad++; bad <= maxReported {
+					errs = append(errs, fmt.Errorf("%s list: %w", what, err))
+				}
 			} else if !slices.Contains(*names, name) {
 				*names = append(*names, name)
 			}
+		}
+		if bad > maxReported {
+			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list: %d more entries are wrong", what, bad-maxReported))
 		}
 		return internet
 	}
@@ -167,6 +173,9 @@ func ParsePolicy(host Mode, allowInternet *bool, allow, deny []string) (Policy, 
 func (n *Network) ParsePolicy(allowInternet *bool, allow, deny []string) (Policy, error) {
 	return ParsePolicy(n.opts.Egress.Mode, allowInternet, allow, deny)
 }
+
+// maxReported bounds the problems that ParsePolicy tells of one list.
+const maxReported = 16
 
 var theInternet = netip.MustParsePrefix("0.0.0.0/0")
 

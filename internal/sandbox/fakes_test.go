@@ -325,13 +325,12 @@ func (n *fakeNetwork) RemoveStrays(ctx context.Context) (removed []network.Slot,
 		return nil, err
 	}
 	n.mu.Lock()
-	var strays []network.Slot
-	for _, s := range slices.Sorted(maps.Keys(n.open)) {
-		if !n.taken[s] || n.fenced[s] {
+	for s := range n.open {
+		if !n.taken[s] {
 			n.taken[s], n.fenced[s] = true, true
-			strays = append(strays, s)
 		}
 	}
+	strays := slices.Sorted(maps.Keys(n.fenced))
 	n.mu.Unlock()
 	for _, s := range strays {
 		if cerr := n.Close(ctx, s); cerr != nil {

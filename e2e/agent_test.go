@@ -5,6 +5,7 @@ package e2e_test
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -97,7 +98,7 @@ func newAgent(prepared, bin string) (*agent, error) {
 	n := agents.Add(1)
 	a := &agent{
 		bin: bin, ranges: int(n) % ranges, addr: fmt.Sprintf("127.0.0.1:%d", port),
-		stateDir: filepath.Join(filepath.Dir(prepared), fmt.Sprintf("wrenn-e2e-%d-%d", os.Getpid(), n)),
+		stateDir: filepath.Join(filepath.Dir(prepared), "wrenn-e2e-"+strings.ToLower(rand.Text()[:12])),
 	}
 	// Whoever else runs agents on this machine may have chosen as we did.
 	for range ranges {
@@ -118,6 +119,9 @@ func newAgent(prepared, bin string) (*agent, error) {
 
 // prepare makes the state directory: what setup has made, linked.
 func (a *agent) prepare(prepared string) error {
+	if err := os.Mkdir(a.stateDir, 0o700); err != nil { // ours alone
+		return err
+	}
 	for _, part := range []string{"kernels", "templates", "seeds"} {
 		if err := linkTree(filepath.Join(prepared, part), filepath.Join(a.stateDir, part)); err != nil {
 			return errors.Join(fmt.Errorf("link %s: %w", part, err), os.RemoveAll(a.stateDir))

@@ -37,6 +37,9 @@ const (
 	// maxClockError is by how much a restored guest's clock may be off, the way
 	// of its answer included.
 	maxClockError = 20 * time.Millisecond
+	// maxCorrections bounds how often it is told the time again: on a busy host
+	// the way there and back may take too long a few times in a row.
+	maxCorrections = 10
 
 	// A guest that boots does not answer at all: attempts that wait for the
 	// kernel to send its packets again would miss the moment it does.
@@ -247,7 +250,7 @@ func digest(secret string) []byte {
 // said when it answered, which is never later than now.
 func (c *Client) adjust(ctx context.Context, in Init, clock string) error {
 	ns, err := strconv.ParseInt(clock, 10, 64)
-	if err != nil || !in.Time.IsZero() || !in.Restored || in.again > 2 || time.Since(time.Unix(0, ns)).Abs() < maxClockError {
+	if err != nil || !in.Time.IsZero() || !in.Restored || in.again >= maxCorrections || time.Since(time.Unix(0, ns)).Abs() < maxClockError {
 		return nil
 	}
 	return c.Init(ctx, Init{AccessToken: in.AccessToken, Restored: true, again: in.again + 1})

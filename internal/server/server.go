@@ -38,8 +38,6 @@ type Version struct {
 }
 
 type service struct {
-	// Until the calls that are new in the proto have their handlers.
-	hostagentv1connect.UnimplementedHostAgentServiceHandler
 	manager *sandbox.Manager
 	version Version
 	log     *slog.Logger

@@ -235,7 +235,7 @@ func setHostname(name string, addr netip.Addr) error {
 	if !addr.IsValid() {
 		addr = netip.AddrFrom4([4]byte{127, 0, 1, 1})
 	}
-	hosts := fmt.Sprintf("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n%s\t%s\n", addr, name)
+	hosts := "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" + addr.String() + "\t" + name + "\n"
 	return errors.Join(
 		unix.Sethostname([]byte(name)),
 		replaceFile("/etc/hostname", name+"\n"),
@@ -246,6 +246,9 @@ func setHostname(name string, addr netip.Addr) error {
 // replaceFile writes a new file, so that a link which an image left there, to
 // a file of some daemon that does not run, is replaced and not followed.
 func replaceFile(name, text string) error {
+	if overwrite(name, text) {
+		return nil
+	}
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		return err
 	}
@@ -253,17 +256,25 @@ func replaceFile(name, text string) error {
 		if err := os.Remove(name); err != nil {
 			return err
 		}
-	} else if err == nil && info.Size() == int64(len(text)) {
-		// No block is freed and taken: in a guest that has just been restored,
-		// all that is done for the first time is dear.
-		f, err := os.OpenFile(name, os.O_WRONLY, 0)
-		if err != nil {
-			return err
-		}
-		_, err = f.WriteString(text)
-		return errors.Join(err, f.Close())
 	}
 	return os.WriteFile(name, []byte(text), 0o644)
+}
+
+// overwrite writes a text over one of the same length, if there is one: no
+// block is freed and taken, and little is called. In a guest that has just been
+// restored, all that is done for the first time is dear.
+func overwrite(name, text string) bool {
+	fd, err := unix.Open(name, unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != int64(len(text)) {
+		return false
+	}
+	n, err := unix.Write(fd, []byte(text))
+	return err == nil && n == len(text)
 }
 
 // limits keeps envd alive under whatever its users' processes do.

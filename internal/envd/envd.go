@@ -122,8 +122,9 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	protocols.SetUnencryptedHTTP2(true)
 	server := &http.Server{
 		Handler: s, Protocols: &protocols, IdleTimeout: idleTimeout, ReadHeaderTimeout: 30 * time.Second,
-		ErrorLog:  slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
-		ConnState: s.conns.state,
+		ErrorLog:    slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+		ConnState:   s.conns.state,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()

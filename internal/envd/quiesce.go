@@ -259,8 +259,14 @@ func (c *openConns) state(conn net.Conn, state http.ConnState) {
 	}
 }
 
+// connKey is the key under which a request's context has its connection.
+type connKey struct{}
+
 // of reports whether a request came over a connection.
 func of(r *http.Request, conn net.Conn) bool {
+	if own, ok := r.Context().Value(connKey{}).(net.Conn); ok {
+		return own == conn
+	}
 	local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
 	return ok && conn.LocalAddr().String() == local.String() && conn.RemoteAddr().String() == r.RemoteAddr
 }

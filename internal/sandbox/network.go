@@ -9,6 +9,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/undo"
 )
 
 // NetworkSettings is what a sandbox may reach and how much of it, as its user
@@ -61,9 +62,10 @@ func (m *Manager) openNetwork(ctx context.Context, rec Record) error {
 // setNetwork gives an open slot what its record says. Called with the op lock
 // held.
 func (m *Manager) setNetwork(ctx context.Context, rec Record) error {
-	err := m.cfg.Network.SetPolicy(ctx, rec.Slot, m.policyInForce(rec))
+	// The policy comes last: what it opens is open only if all went well.
+	err := m.cfg.Network.SetLimits(ctx, rec.Slot, rec.Network.Limits)
 	if err == nil {
-		err = m.cfg.Network.SetLimits(ctx, rec.Slot, rec.Network.Limits)
+		err = m.cfg.Network.SetPolicy(ctx, rec.Slot, m.policyInForce(rec))
 	}
 	if err != nil {
 		return fmt.Errorf("set what it may reach: %w", err)
@@ -109,7 +111,14 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, s NetworkSettings) e
 		if cause := context.Cause(b.alive); cause != nil {
 			err = cause
 		}
-		m.save(b, func(r *Record) { r.Network = was })
+		back, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
+		defer cancel()
+		if berr := errors.Join(
+			m.save(b, func(r *Record) { r.Network = was }),
+			m.cfg.Network.SetLimits(back, rec.Slot, was.Limits),
+		); berr != nil {
+			m.log.Error("network policy not taken back", "sandbox", id, "err", berr)
+		}
 		return fmt.Errorf("update network of sandbox %s: %w", id, err)
 	}
 	m.log.Info("network policy changed", "sandbox", id)

@@ -114,6 +114,21 @@ func readyKey(machine string, spec vmm.Spec, tmpl template.Template, diskMiB int
 	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
+// kindKey is the key of the ready snapshot that a request would start from.
+func (m *Manager) kindKey(ctx context.Context, req CreateRequest, tmpl template.Template) (string, error) {
+	restorer, ok := m.cfg.Driver.(vmm.Restorer)
+	if !ok {
+		return "", errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", m.cfg.Driver.Name())
+	}
+	rec := Record{ID: bootName, Slot: 1, VCPUs: req.VCPUs, MemMiB: req.MemMiB}
+	spec := m.spec(rec, tmpl)
+	machine, err := restorer.SnapshotKey(ctx, spec)
+	if err != nil {
+		return "", err
+	}
+	return readyKey(machine, spec, tmpl, m.cfg.OverlayMiB), nil
+}
+
 // restoreVM starts a VM from a snapshot with the driver whose it is: the
 // others find that they do not support it.
 func (m *Manager) restoreVM(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM, error) {
@@ -314,17 +329,15 @@ func (m *Manager) Prepare(ctx context.Context, req CreateRequest) (made bool, er
 // checked the first time: the first create need not wait for that.
 func (m *Manager) readAhead() {
 	var req CreateRequest
-	restorer, ok := m.cfg.Driver.(vmm.Restorer)
-	if !ok || req.check() != nil {
+	if req.check() != nil {
 		return
 	}
 	tmpl, err := m.cfg.Templates.Get(req.Template)
 	if err != nil {
 		return // whoever creates a sandbox learns why
 	}
-	spec := m.spec(Record{ID: bootName, Slot: 1, VCPUs: req.VCPUs, MemMiB: req.MemMiB}, tmpl)
-	if machine, err := restorer.SnapshotKey(m.life, spec); err == nil {
-		_, _ = m.cfg.Templates.Ready(m.life, tmpl.Name, readyKey(machine, spec, tmpl, m.cfg.OverlayMiB))
+	if key, err := m.kindKey(m.life, req, tmpl); err == nil {
+		_, _ = m.cfg.Templates.Ready(m.life, tmpl.Name, key)
 	}
 }
 

@@ -9,7 +9,6 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 const (
@@ -105,7 +104,7 @@ func (m *Manager) createWarm(ctx context.Context, req CreateRequest, tmpl templa
 	took.begin()
 	took.from = FromWarm
 	began := time.Now().UTC()
-	key, err := m.warmKey(ctx, req, tmpl)
+	key, err := m.kindKey(ctx, req, tmpl)
 	if err != nil {
 		return Created{}, false, nil // whoever makes one from scratch says why
 	}
@@ -163,21 +162,6 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 		took.log(m.log, b)
 	}
 	return err
-}
-
-// warmKey is the key of the ready snapshot that a request would start from.
-func (m *Manager) warmKey(ctx context.Context, req CreateRequest, tmpl template.Template) (string, error) {
-	restorer, ok := m.cfg.Driver.(vmm.Restorer)
-	if !ok {
-		return "", errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", m.cfg.Driver.Name())
-	}
-	rec := Record{ID: "sb-0000000000000000", Slot: 1, VCPUs: req.VCPUs, MemMiB: req.MemMiB}
-	spec := m.spec(rec, tmpl)
-	machine, err := restorer.SnapshotKey(ctx, spec)
-	if err != nil {
-		return "", err
-	}
-	return readyKey(machine, spec, tmpl, m.cfg.OverlayMiB), nil
 }
 
 // giveUpWarm ends a guest that waits, the oldest first, so that a sandbox has
@@ -294,7 +278,7 @@ func (m *Manager) refill() (made bool, err error) {
 	}
 	tmpl, err := m.cfg.Templates.Get(req.Template)
 	if err == nil {
-		req.warm, err = m.warmKey(ctx, req, tmpl)
+		req.warm, err = m.kindKey(ctx, req, tmpl)
 	}
 	if err != nil {
 		return false, err

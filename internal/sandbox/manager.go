@@ -273,6 +273,9 @@ func (m *Manager) move(b *box, to State, change func(*Record)) error {
 	now := time.Now().UTC()
 	err := m.save(b, func(r *Record) {
 		r.State, r.StateAt = to, now
+		if r.Reason.passes() {
+			r.Reason, r.Detail = "", ""
+		}
 		if to == Running || to == Paused {
 			r.LastActiveAt = now
 		}
@@ -294,6 +297,25 @@ func (m *Manager) move(b *box, to State, change func(*Record)) error {
 	}
 	m.tell(Event{Time: now, ID: b.id, From: from.State, To: to, Reason: rec.Reason})
 	m.log.Info("sandbox "+string(to), "sandbox", b.id, "from", from.State, "reason", rec.Reason, "after", now.Sub(from.StateAt).Round(time.Millisecond))
+	return nil
+}
+
+// mark notes on a sandbox, whose state stays, why it does not work as it
+// should, or with an empty reason that it does again. A mark that is there
+// already is not told again. Called with the op lock held.
+func (m *Manager) mark(b *box, reason Reason, detail string) error {
+	rec := b.record()
+	if rec.Reason == reason && rec.Detail == detail {
+		return nil
+	}
+	err := m.save(b, func(r *Record) { r.Reason, r.Detail = reason, detail })
+	if err != nil {
+		return err
+	}
+	if rec.Reason != reason {
+		m.tell(Event{Time: time.Now().UTC(), ID: b.id, From: rec.State, To: rec.State, Reason: reason})
+		m.log.Info("sandbox marked", "sandbox", b.id, "state", rec.State, "reason", reason, "detail", detail)
+	}
 	return nil
 }
 

@@ -102,7 +102,8 @@ func check(id ID, op Operation, state State) error {
 	return errdefs.WrongState.Errorf("sandbox %s is %s; %s needs it %s", id, state, op, strings.Join(names, " or "))
 }
 
-// Reason says why a sandbox is stopping or stopped. The set is closed.
+// Reason says why a sandbox is stopping or stopped, or why one that runs or is
+// paused does not work as it should. The set is closed.
 type Reason string
 
 const (
@@ -115,7 +116,19 @@ const (
 	NetworkLost Reason = "network_lost"
 )
 
-// Reasons returns all reasons.
+// The reasons that pass: the sandbox goes on when what they name is over.
+const (
+	// DiskFull: the guest wrote what the host's disk has no room for. Its VM
+	// stands still until there is room.
+	DiskFull Reason = "disk_full"
+	// Unreachable: the VM is there, but it or its guest does not answer.
+	Unreachable Reason = "unreachable"
+)
+
+// passes says whether a sandbox with this reason still has its VM.
+func (r Reason) passes() bool { return r == DiskFull || r == Unreachable }
+
+// Reasons returns all reasons that a sandbox can have ended for.
 func Reasons() []Reason {
 	return []Reason{Destroyed, Expired, CreateFailed, VMExited, Lost, NetworkLost}
 }

@@ -1512,7 +1512,8 @@ type SandboxInfo struct {
 	// Seconds without activity after which the sandbox expires; 0 is never.
 	TimeoutSec int32 `protobuf:"varint,9,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
 	// Why the sandbox is stopping or stopped: destroyed, expired, create_failed,
-	// vm_exited, lost or network_lost. Empty otherwise.
+	// vm_exited, lost or network_lost; or why one that runs or is paused does not
+	// work as it should: disk_full or unreachable. Empty otherwise.
 	Reason string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
 	// What is known about the reason, for a person.
 	Detail string `protobuf:"bytes,11,opt,name=detail,proto3" json:"detail,omitempty"`

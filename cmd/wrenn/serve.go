@@ -254,10 +254,11 @@ func (c *serveConfig) logger() *slog.Logger {
 	if c.verbose {
 		opts.Level = slog.LevelDebug
 	}
+	out := printer{os.Stderr} // what guests and VMMs say is in it
 	if c.logFormat == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+		return slog.New(slog.NewJSONHandler(out, opts))
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+	return slog.New(slog.NewTextHandler(out, opts))
 }
 
 // baseUID begins the range of users that VMMs run as: far from those of people

@@ -45,10 +45,12 @@ type hostile struct {
 	file     []byte               // content of /files
 	refusal  string               // answer of /files and of CONNECT instead
 	received []byte               // what was sent to /files, or to a command
+	fed      chan struct{}        // that the end of it has come
 }
 
 func (h *hostile) serve(t *testing.T) string {
 	t.Helper()
+	h.fed = make(chan struct{}, 1)
 	mux := http.NewServeMux()
 	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(h))
 	mux.Handle(processconnect.NewProcessHandler(h))
@@ -137,7 +139,7 @@ func (h *hostile) List(context.Context, *connect.Request[process.ListRequest]) (
 	}}), nil
 }
 
-func (h *hostile) Start(_ context.Context, req *connect.Request[process.StartRequest], s *connect.ServerStream[process.StartResponse]) error {
+func (h *hostile) Start(ctx context.Context, req *connect.Request[process.StartRequest], s *connect.ServerStream[process.StartResponse]) error {
 	if h.fail != nil {
 		return h.fail
 	}
@@ -154,6 +156,13 @@ func (h *hostile) Start(_ context.Context, req *connect.Request[process.StartReq
 	if err == nil && h.stderr != "" {
 		err = data(&process.ProcessEvent_DataEvent{Output: &process.ProcessEvent_DataEvent_Stderr{Stderr: []byte(h.stderr)}})
 	}
+	if err == nil && req.Msg.GetStdin() {
+		select {
+		case <-h.fed:
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
 	if err != nil {
 		return err
 	}
@@ -164,6 +173,7 @@ func (h *hostile) StreamInput(_ context.Context, s *connect.ClientStream[process
 	for s.Receive() {
 		h.received = append(h.received, s.Msg().GetData().GetInput().GetStdin()...)
 	}
+	h.fed <- struct{}{}
 	return connect.NewResponse(&process.StreamInputResponse{}), nil
 }
 

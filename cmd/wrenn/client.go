@@ -609,12 +609,13 @@ func newVersion(c *client) *cobra.Command {
 				enc.SetIndent("", "  ")
 				return enc.Encode(v)
 			}
-			fmt.Fprintf(out, "client  %s\n", buildVersion())
+			host := ""
 			if err != nil {
-				fmt.Fprintf(out, "host    %s\n", explain(err))
-				return nil
+				host = explain(err)
+			} else {
+				host = fmt.Sprintf("%s, sandboxes by %s %s", agent.Msg.Version, agent.Msg.Vmm, agent.Msg.VmmVersion)
 			}
-			fmt.Fprintf(out, "host    %s, sandboxes by %s %s\n", agent.Msg.Version, agent.Msg.Vmm, agent.Msg.VmmVersion)
+			fmt.Fprintf(out, "client  %s\nhost    %s\n", buildVersion(), printableLine(host))
 			return nil
 		},
 	}

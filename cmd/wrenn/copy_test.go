@@ -15,8 +15,6 @@ import (
 	"time"
 
 	gocmp "github.com/google/go-cmp/cmp"
-
-	"git.omukk.dev/wrenn/sandbox/api/filesystem"
 )
 
 func TestParsePlace(t *testing.T) {
@@ -234,7 +232,7 @@ func TestCopyStaysInItsTarget(t *testing.T) {
 			before := g.outside(t)
 			own := picture(t, g.target, "")
 			h := &hostile{archive: archiveOf(t, entries...)}
-			h.entry.Type, h.entry.Path = filesystem.FileType_FILE_TYPE_DIRECTORY, "/x"
+			h.entry = dirEntry("/x")
 			host := h.serve(t)
 			for range 2 {
 				t.Logf("cp: %v", cp(t, host, hostileID+":/x/.", g.target))
@@ -286,7 +284,7 @@ func TestCopyOfAFileStaysInItsTarget(t *testing.T) {
 			}
 			before := g.outside(t)
 			h := &hostile{file: []byte("bad")}
-			h.entry.Type, h.entry.Path, h.entry.Mode = filesystem.FileType_FILE_TYPE_FILE, "/x", 0o6755
+			h.entry = fileEntry(0o6755)
 			host := h.serve(t)
 			made := filepath.Join(g.target, c.from)
 			if c.to != "" {
@@ -325,7 +323,7 @@ func TestCopyOfADirectoryStaysInItsTarget(t *testing.T) {
 			g := newGround(t)
 			before := g.outside(t)
 			h := &hostile{archive: archiveOf(t, fileHeader("kept"))}
-			h.entry.Type, h.entry.Path = filesystem.FileType_FILE_TYPE_DIRECTORY, "/x"
+			h.entry = dirEntry("/x")
 			host := h.serve(t)
 			for range 2 {
 				if err := cp(t, host, hostileID+":/srv/"+name, g.target); (err == nil) != (name == "dir" || name == "new") {
@@ -361,7 +359,7 @@ func TestCopyOfAnEndlessArchive(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := &hostile{archive: c.archive}
-			h.entry.Type, h.entry.Path = filesystem.FileType_FILE_TYPE_DIRECTORY, "/x"
+			h.entry = dirEntry("/x")
 			target := t.TempDir()
 			err := cp(t, h.serve(t), hostileID+":/x/.", target)
 			if err == nil || !strings.Contains(err.Error(), c.want) {

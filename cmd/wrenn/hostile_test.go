@@ -34,18 +34,18 @@ type hostile struct {
 	processconnect.UnimplementedProcessHandler
 	filesystemconnect.UnimplementedFilesystemHandler
 
-	status   string               // of the sandbox; "running" if empty
-	text     string               // in every field of an answer that is text
-	console  []byte               // of GetConsole
-	entry    filesystem.EntryInfo // of Stat
-	archive  []byte               // what tar writes, and any other command
-	stderr   string               // what they say beside it
-	exit     int32                // and end with
-	fail     error                // what Start answers instead
-	file     []byte               // content of /files
-	refusal  string               // answer of /files and of CONNECT instead
-	received []byte               // what was sent to /files, or to a command
-	fed      chan struct{}        // that the end of it has come
+	status   string                // of the sandbox; "running" if empty
+	text     string                // in every field of an answer that is text
+	console  []byte                // of GetConsole
+	entry    *filesystem.EntryInfo // of Stat
+	archive  []byte                // what tar writes, and any other command
+	stderr   string                // what they say beside it
+	exit     int32                 // and end with
+	fail     error                 // what Start answers instead
+	file     []byte                // content of /files
+	refusal  string                // answer of /files and of CONNECT instead
+	received []byte                // what was sent to /files, or to a command
+	fed      chan struct{}         // that the end of it has come
 }
 
 func (h *hostile) serve(t *testing.T) string {
@@ -178,11 +178,19 @@ func (h *hostile) StreamInput(_ context.Context, s *connect.ClientStream[process
 }
 
 func (h *hostile) Stat(context.Context, *connect.Request[filesystem.StatRequest]) (*connect.Response[filesystem.StatResponse], error) {
-	return connect.NewResponse(&filesystem.StatResponse{Entry: &h.entry}), nil
+	return connect.NewResponse(&filesystem.StatResponse{Entry: h.entry}), nil
 }
 
 func (h *hostile) MakeDir(context.Context, *connect.Request[filesystem.MakeDirRequest]) (*connect.Response[filesystem.MakeDirResponse], error) {
 	return nil, connect.NewError(connect.CodeAlreadyExists, errors.New("it is there"))
+}
+
+func dirEntry(path string) *filesystem.EntryInfo {
+	return &filesystem.EntryInfo{Type: filesystem.FileType_FILE_TYPE_DIRECTORY, Path: path}
+}
+
+func fileEntry(mode uint32) *filesystem.EntryInfo {
+	return &filesystem.EntryInfo{Type: filesystem.FileType_FILE_TYPE_FILE, Path: "/x", Mode: mode}
 }
 
 // archiveOf makes an archive of entries; files hold "bad".

@@ -13,8 +13,6 @@ import (
 	"testing"
 
 	gocmp "github.com/google/go-cmp/cmp"
-
-	"git.omukk.dev/wrenn/sandbox/api/filesystem"
 )
 
 // entriesOf is what an archive holds.
@@ -207,7 +205,7 @@ func TestCopyIn(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := &hostile{}
-			h.entry.Type, h.entry.Path = filesystem.FileType_FILE_TYPE_DIRECTORY, "/x"
+			h.entry = dirEntry("/x")
 			err := cp(t, h.serve(t), c.from, hostileID+":/x")
 			switch {
 			case c.want != "":

@@ -229,7 +229,7 @@ func TestProgram(t *testing.T) {
 func wrenn(t *testing.T, host string, args ...string) (stdout, stderr string, status int) {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0], append([]string{"-test.run=^TestProgram$", "--"}, args...)...)
-	cmd.Env = append(os.Environ(), "WRENN_TEST_PROGRAM=1", "WRENN_HOST="+host)
+	cmd.Env = append(os.Environ(), "WRENN_TEST_PROGRAM=1", "WRENN_HOST="+host, "GORACE=atexit_sleep_ms=0")
 	var out, errs strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {

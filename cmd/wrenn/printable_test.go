@@ -45,6 +45,11 @@ func TestPrintable(t *testing.T) {
 		t.Errorf("a line: %q", got)
 	}
 	for r := rune(0); r <= unicode.MaxRune; r++ {
+		if r == 0x10000 {
+			r = 0xe0000 // tags: invisible, as nothing in between is
+		} else if r == 0xe1000 {
+			break
+		}
 		if got := printable(string(r)); unsafeRune(got) >= 0 {
 			t.Fatalf("%U is shown as %q", r, got)
 		}

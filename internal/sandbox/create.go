@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
@@ -440,7 +441,7 @@ func (m *Manager) lastWords(id ID) string {
 		return ""
 	}
 	text := strings.Map(func(r rune) rune {
-		if r == '\n' || r >= ' ' && r != 0x7f {
+		if r == '\n' || unicode.IsGraphic(r) {
 			return r
 		}
 		return -1

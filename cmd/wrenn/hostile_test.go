@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -34,6 +35,7 @@ type hostile struct {
 	processconnect.UnimplementedProcessHandler
 	filesystemconnect.UnimplementedFilesystemHandler
 
+	mu       sync.Mutex            // guards status
 	status   string                // of the sandbox; "running" if empty
 	text     string                // in every field of an answer that is text
 	console  []byte                // of GetConsole
@@ -81,11 +83,19 @@ func (h *hostile) serve(t *testing.T) string {
 	return server.URL
 }
 
+func (h *hostile) setStatus(status string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.status = status
+}
+
 func (h *hostile) sandbox() *hostagentv1.SandboxInfo {
 	box := &hostagentv1.SandboxInfo{
 		SandboxId: hostileID, Status: "running", Template: h.text, HostIp: h.text, Reason: h.text, Detail: h.text,
 		CreatedAtUnix: time.Now().Unix(),
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	if h.status != "" {
 		box.Status = h.status
 	}
@@ -93,7 +103,7 @@ func (h *hostile) sandbox() *hostagentv1.SandboxInfo {
 }
 
 func (h *hostile) GetSandbox(context.Context, *connect.Request[hostagentv1.GetSandboxRequest]) (*connect.Response[hostagentv1.GetSandboxResponse], error) {
-	if h.status == "gone" {
+	if box := h.sandbox(); box.Status == "gone" {
 		return nil, connect.NewError(connect.CodeNotFound, errors.New("sandbox does not exist"))
 	}
 	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: h.sandbox()}), nil

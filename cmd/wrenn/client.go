@@ -257,12 +257,12 @@ func newPs(c *client) *cobra.Command {
 			row(w, "SANDBOX ID", "TEMPLATE", "STATUS", "VCPUS", "MEMORY", "ADDRESS", "CREATED", "EXPIRES")
 			for _, s := range sandboxes {
 				created, expires := "-", "never"
-				if s.CreatedAtUnix != 0 {
+				if s.CreatedAtUnix > 0 {
 					created = rough(time.Since(time.Unix(s.CreatedAtUnix, 0))) + " ago"
 				}
 				if s.ExpiresAtUnix != 0 {
 					expires = "in " + rough(time.Until(time.Unix(s.ExpiresAtUnix, 0)))
-				} else if s.TimeoutSec != 0 || s.CreatedAtUnix == 0 || s.Status == "stopped" {
+				} else if s.TimeoutSec != 0 || s.CreatedAtUnix <= 0 || s.Status == "stopped" {
 					expires = "-"
 				}
 				row(w, s.SandboxId, s.Template, statusText(s), s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb), s.HostIp, created, expires)

@@ -350,6 +350,7 @@ func TestCopyOfAnEndlessArchive(t *testing.T) {
 		"a size below 0":   {patched(whole, 124, strings.Repeat("\xff", 12)), "archive"},
 		"no archive":       {bytes.Repeat([]byte("not one "), 1000), "archive"},
 		"cut":              {whole[:513], "EOF"},
+		"too deep":         {archiveOf(t, dirHeader(strings.Repeat("x/", maxDepth)+"x")), "deep"},
 		// Of nothing but a size, 8 GiB of zeros.
 		"a sparse file": {patched(whole, 156, "S", 257, "ustar  \x00", 386, "77777777777\x0000000000000\x00", 483, "77777777777\x00", 124, "00000000000\x00"), "sparse"},
 		"a sparse file in PAX": {bytes.ReplaceAll(archiveOf(t, tar.Header{Name: "x", Typeflag: tar.TypeReg, PAXRecords: map[string]string{
@@ -369,6 +370,25 @@ func TestCopyOfAnEndlessArchive(t *testing.T) {
 				t.Errorf("left: %v", left)
 			}
 		})
+	}
+}
+
+// repeated is one block, again and again.
+type repeated []byte
+
+func (r repeated) Read(p []byte) (int, error) { return copy(p, r), nil }
+
+func TestUnpackTooMany(t *testing.T) {
+	top, err := os.OpenRoot(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer top.Close()
+	p := startMeter(-1)
+	defer p.stop()
+	r := repeated(archiveOf(t, dirHeader("./"))[:512])
+	if err := (&tree{top: top, most: 100, note: p}).layAll(r); err == nil || !strings.Contains(err.Error(), "more than 100 entries") {
+		t.Errorf("got %v", err)
 	}
 }
 

@@ -70,7 +70,14 @@ func (h *hostile) serve(t *testing.T) string {
 			_, _ = w.Write(h.file)
 		}
 	})
-	mux.HandleFunc("/metrics", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, `{"cpu_count":1}`) })
+	mux.HandleFunc("/metrics", func(w http.ResponseWriter, _ *http.Request) {
+		if h.refusal != "" {
+			w.WriteHeader(http.StatusBadGateway)
+			_, _ = io.WriteString(w, `{"code":502,"message":"`+h.refusal+`"}`)
+			return
+		}
+		_, _ = io.WriteString(w, `{"cpu_count":1}`)
+	})
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodConnect {
 			w.WriteHeader(http.StatusBadGateway)
@@ -235,11 +242,18 @@ func TestProgram(t *testing.T) {
 	os.Exit(0)
 }
 
-// wrenn runs the program against an agent.
-func wrenn(t *testing.T, host string, args ...string) (stdout, stderr string, status int) {
+// program is wrenn as a program of its own, against an agent.
+func program(t *testing.T, host string, args ...string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0], append([]string{"-test.run=^TestProgram$", "--"}, args...)...)
 	cmd.Env = append(os.Environ(), "WRENN_TEST_PROGRAM=1", "WRENN_HOST="+host, "GORACE=atexit_sleep_ms=0")
+	return cmd
+}
+
+// wrenn runs the program to its end.
+func wrenn(t *testing.T, host string, args ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	cmd := program(t, host, args...)
 	var out, errs strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {

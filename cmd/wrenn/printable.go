@@ -56,10 +56,16 @@ func (p printer) Write(text []byte) (int, error) {
 	return len(text), nil
 }
 
+// maxMessage bounds a message, in bytes: a name in it may be a guest's.
+const maxMessage = 4096
+
 // complain prints a message on stderr. Its lines after the first are indented:
 // none of them passes for a message of its own.
 func complain(format string, args ...any) {
 	text := printable(strings.TrimRight(fmt.Sprintf(format, args...), "\n"))
+	if len(text) > maxMessage {
+		text = strings.ToValidUTF8(text[:maxMessage], "") + "…"
+	}
 	fmt.Fprintln(os.Stderr, "wrenn: "+strings.ReplaceAll(text, "\n", "\n  "))
 }
 

@@ -10,12 +10,14 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"unicode"
 	"unicode/utf8"
 
 	"connectrpc.com/connect"
+	"github.com/creack/pty"
 	gocmp "github.com/google/go-cmp/cmp"
 )
 
@@ -96,6 +98,7 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 		"events --json":     {&hostile{text: evil}, []string{"events", "--no-follow", "--json"}},
 		"snapshots":         {&hostile{text: evil}, []string{"snapshots"}},
 		"top":               {&hostile{text: evil}, []string{"top", hostileID}},
+		"top's error":       {&hostile{refusal: refusal}, []string{"top", hostileID}},
 		"top --json":        {&hostile{text: evil}, []string{"top", hostileID, "--json"}},
 		"version":           {&hostile{text: evil}, []string{"version"}},
 		"version --json":    {&hostile{text: evil}, []string{"version", "--json"}},
@@ -143,6 +146,52 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 	}
 }
 
+// What shows progress moves the cursor itself, on a terminal, and says between
+// that what a guest has said.
+func TestProgressOnATerminal(t *testing.T) {
+	own := regexp.MustCompile(`\x1b\[[HJK]|\r`)
+	for name, c := range map[string]struct {
+		guest *hostile
+		args  []string
+	}{
+		"top":      {&hostile{text: evil}, []string{"top", hostileID}},
+		"top ends": {&hostile{refusal: `MARK\u001b]52;c;x\u0007`}, []string{"top", hostileID}},
+		"cp": {&hostile{archive: archiveOf(t, tar.Header{Name: evil, Typeflag: tar.TypeFifo}), entry: dirEntry("/x")},
+			[]string{"cp", hostileID + ":/x/.", t.TempDir()}},
+		"create": {&hostile{text: evil}, []string{"create", "-v"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file, tty, err := pty.Open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			cmd := program(t, c.guest.serve(t), c.args...)
+			cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			tty.Close()
+			var shown strings.Builder
+			buf := make([]byte, 4096)
+			for err == nil {
+				var n int
+				n, err = file.Read(buf)
+				shown.Write(buf[:n])
+				if name == "top" && strings.Contains(shown.String(), "COMMAND") && strings.Contains(shown.String(), "\x1b[J") {
+					break
+				}
+			}
+			_ = cmd.Process.Signal(os.Interrupt)
+			_ = cmd.Wait()
+			text := own.ReplaceAllString(shown.String(), "")
+			if at := unsafeRune(text); at >= 0 || !strings.Contains(text, mark) {
+				t.Errorf("the terminal was given %q", shown.String())
+			}
+		})
+	}
+}
+
 // holds reports whether a JSON document has a text somewhere.
 func holds(t *testing.T, document, text string) bool {
 	t.Helper()
@@ -171,6 +220,14 @@ func holds(t *testing.T, document, text string) bool {
 		return false
 	}
 	return in(v)
+}
+
+func TestMessageIsBounded(t *testing.T) {
+	h := &hostile{fail: connect.NewError(connect.CodeInternal, errors.New(strings.Repeat("ä", 100_000)))}
+	_, stderr, _ := wrenn(t, h.serve(t), "exec", hostileID, "--", "true")
+	if len(stderr) < 1000 || len(stderr) > 5000 || unsafeRune(stderr) >= 0 {
+		t.Errorf("%d bytes of message", len(stderr))
+	}
 }
 
 // A command's own stream is what it wrote, and so is a console with --raw.

@@ -155,7 +155,8 @@ func openDir(parent *os.Root, name string, mode fs.FileMode) (*os.Root, error) {
 
 // tree is what an archive lays out below a directory.
 type tree struct {
-	top *os.Root
+	top  *os.Root
+	most int // entries
 	// open are the directories that lead to where the last entry went.
 	open []level
 	// made are the files of this archive.
@@ -182,22 +183,26 @@ func inodeOf(info fs.FileInfo) inode {
 // nothing is made but files, directories and links, without the bits that lend
 // rights.
 func unpack(r io.Reader, top *os.Root, p *meter) error {
-	t := &tree{top: top, made: make(map[inode]bool), note: p}
+	t := &tree{top: top, most: maxEntries, made: make(map[inode]bool), note: p}
+	return t.layAll(p.reader(r))
+}
+
+func (t *tree) layAll(r io.Reader) error {
 	defer t.leave(0)
-	archive := tar.NewReader(p.reader(r))
+	archive := tar.NewReader(r)
 	for n := 0; ; n++ {
 		h, err := archive.Next()
 		if err == io.EOF {
 			if more := t.passed - maxTold; more > 0 {
-				p.say("%d more are not copied", more)
+				t.note.say("%d more are not copied", more)
 			}
 			return nil
 		}
 		if err != nil {
 			return fmt.Errorf("read the archive: %w", err)
 		}
-		if n == maxEntries {
-			return fmt.Errorf("the sandbox's archive has more than %d entries", maxEntries)
+		if n == t.most {
+			return fmt.Errorf("the sandbox's archive has more than %d entries", t.most)
 		}
 		if err := t.lay(h, archive); err != nil {
 			return fmt.Errorf("copy %q: %w", h.Name, err)

@@ -258,7 +258,7 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took
 
 	restored := from.ready.Dir != ""
 	if restored {
-		if err := m.restore(ctx, b, tmpl, from.ready.Dir, identity(b.record(), true), "", took); err != nil {
+		if err := m.restore(ctx, b, tmpl, memory{dir: from.ready.Dir}, identity(b.record(), true), took); err != nil {
 			if context.Cause(ctx) != nil {
 				return err
 			}

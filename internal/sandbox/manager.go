@@ -55,6 +55,7 @@ type Templates interface {
 	Snapshots() ([]template.Snapshot, error)
 	StageSnapshot(ctx context.Context, name string) (template.Stage, error)
 	DropSnapshot(name string) error
+	Verify(ctx context.Context, want func(kind template.Kind, name string) bool, fn func(template.Verified) error) error
 }
 
 // Guest is a running guest; *guest.Client is one.

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
@@ -83,6 +85,42 @@ func TestDigestPieces(t *testing.T) {
 	cancel(gone)
 	if _, err := digestPieces(ctx, full); !errors.Is(err, gone) {
 		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// TestSealDigs: a sealed file keeps its bytes, and takes disk only for those that
+// are not zero.
+func TestSealDigs(t *testing.T) {
+	// Data, zeros beyond the borders of pages and pieces, data, zeros at the end.
+	data := make([]byte, 5*pieceBytes+pageBytes)
+	for _, at := range []int{0, pageBytes - 1, 3 * pageBytes, pieceBytes - 1, 3*pieceBytes + 100} {
+		data[at] = 0xaa
+	}
+	dir := t.TempDir()
+	path := filepath.Join(dir, "mem")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before := digestOf(t, path)
+	if err := SealState(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(path)
+	if err != nil || !bytes.Equal(got, data) {
+		t.Errorf("the content has changed, %v", err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	if kept := st.Blocks * 512; kept > 16*pageBytes {
+		t.Errorf("%d bytes are kept for 4 pages", kept)
+	}
+	if after := digestOf(t, path); after != before {
+		t.Errorf("the digest was %+v and is %+v", before, after)
+	}
+	if err := VerifyState(t.Context(), dir); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -155,7 +155,7 @@ func sealFiles(tmp, manifestName string, v any, m *manifest, hash func(path stri
 // modes of the files stay, for a disk in it may have another name.
 func SealState(ctx context.Context, dir string) error {
 	var m manifest
-	err := sealFiles(dir, readyManifest, &m, &m, func(path string) (File, error) { return digestPieces(ctx, path) })
+	err := sealFiles(dir, readyManifest, &m, &m, func(path string) (File, error) { return digAndDigest(ctx, path) })
 	return noSpace("seal state", err)
 }
 

@@ -259,7 +259,7 @@ func (s *Store) stage(tmp string, l *lock, publish func(context.Context, Meta) e
 // publishSnapshot seals a snapshot and shows it as dst.
 func (s *Store) publishSnapshot(ctx context.Context, tmp, dst string, meta Meta, show func(tmp, dst string) error) error {
 	m := snapshotManifest{Meta: meta}
-	err := seal(tmp, readyManifest, &m, &m.manifest, func(path string) (File, error) { return digestPieces(ctx, path) })
+	err := seal(tmp, readyManifest, &m, &m.manifest, func(path string) (File, error) { return digAndDigest(ctx, path) })
 	if err != nil {
 		return err
 	}

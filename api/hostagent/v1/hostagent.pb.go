@@ -1512,7 +1512,7 @@ type SandboxInfo struct {
 	// Seconds without activity after which the sandbox expires; 0 is never.
 	TimeoutSec int32 `protobuf:"varint,9,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
 	// Why the sandbox is stopping or stopped: destroyed, expired, create_failed,
-	// vm_exited, lost or network_lost; or why one that runs or is paused does not
+	// vm_exited, out_of_memory, lost or network_lost; or why one that runs or is paused does not
 	// work as it should: disk_full or unreachable. Empty otherwise.
 	Reason string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
 	// What is known about the reason, for a person.

@@ -169,7 +169,7 @@ something required is missing. As root it sees more.`,
 			if err != nil {
 				return err
 			}
-			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(), VMM: c.vmm, Plan: plan})
+			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(true), VMM: c.vmm, Plan: plan})
 			out := cmd.OutOrStdout()
 			if asJSON {
 				enc := json.NewEncoder(out)

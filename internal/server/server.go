@@ -375,6 +375,20 @@ func (s *service) GetConsole(_ context.Context, req *connect.Request[hostagentv1
 	return connect.NewResponse(&hostagentv1.GetConsoleResponse{Console: console}), nil
 }
 
+func (s *service) Verify(ctx context.Context, req *connect.Request[hostagentv1.VerifyRequest], stream *connect.ServerStream[hostagentv1.VerifyResponse]) error {
+	return s.manager.Verify(ctx, req.Msg.Names, func(v sandbox.Verified) error {
+		resp := &hostagentv1.VerifyResponse{Kind: string(v.Kind), Name: v.Name, Bytes: v.Bytes}
+		switch {
+		case v.Err != nil && errdefs.ClassOf(v.Err) == nil:
+			s.log.Error("not verified", "kind", v.Kind, "name", v.Name, "err", v.Err)
+			resp.Problem = "it could not be read now; the agent's log says why"
+		case v.Err != nil:
+			resp.Problem = v.Err.Error()
+		}
+		return stream.Send(resp)
+	})
+}
+
 func (s *service) GetVersion(context.Context, *connect.Request[hostagentv1.GetVersionRequest]) (*connect.Response[hostagentv1.GetVersionResponse], error) {
 	return connect.NewResponse(&hostagentv1.GetVersionResponse{
 		Version: s.version.Version, Vmm: s.version.VMM, VmmVersion: s.version.VMMVersion,

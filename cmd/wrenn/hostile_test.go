@@ -146,6 +146,10 @@ func (h *hostile) GetConsole(context.Context, *connect.Request[hostagentv1.GetCo
 	return connect.NewResponse(&hostagentv1.GetConsoleResponse{Console: h.console}), nil
 }
 
+func (h *hostile) Verify(_ context.Context, _ *connect.Request[hostagentv1.VerifyRequest], s *connect.ServerStream[hostagentv1.VerifyResponse]) error {
+	return s.Send(&hostagentv1.VerifyResponse{Kind: "snapshot", Name: h.text, Problem: h.text})
+}
+
 func (h *hostile) GetVersion(context.Context, *connect.Request[hostagentv1.GetVersionRequest]) (*connect.Response[hostagentv1.GetVersionResponse], error) {
 	return connect.NewResponse(&hostagentv1.GetVersionResponse{Version: h.text, Vmm: h.text, VmmVersion: h.text}), nil
 }

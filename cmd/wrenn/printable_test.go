@@ -102,6 +102,8 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 		"top --json":        {&hostile{text: evil}, []string{"top", hostileID, "--json"}},
 		"version":           {&hostile{text: evil}, []string{"version"}},
 		"version --json":    {&hostile{text: evil}, []string{"version", "--json"}},
+		"verify":            {&hostile{text: evil}, []string{"verify"}},
+		"verify --json":     {&hostile{text: evil}, []string{"verify", "--json"}},
 		"create":            {&hostile{text: evil}, []string{"create", "-v"}},
 		"run":               {&hostile{text: evil}, []string{"run", "--", "true"}},
 		"rm":                {&hostile{text: evil}, []string{"rm", hostileID}},

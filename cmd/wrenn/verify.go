@@ -52,7 +52,7 @@ func printVerified(cmd *cobra.Command, found []*hostagentv1.VerifyResponse, asJS
 	damaged := 0
 	w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 3, ' ', 0)
 	if !asJSON {
-		fmt.Fprintln(w, "KIND\tNAME\tSTATUS")
+		row(w, "KIND", "NAME", "STATUS")
 	}
 	for _, v := range found {
 		status := "intact"
@@ -61,7 +61,7 @@ func printVerified(cmd *cobra.Command, found []*hostagentv1.VerifyResponse, asJS
 			status = v.Problem
 		}
 		if !asJSON {
-			fmt.Fprintf(w, "%s\t%s\t%s\n", v.Kind, v.Name, status)
+			row(w, v.Kind, v.Name, status)
 		} else if err := printJSON(cmd.OutOrStdout(), v); err != nil {
 			return err
 		}

@@ -113,7 +113,7 @@ const (
 	VMExited     Reason = "vm_exited"
 	// OutOfMemory: the VMM needed more memory than its cgroup has.
 	OutOfMemory Reason = "out_of_memory"
-	Lost         Reason = "lost"
+	Lost        Reason = "lost"
 	// NetworkLost: somebody took its network apart, beyond repair.
 	NetworkLost Reason = "network_lost"
 )

@@ -26,6 +26,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -77,6 +78,8 @@ type Network struct {
 		sync.Mutex
 		left []Slot
 	}
+	// share is what the sandboxes may take of the host's connection table.
+	share tableShare
 	// madeDir: Setup made netnsDir a mount, for Teardown to take back.
 	madeDir atomic.Bool
 
@@ -84,13 +87,17 @@ type Network struct {
 	hook func(s Slot, step string) error
 }
 
-// New returns the network of a valid plan. It touches nothing on the host.
+// New returns the network of a valid plan. It changes nothing on the host.
 func New(plan Plan, opts Options) *Network {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Network{plan: plan, opts: opts, gates: newGates(), taken: make(chan struct{}, 1)}
+	share := shareOf(connectionTable())
+	opts.Limits.Connections = share.clamp(opts.Limits.Connections)
+	return &Network{plan: plan, opts: opts, gates: newGates(), share: share, taken: make(chan struct{}, 1)}
 }
+
+func (n *Network) hostRules() ruleset { return hostRules(n.plan, n.opts.Resolvers, n.share) }
 
 // Plan returns the address plan.
 func (n *Network) Plan() Plan { return n.plan }
@@ -136,7 +143,7 @@ func (n *Network) Setup(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := refillTable(hostRules(n.plan, n.opts.Resolvers)); err != nil {
+	if err := refillTable(n.hostRules()); err != nil {
 		return fmt.Errorf("set host rules: %w", err)
 	}
 	for _, r := range n.rangeRoutes() {
@@ -169,7 +176,7 @@ func (n *Network) Teardown(context.Context) error {
 			errs = append(errs, fmt.Errorf("remove unreachable route %s: %w", r.Dst, err))
 		}
 	}
-	if err := removeTable(hostRules(n.plan, n.opts.Resolvers)); err != nil {
+	if err := removeTable(n.hostRules()); err != nil {
 		errs = append(errs, fmt.Errorf("remove host rules: %w", err))
 	}
 	if n.madeDir.CompareAndSwap(true, false) {
@@ -394,7 +401,18 @@ func addTables(rs ...ruleset) error {
 func refillTable(r ruleset) error {
 	err := transact(func(c *nftables.Conn) error {
 		t := c.AddTable(r.nftTable())
+		sets, err := c.GetSets(t)
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("list sets: %w", err)
+		}
 		c.FlushTable(t)
+		for _, s := range sets {
+			// A meter's elements keep the number that they began with, so one
+			// with another number has another name.
+			if s.Dynamic && !slices.ContainsFunc(r.meters, func(m meter) bool { return m.name == s.Name }) {
+				c.DelSet(s)
+			}
+		}
 		return r.add(c)
 	})
 	if err == nil {

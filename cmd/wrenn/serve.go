@@ -312,7 +312,10 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	defer listener.Close()
 
 	cfg := c.managerConfig(plan, chosen, templates, log)
-	net := network.New(plan, network.Options{BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits, Resolvers: dns, Pool: c.pool, RangesFile: c.rangesFile(), Log: log})
+	net := network.New(plan, network.Options{
+		BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits,
+		Resolvers: dns, Pool: c.pool, RangesFile: c.rangesFile(), Log: log,
+	})
 	cfg.Network = net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
 	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused, cfg.Warm = c.boot, c.keep, c.keepPaused, c.warm

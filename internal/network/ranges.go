@@ -47,7 +47,8 @@ func (p Plan) ReadRanges(file string) (Plan, error) {
 	}
 	var r rangesRecord
 	if err := json.Unmarshal(b, &r); err != nil {
-		return p, errdefs.Corrupt.Errorf("the record of the address ranges (network.json in the state directory) cannot be read: %v; name them with --host-range and --link-range, as \"ip route\" shows them", err)
+		return p, errdefs.Corrupt.Errorf("the record of the address ranges (network.json in the state directory) cannot be read: %v; "+
+			"name them with --host-range and --link-range, as \"ip route\" shows them", err)
 	}
 	fill(&p.Hosts, r.Hosts)
 	fill(&p.Veths, r.Links)
@@ -123,8 +124,8 @@ func (n *Network) settle(ctx context.Context, h *netlink.Handle) (Plan, error) {
 		return Plan{}, err
 	}
 	if len(inUse) > 0 && recorded.Validate() == nil && plan != recorded {
-		return Plan{}, errdefs.InvalidArgument.Errorf("the networks of %d sandboxes are in the ranges %s and %s: leave --host-range and --link-range out until they have ended",
-			len(inUse), recorded.Hosts, recorded.Veths)
+		return Plan{}, errdefs.InvalidArgument.Errorf("the networks of %d sandboxes are in the ranges %s and %s: "+
+			"leave --host-range and --link-range out until they have ended", len(inUse), recorded.Hosts, recorded.Veths)
 	}
 	if plan.Validate() == nil {
 		err := n.checkRoutes(h, plan)
@@ -148,7 +149,8 @@ func (n *Network) settle(ctx context.Context, h *netlink.Handle) (Plan, error) {
 			return plan, nil
 		}
 	}
-	return Plan{}, errors.Join(n.plan.ValidateGiven(), errdefs.Exhausted.Errorf("no address ranges are free on this host: name two with --host-range and --link-range"), last)
+	full := errdefs.Exhausted.Errorf("no address ranges are free on this host: name two with --host-range and --link-range")
+	return Plan{}, errors.Join(n.plan.ValidateGiven(), full, last)
 }
 
 func (p Plan) coversAny(addrs []netip.Addr) bool {

@@ -106,13 +106,15 @@ func TestRecordedRangesAreTaken(t *testing.T) {
 	must(t, n.Open(t.Context(), s))
 	taken := addRoute(t, n.Plan().Hosts.Addr().Next().String()+"/32")
 	err = chooser("tnetc", file).Setup(t.Context())
-	if !errors.Is(err, errdefs.InvalidArgument) || !strings.Contains(err.Error(), n.Plan().Hosts.String()) || !strings.Contains(err.Error(), "1 sandboxes") {
+	if !errors.Is(err, errdefs.InvalidArgument) || !strings.Contains(err.Error(), n.Plan().Hosts.String()) ||
+		!strings.Contains(err.Error(), "1 sandboxes") {
 		t.Errorf("ranges taken under a sandbox: %v", err)
 	}
 	must(t, netlink.RouteDel(taken))
 	// Nor do flags that say otherwise.
 	other := Plan{"tnetc", netip.MustParsePrefix("10.201.0.0/16"), netip.MustParsePrefix("10.202.0.0/16")}
-	if err := New(other, Options{RangesFile: file}).Setup(t.Context()); !errors.Is(err, errdefs.InvalidArgument) || !strings.Contains(err.Error(), "--host-range") {
+	err = New(other, Options{RangesFile: file}).Setup(t.Context())
+	if !errors.Is(err, errdefs.InvalidArgument) || !strings.Contains(err.Error(), "--host-range") {
 		t.Errorf("other ranges under a sandbox: %v", err)
 	}
 	must(t, chooser("tnetc", file).Setup(t.Context()))

@@ -215,7 +215,8 @@ func (r ruleset) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "table %s %s {\n", familyNames[r.family], r.name)
 	for _, c := range r.closings {
-		fmt.Fprintf(&b, "\tct timeout %s {\n\t\tprotocol tcp\n\t\tl3proto ip\n\t\tpolicy = { time_wait : %d, close : %d }\n\t}\n\n", c.name, c.secs, c.secs)
+		fmt.Fprintf(&b, "\tct timeout %s {\n\t\tprotocol tcp\n\t\tl3proto ip\n", c.name)
+		fmt.Fprintf(&b, "\t\tpolicy = { time_wait : %d, close : %d }\n\t}\n\n", c.secs, c.secs)
 	}
 	for _, m := range r.meters {
 		fmt.Fprintf(&b, "\tset %s {\n\t\ttype ipv4_addr\n\t\tsize %d\n\t\tflags dynamic\n\t}\n\n", m.name, m.size)

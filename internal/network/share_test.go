@@ -105,12 +105,14 @@ func icmpFrame(dst netip.Addr, id uint16) []byte {
 	return f
 }
 
-// small lets n's sandboxes take little of the host's table.
+// small lets n's sandboxes take little of the host's table, which is empty then.
 func small(t testing.TB, n *Network, s tableShare) {
 	t.Helper()
 	n.share = s
 	n.opts.Limits.Connections = s.clamp(0)
 	must(t, n.Setup(t.Context()))
+	// What earlier tests left would end while this one counts.
+	must(t, netlink.ConntrackTableFlush(netlink.ConntrackTable))
 }
 
 // A guest that begins connections as fast as it can, of whatever kind, takes of

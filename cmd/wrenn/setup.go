@@ -37,6 +37,7 @@ func newSetup() *cobra.Command {
 with the guest daemon, the template "minimal" and a ready snapshot of it, from
 which sandboxes start, in the state directory. What is there and complete is
 kept, so that it can be run again at any time; an interrupted run is picked up.
+Address ranges are chosen among those that are free on this host, and recorded.
 It needs root.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -62,9 +63,15 @@ It needs root.`,
 			if err := template.Setup(cmd.Context(), store, o, p.show); err != nil {
 				return err
 			}
-			c.prepareReady(cmd.Context(), plan, store, p.show)
+			if err := c.prepareReady(cmd.Context(), plan, store, p.show); err != nil {
+				return err
+			}
 			p.end()
-			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `wrenn serve`\n", c.stateDir)
+			serve := "wrenn serve"
+			if c.stateDir != defaultStateDir {
+				serve += " --state-dir " + c.stateDir
+			}
+			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `%s`\n", c.stateDir, serve)
 			return nil
 		},
 	}
@@ -168,6 +175,10 @@ something required is missing. As root it sees more.`,
 			plan, err := c.plan()
 			if err != nil {
 				return err
+			}
+			// A record that only root can read is no fault of the host's.
+			if recorded, err := plan.ReadRanges(c.rangesFile()); err == nil {
+				plan = recorded
 			}
 			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(true), VMM: c.vmm, Plan: plan})
 			out := cmd.OutOrStdout()

@@ -278,7 +278,8 @@ type NetworkPolicy struct {
 	OutBytesPerSec   int64 `protobuf:"varint,5,opt,name=out_bytes_per_sec,json=outBytesPerSec,proto3" json:"out_bytes_per_sec,omitempty"`
 	InPacketsPerSec  int64 `protobuf:"varint,6,opt,name=in_packets_per_sec,json=inPacketsPerSec,proto3" json:"in_packets_per_sec,omitempty"`
 	OutPacketsPerSec int64 `protobuf:"varint,7,opt,name=out_packets_per_sec,json=outPacketsPerSec,proto3" json:"out_packets_per_sec,omitempty"`
-	// Most connections at a time that it has begun.
+	// Most connections at a time that it has begun; the host's setting when zero.
+	// A 128th of the connections that the host tracks is the most in any case.
 	MaxConnections int32 `protobuf:"varint,8,opt,name=max_connections,json=maxConnections,proto3" json:"max_connections,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache

@@ -416,8 +416,9 @@ func TestGuestGoesWhileTheBodyComes(t *testing.T) {
 					c := e.dial(t)
 					fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: %s-%s.x\r\n%s", port, idA, h.head)
 					r := bufio.NewReader(c)
-					if slow {
-						// Until the gateway has given up, or answered.
+					if slow && way != "closes" {
+						// Until there is an answer. Without one, the transport
+						// waits for the client or its time to pass.
 						_, _ = r.Peek(1)
 					}
 					_, _ = io.WriteString(c, h.rest+"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -444,7 +445,9 @@ func TestGuestGoesWhileTheBodyComes(t *testing.T) {
 // A client that never sends the rest holds neither a handler nor a connection
 // once there is an answer.
 func TestHalfABodyAfterTheAnswer(t *testing.T) {
-	for way, port := range guestsThatGo(t) {
+	ways := guestsThatGo(t)
+	delete(ways, "closes") // no answer
+	for way, port := range ways {
 		for framing, h := range half {
 			t.Run(way+"/"+framing, func(t *testing.T) {
 				t.Parallel()
@@ -470,5 +473,274 @@ func TestHalfABodyAfterTheAnswer(t *testing.T) {
 				t.Errorf("the connection stays: %v", err)
 			}
 		})
+	}
+}
+
+// withBody serves a handler that gets a body taken over with that idle time,
+// and returns what it got of it.
+func withBody(t *testing.T, idle time.Duration) (e *edge, got chan error) {
+	got = make(chan error, 1)
+	e = serve(t, nil)
+	e.server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		b := newBody(w, r, idle, e.panicked)
+		_, err := io.Copy(io.Discard, b)
+		b.end(w, r, true)
+		got <- err
+	})
+	return e, got
+}
+
+func h2c(t *testing.T) *http.Client {
+	transport := &http.Transport{Protocols: new(http.Protocols)}
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+// A body that stops coming ends; one that keeps moving does not, however long
+// it takes, and one without a bound may pause.
+func TestStalledBody(t *testing.T) {
+	for framing, h := range half {
+		t.Run(framing, func(t *testing.T) {
+			e, got := withBody(t, 50*time.Millisecond)
+			fmt.Fprintf(e.dial(t), "POST / HTTP/1.1\r\nHost: x\r\n%s", h.head)
+			if err := <-got; err != errStalled {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	t.Run("HTTP/2", func(t *testing.T) {
+		e, got := withBody(t, 50*time.Millisecond)
+		r, w := io.Pipe()
+		defer w.Close()
+		go func() { _, _ = w.Write([]byte("half")) }()
+		req, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+e.addr+"/", r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := h2c(t).Do(req)
+		if err == nil {
+			resp.Body.Close()
+		}
+		if err := <-got; err != errStalled {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("no bound", func(t *testing.T) {
+		e, got := withBody(t, 0)
+		c := e.dial(t)
+		fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: x\r\n%s", half["length"].head)
+		select {
+		case err := <-got:
+			t.Fatalf("ended with %v", err)
+		case <-time.After(150 * time.Millisecond):
+		}
+		_, _ = io.WriteString(c, half["length"].rest)
+		if err := <-got; err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("moving", func(t *testing.T) {
+		const idle = time.Second
+		e, got := withBody(t, idle)
+		c := e.dial(t)
+		const pieces = 30
+		fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", pieces)
+		tick := time.NewTicker(idle / 20)
+		defer tick.Stop()
+		for range pieces {
+			<-tick.C
+			_, _ = io.WriteString(c, "x")
+		}
+		if err := <-got; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Calls that are streams may be silent; what uploads may not.
+func TestIdleFor(t *testing.T) {
+	for kind, want := range map[string]time.Duration{
+		"application/connect+proto": 0, "application/connect+json": 0, "application/grpc": 0, "application/grpc+proto": 0, "Application/gRPC-Web": 0,
+		"": dataIdle, "application/json": dataIdle, "application/octet-stream": dataIdle, "multipart/form-data; boundary=x": dataIdle,
+	} {
+		if got := idleFor(&http.Request{Header: http.Header{"Content-Type": {kind}}}); got != want {
+			t.Errorf("%q: %s", kind, got)
+		}
+	}
+}
+
+// A panic ends its request, is counted, and nothing else.
+func TestPanics(t *testing.T) {
+	e := serve(t, func(c *Config) {
+		c.Control = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			switch r.URL.Path {
+			case "/panic":
+				panic("at the disco")
+			case "/abort":
+				panic(http.ErrAbortHandler)
+			}
+		})
+	})
+	get := func(path string) error {
+		resp, err := http.Get("http://" + e.addr + path)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err
+	}
+	for _, path := range []string{"/panic", "/abort"} {
+		if err := get(path); err == nil {
+			t.Errorf("%s was answered", path)
+		}
+	}
+	resp, err := h2c(t).Post("http://"+e.addr+"/panic", "application/json", strings.NewReader("{}"))
+	if err == nil {
+		resp.Body.Close()
+		t.Error("was answered over HTTP/2")
+	}
+	if err := get("/"); err != nil {
+		t.Error(err)
+	}
+	if n := e.panics.Load(); n != 2 {
+		t.Errorf("%d panics were counted, want 2", n)
+	}
+	if text := e.log.String(); !strings.Contains(text, "at the disco") || !strings.Contains(text, "gateway_test.go") {
+		t.Errorf("the log says neither what nor where: %s", text)
+	}
+}
+
+// badBody panics when it is read.
+type badBody struct{ io.ReadCloser }
+
+func (badBody) Read([]byte) (int, error) { panic("bad body") }
+
+// A transport's goroutine that reads a body has nobody who would recover it.
+func TestBodyPanicsInAnotherGoroutine(t *testing.T) {
+	read := make(chan error, 1)
+	e := serve(t, nil)
+	e.server.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Body = badBody{r.Body}
+		b := newBody(w, r, time.Minute, e.panicked)
+		go func() {
+			_, err := b.Read(make([]byte, 1))
+			read <- err
+		}()
+		<-r.Context().Done()
+	})
+	fmt.Fprint(e.dial(t), "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+	if err := <-read; err == nil || e.panics.Load() != 1 {
+		t.Errorf("%v, %d panics", err, e.panics.Load())
+	}
+	e.Close()
+}
+
+// Connections above what there may be are closed, and those that end make room.
+func TestConnectionsAreBounded(t *testing.T) {
+	for name, most := range map[string]struct{ all, each int }{"in all": {3, 10}, "of one client": {10, 3}} {
+		t.Run(name, func(t *testing.T) {
+			e := serve(t, func(c *Config) { c.MaxConns, c.MaxConnsEach = most.all, most.each })
+			answered := func(c net.Conn) bool {
+				fmt.Fprint(c, "GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+				resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+				return err == nil && resp.StatusCode == 200
+			}
+			var open []net.Conn
+			for i := range 5 {
+				c := e.dial(t)
+				if got, want := answered(c), i < 3; got != want {
+					t.Errorf("connection %d: answered %v", i, got)
+				}
+				open = append(open, c)
+			}
+			if n := e.Refused(); n != 2 {
+				t.Errorf("%d were refused", n)
+			}
+			open[0].Close()
+			for deadline := time.Now().Add(patience); !answered(e.dial(t)); {
+				if time.Now().After(deadline) {
+					t.Fatal("a place was not given back")
+				}
+			}
+		})
+	}
+}
+
+func TestClientOf(t *testing.T) {
+	for addr, want := range map[string]string{
+		"127.0.0.1:1": "127.0.0.1/32", "[::ffff:192.0.2.1]:1": "192.0.2.1/32", "[::1]:1": "::1/128", "[2001:db8:1:2:3::4]:1": "2001:db8:1:2::/64",
+	} {
+		if got := clientOf(net.TCPAddrFromAddrPort(netip.MustParseAddrPort(addr))); got.String() != want {
+			t.Errorf("%s: %s", addr, got)
+		}
+	}
+}
+
+// A tunnel counts as a connection until it ends, and its guest's end ends it.
+func TestTunnel(t *testing.T) {
+	port := guest(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "guest") })
+	alive, end := context.WithCancel(t.Context())
+	e := serve(t, func(c *Config) { c.Sandboxes = sandboxes{alive} })
+	c := e.dial(t)
+	fmt.Fprintf(c, "CONNECT %s-%s.x:80 HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n", port, idA)
+	r := bufio.NewReader(c)
+	for _, want := range []string{"", "guest"} {
+		resp, err := http.ReadResponse(r, &http.Request{Method: map[bool]string{true: "CONNECT", false: "GET"}[want == ""]})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want != "" {
+			if body, err := io.ReadAll(resp.Body); string(body) != want {
+				t.Errorf("%q, %v", body, err)
+			}
+		}
+	}
+	open := func() int {
+		e.listener.mu.Lock()
+		defer e.listener.mu.Unlock()
+		return e.listener.open
+	}
+	if n := open(); n != 1 {
+		t.Errorf("%d connections are counted", n)
+	}
+	end()
+	if _, err := io.Copy(io.Discard, r); err != nil && strings.Contains(err.Error(), "timeout") {
+		t.Error(err)
+	}
+	for deadline := time.Now().Add(patience); open() != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("still counted")
+		}
+	}
+}
+
+// An upgrade with a body would mix the body's bytes with the other protocol's.
+func TestUpgradeWithABody(t *testing.T) {
+	e := serve(t, nil)
+	status, body := e.ask(t, "POST / HTTP/1.1\r\nHost: 80-"+idA+".x\r\nConnection: Upgrade\r\nUpgrade: x\r\nContent-Length: 2\r\n\r\n{}")
+	if status != 400 || !strings.Contains(body, "cannot have a body") {
+		t.Errorf("HTTP %d %s", status, body)
+	}
+}
+
+// Whoever asks envd's way by host name gets envd's answer, a browser's question
+// included; the token goes through as it came.
+func TestHeadersPassThrough(t *testing.T) {
+	var mu sync.Mutex
+	var got http.Header
+	port := guest(t, func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		got = r.Header.Clone()
+		mu.Unlock()
+		w.Header().Set("Access-Control-Allow-Origin", "*")
+		w.WriteHeader(http.StatusNoContent)
+	})
+	e := serve(t, nil)
+	status, _ := e.ask(t, "OPTIONS /process.Process/Start HTTP/1.1\r\nHost: "+port+"-"+idA+".localhost\r\nOrigin: http://app.example\r\n"+
+		"Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: x-access-token\r\nX-Access-Token: mine\r\n\r\n")
+	mu.Lock()
+	defer mu.Unlock()
+	if status != http.StatusNoContent || got.Get("Origin") != "http://app.example" || got.Get("Access-Control-Request-Headers") != "x-access-token" || got.Get(headerToken) != "mine" {
+		t.Errorf("HTTP %d, the guest got %v", status, got)
 	}
 }

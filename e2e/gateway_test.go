@@ -22,6 +22,7 @@ import (
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
 )
 
 // viaHeaders and viaHost are the two ways to name a sandbox and a port.
@@ -35,6 +36,9 @@ func viaHeaders(t testing.TB, b *sandbox, port int, method, path string) *http.R
 	if port != 0 {
 		req.Header.Set("E2b-Sandbox-Port", fmt.Sprint(port))
 	}
+	if port == 0 || port == guest.Port {
+		b.address(req.Header)
+	}
 	return req
 }
 
@@ -45,6 +49,9 @@ func viaHost(t testing.TB, b *sandbox, port int, method, path string) *http.Requ
 		t.Fatal(err)
 	}
 	req.Host = fmt.Sprintf("%d-%s.sandboxes.example", port, b.id)
+	if port == guest.Port {
+		b.address(req.Header)
+	}
 	return req
 }
 
@@ -153,11 +160,16 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 		wantRefusal(t, req, 400, "port")
 	}
 	wantRefusal(t, viaHeaders(t, &sandbox{t, b.a, "../../etc/passwd"}, 80, "GET", "/"), 404)
-	// A token that the caller brings is checked.
-	req := viaHeaders(t, b, 49983, "GET", "/envs")
-	req.Header.Set("X-Access-Token", "wrong")
-	if status, body, _ := answer(t, req); status != 401 {
-		t.Errorf("a wrong token: HTTP %d %s", status, body)
+	// The caller's token is what counts, and nobody adds one.
+	for token, want := range map[string]int{b.token(): 200, "wrong": 401, "": 401} {
+		for name, req := range map[string]*http.Request{"headers": viaHeaders(t, b, 49983, "GET", "/envs"), "host": viaHost(t, b, 49983, "GET", "/envs")} {
+			if req.Header.Set("X-Access-Token", token); token == "" {
+				req.Header.Del("X-Access-Token")
+			}
+			if status, body, _ := answer(t, req); status != want {
+				t.Errorf("%s, the token %q: HTTP %d %s, want %d", name, token, status, body, want)
+			}
+		}
 	}
 }
 
@@ -344,7 +356,7 @@ func TestDataPlaneGRPC(t *testing.T) {
 	defer transport.CloseIdleConnections()
 	guest := processconnect.NewProcessClient(&http.Client{Transport: transport}, b.a.url, connect.WithGRPC())
 	req := connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "sh", Args: []string{"-c", "echo by gRPC; exit 3"}}})
-	req.Header().Set("E2b-Sandbox-Id", b.id)
+	b.address(req.Header())
 	stream, err := guest.Start(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
@@ -362,7 +374,7 @@ func TestDataPlaneGRPC(t *testing.T) {
 		t.Errorf("got %q, %d, %v", out, code, stream.Err())
 	}
 	missing := connect.NewRequest(&process.ConnectRequest{Process: &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: 1 << 30}}})
-	missing.Header().Set("E2b-Sandbox-Id", b.id)
+	b.address(missing.Header())
 	gone, err := guest.Connect(t.Context(), missing)
 	if err == nil {
 		for gone.Receive() {

@@ -744,3 +744,63 @@ func TestHeadersPassThrough(t *testing.T) {
 		t.Errorf("HTTP %d, the guest got %v", status, got)
 	}
 }
+
+// A client that sends much more than the answer waits for still reads it.
+func TestAnswerBeforeTheBodyHasCome(t *testing.T) {
+	port := guest(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusInsufficientStorage)
+		fmt.Fprint(w, "full")
+	})
+	e := serve(t, nil)
+	for _, to := range []struct {
+		host, kind string
+		want       int
+	}{
+		{"evil.example", "application/json", 403},
+		{port + "-" + idA + ".x", "application/octet-stream", 507},
+		{closedPort(t) + "-" + idA + ".x", "application/octet-stream", 502},
+	} {
+		for name, client := range map[string]*http.Client{"HTTP/1": {Transport: &http.Transport{DisableKeepAlives: true}}, "HTTP/2": h2c(t)} {
+			for _, length := range []int64{64 << 20, -1} {
+				req, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+e.addr+"/", io.LimitReader(zeros{}, 64<<20))
+				if err != nil {
+					t.Fatal(err)
+				}
+				req.Host, req.ContentLength = to.host, length
+				req.Header.Set("Content-Type", to.kind)
+				resp, err := client.Do(req)
+				if err != nil {
+					t.Errorf("%s to %s, length %d: %v", name, to.host, length, err)
+					continue
+				}
+				if _, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != to.want {
+					t.Errorf("%s to %s, length %d: HTTP %d, %v", name, to.host, length, resp.StatusCode, err)
+				}
+				resp.Body.Close()
+			}
+		}
+	}
+	e.quiet(t)
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
+
+// A small body that nobody reads does not cost the connection.
+func TestConnectionOutlivesABodyNobodyReads(t *testing.T) {
+	e := serve(t, nil)
+	c := e.dial(t)
+	r := bufio.NewReader(c)
+	for range 3 {
+		fmt.Fprintf(c, "POST / HTTP/1.1\r\nHost: %s-%s.x\r\nContent-Length: 4\r\n\r\nbody", closedPort(t), idA)
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil || resp.StatusCode != 502 {
+			t.Errorf("HTTP %d, %v", resp.StatusCode, err)
+		}
+	}
+	e.quiet(t)
+}

@@ -245,11 +245,16 @@ func TestRequestsAreCountedByKind(t *testing.T) {
 func TestPublicTrafficLeavesTheOwnerAlone(t *testing.T) {
 	port := guest(t, func(http.ResponseWriter, *http.Request) {})
 	e := serve(t, nil)
-	for _, k := range []kind{toPort, ofOthers} {
-		for range maxPerSandbox {
-			if !e.enter(load{idA, k}) {
-				t.Fatal("refused")
-			}
+	for range maxPerSandbox {
+		c := e.dial(t)
+		fmt.Fprintf(c, "CONNECT %s-%s.x:80 HTTP/1.1\r\n\r\n", port, idA)
+		if resp, err := http.ReadResponse(bufio.NewReader(c), &http.Request{Method: "CONNECT"}); err != nil || resp.StatusCode != 200 {
+			t.Fatalf("tunnel: %v, %v", resp, err)
+		}
+	}
+	for range maxPerSandbox {
+		if !e.enter(load{idA, ofOthers}) {
+			t.Fatal("refused")
 		}
 	}
 	get := func(port, token string) int {

@@ -416,3 +416,58 @@ func TestDataPlaneIsActivity(t *testing.T) {
 	}
 	wantRefusal(t, viaHeaders(t, b, 8127, "GET", "/"), 409, "stopped")
 }
+
+// What a stranger's web page can make a browser send gets nowhere, and what
+// E2B's clients do in a browser works with the token.
+func TestWebPagesStayOutside(t *testing.T) {
+	b := sharedBox(t)
+	request := func(method, host, path, body string, headers ...string) *http.Request {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), method, b.a.url+path, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if host != "" {
+			req.Host = host
+		}
+		for i := 0; i < len(headers); i += 2 {
+			req.Header.Set(headers[i], headers[i+1])
+		}
+		return req
+	}
+	const create, page = "/hostagent.v1.HostAgentService/CreateSandbox", "http://page.example"
+	envd := fmt.Sprintf("%d-%s.localhost", guest.Port, b.id)
+	form := "--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\nx\r\n--x--\r\n"
+	multipart := "multipart/form-data; boundary=x"
+	for name, c := range map[string]struct {
+		req  *http.Request
+		want int
+	}{
+		"rebinding":            {request("POST", "evil.example", create, "{}", "Content-Type", "application/json"), 403},
+		"rebinding, metrics":   {request("GET", "evil.example", "/metrics", ""), 403},
+		"a page":               {request("POST", "", create, "{}", "Content-Type", "application/json", "Origin", page), 403},
+		"a page of a sandbox":  {request("POST", "", create, "{}", "Content-Type", "application/json", "Origin", "http://8000-"+b.id+".localhost"), 403},
+		"a form":               {request("POST", "", create, "{}", "Content-Type", "text/plain"), 403},
+		"an image":             {request("GET", "", "/metrics", "", "Sec-Fetch-Site", "cross-site"), 403},
+		"an unknown field":     {request("POST", "", create, `{"colour":"blue"}`, "Content-Type", "application/json"), 400},
+		"by header, rebinding": {request("GET", "evil.example", "/health", "", "E2b-Sandbox-Id", b.id), 403},
+		"another by header":    {request("GET", "8000-sb-0123456789abcdef.localhost", "/health", "", "E2b-Sandbox-Id", b.id), 400},
+		"files without token":  {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page), 401},
+		"processes without":    {request("POST", envd, "/process.Process/List", "{}", "Content-Type", "application/json", "Origin", page), 401},
+		"health without":       {request("GET", envd, "/health", "", "Origin", page), 204},
+		"files with token":     {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page, "X-Access-Token", b.token()), 200},
+		"a question of a browser's": {request("OPTIONS", envd, "/process.Process/Start", "", "Origin", page,
+			"Access-Control-Request-Method", "POST", "Access-Control-Request-Headers", "x-access-token,content-type"), 204},
+	} {
+		status, body, header := answer(t, c.req)
+		if status != c.want {
+			t.Errorf("%s: HTTP %d %s, want %d", name, status, body, c.want)
+		}
+		if open := header.Get("Access-Control-Allow-Origin"); open != "" && !strings.HasPrefix(c.req.Host, fmt.Sprint(guest.Port)) {
+			t.Errorf("%s: pages of %s may read it", name, open)
+		}
+	}
+	if _, metrics, _ := answer(t, request("GET", "localhost", "/metrics", "")); !strings.Contains(metrics, "\nwrenn_panics_total 0\n") || !strings.Contains(metrics, "\nwrenn_connections_refused_total 0\n") {
+		t.Error("panics or refused connections, or they are not counted")
+	}
+}

@@ -91,6 +91,10 @@ func (t withToken) RoundTrip(req *http.Request) (*http.Response, error) {
 		if req.Body != nil {
 			req.Body.Close()
 		}
+		// What came over the wire would be taken for the guest's own word.
+		if cerr := new(connect.Error); errors.As(err, &cerr) && connect.IsWireError(err) {
+			err = connect.NewError(cerr.Code(), errors.New(cerr.Message()))
+		}
 		return nil, err
 	}
 	req = req.Clone(req.Context())

@@ -90,6 +90,19 @@ func TestClientShowsTheToken(t *testing.T) {
 	}
 }
 
+// That there is no such sandbox is the agent's word: of a guest it would mean
+// that there is no such command.
+func TestNoTokenIsNotTheGuestsWord(t *testing.T) {
+	mux := http.NewServeMux()
+	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(hostagentv1connect.UnimplementedHostAgentServiceHandler{}))
+	s := httptest.NewServer(mux)
+	defer s.Close()
+	_, err := (&client{host: s.URL}).processes(tokenID, "").List(t.Context(), connect.NewRequest(&process.ListRequest{}))
+	if connect.CodeOf(err) != connect.CodeUnimplemented || connect.IsWireError(err) {
+		t.Errorf("%v, from the wire: %v", err, connect.IsWireError(err))
+	}
+}
+
 // Where a guest's redirect leads, the token does not come.
 func TestTokenFollowsNoRedirect(t *testing.T) {
 	var followed atomic.Int64

@@ -16,6 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/emptypb"
+
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
@@ -369,6 +372,31 @@ func TestDoorAnswersInConnectsForm(t *testing.T) {
 	var got struct{ Code, Message string }
 	if err := json.Unmarshal([]byte(body), &got); err != nil || got.Code != "permission_denied" || !strings.Contains(got.Message, "--allow-host") {
 		t.Errorf("%s (%v)", body, err)
+	}
+}
+
+// The same in every dialect: a client by a foreign name learns what is wrong.
+func TestDoorInEveryDialect(t *testing.T) {
+	e := serve(t, nil)
+	for name, opts := range map[string][]connect.ClientOption{"Connect": nil, "gRPC": {connect.WithGRPC()}, "gRPC-Web": {connect.WithGRPCWeb()}} {
+		client := h2c(t)
+		client.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "tcp", e.addr)
+		}
+		c := connect.NewClient[emptypb.Empty, emptypb.Empty](client, "http://evil.example/x.Y/Z", opts...)
+		_, err := c.CallUnary(t.Context(), connect.NewRequest(&emptypb.Empty{}))
+		if connect.CodeOf(err) != connect.CodePermissionDenied || !strings.Contains(err.Error(), "evil.example") {
+			t.Errorf("%s: %v", name, err)
+		}
+		stream, err := c.CallServerStream(t.Context(), connect.NewRequest(&emptypb.Empty{}))
+		if err == nil {
+			stream.Receive()
+			err = stream.Err()
+			stream.Close()
+		}
+		if connect.CodeOf(err) != connect.CodePermissionDenied || !strings.Contains(err.Error(), "evil.example") {
+			t.Errorf("%s, a stream: %v", name, err)
+		}
 	}
 }
 

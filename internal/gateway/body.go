@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"strings"
@@ -128,6 +129,38 @@ func (b *body) stall() {
 	b.stalled = true
 	b.mu.Unlock()
 	b.stop()
+}
+
+// bodyKey is under what a request's context has its body, if there is one.
+type bodyKey struct{}
+
+// answering is the connection to a guest that is used for one request. When it
+// ends without an answer, none will come, and the body is not waited for: the
+// transport would.
+type answering struct {
+	net.Conn
+	body     *body
+	answered bool // read and written by the transport's one reader
+}
+
+func (a *answering) Read(p []byte) (int, error) {
+	n, err := a.Conn.Read(p)
+	a.answered = a.answered || n > 0
+	if err != nil && !a.answered {
+		a.body.abandon()
+	}
+	return n, err
+}
+
+// abandon ends a read that is under way, and refuses all later ones.
+func (b *body) abandon() {
+	b.mu.Lock()
+	b.ended = true
+	reading := b.reading
+	b.mu.Unlock()
+	if reading {
+		b.stop()
+	}
 }
 
 // hasStalled reports whether the client has sent nothing for too long; b may be

@@ -281,6 +281,9 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 	defer lease.Release()
 	ctx, cancel := lease.Context(r.Context())
 	defer cancel()
+	if b != nil {
+		ctx = context.WithValue(ctx, bodyKey{}, b)
+	}
 	g.forward(w, r.WithContext(ctx), lease, port, func(w http.ResponseWriter, err error) {
 		g.log.Debug("data plane request failed", "sandbox", id, "port", port, "err", err)
 		switch {

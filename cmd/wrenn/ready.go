@@ -52,7 +52,7 @@ func (c *hostConfig) prepareReady(ctx context.Context, plan network.Plan, templa
 }
 
 func (c *hostConfig) makeReady(ctx context.Context, plan network.Plan, templates *template.Store) (made bool, err error) {
-	chosen, err := host.Choose(ctx, c.vmm, c.drivers())
+	chosen, err := host.Choose(ctx, c.vmm, c.drivers(false))
 	if err != nil {
 		return false, err
 	}

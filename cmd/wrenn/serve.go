@@ -97,14 +97,16 @@ func (c *hostConfig) plan() (network.Plan, error) {
 }
 
 // drivers returns those of all VMMs, the best one first. To see whether KVM
-// works they boot the prepared kernel.
-func (c *hostConfig) drivers() []vmm.Driver {
+// works they boot the prepared kernel; retry boots it again where it was too slow
+// the last time.
+func (c *hostConfig) drivers(retry bool) []vmm.Driver {
 	kernel := filepath.Join(c.stateDir, "kernels", "default")
 	probe := func(name string) vmm.Probe {
 		return vmm.Probe{
 			CacheFile: filepath.Join(c.stateDir, "kvm-probe-"+name+".json"),
 			Kernel:    filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"),
 			UID: baseUID, GID: baseUID, // no slot's: those begin at 1
+			Retry: retry,
 		}
 	}
 	return []vmm.Driver{
@@ -262,10 +264,11 @@ func (c *serveConfig) logger() *slog.Logger {
 	if c.verbose {
 		opts.Level = slog.LevelDebug
 	}
+	out := printer{os.Stderr} // what guests and VMMs say is in it
 	if c.logFormat == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+		return slog.New(slog.NewJSONHandler(out, opts))
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+	return slog.New(slog.NewTextHandler(out, opts))
 }
 
 // baseUID begins the range of users that VMMs run as: far from those of people
@@ -353,7 +356,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	if _, err := templates.Get("minimal"); err != nil {
 		return fmt.Errorf("%w; prepare this host with `wrenn setup --state-dir %s`", err, c.stateDir)
 	}
-	chosen, err := host.Choose(ctx, c.vmm, c.drivers())
+	chosen, err := host.Choose(ctx, c.vmm, c.drivers(false))
 	if err != nil {
 		return fmt.Errorf("%w; `wrenn doctor` says more", err)
 	}

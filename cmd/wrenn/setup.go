@@ -50,7 +50,7 @@ It needs root.`,
 			if _, err := os.Stat(o.Envd); err != nil {
 				return fmt.Errorf("find the guest daemon: %w; build it with `make build`, or name it with --envd", err)
 			}
-			p := newProgress(cmd.ErrOrStderr())
+			p := newProgress(os.Stderr)
 			defer p.end()
 			if err := host.InstallMissing(cmd.Context(), p.show); err != nil {
 				return err
@@ -125,7 +125,7 @@ func (p *progress) line(e template.Event, outcome string) {
 	}
 	for _, s := range []string{e.Detail, outcome} {
 		if s != "" {
-			text += "  " + s
+			text += "  " + printableLine(s)
 		}
 	}
 	switch {
@@ -169,7 +169,7 @@ something required is missing. As root it sees more.`,
 			if err != nil {
 				return err
 			}
-			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(), VMM: c.vmm, Plan: plan})
+			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(true), VMM: c.vmm, Plan: plan})
 			out := cmd.OutOrStdout()
 			if asJSON {
 				enc := json.NewEncoder(out)

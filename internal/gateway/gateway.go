@@ -279,25 +279,37 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 		return
 	}
 	defer lease.Release()
-	ctx, cancel := lease.Context(r.Context())
+	caller := r.Context()
+	ctx, cancel := lease.Context(caller)
 	defer cancel()
 	if b != nil {
 		ctx = context.WithValue(ctx, bodyKey{}, b)
 	}
-	g.forward(w, r.WithContext(ctx), lease, port, func(w http.ResponseWriter, err error) {
+	fail := func(w http.ResponseWriter, err error) {
 		g.log.Debug("data plane request failed", "sandbox", id, "port", port, "err", err)
+		var why string
+		if port == envdPort || lease.Alive.Err() != nil {
+			why = ended(caller, lease)
+		}
 		switch {
 		case b.hasStalled():
 			refuse(w, refusal{http.StatusRequestTimeout, fmt.Sprintf("nothing more of the request came for %s", dataIdle), place.id, port})
-		case lease.Alive.Err() != nil:
-			refuse(w, refusal{http.StatusServiceUnavailable, fmt.Sprintf("sandbox %s ended meanwhile", id), place.id, port})
+		case why != "":
+			refuse(w, refusal{http.StatusServiceUnavailable, why, place.id, port})
 		case errors.Is(err, errNotOpen):
 			// These words are E2B's; its clients look for them.
 			refuse(w, refusal{http.StatusBadGateway, "The sandbox is running but port is not open", place.id, port})
 		default:
 			refuse(w, refusal{http.StatusBadGateway, fmt.Sprintf("port %d of sandbox %s gave no answer that can be passed on", port, id), place.id, port})
 		}
-	})
+	}
+	link, addr := g.links.of(lease), netip.AddrPortFrom(lease.Addr, port).String()
+	r = r.WithContext(ctx)
+	if r.Method == http.MethodConnect {
+		g.tunnel(w, r, link, addr, fail)
+		return
+	}
+	g.forward(w, r, link.transport(r, port == envdPort), addr, fail, func() string { return ended(caller, lease) })
 }
 
 // kindOf is what a request counts as. Of a sandbox that does not exist, it does
@@ -313,16 +325,11 @@ func (g *Gateway) kindOf(r *http.Request, id sandbox.ID, port uint16) kind {
 	return ofOthers
 }
 
-// forward passes a request on to a port of the guest. The token that envd
-// demands is the client's to bring: the gateway has no way to know whom a
-// request is from.
-func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, lease *sandbox.Lease, port uint16, fail func(http.ResponseWriter, error)) {
-	link := g.links.of(lease)
-	addr := netip.AddrPortFrom(lease.Addr, port).String()
-	if r.Method == http.MethodConnect {
-		g.tunnel(w, r, link, addr, fail)
-		return
-	}
+// forward passes a request on to an address in the guest; ended says why the
+// sandbox ended, if it did. The token that envd demands is the client's to bring:
+// the gateway has no way to know whom a request is from.
+func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, transport *http.Transport, addr string,
+	fail func(http.ResponseWriter, error), ended func() string) {
 	proxy := httputil.ReverseProxy{
 		Rewrite: func(p *httputil.ProxyRequest) {
 			p.Out.URL.Scheme, p.Out.URL.Host = "http", addr
@@ -331,12 +338,24 @@ func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, lease *sandbox
 			p.Out.Header.Del(headerPort)
 			p.SetXForwarded()
 		},
-		Transport:    link.transport(r, port == envdPort),
+		Transport: transport,
+		ModifyResponse: func(resp *http.Response) error {
+			endWell(resp, ended)
+			return nil
+		},
 		BufferPool:   buffers,
 		ErrorLog:     slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { fail(w, err) },
 	}
 	proxy.ServeHTTP(w, r)
+}
+
+// ended says why the sandbox of a lease ended, or nothing if it did not.
+func ended(ctx context.Context, lease *sandbox.Lease) string {
+	if err := lease.Ended(ctx); err != nil {
+		return err.Error()
+	}
+	return ""
 }
 
 // enter counts a request, unless there are too many; leave takes it back.

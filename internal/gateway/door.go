@@ -22,7 +22,8 @@ type door struct {
 // agent itself, or to a sandbox that its headers name.
 func (d door) check(r *http.Request) error {
 	if !d.ours(r) {
-		return errdefs.Denied.Errorf("%.100q is no name of this host agent: use its address or localhost, or give it that name with --allow-host", hostOf(r.Host))
+		return errdefs.Denied.Errorf("%.100q is no name of this host agent: use its address or localhost, "+
+			"or give it that name with --allow-host", hostOf(r.Host))
 	}
 	// A page of ours does not exist, but one that a browser takes for ours may
 	// be read.

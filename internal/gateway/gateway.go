@@ -269,7 +269,8 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 	this := load{id, g.kindOf(r, id, port)}
 	if !g.enter(this) {
 		w.Header().Set("Retry-After", "1")
-		refuse(w, refusal{http.StatusTooManyRequests, fmt.Sprintf("sandbox %s has %d requests of this kind under way, which is the most", id, maxPerSandbox), place.id, port})
+		message := fmt.Sprintf("sandbox %s has %d requests of this kind under way, which is the most", id, maxPerSandbox)
+		refuse(w, refusal{http.StatusTooManyRequests, message, place.id, port})
 		return
 	}
 	defer g.leave(this)

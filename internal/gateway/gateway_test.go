@@ -274,24 +274,21 @@ func TestPublicTrafficLeavesTheOwnerAlone(t *testing.T) {
 	}
 }
 
-// A browser and what it can be made to send, against what is let through.
-func TestDoor(t *testing.T) {
-	var reached atomic.Value
-	port := guest(t, func(w http.ResponseWriter, r *http.Request) {
-		reached.Store(r.Header.Clone())
-		fmt.Fprint(w, "guest")
-	})
-	e := serve(t, func(c *Config) { c.Names = []string{"Wrenn.Example", "192.0.2.7"} })
-	_, at, _ := net.SplitHostPort(e.addr)
+// doorCase is a request and what becomes of it.
+type doorCase struct {
+	line, host, headers string
+	want                int
+	body                string
+}
+
+// doorCases are a browser and what it can be made to send, against what is let
+// through; the agent serves on port at, a user's server on port.
+func doorCases(at, port string) []doorCase {
 	const rpc = "POST /hostagent.v1.HostAgentService/CreateSandbox"
 	pageOfA := "Origin: http://" + port + "-" + idA + ".localhost:" + at + "\r\n"
 	json := "Content-Type: application/json\r\n"
 	headers := func(id string) string { return "E2b-Sandbox-Id: " + id + "\r\nE2b-Sandbox-Port: " + port + "\r\n" }
-	for _, c := range []struct {
-		line, host, headers string
-		want                int
-		body                string
-	}{
+	return []doorCase{
 		// Names of ours.
 		{rpc, "localhost:" + at, json, 200, "control"},
 		{rpc, "LocalHost.:1", json, 200, "control"},
@@ -348,7 +345,18 @@ func TestDoor(t *testing.T) {
 		{"POST /x", port + "-" + idA + ".localhost:" + at, "E2b-Sandbox-Id: " + idB + "\r\n", 400, "two sandboxes"},
 		{"POST /x", port + "-" + idA + ".localhost:" + at, "E2b-Sandbox-Port: 49983\r\n", 400, "two ports"},
 		{rpc, port + "-" + idA + ".localhost:" + at, json + pageOfA, 200, "guest"},
-	} {
+	}
+}
+
+func TestDoor(t *testing.T) {
+	var reached atomic.Value
+	port := guest(t, func(w http.ResponseWriter, r *http.Request) {
+		reached.Store(r.Header.Clone())
+		fmt.Fprint(w, "guest")
+	})
+	e := serve(t, func(c *Config) { c.Names = []string{"Wrenn.Example", "192.0.2.7"} })
+	_, at, _ := net.SplitHostPort(e.addr)
+	for _, c := range doorCases(at, port) {
 		text := c.line + " HTTP/1.1\r\nHost: " + c.host + "\r\n" + c.headers
 		if strings.HasPrefix(c.line, "POST") {
 			text += "Content-Length: 2\r\n\r\n{}"

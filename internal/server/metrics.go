@@ -29,8 +29,9 @@ var (
 	warmDesc      = prometheus.NewDesc("wrenn_warm", "Guests that wait for a sandbox to be: those that are ready, and those that are wanted.", []string{"state"}, nil)
 	slotsDesc     = prometheus.NewDesc("wrenn_network_slots", "Network slots: reserved (all that are not free), open (with something on the host), pool (built and waiting), fenced (not removed yet, kept from use).", []string{"state"}, nil)
 	fencedDesc    = prometheus.NewDesc("wrenn_cleanup_pending", "Sandboxes and slots that could not be freed yet.", nil, nil)
-	panicsDesc    = prometheus.NewDesc("wrenn_panics_total", "Requests whose handling panicked since the agent started; each is a fault of the agent's.", nil, nil)
-	refusedDesc   = prometheus.NewDesc("wrenn_connections_refused_total", "Connections closed since the agent started because there were too many.", nil, nil)
+	panicsDesc    = prometheus.NewDesc("wrenn_panics_total", "Requests whose handling panicked since the agent started.", nil, nil)
+	refusedDesc   = prometheus.NewDesc("wrenn_connections_refused_total",
+		"Connections closed since the agent started because there were too many.", nil, nil)
 )
 
 func (m metrics) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(m, ch) }

@@ -256,11 +256,6 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 		refuse(w, refusal{http.StatusNotFound, "this endpoint is reserved for the host agent", place.id, port})
 		return
 	}
-	if r.Header.Get("Upgrade") != "" && b != nil && r.ProtoMajor == 1 {
-		// Whose bytes would be whose?
-		refuse(w, refusal{http.StatusBadRequest, "a request that asks for another protocol cannot have a body", place.id, port})
-		return
-	}
 	id, err := sandbox.ParseID(place.id)
 	if err != nil {
 		refuse(w, refusal{absent(r, port, http.StatusNotFound), err.Error(), place.id, port})
@@ -283,8 +278,13 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 	caller := r.Context()
 	ctx, cancel := lease.Context(caller)
 	defer cancel()
+	r = r.WithContext(ctx)
 	if b != nil {
-		ctx = context.WithValue(ctx, bodyKey{}, b)
+		r = r.WithContext(context.WithValue(ctx, bodyKey{}, b))
+		// What would be the body's and what the other protocol's? A server may
+		// always go on in this one.
+		r.Header = r.Header.Clone()
+		r.Header.Del("Upgrade")
 	}
 	fail := func(w http.ResponseWriter, err error) {
 		g.log.Debug("data plane request failed", "sandbox", id, "port", port, "err", err)
@@ -305,7 +305,6 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 		}
 	}
 	link, addr := g.links.of(lease), netip.AddrPortFrom(lease.Addr, port).String()
-	r = r.WithContext(ctx)
 	if r.Method == http.MethodConnect {
 		g.tunnel(w, r, link, addr, fail)
 		return
@@ -341,6 +340,9 @@ func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, transport *htt
 		},
 		Transport: transport,
 		ModifyResponse: func(resp *http.Response) error {
+			if _, hasBody := r.Context().Value(bodyKey{}).(*body); hasBody && resp.StatusCode == http.StatusSwitchingProtocols {
+				return errors.New("the guest changed the protocol of a request with a body")
+			}
 			endWell(resp, ended)
 			return nil
 		},

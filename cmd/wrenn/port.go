@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -14,9 +15,10 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/spf13/cobra"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
 func newPort(c *client) *cobra.Command {
@@ -123,11 +125,7 @@ func (c *client) connectTunnel(ctx context.Context, id string, port uint64) (_ *
 	if base.Scheme != "http" {
 		return nil, nil, errors.New("ports are forwarded over an http:// agent only")
 	}
-	address := base.Host
-	if base.Port() == "" {
-		address = net.JoinHostPort(base.Hostname(), "80")
-	}
-	raw, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "tcp", address)
+	raw, err := c.dial(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -140,12 +138,14 @@ func (c *client) connectTunnel(ctx context.Context, id string, port uint64) (_ *
 	if _, err := fmt.Fprintf(raw, "CONNECT %d-%s.localhost:%d HTTP/1.1\r\nHost: %[1]d-%[2]s.localhost\r\n\r\n", port, id, port); err != nil {
 		return nil, nil, err
 	}
-	buffer := bufio.NewReader(raw)
+	header := &io.LimitedReader{R: raw, N: maxAnswerHeader}
+	buffer := bufio.NewReader(header)
 	resp, err := http.ReadResponse(buffer, &http.Request{Method: http.MethodConnect})
 	if err != nil {
 		return nil, nil, err
 	}
 	if resp.StatusCode == http.StatusOK {
+		header.N = math.MaxInt64
 		return raw.(*net.TCPConn), buffer, nil
 	}
 	defer resp.Body.Close()
@@ -153,5 +153,5 @@ func (c *client) connectTunnel(ctx context.Context, id string, port uint64) (_ *
 	if json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&refusal) != nil || refusal.Message == "" {
 		refusal.Message = "the host answered " + resp.Status
 	}
-	return nil, nil, errors.New(refusal.Message)
+	return nil, nil, errors.New(errdefs.Foreign(refusal.Message))
 }

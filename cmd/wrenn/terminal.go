@@ -99,7 +99,7 @@ func (c *client) run(ctx context.Context, id string, s *session) (int, error) {
 			if status, ok := signalled(ctx); ok {
 				return status, nil
 			}
-			return exitStatus(event.End), nil
+			return exitStatus(event.End)
 		}
 	}
 	err = events.Err()

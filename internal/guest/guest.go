@@ -295,11 +295,12 @@ func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 		return errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
 	}
 	resp.Body.Close()
-	last.part(ctx)
-	c.transport.CloseIdleConnections()
 	if resp.StatusCode != http.StatusNoContent {
+		raw.Close()
 		return errdefs.Unavailable.Errorf("quiesce the guest: it answered %s", errdefs.Foreign(resp.Status))
 	}
+	last.part(ctx)
+	c.transport.CloseIdleConnections()
 	return nil
 }
 

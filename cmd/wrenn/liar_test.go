@@ -32,6 +32,9 @@ func (honest) GetSandbox(_ context.Context, r *connect.Request[hostagentv1.GetSa
 // TestLiars has a guest lie in every way to exec, top and cp: what comes of it is
 // an error, in bounded memory and in time, and no other server hears of it.
 func TestLiars(t *testing.T) {
+	grace := termGrace
+	termGrace = 20 * time.Millisecond
+	defer func() { termGrace = grace }()
 	const id = "sb-0123456789abcdef"
 	_, agent := hostagentv1connect.NewHostAgentServiceHandler(honest{})
 	calls := []struct {

@@ -183,7 +183,7 @@ func (c *client) guestHTTP(req *http.Request, id string) (*http.Response, error)
 		}
 		return nil, connect.NewError(connect.CodeUnavailable, foreign(err))
 	}
-	if resp.StatusCode < 300 {
+	if resp.StatusCode/100 == 2 {
 		return resp, nil
 	}
 	defer resp.Body.Close()

@@ -217,7 +217,7 @@ func ofHTTP() []Lie {
 			r.print("HTTP/1.1 204 No Content\r\nWrenn-Guest-Protocol: \u202e%s\r\nWrenn-Guest-Clock: \u202e\r\n\r\n", rubbish[:20<<10])
 		}},
 		Lie{Name: "clock at the end of time", answer: func(r *reply) {
-			r.print("HTTP/1.1 204 No Content\r\nWrenn-Guest-Protocol: 1\r\nWrenn-Guest-Clock: 9223372036854775807\r\n\r\n")
+			r.print("HTTP/1.1 204 No Content\r\nWrenn-Guest-Protocol: 1\r\nWrenn-Guest-Clock: 9223372036854775807\r\nConnection: close\r\n\r\n")
 		}},
 	)
 }

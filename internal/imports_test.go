@@ -5,7 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -37,6 +39,7 @@ var rooms = map[string][]string{
 	"internal/server":          {"internal/sandbox", "api/...", "internal/errdefs"},
 	"internal/gateway":         {"internal/sandbox", "internal/errdefs"},
 	"internal/testenv":         {},
+	"internal/testenv/liar":    {"api/..."},
 }
 
 // foreign are packages that a room must not import, though they are not ours.
@@ -47,6 +50,7 @@ var foreign = map[string][]string{
 
 type pkg struct {
 	ImportPath string
+	Dir        string
 	Imports    []string
 	Doc        string
 	GoFiles    []string
@@ -77,6 +81,27 @@ func TestImportTable(t *testing.T) {
 	}
 }
 
+// TestNoDefaultClient: the default client follows what an answer says, through
+// the proxy that the environment names. No program of ours uses it.
+func TestNoDefaultClient(t *testing.T) {
+	for _, p := range listPackages(t) {
+		for _, name := range p.GoFiles {
+			source, err := os.ReadFile(filepath.Join(p.Dir, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, word := range []string{
+				"http.DefaultClient", "http.DefaultTransport", "http.Get(", "http.Head(", "http.Post(", "http.PostForm(",
+				"http.ProxyFromEnvironment",
+			} {
+				if strings.Contains(string(source), word) {
+					t.Errorf("%s uses %s", filepath.Join(p.ImportPath, name), word)
+				}
+			}
+		}
+	}
+}
+
 func lookup(room string) ([]string, bool) {
 	for name, allowed := range rooms {
 		if covers([]string{name}, room) {
@@ -98,7 +123,7 @@ func covers(patterns []string, room string) bool {
 
 func listPackages(t *testing.T) []pkg {
 	t.Helper()
-	cmd := exec.Command("go", "list", "-json=ImportPath,Imports,Doc,GoFiles", module+"...")
+	cmd := exec.Command("go", "list", "-json=ImportPath,Dir,Imports,Doc,GoFiles", module+"...")
 	out, err := cmd.Output()
 	if err != nil {
 		t.Fatalf("go list: %v", err)

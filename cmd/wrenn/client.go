@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"slices"
 	"strconv"
@@ -28,13 +27,14 @@ import (
 // client calls a host agent.
 type client struct {
 	host string
+	http transports
 
 	mu     sync.Mutex
 	tokens map[string]string // of sandboxes, as far as they were asked for
 }
 
 func (c *client) agent() hostagentv1connect.HostAgentServiceClient {
-	return hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, c.host)
+	return hostagentv1connect.NewHostAgentServiceClient(c.toAgent(), c.host, agentOptions())
 }
 
 // token returns what a sandbox's daemon demands of its callers.

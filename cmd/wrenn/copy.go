@@ -26,6 +26,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/api/filesystem"
 	"git.omukk.dev/wrenn/sandbox/api/process"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
 func newCp(c *client) *cobra.Command {
@@ -192,29 +193,23 @@ func (x *copier) files(ctx context.Context, method, path string, body io.Reader)
 // success is an error.
 func (c *client) guestHTTP(req *http.Request, id string) (*http.Response, error) {
 	guestHeaders{id: id}.set(req.Header)
-	token, err := c.token(req.Context(), id)
-	if err != nil {
-		return nil, err
-	}
-	req.Header.Set("X-Access-Token", token)
-	guest := http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
-	resp, err := guest.Do(req)
+	resp, err := c.toGuest().Do(req)
 	if err != nil {
 		if cause := context.Cause(req.Context()); cause != nil {
 			return nil, cause
 		}
-		return nil, connect.NewError(connect.CodeUnavailable, err)
+		return nil, connect.NewError(connect.CodeUnavailable, foreign(err))
 	}
-	if resp.StatusCode < 300 {
+	if resp.StatusCode/100 == 2 {
 		return resp, nil
 	}
 	defer resp.Body.Close()
 	var refusal struct{ Message string }
 	data, _ := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
 	if json.Unmarshal(data, &refusal) != nil || refusal.Message == "" {
-		return nil, fmt.Errorf("the host answered %s", resp.Status)
+		return nil, fmt.Errorf("the host answered %s", errdefs.Foreign(resp.Status))
 	}
-	return nil, errors.New(refusal.Message)
+	return nil, errors.New(errdefs.Foreign(refusal.Message))
 }
 
 // put writes a file in the sandbox and returns its path there.

@@ -7,18 +7,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 )
 
@@ -160,11 +161,7 @@ func (c *client) connectTunnel(ctx context.Context, id string, port uint64) (_ *
 	if base.Scheme != "http" {
 		return nil, nil, errors.New("ports are forwarded over an http:// agent only")
 	}
-	address := base.Host
-	if base.Port() == "" {
-		address = net.JoinHostPort(base.Hostname(), "80")
-	}
-	raw, err := (&net.Dialer{Timeout: 10 * time.Second}).DialContext(ctx, "tcp", address)
+	raw, err := c.dial(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -177,12 +174,14 @@ func (c *client) connectTunnel(ctx context.Context, id string, port uint64) (_ *
 	if _, err := fmt.Fprintf(raw, "CONNECT %d-%s.localhost:%d HTTP/1.1\r\nHost: %[1]d-%[2]s.localhost\r\n\r\n", port, id, port); err != nil {
 		return nil, nil, err
 	}
-	buffer := bufio.NewReader(raw)
+	header := &io.LimitedReader{R: raw, N: maxAnswerHeader}
+	buffer := bufio.NewReader(header)
 	resp, err := http.ReadResponse(buffer, &http.Request{Method: http.MethodConnect})
 	if err != nil {
 		return nil, nil, err
 	}
 	if resp.StatusCode == http.StatusOK {
+		header.N = math.MaxInt64
 		return raw.(*net.TCPConn), buffer, nil
 	}
 	defer resp.Body.Close()
@@ -190,5 +189,5 @@ func (c *client) connectTunnel(ctx context.Context, id string, port uint64) (_ *
 	if json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&refusal) != nil || refusal.Message == "" {
 		refusal.Message = "the host answered " + resp.Status
 	}
-	return nil, nil, errors.New(refusal.Message)
+	return nil, nil, errors.New(errdefs.Foreign(refusal.Message))
 }

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -21,6 +20,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/api/filesystem/filesystemconnect"
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
 )
 
 // command holds the flags that describe a command in a sandbox.
@@ -70,15 +71,6 @@ func (x *command) session(args []string) (*session, error) {
 	return s, nil
 }
 
-// dataPlane speaks to the guests over the agent's proxy. A guest's redirects are
-// not followed: the token would go where they lead.
-func (c *client) dataPlane() *http.Client {
-	return &http.Client{
-		Transport:     withToken{c, refusals{http.DefaultTransport}},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-}
-
 // withToken shows the token of the sandbox that a request names.
 type withToken struct {
 	client *client
@@ -104,11 +96,11 @@ func (t withToken) RoundTrip(req *http.Request) (*http.Response, error) {
 
 // processes and filesystem are clients of a sandbox's envd, which act as user.
 func (c *client) processes(id, user string) processconnect.ProcessClient {
-	return processconnect.NewProcessClient(c.dataPlane(), c.host, connect.WithInterceptors(guestHeaders{id, user}))
+	return processconnect.NewProcessClient(c.dataPlane(), c.host, guest.ClientOptions(), connect.WithInterceptors(guestHeaders{id, user}))
 }
 
 func (c *client) filesystem(id, user string) filesystemconnect.FilesystemClient {
-	return filesystemconnect.NewFilesystemClient(c.dataPlane(), c.host, connect.WithInterceptors(guestHeaders{id, user}))
+	return filesystemconnect.NewFilesystemClient(c.dataPlane(), c.host, guest.ClientOptions(), connect.WithInterceptors(guestHeaders{id, user}))
 }
 
 // guestHeaders names a sandbox and a user in it to the data plane.
@@ -124,8 +116,11 @@ func (h guestHeaders) set(header http.Header) {
 
 func (h guestHeaders) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		ctx, cancel := context.WithTimeout(ctx, guestPatience)
+		defer cancel()
 		h.set(req.Header())
-		return next(ctx, req)
+		resp, err := next(ctx, req)
+		return resp, foreign(err)
 	}
 }
 
@@ -133,9 +128,14 @@ func (h guestHeaders) WrapStreamingClient(next connect.StreamingClientFunc) conn
 	return func(ctx context.Context, spec connect.Spec) connect.StreamingClientConn {
 		conn := next(ctx, spec)
 		h.set(conn.RequestHeader())
-		return conn
+		return guestStream{conn}
 	}
 }
+
+// guestStream is a stream whose errors may be a guest's words.
+type guestStream struct{ connect.StreamingClientConn }
+
+func (s guestStream) Receive(m any) error { return foreign(s.StreamingClientConn.Receive(m)) }
 
 func (h guestHeaders) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return next
@@ -164,14 +164,14 @@ func (r refusals) RoundTrip(req *http.Request) (*http.Response, error) {
 		err = json.Unmarshal(data, &refusal)
 	}
 	if err != nil || refusal.Message == "" {
-		return nil, connect.NewError(code, fmt.Errorf("the host answered %s", resp.Status))
+		return nil, connect.NewError(code, fmt.Errorf("the host answered %s", errdefs.Foreign(resp.Status)))
 	}
 	if bytes.HasPrefix(refusal.Code, []byte(`"`)) {
 		// A code with a name is the guest's own error in Connect's form.
 		resp.Body = io.NopCloser(bytes.NewReader(data))
 		return resp, nil
 	}
-	return nil, connect.NewError(code, errors.New(refusal.Message))
+	return nil, connect.NewError(code, errors.New(errdefs.Foreign(refusal.Message)))
 }
 
 var refusalCodes = map[int]connect.Code{
@@ -181,20 +181,6 @@ var refusalCodes = map[int]connect.Code{
 	http.StatusConflict:           connect.CodeFailedPrecondition,
 	http.StatusBadGateway:         connect.CodeUnavailable,
 	http.StatusServiceUnavailable: connect.CodeUnavailable,
-}
-
-// exitStatus is a process's end as shells count it.
-func exitStatus(end *process.ProcessEvent_EndEvent) int {
-	if end.Exited {
-		return int(end.ExitCode)
-	}
-	name := strings.TrimSuffix(strings.TrimPrefix(end.Status, "signal: "), " (core dumped)")
-	for n := syscall.Signal(1); n <= 64; n++ {
-		if n.String() == name {
-			return 128 + int(n)
-		}
-	}
-	return 255
 }
 
 func newExec(c *client) *cobra.Command {

@@ -21,13 +21,14 @@ import (
 const (
 	// inputSize is how much of stdin travels at once.
 	inputSize = 32 << 10
-	// termGrace is what a command gets between SIGTERM and SIGKILL.
-	termGrace = 2 * time.Second
-
 	// Statuses as shells give them.
 	notFoundStatus      = 127
 	notExecutableStatus = 126
 )
+
+// termGrace is what a command gets between SIGTERM and SIGKILL, and a guest to
+// start one after an interrupt. Tests shorten it.
+var termGrace = 2 * time.Second
 
 // session is one command in a sandbox and what it is connected to here.
 type session struct {
@@ -59,6 +60,15 @@ func (c *client) run(ctx context.Context, id string, s *session) (int, error) {
 	if s.tied {
 		req.Header().Set("Wrenn-Process-Lifetime", "stream")
 	}
+	// What a guest does not start cannot be asked to end.
+	unstarted := context.AfterFunc(ctx, func() {
+		select {
+		case <-life.Done():
+		case <-time.After(termGrace):
+			hangUp()
+		}
+	})
+	defer unstarted()
 	events, err := guest.Start(life, req)
 	if err != nil {
 		return 0, err
@@ -73,6 +83,7 @@ func (c *client) run(ctx context.Context, id string, s *session) (int, error) {
 				continue
 			}
 			started = true
+			unstarted()
 			self := &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: event.Start.Pid}}
 			if s.terminal != nil {
 				restore, err := rawTerminal(s.terminal)
@@ -99,7 +110,7 @@ func (c *client) run(ctx context.Context, id string, s *session) (int, error) {
 			if status, ok := signalled(ctx); ok {
 				return status, nil
 			}
-			return exitStatus(event.End), nil
+			return exitStatus(event.End)
 		}
 	}
 	err = events.Err()

@@ -89,6 +89,8 @@ started in it from outside: every second on a terminal, until Ctrl-C, else once.
 
 // usage asks a sandbox what it uses.
 func (c *client) usage(ctx context.Context, id string) (*usage, error) {
+	ctx, cancel := context.WithTimeout(ctx, guestPatience)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.host+"/metrics", nil)
 	if err != nil {
 		return nil, err

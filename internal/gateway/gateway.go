@@ -328,7 +328,7 @@ func (g *Gateway) kindOf(r *http.Request, id sandbox.ID, port uint16) kind {
 // forward passes a request on to an address in the guest; ended says why the
 // sandbox ended, if it did. The token that envd demands is the client's to bring:
 // the gateway has no way to know whom a request is from.
-func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, transport *http.Transport, addr string,
+func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, transport http.RoundTripper, addr string,
 	fail func(http.ResponseWriter, error), ended func() string) {
 	proxy := httputil.ReverseProxy{
 		Rewrite: func(p *httputil.ProxyRequest) {

@@ -6,14 +6,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/netip"
+	"net/textproto"
 	"strconv"
 	"sync"
 	"syscall"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
@@ -26,10 +30,20 @@ const (
 	idleConns   = 32
 	// maxAnswerHeader bounds the headers of a guest's answer, in bytes.
 	maxAnswerHeader = 256 << 10
+	// maxInformational bounds the answers of 1xx before the one that counts.
+	maxInformational = 16
+	// maxUnread bounds what is kept of an HTTP/2 answer that its client does not
+	// take, in bytes.
+	maxUnread = 128 << 10
 )
 
-// errNotOpen is that nothing listens on a port of a guest.
-var errNotOpen = errors.New("the port is not open")
+var (
+	// errNotOpen is that nothing listens on a port of a guest.
+	errNotOpen = errors.New("the port is not open")
+
+	errInformational = errors.New("the guest answers with 1xx again and again")
+	errLongHeader    = errors.New("the headers of the guest's answer are too long")
+)
 
 // links knows the link to each guest that lives. The zero value is ready; safe
 // for concurrent use.
@@ -45,7 +59,33 @@ type links struct {
 type link struct {
 	lease *sandbox.Lease
 	// By HTTP version; the kept are for envd.
-	once1, once2, kept1, kept2 *http.Transport
+	once1, once2, kept1, kept2 transport
+}
+
+// transport passes on what a guest answers: a redirect too, which is for the
+// client to follow or not.
+type transport struct{ *http.Transport }
+
+// RoundTrip implements http.RoundTripper. The headers of each answer of 1xx are
+// bounded, but not their number, where they are passed on.
+func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	ctx, cancel := context.WithCancelCause(r.Context())
+	n := 0
+	resp, err := t.Transport.RoundTrip(r.WithContext(httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		Got1xxResponse: func(int, textproto.MIMEHeader) error {
+			if n++; n > maxInformational {
+				cancel(errInformational)
+			}
+			return nil
+		},
+	})))
+	if err != nil {
+		cancel(err)
+		return nil, err
+	}
+	// The answer's body needs ctx for as long as the request's own lasts.
+	context.AfterFunc(r.Context(), func() { cancel(nil) })
+	return resp, nil
 }
 
 // of returns the link to the guest that the lease is on.
@@ -71,7 +111,7 @@ func (l *links) of(lease *sandbox.Lease) *link {
 	return made
 }
 
-func (l *link) newTransport(http2, keep bool) *http.Transport {
+func (l *link) newTransport(http2, keep bool) transport {
 	t := &http.Transport{
 		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
 			conn, err := l.dial(ctx, addr)
@@ -86,13 +126,14 @@ func (l *link) newTransport(http2, keep bool) *http.Transport {
 		MaxIdleConnsPerHost:    idleConns,
 		MaxResponseHeaderBytes: maxAnswerHeader,
 		Protocols:              new(http.Protocols),
+		HTTP2:                  &http.HTTP2Config{MaxReceiveBufferPerStream: maxUnread},
 	}
 	t.Protocols.SetHTTP1(!http2)
 	t.Protocols.SetUnencryptedHTTP2(http2)
-	return t
+	return transport{t}
 }
 
-func (l *link) transport(r *http.Request, keep bool) *http.Transport {
+func (l *link) transport(r *http.Request, keep bool) http.RoundTripper {
 	switch {
 	case isGRPC(r) && keep:
 		return l.kept2
@@ -106,7 +147,7 @@ func (l *link) transport(r *http.Request, keep bool) *http.Transport {
 }
 
 func (l *link) close() {
-	for _, t := range []*http.Transport{l.once1, l.once2, l.kept1, l.kept2} {
+	for _, t := range []transport{l.once1, l.once2, l.kept1, l.kept2} {
 		t.CloseIdleConnections()
 	}
 }
@@ -156,18 +197,25 @@ func (l *link) dialInside(ctx context.Context, port uint16) (_ net.Conn, err err
 	if err := conn.SetDeadline(time.Now().Add(dialTimeout)); err != nil {
 		return nil, err
 	}
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
 	target := net.JoinHostPort("localhost", strconv.Itoa(int(port)))
 	if _, err := fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s: %s\r\n\r\n", target, target, headerToken, l.lease.Token); err != nil {
 		return nil, err
 	}
-	r := bufio.NewReader(conn)
+	// A header that is not to end does not reach memory; what follows it is the
+	// stream, which has no end.
+	header := &io.LimitedReader{R: conn, N: maxAnswerHeader}
+	r := bufio.NewReader(header)
 	resp, err := http.ReadResponse(r, &http.Request{Method: http.MethodConnect})
-	if err != nil {
-		return nil, err
+	switch {
+	case err != nil && header.N <= 0:
+		return nil, errLongHeader
+	case err != nil:
+		return nil, errors.New(errdefs.Foreign(err.Error()))
+	case resp.StatusCode != http.StatusOK:
+		return nil, fmt.Errorf("envd answered %s", errdefs.Foreign(resp.Status))
 	}
-	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("envd answered %s", resp.Status)
-	}
+	header.N = math.MaxInt64
 	return &buffered{conn.(*net.TCPConn), r}, conn.SetDeadline(time.Time{})
 }
 

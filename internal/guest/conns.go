@@ -14,10 +14,11 @@ import (
 // errClosed is what a closed client answers with.
 var errClosed = errors.New("the connection to the guest is closed")
 
-// conns dials and knows the connections that are open, so that they end with
+// conns dials a guest's address and knows the connections that are open, so that they end with
 // the incarnation of the guest that they lead to, and no later. Safe for
 // concurrent use.
 type conns struct {
+	addr   string
 	dialer net.Dialer
 
 	mu     sync.Mutex
@@ -30,8 +31,8 @@ type conn struct {
 	owner *conns
 }
 
-func (c *conns) dial(ctx context.Context, network, addr string) (net.Conn, error) {
-	raw, err := c.dialer.DialContext(ctx, network, addr)
+func (c *conns) dial(ctx context.Context) (net.Conn, error) {
+	raw, err := c.dialer.DialContext(ctx, "tcp", c.addr)
 	if err != nil {
 		return nil, err
 	}

@@ -92,7 +92,11 @@ func (c *Client) Exec(ctx context.Context, cmd Command) (Result, error) {
 	if err != nil {
 		return result, execError(ctx, cmd, err)
 	}
-	result.ExitCode, result.Detail = exitCode(end), end.GetError()
+	code, err := ExitCode(end)
+	if err != nil {
+		return result, errdefs.Unavailable.Errorf("run command: %w", err)
+	}
+	result.ExitCode, result.Detail = code, errdefs.Foreign(end.GetError())
 	return result, nil
 }
 
@@ -153,35 +157,40 @@ func execError(ctx context.Context, cmd Command, err error) error {
 		return fmt.Errorf("run command: %w", cause)
 	}
 	var coded *connect.Error
-	if !errors.As(err, &coded) {
+	if !errors.As(err, &coded) || !connect.IsWireError(coded) {
+		// Not the guest's word, but what became of its answer.
 		return errdefs.Unavailable.Errorf("run command: %s", plain(err))
 	}
-	switch coded.Code() {
-	case connect.CodeDeadlineExceeded:
+	switch code, said := coded.Code(), errdefs.Foreign(coded.Message()); {
+	case code == connect.CodeDeadlineExceeded && cmd.Timeout > 0:
 		return errdefs.TimedOut.Errorf("command timed out after %v", cmd.Timeout)
-	case connect.CodeNotFound:
-		return errdefs.NotFound.Errorf("%s in the guest", coded.Message())
-	case connect.CodeInvalidArgument, connect.CodePermissionDenied:
-		return errdefs.InvalidArgument.Errorf("run command: %s", coded.Message())
-	case connect.CodeUnauthenticated:
+	case code == connect.CodeNotFound:
+		return errdefs.NotFound.Errorf("%s in the guest", said)
+	case code == connect.CodeInvalidArgument, code == connect.CodePermissionDenied,
 		// A user that the guest does not have, or our own token.
-		return errdefs.InvalidArgument.Errorf("run command: %s", coded.Message())
-	case connect.CodeResourceExhausted:
-		return errdefs.Exhausted.Errorf("run command: %s", coded.Message())
+		code == connect.CodeUnauthenticated:
+		return errdefs.InvalidArgument.Errorf("run command: %s", said)
+	case code == connect.CodeResourceExhausted:
+		return errdefs.Exhausted.Errorf("run command: %s", said)
 	default:
-		return errdefs.Unavailable.Errorf("run command: %s", plain(err))
+		return errdefs.Unavailable.Errorf("run command: %s", said)
 	}
 }
 
-// exitCode turns an end event into a shell's exit code.
-func exitCode(end *process.ProcessEvent_EndEvent) int {
-	if end.GetExited() || end.GetExitCode() >= 0 {
-		return int(end.GetExitCode())
+// ExitCode turns an end event into a shell's exit code, 0 to 255. What no
+// process can end with is an error: a program that took it for its own exit
+// status would report its last eight bits, 256 as success.
+func ExitCode(end *process.ProcessEvent_EndEvent) (int, error) {
+	switch code := end.GetExitCode(); {
+	case code >= 0 && code <= 255:
+		return int(code), nil
+	case code != -1 || end.GetExited():
+		return -1, fmt.Errorf("the guest tells of exit status %d, which no process has", code)
 	}
 	if sig, ok := signalNamed(end.GetStatus()); ok {
-		return 128 + int(sig)
+		return 128 + int(sig), nil
 	}
-	return 128
+	return 128, nil
 }
 
 // signalNamed finds the signal in a status such as "signal: killed (core

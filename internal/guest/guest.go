@@ -66,19 +66,14 @@ type Client struct {
 // New returns a client of the guest whose envd serves at addr. It does no I/O.
 // token is sent with every request; empty for none.
 func New(addr netip.AddrPort, token string) *Client {
-	conns := &conns{dialer: net.Dialer{Timeout: dialTimeout}}
-	transport := &http.Transport{
-		DialContext:         conns.dial,
-		DisableCompression:  true,
-		MaxIdleConnsPerHost: 16,
-		IdleConnTimeout:     90 * time.Second,
-	}
+	conns := &conns{addr: addr.String(), dialer: net.Dialer{Timeout: dialTimeout}}
+	transport := newTransport(conns.dial)
 	c := &Client{
 		base: "http://" + addr.String(), token: token,
 		conns: conns, transport: transport,
-		http: &http.Client{Transport: withToken{transport, token}},
+		http: &http.Client{Transport: withToken{Bounded{transport}, token}, CheckRedirect: NoRedirect},
 	}
-	c.process = processconnect.NewProcessClient(c.http, c.base, connect.WithAcceptCompression("gzip", nil, nil))
+	c.process = processconnect.NewProcessClient(c.http, c.base, ClientOptions())
 	return c
 }
 
@@ -90,13 +85,9 @@ func (c *Client) Close() {
 }
 
 // HTTPClient speaks to the guest over the client's connections, with its
-// token; for requests that this package has no method for. It has no time-out
-// of its own.
+// token; for requests that this package has no method for. It follows no
+// redirect, waits a minute at most for an answer's headers, and bounds no body.
 func (c *Client) HTTPClient() *http.Client { return c.http }
-
-// Transport is what HTTPClient sends its requests through, without the token:
-// a proxy passes on what its clients present.
-func (c *Client) Transport() http.RoundTripper { return c.transport }
 
 // URL is the base URL of the guest's envd, without a slash at its end.
 func (c *Client) URL() string { return c.base }
@@ -117,10 +108,12 @@ func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 // WaitReady returns when the guest says that it is ready. Only ctx bounds the
 // wait; its end is errdefs.Unavailable, the last attempt's error in the text.
 func (c *Client) WaitReady(ctx context.Context) error {
-	probe := &http.Client{Timeout: probeTimeout, Transport: &http.Transport{
-		DialContext:       (&net.Dialer{Timeout: probeDial}).DialContext,
-		DisableKeepAlives: true,
-	}}
+	dialer := net.Dialer{Timeout: probeDial}
+	transport := newTransport(func(ctx context.Context) (net.Conn, error) {
+		return dialer.DialContext(ctx, "tcp", c.conns.addr)
+	})
+	transport.DisableKeepAlives = true
+	probe := &http.Client{Timeout: probeTimeout, Transport: transport, CheckRedirect: NoRedirect}
 	ticker := time.NewTicker(probeEvery)
 	defer ticker.Stop()
 	for {
@@ -147,7 +140,7 @@ func (c *Client) health(ctx context.Context, client *http.Client) error {
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusNoContent {
-		return fmt.Errorf("health answered %s", resp.Status)
+		return fmt.Errorf("health answered %s", errdefs.Foreign(resp.Status))
 	}
 	return nil
 }
@@ -220,11 +213,11 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 		return errdefs.Unavailable.Errorf("initialise the guest: %s", plain(err))
 	}
 	defer resp.Body.Close()
-	text, _ := io.ReadAll(io.LimitReader(resp.Body, 512))
-	switch reason := strings.TrimSpace(string(text)); resp.StatusCode {
+	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxReason))
+	switch reason := errdefs.Foreign(string(text)); resp.StatusCode {
 	case http.StatusNoContent:
 		if version := resp.Header.Get(protocolHeader); version != protocol {
-			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q", version, protocol)
+			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q", errdefs.Foreign(version), protocol)
 		}
 		return c.adjust(ctx, in, resp.Header.Get(clockHeader))
 	case http.StatusUnauthorized:
@@ -232,7 +225,7 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	case http.StatusBadRequest:
 		return errdefs.InvalidArgument.Errorf("initialise the guest: %s", reason)
 	default:
-		return errdefs.Unavailable.Errorf("initialise the guest: %s: %s", resp.Status, reason)
+		return errdefs.Unavailable.Errorf("initialise the guest: %s: %s", errdefs.Foreign(resp.Status), reason)
 	}
 }
 
@@ -290,33 +283,32 @@ func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 		return fmt.Errorf("quiesce the guest: %w", err)
 	}
 	req.Close = true
-	var last *kept
-	resp, err := withToken{&http.Transport{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
-		raw, err := c.conns.dial(ctx, network, addr)
-		if err != nil {
-			return nil, err
-		}
-		last = &kept{raw}
-		return last, nil
-	}}, c.token}.RoundTrip(req)
+	raw, err := c.conns.dial(ctx)
 	if err != nil {
-		if last != nil {
-			last.Conn.Close()
-		}
+		return errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
+	}
+	last := &kept{raw}
+	transport := newTransport(func(context.Context) (net.Conn, error) { return last, nil })
+	resp, err := withToken{transport, c.token}.RoundTrip(req)
+	if err != nil {
+		raw.Close()
 		return errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
 	}
 	resp.Body.Close()
+	if resp.StatusCode != http.StatusNoContent {
+		raw.Close()
+		return errdefs.Unavailable.Errorf("quiesce the guest: it answered %s", errdefs.Foreign(resp.Status))
+	}
 	last.part(ctx)
 	c.transport.CloseIdleConnections()
-	if resp.StatusCode != http.StatusNoContent {
-		return errdefs.Unavailable.Errorf("quiesce the guest: it answered %s", resp.Status)
-	}
 	return nil
 }
 
 // plain is an error's text without the URL that it was made for: addresses
-// inside the host are not for clients.
-func plain(err error) string {
+// inside the host are not for clients, and a guest's words are bounded.
+func plain(err error) string { return errdefs.Foreign(bare(err)) }
+
+func bare(err error) string {
 	var op *net.OpError
 	if errors.As(err, &op) {
 		return op.Op + ": " + op.Err.Error()

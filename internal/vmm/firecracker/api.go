@@ -46,15 +46,18 @@ type fault struct {
 	Message string `json:"fault_message"`
 }
 
-func (e *fault) Error() string { return e.Message }
+func (e *fault) Error() string { return errdefs.Foreign(e.Message) }
 
 // client speaks to the API behind a Unix socket. It makes a connection for each
 // call, so that it keeps nothing that could break between two of them.
 type client struct{ http http.Client }
 
 func newClient(socket string) *client {
-	return &client{http: http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
+	redirect := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	return &client{http: http.Client{CheckRedirect: redirect, Transport: &http.Transport{
+		DisableKeepAlives:      true,
+		DisableCompression:     true,
+		MaxResponseHeaderBytes: maxAnswer,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", socket)
@@ -114,7 +117,7 @@ func (c *client) exchange(ctx context.Context, r request, result any) error {
 		return &f
 	case resp.StatusCode != http.StatusOK:
 		// It knows no more than we do about what has become of the call.
-		return fmt.Errorf("the VMM answers with status %d: %.500s", resp.StatusCode, answer)
+		return fmt.Errorf("the VMM answers with status %d: %s", resp.StatusCode, errdefs.Foreign(string(answer)))
 	case result != nil:
 		return json.Unmarshal(answer, result)
 	}
@@ -137,9 +140,12 @@ func cause(err error) error {
 		}
 	}
 	if inner := errors.Unwrap(err); inner != nil {
-		return inner
+		err = inner
 	}
-	return err
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) {
+		return err
+	}
+	return errors.New(errdefs.Foreign(err.Error()))
 }
 
 // instance is the answer to GET /.
@@ -152,5 +158,6 @@ type instance struct {
 // describe asks for the VM's state.
 func (c *client) describe(ctx context.Context, limit time.Duration) (i instance, err error) {
 	err = c.call(ctx, limit, request{method: http.MethodGet, path: "/"}, &i)
+	i.State = errdefs.Foreign(i.State)
 	return i, err
 }

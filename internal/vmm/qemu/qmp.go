@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"time"
@@ -17,6 +18,12 @@ import (
 // callTimeout bounds a QMP call whose caller sets no limit. QEMU answers the
 // calls made here in milliseconds, or is in trouble.
 const callTimeout = 10 * time.Second
+
+// maxAnswer bounds what is read of QEMU for one call, in bytes: the answer, and
+// the events before it.
+const maxAnswer = 1 << 20
+
+var errTooLong = errors.New("its answer is too long")
 
 // queuePoll is how often a connection is tried while the queue for one is
 // full. QEMU's has room for two.
@@ -35,7 +42,22 @@ type refusal struct {
 	Desc  string `json:"desc"`
 }
 
-func (e *refusal) Error() string { return e.Desc }
+func (e *refusal) Error() string { return errdefs.Foreign(e.Desc) }
+
+// bounded fails once more was read than left lets.
+type bounded struct {
+	io.Reader
+	left int
+}
+
+func (b *bounded) Read(p []byte) (int, error) {
+	if b.left <= 0 {
+		return 0, errTooLong
+	}
+	n, err := b.Reader.Read(p[:min(len(p), b.left)])
+	b.left -= n
+	return n, err
+}
 
 // monitor is one connection to a QEMU. QEMU serves one at a time, a second
 // waits its turn, so a connection is made for an operation and closed with it:
@@ -44,6 +66,7 @@ type monitor struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	conn   *net.UnixConn
+	in     *bounded
 	dec    *json.Decoder
 	stop   func() bool // takes ctx's hand off conn
 }
@@ -76,7 +99,8 @@ func (m *monitor) connect(path string) error {
 	if err != nil {
 		return m.broken(err)
 	}
-	m.conn, m.dec = conn.(*net.UnixConn), json.NewDecoder(conn)
+	m.conn, m.in = conn.(*net.UnixConn), &bounded{conn, maxAnswer}
+	m.dec = json.NewDecoder(m.in)
 	m.stop = context.AfterFunc(m.ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
 	var greeting struct {
 		QMP *json.RawMessage `json:"QMP"`
@@ -116,6 +140,7 @@ func (m *monitor) callWith(command string, arguments, result any, rights []byte)
 	if _, _, err := m.conn.WriteMsgUnix(append(request, '\n'), rights, nil); err != nil {
 		return fmt.Errorf("qmp %s: %w", command, m.broken(err))
 	}
+	m.in.left = maxAnswer
 	for {
 		var reply struct {
 			Event  string          `json:"event"`
@@ -145,7 +170,10 @@ func (m *monitor) broken(err error) error {
 	if m.ctx.Err() != nil {
 		return context.Cause(m.ctx)
 	}
-	return errdefs.Unavailable.Errorf("the VMM does not answer: %w", err)
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) || errors.As(err, new(*net.OpError)) {
+		return errdefs.Unavailable.Errorf("the VMM does not answer: %w", err)
+	}
+	return errdefs.Unavailable.Errorf("the VMM does not answer: %s", errdefs.Foreign(err.Error()))
 }
 
 // status is query-status.
@@ -154,7 +182,7 @@ func (m *monitor) status() (string, error) {
 		Status string `json:"status"`
 	}
 	err := m.call("query-status", nil, &s)
-	return s.Status, err
+	return errdefs.Foreign(s.Status), err
 }
 
 // passFile gives QEMU a file that is open for writing, under a path of its own.

@@ -120,17 +120,22 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	state, err := os.ReadFile(filepath.Join(dir, stateName))
+	state, err := os.Open(filepath.Join(dir, stateName))
 	if err != nil {
 		return err
 	}
-	digest := sha256.Sum256(state)
+	defer state.Close()
+	h := sha256.New() // QEMU decides how long it is
+	size, err := io.Copy(h, state)
+	if err != nil {
+		return err
+	}
 	if err := vmm.SaveJSON(filepath.Join(dir, manifestName), manifest{
 		Version:     v.version,
 		Shape:       v.state.Shape,
 		MemoryBytes: int64(v.state.Shape.MemMiB) << 20,
-		StateBytes:  int64(len(state)),
-		StateSHA256: hex.EncodeToString(digest[:]),
+		StateBytes:  size,
+		StateSHA256: hex.EncodeToString(h.Sum(nil)),
 	}); err != nil {
 		return err
 	}

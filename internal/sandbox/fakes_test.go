@@ -319,6 +319,20 @@ func (n *fakeNetwork) CountersAll(ctx context.Context) (map[network.Slot]network
 	return all, nil
 }
 
+func (n *fakeNetwork) Strays(ctx context.Context, _ func(network.Slot) bool) (strays []network.Slot, err error) {
+	if err := n.called(ctx, "network.look"); err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for s := range n.open {
+		if !n.taken[s] {
+			strays = append(strays, s)
+		}
+	}
+	return strays, nil
+}
+
 // RemoveStrays fences what does not come off.
 func (n *fakeNetwork) RemoveStrays(ctx context.Context) (removed []network.Slot, err error) {
 	if err := n.called(ctx, "network.strays"); err != nil {

@@ -117,6 +117,15 @@ func (r *rig) config() Config {
 			}
 			return killed, nil
 		},
+		NetNSOf: func(_, name string, paths []string) (string, error) {
+			if err := f.called(context.Background(), "netns"); err != nil {
+				return "", err
+			}
+			if spec, ok := r.host.Spec(name); ok && slices.Contains(paths, spec.NetNS) {
+				return spec.NetNS, nil
+			}
+			return "", nil
+		},
 		Capacity:   Capacity{Resources: Resources{Sandboxes: 10_000, VCPUs: 10_000, MemMiB: 1 << 30, DiskMiB: 1 << 30}, Starts: 50, StartQueue: time.Minute},
 		OverlayMiB: 64, BootTimeout: time.Minute, KeepStopped: time.Hour,
 		storeHook: func(step string) error { return f.called(context.Background(), "record "+step) },
@@ -242,6 +251,7 @@ func wantClass(t *testing.T, err error, want *errdefs.Class) {
 
 func TestStateTable(t *testing.T) {
 	legal := map[[2]State]bool{
+		{Unknown, Stopping}: true,
 		{Creating, Running}: true, {Creating, Stopping}: true,
 		{Running, Paused}: true, {Running, Hibernated}: true, {Running, Stopping}: true,
 		{Paused, Running}: true, {Paused, Hibernated}: true, {Paused, Stopping}: true,
@@ -513,19 +523,31 @@ func TestFailedResumeLeavesItPaused(t *testing.T) {
 	}
 }
 
-func TestVMThatDoesNotComeBackIsReleased(t *testing.T) {
-	r := newRig(t)
-	id := r.create()
-	r.driver.Inject(vmmtest.OpPause, 1, vmmtest.Fault{Err: errors.New("boom"), After: true})
-	r.driver.Inject(vmmtest.OpResume, 1, vmmtest.Fault{Err: errors.New("bang")})
-	if err := r.Pause(t.Context(), id); err == nil {
-		t.Error("pause succeeded")
-	}
-	info := r.wantState(id, Stopped)
-	if info.Reason != VMExited || !strings.Contains(info.Detail, "bang") {
-		t.Errorf("reason %s, %s", info.Reason, info.Detail)
-	}
-	r.wantNothing()
+// A VM that answers neither the operation nor the way back is kept, told, and
+// brought to what its record says when it answers again.
+func TestVMThatDoesNotComeBackIsKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		r.driver.Inject(vmmtest.OpPause, 1, vmmtest.Fault{Err: errors.New("boom"), After: true})
+		r.driver.Inject(vmmtest.OpResume, 1, vmmtest.Fault{Err: errors.New("bang")})
+		if err := r.Pause(t.Context(), id); err == nil {
+			t.Error("pause succeeded")
+		}
+		info := r.wantState(id, Running)
+		if info.Reason != Unreachable || !strings.Contains(info.Detail, "bang") {
+			t.Errorf("reason %s, %s", info.Reason, info.Detail)
+		}
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if info := r.wantState(id, Running); info.Reason != "" || r.host.Paused(string(id)) {
+			t.Errorf("reason %s, %s; its VM is paused: %v", info.Reason, info.Detail, r.host.Paused(string(id)))
+		}
+		r.wantConsistent()
+		if got := r.history(2); !slices.Equal(got, []string{"3 running running unreachable", "4 running running "}) {
+			t.Errorf("events are %q", got)
+		}
+	})
 }
 
 func TestDestroyInterruptsAHungPause(t *testing.T) {
@@ -907,8 +929,13 @@ func TestRestartFreesTheHalfMadeAndTheStray(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.start()
-	if len(r.found.Freed) != 1 || len(r.found.Unreadable) != 1 || len(r.found.Strays) != 4 {
+	if len(r.found.Freed) != 1 || len(r.found.Adopted) != 1 || len(r.found.Strays) != 2 {
 		t.Errorf("found %s: %+v", r.found, r.found)
+	}
+	// The record before the damaged one does.
+	r.wantState(corrupt, Running)
+	if err := r.Destroy(t.Context(), corrupt); err != nil {
+		t.Error(err)
 	}
 	r.wantNothing()
 	if info := r.wantState(half, Stopped); info.Reason != CreateFailed {

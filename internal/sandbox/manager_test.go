@@ -287,14 +287,15 @@ func TestStateTable(t *testing.T) {
 func TestOperationsByState(t *testing.T) {
 	may := map[State][]Operation{
 		Creating:   {OpDestroy},
-		Running:    {OpPause, OpHibernate, OpFork, OpSnapshot, OpCall, OpTimeout, OpDestroy},
-		Paused:     {OpResume, OpHibernate, OpFork, OpSnapshot, OpTimeout, OpDestroy},
-		Hibernated: {OpResume, OpTimeout, OpDestroy},
+		Running:    {OpPause, OpHibernate, OpFork, OpSnapshot, OpCall, OpTimeout, OpRecover, OpDestroy},
+		Paused:     {OpResume, OpHibernate, OpFork, OpSnapshot, OpTimeout, OpRecover, OpDestroy},
+		Hibernated: {OpResume, OpTimeout, OpRecover, OpDestroy},
+		Unknown:    {OpRecover, OpDestroy},
 		Stopping:   {OpDestroy},
 		Stopped:    {OpDestroy},
 	}
 	for _, state := range States() {
-		for _, op := range []Operation{OpPause, OpHibernate, OpFork, OpSnapshot, OpResume, OpCall, OpTimeout, OpDestroy} {
+		for _, op := range []Operation{OpPause, OpHibernate, OpFork, OpSnapshot, OpResume, OpCall, OpTimeout, OpRecover, OpDestroy} {
 			err := check("sb-0", op, state)
 			if got := err == nil; got != slices.Contains(may[state], op) {
 				t.Errorf("%s of a %s sandbox: %v", op, state, err)
@@ -366,7 +367,7 @@ func TestRecordIsOnDiskBeforeGetShowsIt(t *testing.T) {
 		return nil
 	})
 	id := r.create()
-	if rec, err := r.store.load(id); err != nil || rec.State != Running || rec.VM == nil || rec.Token == "" {
+	if rec, err := (store{dir: r.store.dir}).load(id); err != nil || rec.State != Running || rec.VM == nil || rec.Token == "" {
 		t.Errorf("record after a create: %+v, %v", rec, err)
 	}
 }
@@ -920,7 +921,7 @@ func TestRestartFreesTheHalfMadeAndTheStray(t *testing.T) {
 	if err := os.WriteFile(r.store.record(corrupt), []byte(`{"version": 1, "id": "sb-`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	rec, err := r.store.load(half)
+	rec, err := (store{dir: r.store.dir}).load(half)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -221,6 +221,10 @@ func (m *Manager) install(b *box, rec Record) error {
 // held.
 func (m *Manager) fallBack(ctx context.Context, b *box) bool {
 	rec, err := m.store.loadFile(b.id, m.store.previous(b.id))
+	if err == nil && rec.State == Creating && rec.VM != nil && rec.Warm == "" {
+		// The one after that said that it runs, or its VM would not be there.
+		rec.State = Running
+	}
 	if err != nil || rec.State != Running && rec.State != Paused {
 		return false
 	}

@@ -64,6 +64,9 @@ type eventLog struct {
 	events []Event // in order
 	// next is the cursor of the event to come; those up to reserved may be given.
 	next, reserved uint64
+	// retryAt is when a file that could not be written is tried again: all of it
+	// would be written.
+	retryAt time.Time
 	// more is closed, and made anew, when an event has come.
 	more chan struct{}
 }
@@ -216,6 +219,7 @@ func (l *eventLog) rewrite() error {
 	next := filepath.Join(filepath.Dir(l.path), ".events")
 	f, err := os.OpenFile(next, os.O_WRONLY|os.O_APPEND|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
+		l.retryAt = time.Now().Add(retryFirst)
 		return fmt.Errorf("write event log: %w", err)
 	}
 	_, err = f.Write(text.Bytes())
@@ -229,6 +233,7 @@ func (l *eventLog) rewrite() error {
 		err = syncDir(filepath.Dir(l.path))
 	}
 	if err != nil {
+		l.retryAt = time.Now().Add(retryFirst)
 		return fmt.Errorf("write event log: %w", errors.Join(err, f.Close()))
 	}
 	l.f, l.size, l.reserved = f, text.Len(), reserved
@@ -271,6 +276,8 @@ func (l *eventLog) add(e Event) error {
 	defer l.mu.Unlock()
 	var err error
 	switch {
+	case l.f == nil && time.Now().Before(l.retryAt):
+		err = errors.New("the event log could not be written a moment ago")
 	case l.f == nil || l.size > maxEventBytes || len(l.events) > 2*keptEvents:
 		err = l.rewrite()
 	case l.next+cursorBlock/2 > l.reserved:

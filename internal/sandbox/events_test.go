@@ -312,6 +312,7 @@ func TestEventsOnAFullDisk(t *testing.T) {
 	if err := os.Mkdir(filepath.Dir(l.path), 0o700); err != nil {
 		t.Fatal(err)
 	}
+	time.Sleep(time.Until(l.retryAt))
 	if err := l.add(Event{To: Creating}); err != nil {
 		t.Error(err)
 	}

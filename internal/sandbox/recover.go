@@ -108,8 +108,16 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 // enter puts a record of an earlier agent into the books.
 func (m *Manager) enter(rec Record) {
 	if rec.State != Stopped && rec.State != Unknown && rec.Slot != 0 {
-		// No two sandboxes have one slot: somebody's record is wrong.
+		// No two sandboxes have one slot: one of the records is wrong, and the VMs
+		// show which.
 		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
+			for _, b := range m.all() {
+				if other := b.record(); other.Slot == rec.Slot && other.State != Unknown && other.State != Stopped {
+					m.held[rec.Slot] = true
+					m.used = m.used.minus(other.takes())
+					m.enter(m.store.unknown(other.ID, fmt.Errorf("the record's network slot: %w", err)))
+				}
+			}
 			rec = m.store.unknown(rec.ID, fmt.Errorf("the record's network slot: %w", err))
 		}
 	}

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -216,6 +218,11 @@ func testModel(t *testing.T, warm int) {
 			}()
 			model := map[ID]State{}
 			snapshots := map[string]bool{}
+			type broken struct {
+				record []byte
+				state  State
+			}
+			spoiled := map[ID]broken{}
 			pick := func(rt *rapid.T) ID {
 				var ids []ID
 				for _, info := range r.List(true) {
@@ -296,8 +303,9 @@ func testModel(t *testing.T, warm int) {
 				},
 				"destroy": func(rt *rapid.T) {
 					id := pick(rt)
-					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Stopped) {
+					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Stopped, Unknown) {
 						delete(model, id)
+						delete(spoiled, id)
 					}
 				},
 				"snapshot": func(rt *rapid.T) {
@@ -347,6 +355,40 @@ func testModel(t *testing.T, warm int) {
 					graves = append(graves, r.faults.grave)
 					r.die()
 					r.start()
+				},
+				"record breaks": func(rt *rapid.T) {
+					id := pick(rt)
+					if s := model[id]; s != Running && s != Paused {
+						rt.Skip()
+					}
+					graves = append(graves, r.faults.grave)
+					r.die()
+					data, err := os.ReadFile(r.store.record(id))
+					if err != nil {
+						rt.Fatal(err)
+					}
+					spoiled[id] = broken{data, model[id]}
+					r.spoil(id, func(data []byte) []byte { return data[:len(data)/2] })
+					if err := os.Remove(r.store.previous(id)); err != nil {
+						rt.Fatal(err)
+					}
+					r.start()
+					model[id] = Unknown
+				},
+				"record is mended": func(rt *rapid.T) {
+					id := pick(rt)
+					was, ok := spoiled[id]
+					if !ok {
+						rt.Skip()
+					}
+					delete(spoiled, id)
+					r.spoil(id, func([]byte) []byte { return was.record })
+					if model[id] = was.state; !slices.Contains(r.host.Live(), string(id)) {
+						model[id] = Stopped
+					}
+					if _, err := r.Recover(t.Context(), id); err != nil {
+						rt.Fatal(err)
+					}
 				},
 				"": func(rt *rapid.T) {
 					synctest.Wait()

@@ -25,7 +25,7 @@ import (
 // spoil changes the record of a sandbox on disk.
 func (r *rig) spoil(id ID, change func([]byte) []byte) {
 	r.t.Helper()
-	path := r.store.record(id)
+	path := filepath.Join(r.dir, "state", "sandboxes", string(id), "record.json")
 	data, err := os.ReadFile(path)
 	if err == nil {
 		err = os.WriteFile(path, change(data), 0o600)

@@ -29,17 +29,13 @@ const runDirEnv = "WRENN_RUN_DIR"
 // handle leads to: their agent died before it could write one down, or they do
 // not answer. What does not carry our mark is never touched.
 func KillStrays(ctx context.Context, runRoot, parent string, keep func(name string) bool) ([]string, error) {
-	dirs, err := filepath.Glob("/proc/[0-9]*")
+	pids, err := processes()
 	if err != nil {
 		return nil, err
 	}
 	gone := map[string]bool{}
 	var errs []error
-	for _, dir := range dirs {
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil {
-			continue
-		}
+	for _, pid := range pids {
 		name, ok, err := runDirOf(pid, runRoot)
 		if err != nil {
 			errs = append(errs, err)
@@ -77,19 +73,29 @@ func KillStrays(ctx context.Context, runRoot, parent string, keep func(name stri
 	return slices.Sorted(maps.Keys(gone)), errors.Join(errs...)
 }
 
+// processes returns the pids of this host.
+func processes() (pids []int, err error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	for _, e := range entries {
+		if pid, err := strconv.Atoi(e.Name()); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
 // NetNSOf returns which of the network namespaces, by their paths, a process is
 // in that was launched with the run directory runRoot/name; empty if there is no
 // such process, or none in one of them. An error says that it is not known.
 func NetNSOf(runRoot, name string, paths []string) (string, error) {
-	dirs, err := filepath.Glob("/proc/[0-9]*")
+	pids, err := processes()
 	if err != nil {
 		return "", err
 	}
-	for _, dir := range dirs {
-		pid, err := strconv.Atoi(filepath.Base(dir))
-		if err != nil {
-			continue
-		}
+	for _, pid := range pids {
 		of, ok, err := runDirOf(pid, runRoot)
 		if err != nil {
 			return "", err
@@ -97,7 +103,7 @@ func NetNSOf(runRoot, name string, paths []string) (string, error) {
 		if !ok || of != name {
 			continue
 		}
-		in, err := os.Stat(filepath.Join(dir, "ns", "net"))
+		in, err := os.Stat(fmt.Sprintf("/proc/%d/ns/net", pid))
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
 			continue // it ended meanwhile
 		}

@@ -159,8 +159,8 @@ func (m *Manager) look(ctx context.Context, b *box) error {
 	if err == nil {
 		err = broken
 	}
-	if !errors.Is(err, errGone) && context.Cause(b.alive) != nil {
-		return err // it ended meanwhile, and is about to be freed
+	if !errors.Is(err, errGone) && errors.Join(context.Cause(b.alive), context.Cause(ctx)) != nil {
+		return err // it has ended and is about to be freed, or nobody waits any more
 	}
 	m.reached(b, err)
 	return err

@@ -218,10 +218,13 @@ func (m *Manager) attend(b *box, now time.Time) {
 		_ = m.letGo(b)
 	case b.retryDue(now):
 		m.release(b, b.record().Reason, "")
-	case b.lookDue(now) && b.state() == Unknown:
-		_ = m.reread(m.life, b)
 	case b.lookDue(now):
-		_ = m.look(m.life, b)
+		ctx, abort := context.WithCancelCause(m.life)
+		defer abort(nil)
+		b.mu.Lock()
+		b.abort = abort // by who destroys it
+		b.mu.Unlock()
+		_ = m.lookInto(ctx, b)
 	case b.state() == Creating && !m.inPool(b): // and nobody holds it: its create panicked
 		m.release(b, CreateFailed, "the create broke off")
 	case m.stale(b, now):

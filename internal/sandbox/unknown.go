@@ -139,19 +139,30 @@ func (m *Manager) Recover(ctx context.Context, id ID) (Info, error) {
 		return Info{}, err
 	}
 	defer end()
+	err = m.lookInto(ctx, b)
+	if info := b.info(); err == nil {
+		return info, nil
+	} else if info.Reason == NotUnderstood {
+		return info, errdefs.Corrupt.Errorf("recover sandbox %s: %s", id, m.told(err))
+	}
+	return b.info(), errdefs.Unavailable.Errorf("recover sandbox %s: %s", id, m.told(err))
+}
+
+// lookInto looks again at a sandbox of which something is wrong. Called with the op
+// lock held.
+func (m *Manager) lookInto(ctx context.Context, b *box) error {
 	switch rec := b.record(); {
 	case rec.State == Unknown:
-		err = m.reread(ctx, b)
+		return m.reread(ctx, b)
 	case rec.State == Hibernated:
 		var found Recovery
 		m.takeUpHibernated(ctx, b, &found)
+		return nil
 	case rec.Reason == Unreachable:
-		err = m.look(ctx, b)
+		return m.look(ctx, b)
+	default:
+		return nil
 	}
-	if err != nil {
-		return b.info(), errdefs.Unavailable.Errorf("recover sandbox %s: %s", id, m.told(err))
-	}
-	return b.info(), nil
 }
 
 // reread reads the record of an unknown sandbox again and takes the sandbox up if

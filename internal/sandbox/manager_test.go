@@ -118,7 +118,7 @@ func (r *rig) config() Config {
 			return killed, nil
 		},
 		NetNSOf: func(_, name string, paths []string) (string, error) {
-			if err := f.called(context.Background(), "netns"); err != nil {
+			if err := f.called(context.Background(), "proc netns"); err != nil {
 				return "", err
 			}
 			if spec, ok := r.host.Spec(name); ok && slices.Contains(paths, spec.NetNS) {

@@ -314,7 +314,7 @@ func TestFaultMatrix(t *testing.T) {
 	for name, s := range scenarios {
 		for _, step := range s.steps(t) {
 			for _, kind := range []string{"error", "hang", "cancel", "death"} {
-				if kind != "error" && kind != "death" && strings.HasPrefix(step, "record ") {
+				if kind != "error" && kind != "death" && (strings.HasPrefix(step, "record ") || strings.HasPrefix(step, "proc ")) {
 					continue // the disk hangs or it does not; no context reaches it
 				}
 				cases++
@@ -360,8 +360,11 @@ func (s scenario) under(t *testing.T, step, kind string) {
 		}
 		return errFault
 	})
-	done := make(chan error, 1)
-	go func() { done <- s.run(ctx, r, id) }()
+	done, ended := make(chan error, 1), make(chan struct{})
+	go func() {
+		defer close(ended)
+		done <- s.run(ctx, r, id)
+	}()
 	select {
 	case <-done:
 	case <-died:
@@ -369,6 +372,7 @@ func (s scenario) under(t *testing.T, step, kind string) {
 		r.die()
 		defer func() { // the old agent's goroutines end with the test
 			close(f.grave)
+			<-ended
 			if manager != nil {
 				manager.wg.Wait()
 			}

@@ -75,8 +75,13 @@ func (m *Manager) attach(ctx context.Context, b *box, rec Record) error {
 		case <-b.vm.Done():
 			return errGone
 		default:
-			return nil
 		}
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if b.guest == nil { // its record was not believed before
+			b.guest = m.cfg.Guests(rec.HostIP, rec.Token)
+		}
+		return nil
 	}
 	vm, err := m.driverOf(*rec.VM).Attach(ctx, *rec.VM)
 	if errors.Is(err, errdefs.NotFound) {

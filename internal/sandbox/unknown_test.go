@@ -188,7 +188,7 @@ func TestNetworksAreKeptForTheUnknown(t *testing.T) {
 		}
 		const stray = network.Slot(4711)
 		r.net.open[stray] = true
-		r.faults.on("netns", func(context.Context) error { return syscall.EMFILE })
+		r.faults.on("proc netns", func(context.Context) error { return syscall.EMFILE })
 		r.start()
 		time.Sleep(2 * reconcileEvery)
 		synctest.Wait()
@@ -196,7 +196,7 @@ func TestNetworksAreKeptForTheUnknown(t *testing.T) {
 		if fresh := r.create(); r.slot(fresh) == slot {
 			t.Error("its slot was handed out")
 		}
-		r.faults.on("netns", nil)
+		r.faults.on("proc netns", nil)
 		time.Sleep(2 * reconcileEvery)
 		synctest.Wait()
 		r.wantLeftAlone(id, slot)

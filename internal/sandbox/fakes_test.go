@@ -504,7 +504,13 @@ func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
 	return g.called(ctx, "guest.init")
 }
 func (g fakeGuest) Quiesce(ctx context.Context, _ bool) error { return g.called(ctx, "guest.quiesce") }
-func (g fakeGuest) Close()                                    { g.open.Add(-1) }
+func (g fakeGuest) Close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.dead { // the dead have closed all
+		g.open.Add(-1)
+	}
+}
 func (g fakeGuest) Exec(ctx context.Context, cmd guest.Command) (guest.Result, error) {
 	if err := g.called(ctx, "guest.exec"); err != nil {
 		return guest.Result{}, err

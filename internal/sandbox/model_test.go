@@ -369,7 +369,7 @@ func testModel(t *testing.T, warm int) {
 					}
 					spoiled[id] = broken{data, model[id]}
 					r.spoil(id, func(data []byte) []byte { return data[:len(data)/2] })
-					if err := os.Remove(r.store.previous(id)); err != nil {
+					if err := os.RemoveAll(r.store.previous(id)); err != nil {
 						rt.Fatal(err)
 					}
 					r.start()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -170,7 +171,7 @@ func (m *Manager) lookInto(ctx context.Context, b *box) error {
 func (m *Manager) reread(ctx context.Context, b *box) error {
 	rec, err := m.store.load(b.id)
 	if err == nil {
-		err = m.install(b, rec)
+		err = m.install(ctx, b, rec)
 	}
 	if err == nil {
 		var found Recovery
@@ -195,7 +196,7 @@ func (m *Manager) reread(ctx context.Context, b *box) error {
 // install makes an unknown sandbox be what a record says. The record must not
 // name what is another's: its slot is free, or known to be this sandbox's. Called
 // with the op lock held.
-func (m *Manager) install(b *box, rec Record) error {
+func (m *Manager) install(ctx context.Context, b *box, rec Record) error {
 	was := b.record()
 	slot := rec.Slot
 	if rec.State == Stopped {
@@ -206,7 +207,11 @@ func (m *Manager) install(b *box, rec Record) error {
 	}
 	if slot != 0 && was.Slot == 0 {
 		if err := m.claim(slot); err != nil {
-			return fmt.Errorf("the record's network slot: %w", err)
+			if !m.vmGone(ctx, rec) {
+				return fmt.Errorf("the record's network slot: %w", err)
+			}
+			// It is another's since the VM ended.
+			rec.Slot, rec.HostIP = 0, netip.Addr{}
 		}
 	}
 	m.mu.Lock()
@@ -224,6 +229,15 @@ func (m *Manager) install(b *box, rec Record) error {
 	}
 	m.log.Info("sandbox is known again", "sandbox", b.id, "state", rec.State)
 	return nil
+}
+
+// vmGone says whether it is proven that the VM of a record is not there.
+func (m *Manager) vmGone(ctx context.Context, rec Record) bool {
+	if rec.VM == nil {
+		return true
+	}
+	_, err := m.driverOf(*rec.VM).Attach(ctx, *rec.VM)
+	return errors.Is(err, errdefs.NotFound)
 }
 
 // fallBack takes an unknown sandbox up by the record before the damaged one. That
@@ -261,7 +275,7 @@ func (m *Manager) fallBack(ctx context.Context, b *box) bool {
 		m.log.Warn("the record before the damaged one does not do either", "sandbox", b.id, "err", err)
 		return false
 	}
-	if err := m.install(b, rec); err != nil {
+	if err := m.install(ctx, b, rec); err != nil {
 		return false
 	}
 	if err := m.save(b, func(*Record) {}); err != nil {

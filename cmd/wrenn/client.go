@@ -204,7 +204,7 @@ passed without activity.`,
 				return err
 			}
 			if verbose {
-				fmt.Fprintln(cmd.ErrOrStderr(), course(resp))
+				fmt.Fprintln(cmd.ErrOrStderr(), printableLine(course(resp)))
 			}
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), resp)
@@ -254,20 +254,18 @@ func newPs(c *client) *cobra.Command {
 				return nil
 			}
 			w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-			fmt.Fprintln(w, "SANDBOX ID\tTEMPLATE\tSTATUS\tVCPUS\tMEMORY\tADDRESS\tCREATED\tEXPIRES")
+			row(w, "SANDBOX ID", "TEMPLATE", "STATUS", "VCPUS", "MEMORY", "ADDRESS", "CREATED", "EXPIRES")
 			for _, s := range sandboxes {
-				status := s.Status
-				if s.Reason != "" {
-					status += " (" + s.Reason + ")"
+				created, expires := "-", "never"
+				if s.CreatedAtUnix > 0 {
+					created = rough(time.Since(time.Unix(s.CreatedAtUnix, 0))) + " ago"
 				}
-				expires := "never"
 				if s.ExpiresAtUnix != 0 {
 					expires = "in " + rough(time.Until(time.Unix(s.ExpiresAtUnix, 0)))
-				} else if s.TimeoutSec != 0 || s.Status == "stopped" {
+				} else if s.TimeoutSec != 0 || s.CreatedAtUnix <= 0 || s.Status == "stopped" {
 					expires = "-"
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d MiB\t%s\t%s ago\t%s\n", s.SandboxId, s.Template, status,
-					s.Vcpus, s.MemoryMb, s.HostIp, rough(time.Since(time.Unix(s.CreatedAtUnix, 0))), expires)
+				row(w, s.SandboxId, s.Template, statusText(s), s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb), s.HostIp, created, expires)
 			}
 			return w.Flush()
 		},
@@ -276,6 +274,14 @@ func newPs(c *client) *cobra.Command {
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print ids alone")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
+}
+
+// statusText is a sandbox's state, with the reason if it has one.
+func statusText(s *hostagentv1.SandboxInfo) string {
+	if s.Reason == "" {
+		return s.Status
+	}
+	return s.Status + " (" + s.Reason + ")"
 }
 
 // rough is a duration as people say it.
@@ -449,11 +455,15 @@ func newRm(c *client) *cobra.Command {
 
 func newLogs(c *client) *cobra.Command {
 	var tail int32
+	var raw bool
 	cmd := &cobra.Command{
 		Use:   "logs ID",
 		Short: "Print a guest's console",
-		Long:  "Print the end of a guest's serial console: what its kernel and envd had to say.",
-		Args:  cobra.ExactArgs(1),
+		Long: `Print the end of a guest's serial console: what its kernel and envd had to say.
+A program in the sandbox can write there, too. What would move a cursor, or do
+more to a terminal, is shown as \uXXXX, also where stdout is none; --raw prints the
+bytes as they are.`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := c.resolve(cmd.Context(), args[0])
 			if err != nil {
@@ -463,10 +473,15 @@ func newLogs(c *client) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = cmd.OutOrStdout().Write(resp.Msg.Console)
+			out := cmd.OutOrStdout()
+			if raw {
+				out = os.Stdout
+			}
+			_, err = out.Write(resp.Msg.Console)
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&raw, "raw", false, "print the bytes as they are; a terminal obeys them")
 	cmd.Flags().Int32Var(&tail, "tail-bytes", 0, "how much from the end; 0 is 64 KiB, 1 MiB at most")
 	return cmd
 }
@@ -580,7 +595,8 @@ on where an earlier look ended.`,
 				if e.Reason != "" {
 					reason = " (" + e.Reason + ")"
 				}
-				fmt.Fprintf(out, "%d  %s  %s  %s%s\n", e.Cursor, time.UnixMilli(e.TimeUnixMs).Format("2006-01-02 15:04:05.000"), e.SandboxId, e.To, reason)
+				at := time.UnixMilli(e.TimeUnixMs).Format("2006-01-02 15:04:05.000")
+				fmt.Fprintln(out, printableLine(fmt.Sprintf("%d  %s  %s  %s%s", e.Cursor, at, e.SandboxId, e.To, reason)))
 			}
 			if cmd.Context().Err() != nil {
 				return nil // Ctrl-C is how one leaves
@@ -614,12 +630,13 @@ func newVersion(c *client) *cobra.Command {
 				enc.SetIndent("", "  ")
 				return enc.Encode(v)
 			}
-			fmt.Fprintf(out, "client  %s\n", buildVersion())
+			host := ""
 			if err != nil {
-				fmt.Fprintf(out, "host    %s\n", explain(err))
-				return nil
+				host = explain(err)
+			} else {
+				host = fmt.Sprintf("%s, sandboxes by %s %s", agent.Msg.Version, agent.Msg.Vmm, agent.Msg.VmmVersion)
 			}
-			fmt.Fprintf(out, "host    %s, sandboxes by %s %s\n", agent.Msg.Version, agent.Msg.Vmm, agent.Msg.VmmVersion)
+			fmt.Fprintf(out, "client  %s\nhost    %s\n", buildVersion(), printableLine(host))
 			return nil
 		},
 	}

@@ -270,7 +270,7 @@ and exit with the command's status.`,
 				ctx, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), 30*time.Second)
 				defer cancel()
 				if derr := c.destroy(ctx, sandbox.SandboxId); derr != nil {
-					fmt.Fprintf(os.Stderr, "wrenn: sandbox %s is still there: %s\n", sandbox.SandboxId, explain(derr))
+					complain("sandbox %s is still there: %s", sandbox.SandboxId, explain(derr))
 				}
 			}()
 			return exit(c.run(cmd.Context(), sandbox.SandboxId, session))

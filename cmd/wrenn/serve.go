@@ -49,14 +49,13 @@ type hostConfig struct {
 }
 
 func (c *hostConfig) flags(cmd *cobra.Command) {
-	plan := network.DefaultPlan()
 	f := cmd.Flags()
 	stateDirFlag(cmd, &c.stateDir)
 	f.StringVar(&c.vmm, "vmm", env("WRENN_VMM", "auto"), "VMM to run sandboxes with: auto, firecracker or qemu (env WRENN_VMM)")
 	f.StringVar(&c.firecracker, "firecracker", env("WRENN_FIRECRACKER", "firecracker"), "Firecracker's program (env WRENN_FIRECRACKER)")
 	f.StringVar(&c.jailer, "jailer", env("WRENN_JAILER", ""), "its jailer; empty for the one in PATH, if there is one, none to do without (env WRENN_JAILER)")
-	f.StringVar(&c.hosts, "host-range", env("WRENN_HOST_RANGE", plan.Hosts.String()), "IPv4 /16 by which the host sees its sandboxes (env WRENN_HOST_RANGE)")
-	f.StringVar(&c.links, "link-range", env("WRENN_LINK_RANGE", plan.Veths.String()), "IPv4 /16 of the links between host and sandboxes (env WRENN_LINK_RANGE)")
+	f.StringVar(&c.hosts, "host-range", env("WRENN_HOST_RANGE", ""), "IPv4 /16 by which the host sees its sandboxes; empty for the one used last, or a free one (env WRENN_HOST_RANGE)")
+	f.StringVar(&c.links, "link-range", env("WRENN_LINK_RANGE", ""), "IPv4 /16 of the links between host and sandboxes; empty for the one used last, or a free one (env WRENN_LINK_RANGE)")
 }
 
 // instance is the prefix of all that this agent makes outside its state
@@ -69,7 +68,11 @@ func instance(stateDir string) string {
 	return fmt.Sprintf("wrenn%x", sha256.Sum256([]byte(stateDir)))[:len("wrenn")+4]
 }
 
-// plan checks the settings and returns them as a plan; all problems at once.
+// rangesFile is where the address ranges in use are recorded.
+func (c *hostConfig) rangesFile() string { return filepath.Join(c.stateDir, "network.json") }
+
+// plan checks the settings and returns them as a plan, of which the ranges that
+// no flag names are left to be chosen; all problems at once.
 func (c *hostConfig) plan() (network.Plan, error) {
 	var errs []error
 	dir, err := filepath.Abs(c.stateDir)
@@ -78,14 +81,19 @@ func (c *hostConfig) plan() (network.Plan, error) {
 	}
 	c.stateDir = dir
 	plan := network.Plan{Instance: instance(dir)}
-	if plan.Hosts, err = netip.ParsePrefix(c.hosts); err != nil {
-		errs = append(errs, fmt.Errorf("--host-range: %w", err))
-	}
-	if plan.Veths, err = netip.ParsePrefix(c.links); err != nil {
-		errs = append(errs, fmt.Errorf("--link-range: %w", err))
+	for flag, r := range map[string]struct {
+		text string
+		to   *netip.Prefix
+	}{"host-range": {c.hosts, &plan.Hosts}, "link-range": {c.links, &plan.Veths}} {
+		if r.text == "" {
+			continue
+		}
+		if *r.to, err = netip.ParsePrefix(r.text); err != nil {
+			errs = append(errs, fmt.Errorf("--%s: %w", flag, err))
+		}
 	}
 	if len(errs) == 0 {
-		if err := plan.Validate(); err != nil {
+		if err := plan.ValidateGiven(); err != nil {
 			errs = append(errs, err)
 		}
 	}
@@ -96,14 +104,16 @@ func (c *hostConfig) plan() (network.Plan, error) {
 }
 
 // drivers returns those of all VMMs, the best one first. To see whether KVM
-// works they boot the prepared kernel.
-func (c *hostConfig) drivers() []vmm.Driver {
+// works they boot the prepared kernel; retry boots it again where it was too slow
+// the last time.
+func (c *hostConfig) drivers(retry bool) []vmm.Driver {
 	kernel := filepath.Join(c.stateDir, "kernels", "default")
 	probe := func(name string) vmm.Probe {
 		return vmm.Probe{
 			CacheFile: filepath.Join(c.stateDir, "kvm-probe-"+name+".json"),
 			Kernel:    filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"),
 			UID: baseUID, GID: baseUID, // no slot's: those begin at 1
+			Retry: retry,
 		}
 	}
 	return []vmm.Driver{
@@ -164,7 +174,7 @@ adopts those that run.`,
 	f.StringVar(&c.egress, "egress", env("WRENN_EGRESS", string(network.Public)), "what sandboxes may reach: public (the internet, no private networks), none, or all (env WRENN_EGRESS)")
 	f.StringVar(&c.netIn, "net-in", env("WRENN_NET_IN", "0"), "bytes per second into each sandbox, like 10M or 64KiB; 0 is no limit (env WRENN_NET_IN)")
 	f.StringVar(&c.netOut, "net-out", env("WRENN_NET_OUT", "0"), "bytes per second out of each sandbox (env WRENN_NET_OUT)")
-	f.IntVar(&c.limits.Connections, "net-connections", 0, "most connections at a time that each sandbox may have begun; 0 is no limit")
+	f.IntVar(&c.limits.Connections, "net-connections", 0, "most connections at a time that each sandbox may have begun; 0 is a 128th of the host's connection table, and more than that is none")
 	f.IntVar(&c.pool, "pool", 4, "networks kept built ahead of use")
 	warm, err := strconv.Atoi(env("WRENN_WARM", "0"))
 	c.warmErr = err
@@ -254,10 +264,11 @@ func (c *serveConfig) logger() *slog.Logger {
 	if c.verbose {
 		opts.Level = slog.LevelDebug
 	}
+	out := printer{os.Stderr} // what guests and VMMs say is in it
 	if c.logFormat == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+		return slog.New(slog.NewJSONHandler(out, opts))
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+	return slog.New(slog.NewTextHandler(out, opts))
 }
 
 // baseUID begins the range of users that VMMs run as: far from those of people
@@ -282,7 +293,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	if _, err := templates.Get("minimal"); err != nil {
 		return fmt.Errorf("%w; prepare this host with `wrenn setup --state-dir %s`", err, c.stateDir)
 	}
-	chosen, err := host.Choose(ctx, c.vmm, c.drivers())
+	chosen, err := host.Choose(ctx, c.vmm, c.drivers(false))
 	if err != nil {
 		return fmt.Errorf("%w; `wrenn doctor` says more", err)
 	}
@@ -296,12 +307,18 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	// is touched.
 	listener, err := net.Listen("tcp", c.listen)
 	if err != nil {
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("listen: %w: is it another agent? Name another address with --listen", err)
+		}
 		return fmt.Errorf("listen: %w", err)
 	}
 	defer listener.Close()
 
 	cfg := c.managerConfig(plan, chosen, templates, log)
-	net := network.New(plan, network.Options{BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits, Resolvers: dns, Pool: c.pool, Log: log})
+	net := network.New(plan, network.Options{
+		BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits,
+		Resolvers: dns, Pool: c.pool, RangesFile: c.rangesFile(), Log: log,
+	})
 	cfg.Network = net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
 	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused, cfg.Warm = c.boot, c.keep, c.keepPaused, c.warm
@@ -312,7 +329,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	log.Info("state taken over: "+found.String(), "dir", c.stateDir)
+	log.Info("state taken over: "+found.String(), "dir", c.stateDir, "host_range", net.Plan().Hosts, "link_range", net.Plan().Veths)
 	if c.dns == "" && len(network.HostResolvers()) == 0 {
 		log.Warn("the host has no resolver that a guest can reach; guests ask public ones, --dns names others", "dns", dns)
 	}

@@ -3,6 +3,7 @@
 package gateway
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -113,7 +114,8 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer lease.Release()
-	ctx, cancel := lease.Context(r.Context())
+	caller := r.Context()
+	ctx, cancel := lease.Context(caller)
 	defer cancel()
 	r = r.WithContext(ctx)
 
@@ -121,9 +123,13 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	addr := netip.AddrPortFrom(lease.Addr, port).String()
 	fail := func(w http.ResponseWriter, err error) {
 		g.log.Debug("data plane request failed", "sandbox", id, "port", port, "err", err)
+		var why string
+		if port == envdPort || lease.Alive.Err() != nil {
+			why = ended(caller, lease)
+		}
 		switch {
-		case lease.Alive.Err() != nil:
-			refuse(w, refusal{http.StatusServiceUnavailable, fmt.Sprintf("sandbox %s ended meanwhile", id), rawID, port})
+		case why != "":
+			refuse(w, refusal{http.StatusServiceUnavailable, why, rawID, port})
 		case errors.Is(err, errNotOpen):
 			// These words are E2B's; its clients look for them.
 			refuse(w, refusal{http.StatusBadGateway, "The sandbox is running but port is not open", rawID, port})
@@ -152,12 +158,24 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 				p.Out.Header.Set(headerToken, lease.Token)
 			}
 		},
-		Transport:    link.transport(r, port == envdPort),
+		Transport: link.transport(r, port == envdPort),
+		ModifyResponse: func(resp *http.Response) error {
+			endWell(resp, func() string { return ended(caller, lease) })
+			return nil
+		},
 		BufferPool:   buffers,
 		ErrorLog:     slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { fail(w, err) },
 	}
 	proxy.ServeHTTP(w, r)
+}
+
+// ended says why the sandbox of a lease ended, or nothing if it did not.
+func ended(ctx context.Context, lease *sandbox.Lease) string {
+	if err := lease.Ended(ctx); err != nil {
+		return err.Error()
+	}
+	return ""
 }
 
 // enter counts a request to a sandbox, unless there are too many; leave takes

@@ -56,6 +56,7 @@ type Templates interface {
 	Snapshots() ([]template.Snapshot, error)
 	StageSnapshot(ctx context.Context, name string) (template.Stage, error)
 	DropSnapshot(name string) error
+	Verify(ctx context.Context, want func(kind template.Kind, name string) bool, fn func(template.Verified) error) error
 }
 
 // Guest is a running guest; *guest.Client is one.
@@ -582,6 +583,23 @@ func (l *Lease) Context(ctx context.Context) (context.Context, context.CancelFun
 	return both(ctx, l.Alive)
 }
 
+// endedWithin is how long after its last connection a VM is seen to be gone.
+const endedWithin = time.Second
+
+// Ended says why this incarnation of the VM ended: a call to its guest broke off
+// for that reason. nil says that the VM lives. A connection breaks a moment
+// before the VM is seen to be gone, so it waits for that a little, within ctx.
+func (l *Lease) Ended(ctx context.Context) error {
+	timer := time.NewTimer(endedWithin)
+	defer timer.Stop()
+	select {
+	case <-l.Alive.Done():
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return context.Cause(l.Alive)
+}
+
 // Release ends the lease; further calls do nothing.
 func (l *Lease) Release() { l.release() }
 
@@ -653,8 +671,10 @@ func (m *Manager) Exec(ctx context.Context, id ID, cmd Command) (Result, error) 
 	}
 	result, err := lease.guest.Exec(ctx, cmd)
 	if err != nil {
-		if cause := context.Cause(lease.Alive); cause != nil {
-			err = cause
+		if errors.Is(err, errdefs.Unavailable) {
+			if ended := lease.Ended(ctx); ended != nil {
+				err = ended
+			}
 		}
 		return result, fmt.Errorf("exec in sandbox %s: %w", id, err)
 	}

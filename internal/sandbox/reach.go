@@ -109,7 +109,7 @@ func (m *Manager) attach(ctx context.Context, b *box, rec Record) error {
 func (m *Manager) reached(b *box, err error) {
 	switch {
 	case errors.Is(err, errGone) && b.vm != nil:
-		m.release(b, VMExited, b.vm.Exit().String()+m.lastWords(b.id))
+		m.releaseEnded(b, b.vm.Exit())
 	case errors.Is(err, errGone):
 		m.release(b, Lost, m.told(err))
 	case err != nil:

@@ -120,6 +120,8 @@ const (
 	Expired      Reason = "expired"
 	CreateFailed Reason = "create_failed"
 	VMExited     Reason = "vm_exited"
+	// OutOfMemory: the VMM needed more memory than its cgroup has.
+	OutOfMemory Reason = "out_of_memory"
 	// Lost: its VM was gone when the agent started.
 	Lost Reason = "lost"
 )
@@ -148,7 +150,7 @@ func (r Reason) passes() bool { return r == DiskFull || r == Unreachable }
 
 // Reasons returns all reasons that a sandbox can have ended for.
 func Reasons() []Reason {
-	return []Reason{Destroyed, Expired, CreateFailed, VMExited, Lost}
+	return []Reason{Destroyed, Expired, CreateFailed, VMExited, OutOfMemory, Lost}
 }
 
 // Record is all that is known of a sandbox, as it is kept on disk.

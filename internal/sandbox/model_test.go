@@ -16,7 +16,6 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
 // expected are the classes that a caller may meet when others are at work.
@@ -273,10 +272,15 @@ func testModel(t *testing.T, warm int) {
 					if warm > 0 {
 						rt.Skip() // it might be the pool's
 					}
-					r.driver.Inject(vmmtest.OpStart, 1, vmmtest.Fault{Err: errFault})
-					r.driver.Inject(vmmtest.OpRestore, 1, vmmtest.Fault{Err: errFault})
+					// Hooks, for an injected fault that does not come to pass waits.
+					for _, step := range []string{"start", "restore"} {
+						r.faults.on(step, func(context.Context) error { return errFault })
+					}
 					if _, err := r.Create(t.Context(), CreateRequest{}); !errors.Is(err, errFault) {
 						rt.Fatal(err)
+					}
+					for _, step := range []string{"start", "restore"} {
+						r.faults.on(step, nil)
 					}
 					for _, info := range r.List(true) {
 						if _, known := model[info.ID]; !known {

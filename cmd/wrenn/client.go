@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -25,10 +26,40 @@ import (
 )
 
 // client calls a host agent.
-type client struct{ host string }
+type client struct {
+	host string
+
+	mu     sync.Mutex
+	tokens map[string]string // of sandboxes, as far as they were asked for
+}
 
 func (c *client) agent() hostagentv1connect.HostAgentServiceClient {
 	return hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, c.host)
+}
+
+// token returns what a sandbox's daemon demands of its callers.
+func (c *client) token(ctx context.Context, id string) (string, error) {
+	c.mu.Lock()
+	token := c.tokens[id]
+	c.mu.Unlock()
+	if token != "" {
+		return token, nil
+	}
+	resp, err := c.agent().GetSandbox(ctx, connect.NewRequest(&hostagentv1.GetSandboxRequest{SandboxId: id}))
+	if err != nil {
+		return "", err
+	}
+	c.keepToken(id, resp.Msg.AccessToken)
+	return resp.Msg.AccessToken, nil
+}
+
+func (c *client) keepToken(id, token string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.tokens == nil {
+		c.tokens = make(map[string]string)
+	}
+	c.tokens[id] = token
 }
 
 // list returns the sandboxes of the host.
@@ -154,6 +185,8 @@ func (c *client) create(ctx context.Context, s *size) (*hostagentv1.CreateSandbo
 	if err != nil {
 		return nil, err
 	}
+	c.keepToken(resp.Msg.SandboxId, resp.Msg.AccessToken)
+	resp.Msg.AccessToken = "" // it is not printed by the way
 	return resp.Msg, nil
 }
 
@@ -487,11 +520,13 @@ bytes as they are.`,
 }
 
 func newInspect(c *client) *cobra.Command {
-	return &cobra.Command{
+	var token bool
+	cmd := &cobra.Command{
 		Use:   "inspect ID",
 		Short: "Print all that is known of a sandbox, as JSON",
 		Long: `Print all that is known of a sandbox, as JSON; also of one that has ended by
-itself not long ago, with the reason.`,
+itself not long ago, with the reason. Its access token is not part of that:
+--token prints it alone, for clients of the sandbox's daemon.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := c.resolve(cmd.Context(), args[0])
@@ -502,9 +537,18 @@ itself not long ago, with the reason.`,
 			if err != nil {
 				return err
 			}
+			if token {
+				if resp.Msg.AccessToken == "" {
+					return fmt.Errorf("sandbox %s has ended, and its token with it", id)
+				}
+				fmt.Fprintln(cmd.OutOrStdout(), resp.Msg.AccessToken)
+				return nil
+			}
 			return printJSON(cmd.OutOrStdout(), resp.Msg.Sandbox)
 		},
 	}
+	cmd.Flags().BoolVar(&token, "token", false, "print the sandbox's access token alone; who has it commands the sandbox")
+	return cmd
 }
 
 func newTimeout(c *client) *cobra.Command {

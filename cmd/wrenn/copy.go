@@ -192,7 +192,13 @@ func (x *copier) files(ctx context.Context, method, path string, body io.Reader)
 // success is an error.
 func (c *client) guestHTTP(req *http.Request, id string) (*http.Response, error) {
 	guestHeaders{id: id}.set(req.Header)
-	resp, err := http.DefaultClient.Do(req)
+	token, err := c.token(req.Context(), id)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("X-Access-Token", token)
+	guest := http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	resp, err := guest.Do(req)
 	if err != nil {
 		if cause := context.Cause(req.Context()); cause != nil {
 			return nil, cause

@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -126,6 +127,7 @@ type serveConfig struct {
 	hostConfig
 	listen     string
 	insecure   bool
+	allowHost  string
 	onShutdown string
 	dns        string
 	egress     string
@@ -142,6 +144,8 @@ type serveConfig struct {
 	keepPaused time.Duration
 	logFormat  string
 	verbose    bool
+
+	maxConns, maxConnsEach int
 }
 
 // machineMemMiB is the memory of this machine.
@@ -169,6 +173,9 @@ adopts those that run.`,
 	f := cmd.Flags()
 	f.StringVar(&c.listen, "listen", env("WRENN_LISTEN", "127.0.0.1:50051"), "address of the API (env WRENN_LISTEN)")
 	f.BoolVar(&c.insecure, "insecure", false, "let --listen name an address that others can reach; the API has no authentication")
+	f.StringVar(&c.allowHost, "allow-host", env("WRENN_ALLOW_HOST", ""), "host names, comma-separated, by which clients may call the API, beside localhost and the address they connect to (env WRENN_ALLOW_HOST)")
+	f.IntVar(&c.maxConns, "max-connections", 0, "most connections of clients at a time; 0 is 16384, or a quarter of the descriptors that the agent may have")
+	f.IntVar(&c.maxConnsEach, "max-client-connections", 0, "most connections of one client address at a time; 0 is a quarter of --max-connections")
 	f.StringVar(&c.onShutdown, "on-shutdown", env("WRENN_ON_SHUTDOWN", "leave"), "what becomes of sandboxes: leave (for the next agent) or destroy (env WRENN_ON_SHUTDOWN)")
 	f.StringVar(&c.dns, "dns", env("WRENN_DNS", ""), "resolvers of the guests, comma-separated; the host's own when empty (env WRENN_DNS)")
 	f.StringVar(&c.egress, "egress", env("WRENN_EGRESS", string(network.Public)), "what sandboxes may reach: public (the internet, no private networks), none, or all (env WRENN_EGRESS)")
@@ -205,6 +212,7 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 	} else if ip, err := netip.ParseAddr(host); !c.insecure && host != "localhost" && (err != nil || !ip.IsLoopback()) {
 		errs = append(errs, fmt.Errorf("--listen %s can be reached from outside, and whoever reaches it commands this host: use a loopback address, or --insecure if something else guards it", c.listen))
 	}
+	errs = append(errs, c.checkDoor()...)
 	if c.onShutdown != "leave" && c.onShutdown != "destroy" {
 		errs = append(errs, fmt.Errorf("--on-shutdown %q is unknown: use leave or destroy", c.onShutdown))
 	}
@@ -278,6 +286,69 @@ const baseUID = 1_900_000_000
 // shutdownTimeout bounds the end of the agent.
 const shutdownTimeout = 30 * time.Second
 
+// names are the host names of this agent that its flags say.
+func (c *serveConfig) names() []string {
+	names := []string{}
+	if host, _, err := net.SplitHostPort(c.listen); err == nil && host != "" {
+		if ip, err := netip.ParseAddr(host); err != nil || !ip.IsUnspecified() {
+			names = append(names, host)
+		}
+	}
+	for _, name := range strings.Split(c.allowHost, ",") {
+		if name = strings.TrimSpace(name); name != "" {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// checkDoor returns what is wrong with the settings of the API's server.
+func (c *serveConfig) checkDoor() []error {
+	var errs []error
+	for _, name := range c.names() {
+		if _, err := netip.ParseAddr(name); err != nil && strings.ContainsAny(name, ":/*@ ") {
+			errs = append(errs, fmt.Errorf("--allow-host %q is neither a host name nor an address: give it without scheme, port or wildcard", name))
+		}
+	}
+	if c.maxConns == 0 {
+		c.maxConns = defaultConns()
+	}
+	if c.maxConnsEach == 0 {
+		c.maxConnsEach = max(1, c.maxConns/4)
+	}
+	if c.maxConns < 1 || c.maxConnsEach < 1 {
+		errs = append(errs, errors.New("--max-connections and --max-client-connections must not be negative"))
+	}
+	return errs
+}
+
+// defaultConns is how many connections clients may have: what they and the way
+// to the guests take leaves half of the descriptors to the agent.
+func defaultConns() int {
+	const most = 16384
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return most / 16
+	}
+	return int(min(most, max(16, files.Cur/4)))
+}
+
+// door returns the server of the API; slots counts the network's slots.
+func (c *serveConfig) door(manager *sandbox.Manager, version server.Version, slots func() map[string]int, log *slog.Logger) *gateway.Gateway {
+	var panics atomic.Int64
+	mux := http.NewServeMux()
+	door := gateway.New(gateway.Config{
+		Sandboxes: manager, Control: mux, Names: c.names(), Panics: &panics, Log: log,
+		MaxConns: c.maxConns, MaxConnsEach: c.maxConnsEach,
+	})
+	mux.Handle(server.New(manager, version, &panics, log))
+	mux.Handle("/", server.Health(manager))
+	mux.Handle("GET /metrics", server.Metrics(manager, slots, func() server.Edge {
+		return server.Edge{Panics: panics.Load(), RefusedConnections: door.Refused()}
+	}))
+	return door
+}
+
 func (c *serveConfig) serve(ctx context.Context) (err error) {
 	plan, dns, err := c.check()
 	if err != nil {
@@ -339,23 +410,10 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	defer func() { endPool(); <-pooled }()
 
 	version := server.Version{Version: buildVersion(), VMM: name, VMMVersion: report.Version + " (" + report.Accel + ")"}
-	mux := http.NewServeMux()
-	mux.Handle(server.New(manager, version, log))
-	mux.Handle("/", server.Health(manager))
-	mux.Handle("GET /metrics", server.Metrics(manager, func() map[string]int { return net.Stats().ByState() }))
-	srv := &http.Server{
-		Handler:           gateway.New(manager, mux, log),
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       10 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		Protocols:         new(http.Protocols),
-	}
-	srv.Protocols.SetHTTP1(true)
-	srv.Protocols.SetUnencryptedHTTP2(true)
+	door := c.door(manager, version, func() map[string]int { return net.Stats().ByState() }, log)
 
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(listener) }()
+	go func() { served <- door.Serve(listener) }()
 	log.Info("serving", "listen", listener.Addr().String(), "pid", strconv.Itoa(os.Getpid()))
 
 	select {
@@ -368,9 +426,9 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	// New calls are refused from here on; those in progress may end while the
 	// manager winds up. Streams do not end by themselves.
 	drained := make(chan error, 1)
-	go func() { drained <- srv.Shutdown(end) }()
+	go func() { drained <- door.Shutdown(end) }()
 	merr := manager.Shutdown(end, c.onShutdown == "destroy")
-	srv.Close()
+	door.Close()
 	<-drained
 	endPool()
 	<-pooled

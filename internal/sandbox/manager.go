@@ -376,6 +376,20 @@ func (m *Manager) Get(id ID) (Info, error) {
 	return b.info(), nil
 }
 
+// AccessToken returns what a sandbox's guest demands of its callers; empty once
+// the sandbox has ended. It never waits for an operation. Secret.
+func (m *Manager) AccessToken(id ID) (string, error) {
+	b, err := m.find(id)
+	if err != nil {
+		return "", err
+	}
+	rec := b.record()
+	if rec.State == Stopping || rec.State == Stopped {
+		return "", nil
+	}
+	return rec.Token, nil
+}
+
 // List returns all sandboxes, oldest first; stopped ones only on demand. It
 // never waits for an operation.
 func (m *Manager) List(stopped bool) []Info {
@@ -600,8 +614,13 @@ func (l *Lease) Ended(ctx context.Context) error {
 	return context.Cause(l.Alive)
 }
 
-// Release ends the lease; further calls do nothing.
-func (l *Lease) Release() { l.release() }
+// Release ends the lease; further calls do nothing, nor does one on a lease that
+// no manager gave.
+func (l *Lease) Release() {
+	if l.release != nil {
+		l.release()
+	}
+}
 
 // Lease takes a lease on a running sandbox. It waits, within ctx, for an
 // operation in progress.

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -45,14 +47,17 @@ type service struct {
 
 var _ hostagentv1connect.HostAgentServiceHandler = (*service)(nil)
 
-// New returns the path and the handler of the control plane.
-func New(manager *sandbox.Manager, version Version, log *slog.Logger) (string, http.Handler) {
+// New returns the path and the handler of the control plane; panics counts what
+// its methods panicked with.
+func New(manager *sandbox.Manager, version Version, panics *atomic.Int64, log *slog.Logger) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
 		&service{manager: manager, version: version, log: log},
 		connect.WithReadMaxBytes(maxMessageBytes),
+		withStrictCodecs(),
 		connect.WithInterceptors(mapErrors{log}),
-		connect.WithRecover(func(_ context.Context, spec connect.Spec, _ http.Header, p any) error {
-			return fmt.Errorf("panic: %v", p)
+		connect.WithRecover(func(_ context.Context, _ connect.Spec, _ http.Header, p any) error {
+			panics.Add(1)
+			return fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}),
 	)
 }
@@ -90,9 +95,13 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 	if err != nil {
 		return nil, err
 	}
+	token, err := s.manager.AccessToken(created.ID)
+	if err != nil {
+		return nil, err
+	}
 	resp := &hostagentv1.CreateSandboxResponse{
 		SandboxId: string(created.ID), Status: string(created.State), HostIp: created.HostIP.String(),
-		StartedFrom: created.From, Why: validText(created.Why),
+		StartedFrom: created.From, Why: validText(created.Why), AccessToken: token,
 	}
 	for _, p := range created.Phases {
 		resp.Phases = append(resp.Phases, &hostagentv1.Phase{Name: p.Name, Ms: float64(p.Took.Microseconds()) / 1000})
@@ -336,9 +345,13 @@ func (s *service) GetSandbox(ctx context.Context, req *connect.Request[hostagent
 	if err != nil {
 		return nil, err
 	}
+	token, err := s.manager.AccessToken(id)
+	if err != nil {
+		return nil, err
+	}
 	pb := sandboxInfo(info)
 	s.addTraffic(ctx, pb)
-	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: pb}), nil
+	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: pb, AccessToken: token}), nil
 }
 
 func (s *service) SetTimeout(ctx context.Context, req *connect.Request[hostagentv1.SetTimeoutRequest]) (*connect.Response[hostagentv1.SetTimeoutResponse], error) {

@@ -129,7 +129,11 @@ type CreateSandboxResponse struct {
 	Why string `protobuf:"bytes,5,opt,name=why,proto3" json:"why,omitempty"`
 	// What the create spent its time with, in this order; some of it at the same
 	// time.
-	Phases        []*Phase `protobuf:"bytes,6,rep,name=phases,proto3" json:"phases,omitempty"`
+	Phases []*Phase `protobuf:"bytes,6,rep,name=phases,proto3" json:"phases,omitempty"`
+	// What the sandbox's daemon demands of its callers in the header
+	// X-Access-Token. Secret: whoever has it commands the sandbox. It is the same
+	// for the sandbox's whole life.
+	AccessToken   string `protobuf:"bytes,7,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -204,6 +208,13 @@ func (x *CreateSandboxResponse) GetPhases() []*Phase {
 		return x.Phases
 	}
 	return nil
+}
+
+func (x *CreateSandboxResponse) GetAccessToken() string {
+	if x != nil {
+		return x.AccessToken
+	}
+	return ""
 }
 
 // Phase is a part of an operation.
@@ -1810,8 +1821,11 @@ func (x *GetSandboxRequest) GetSandboxId() string {
 }
 
 type GetSandboxResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sandbox       *SandboxInfo           `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox *SandboxInfo           `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	// As in CreateSandboxResponse; empty once the sandbox has ended. Lists and
+	// events do not have it.
+	AccessToken   string `protobuf:"bytes,2,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1851,6 +1865,13 @@ func (x *GetSandboxResponse) GetSandbox() *SandboxInfo {
 		return x.Sandbox
 	}
 	return nil
+}
+
+func (x *GetSandboxResponse) GetAccessToken() string {
+	if x != nil {
+		return x.AccessToken
+	}
+	return ""
 }
 
 type SetTimeoutRequest struct {
@@ -2477,7 +2498,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"timeoutSec\x12\x1d\n" +
 	"\n" +
 	"on_timeout\x18\x05 \x01(\tR\tonTimeout\x125\n" +
-	"\anetwork\x18\x06 \x01(\v2\x1b.hostagent.v1.NetworkPolicyR\anetwork\"\xc9\x01\n" +
+	"\anetwork\x18\x06 \x01(\v2\x1b.hostagent.v1.NetworkPolicyR\anetwork\"\xec\x01\n" +
 	"\x15CreateSandboxResponse\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -2485,7 +2506,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\ahost_ip\x18\x03 \x01(\tR\x06hostIp\x12!\n" +
 	"\fstarted_from\x18\x04 \x01(\tR\vstartedFrom\x12\x10\n" +
 	"\x03why\x18\x05 \x01(\tR\x03why\x12+\n" +
-	"\x06phases\x18\x06 \x03(\v2\x13.hostagent.v1.PhaseR\x06phases\"+\n" +
+	"\x06phases\x18\x06 \x03(\v2\x13.hostagent.v1.PhaseR\x06phases\x12!\n" +
+	"\faccess_token\x18\a \x01(\tR\vaccessToken\"+\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02ms\x18\x02 \x01(\x01R\x02ms\"\xdf\x02\n" +
@@ -2599,9 +2621,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\atraffic\x18\x0f \x01(\v2\x1c.hostagent.v1.NetworkTrafficR\atraffic\"2\n" +
 	"\x11GetSandboxRequest\x12\x1d\n" +
 	"\n" +
-	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"I\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"l\n" +
 	"\x12GetSandboxResponse\x123\n" +
-	"\asandbox\x18\x01 \x01(\v2\x19.hostagent.v1.SandboxInfoR\asandbox\"S\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.hostagent.v1.SandboxInfoR\asandbox\x12!\n" +
+	"\faccess_token\x18\x02 \x01(\tR\vaccessToken\"S\n" +
 	"\x11SetTimeoutRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n" +

@@ -357,13 +357,34 @@ func newPause(c *client) *cobra.Command {
 		Args:  cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			return c.each(cmd, refs, func(ctx context.Context, id string) error {
-				_, err := c.agent().PauseSandbox(ctx, connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: id, ToDisk: toDisk}))
+				resp, err := c.agent().PauseSandbox(ctx, connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: id, ToDisk: toDisk}))
+				if err == nil && resp.Msg.Detail != "" {
+					fmt.Fprintf(cmd.ErrOrStderr(), "wrenn: sandbox %s is %s\n", id, resp.Msg.Detail)
+				}
 				return err
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&toDisk, "to-disk", false, "hibernate: write the memory to disk and end the VM")
 	return cmd
+}
+
+func newRecover(c *client) *cobra.Command {
+	return &cobra.Command{
+		Use:   "recover ID...",
+		Short: "Look again at sandboxes that are unknown or unreachable",
+		Long: `Look again, now, at sandboxes that 'wrenn ps' shows as unknown or unreachable;
+'wrenn inspect' says why they are. What is unknown has a record on the host that
+cannot be used: mend it, or put record.prev.json beside it in its place, and
+recover the sandbox; or end it with 'wrenn rm'.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			return c.each(cmd, refs, func(ctx context.Context, id string) error {
+				_, err := c.agent().RecoverSandbox(ctx, connect.NewRequest(&hostagentv1.RecoverSandboxRequest{SandboxId: id}))
+				return err
+			})
+		},
+	}
 }
 
 func newFork(c *client) *cobra.Command {

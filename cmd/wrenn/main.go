@@ -129,7 +129,7 @@ Then, as anybody who may reach the agent:
 		}
 	}
 	add("host", newSetup(), newServe(), newDoctor())
-	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newShell(c), newCp(c), newTop(c), newPort(c), newPause(c), newResume(c), newFork(c), newSnapshot(c), newSnapshots(c), newRm(c),
+	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newShell(c), newCp(c), newTop(c), newPort(c), newPause(c), newResume(c), newRecover(c), newFork(c), newSnapshot(c), newSnapshots(c), newRm(c),
 		newTimeout(c), newNetwork(c), newInspect(c), newLogs(c), newEvents(c), newVerify(c))
 	root.AddCommand(newVersion(c))
 	return root

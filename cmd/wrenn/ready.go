@@ -24,7 +24,7 @@ func (c *hostConfig) managerConfig(plan network.Plan, chosen host.Choice, templa
 	return sandbox.Config{
 		StateDir: c.stateDir, RunDir: filepath.Join("/run", plan.Instance),
 		Driver: chosen.Driver, Others: chosen.Others,
-		Network: network.New(plan, network.Options{BaseUID: baseUID, RangesFile: c.rangesFile(), Log: log}), Templates: templates, KillStrays: vmm.KillStrays,
+		Network: network.New(plan, network.Options{BaseUID: baseUID, RangesFile: c.rangesFile(), Log: log}), Templates: templates, KillStrays: vmm.KillStrays, NetNSOf: vmm.NetNSOf,
 		Guests: func(addr netip.Addr, token string) sandbox.Guest {
 			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
 		},

@@ -8,6 +8,8 @@ package errdefs
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"syscall"
 )
 
 // Class is a kind of error that a caller acts on. The classes below are all
@@ -72,4 +74,18 @@ func ClassOf(err error) *Class {
 		return e.class
 	}
 	return nil
+}
+
+// aboutTheFile are the errors of the file system that say what is there. Every
+// other one says only that it could not be looked at.
+var aboutTheFile = []syscall.Errno{
+	syscall.ENOENT, syscall.ENOTDIR, syscall.EISDIR, syscall.ELOOP, syscall.EEXIST, syscall.ENAMETOOLONG, syscall.EINVAL,
+}
+
+// CannotRead says whether err is that of a file system that did not let us look:
+// an I/O error, too many open files, no memory, no permission. What is in the
+// file is not known then, and may be all right.
+func CannotRead(err error) bool {
+	var errno syscall.Errno
+	return errors.As(err, &errno) && !slices.Contains(aboutTheFile, errno)
 }

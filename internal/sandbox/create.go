@@ -422,6 +422,11 @@ func (m *Manager) watch(b *box, vm vmm.VM, kill context.CancelCauseFunc) {
 	if s := b.state(); s != Running && s != Paused && !m.inPool(b) || b.vm != vm {
 		return
 	}
+	m.releaseEnded(b, exit)
+}
+
+// releaseEnded frees a sandbox whose VM has ended, and says how.
+func (m *Manager) releaseEnded(b *box, exit vmm.Exit) {
 	reason := VMExited
 	if exit.Cause == vmm.OutOfMemory {
 		reason = OutOfMemory

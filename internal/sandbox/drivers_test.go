@@ -47,11 +47,21 @@ func TestAnotherDriverAfterARestart(t *testing.T) {
 	}
 	r.wantState(sleeps, Running)
 
-	// What neither of them knows is lost.
+	// What neither of them knows is left alone, for the next that does.
 	r.die()
 	r.changed = func(c *Config) { c.Driver = stranger{} }
 	r.start()
-	if len(r.found.Lost) != 2 {
-		t.Errorf("found %+v, want both lost", r.found)
+	if len(r.found.Unreachable) != 2 || len(r.host.Live()) != 2 {
+		t.Errorf("found %+v with VMs %v, want both left", r.found, r.host.Live())
+	}
+	wantClass(t, r.Pause(t.Context(), runs), errdefs.Unavailable)
+	r.die()
+	r.changed = nil
+	r.start()
+	if len(r.found.Adopted) != 2 {
+		t.Errorf("found %+v, want both adopted", r.found)
+	}
+	if info := r.wantState(runs, Running); info.Reason != "" {
+		t.Errorf("it is still %s", info.Reason)
 	}
 }

@@ -3,13 +3,17 @@ package sandbox
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,7 +22,8 @@ import (
 
 // Event is one change of state.
 type Event struct {
-	// Cursor is the event's place in the log: 1 is the first of all.
+	// Cursor is the event's place in the log: 1 is the first of all. Later events
+	// have higher ones, not always the next.
 	Cursor uint64    `json:"cursor"`
 	Time   time.Time `json:"time"`
 	ID     ID        `json:"id"`
@@ -34,38 +39,134 @@ const (
 	// maxEventBytes is the size at which the log's file is written anew with
 	// the kept events alone.
 	maxEventBytes = 8 << 20
+	// maxEventLine bounds a line of the file; they have about 200 bytes.
+	maxEventLine = 4 << 10
+	// cursorBlock is how many cursors are reserved on disk at a time. After half
+	// of them the next are.
+	cursorBlock = 10_000
 )
 
 // eventLog is an append-only log, kept in memory and in a file of one JSON
-// object a line. The file outlives the agent, not the host's power.
+// object a line. The file outlives the agent; its last lines may not outlive the
+// host's power.
+//
+// No cursor is given twice, whatever becomes of the file. Those that may be given
+// are reserved before, durably, by a line of its own; the next agent begins beyond
+// them. Where the file is damaged nothing in it proves which have been given, and
+// the next agent begins with the present time in milliseconds, which no counting
+// reaches. So there are gaps between cursors, and events may be missing in one.
 type eventLog struct {
 	path string
 
 	mu     sync.Mutex
 	f      *os.File
 	size   int
-	events []Event // in order, without gaps
+	events []Event // in order
+	// next is the cursor of the event to come; those up to reserved may be given.
+	next, reserved uint64
+	// retryAt is when a file that could not be written is tried again: all of it
+	// would be written.
+	retryAt time.Time
 	// more is closed, and made anew, when an event has come.
 	more chan struct{}
 }
 
-// openEvents reads the log of an earlier agent. A torn last line, of an agent
-// that died while writing, is dropped.
-func openEvents(path string) (*eventLog, error) {
-	l := &eventLog{path: path, more: make(chan struct{})}
-	data, err := os.ReadFile(path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("read event log: %w", err)
+// eventLine is a line of the file: an event, or a reservation.
+type eventLine struct {
+	Event
+	Reserved uint64 `json:"reserved,omitempty"`
+}
+
+// openEvents reads the log of an earlier agent. What is torn is skipped. A file
+// that cannot be read is set aside.
+func openEvents(path string, log *slog.Logger) (*eventLog, error) {
+	l := &eventLog{path: path, more: make(chan struct{}), next: 1}
+	whole, err := l.read()
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		aside := path + ".unreadable"
+		log.Error("event log cannot be read and is set aside", "to", aside, "err", err)
+		if err := os.Rename(path, aside); err != nil {
+			return nil, fmt.Errorf("set event log aside: %w", err)
+		}
+		l.jump()
+	case !whole:
+		log.Warn("event log is damaged or of an earlier agent, what can be read of it is kept", "events", len(l.events))
+		l.jump()
 	}
-	lines := bufio.NewScanner(bytes.NewReader(data))
-	for lines.Scan() {
-		var e Event
-		if json.Unmarshal(lines.Bytes(), &e) != nil || len(l.events) > 0 && e.Cursor != l.last()+1 {
+	if err := l.rewrite(); err != nil {
+		// Nothing is told until there is room: see add.
+		log.Error("event log not written", "err", err)
+	}
+	return l, nil
+}
+
+// jump leaves the cursors behind of which it is not known whether they were given.
+func (l *eventLog) jump() {
+	if now := time.Now().UnixMilli(); now > 0 {
+		l.next = max(l.next, uint64(now))
+	}
+}
+
+// read takes the events from the file, and says whether all of it is as it was
+// written.
+func (l *eventLog) read() (whole bool, err error) {
+	f, err := os.Open(l.path)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	type found struct {
+		Event
+		sealed bool
+	}
+	var lines []found
+	anySealed := false
+	whole = true
+	r := bufio.NewReaderSize(f, maxEventLine)
+	for {
+		text, err := r.ReadSlice('\n')
+		if errors.Is(err, io.EOF) {
+			whole = whole && len(text) == 0
+			break
+		}
+		long := errors.Is(err, bufio.ErrBufferFull)
+		if err != nil && !long {
+			return false, err
+		}
+		var line eventLine
+		object, bad := unseal(text)
+		if long || bad != nil || json.Unmarshal(object, &line) != nil {
+			whole = false
 			continue
 		}
-		l.events = append(l.events, e)
+		if sealed(text) {
+			anySealed = true
+			l.reserved = max(l.reserved, line.Reserved)
+		}
+		if line.Reserved != 0 {
+			continue
+		}
+		lines = append(lines, found{line.Event, sealed(text)})
+		if len(lines) > 4*keptEvents { // which no agent writes
+			lines = slices.Clone(lines[2*keptEvents:])
+		}
 	}
-	return l, l.rewrite()
+	// Earlier agents wrote neither checksums nor reservations.
+	for _, line := range lines {
+		switch {
+		case anySealed && !line.sealed:
+			whole = false
+		case line.Cursor > l.last():
+			l.events = append(l.events, line.Event)
+		default:
+			whole = false
+		}
+	}
+	whole = whole && l.reserved >= l.last() && l.reserved > 0
+	l.next = max(l.reserved, l.last()) + 1
+	return whole, nil
 }
 
 // last is the cursor of the newest event. Called with mu held.
@@ -76,52 +177,124 @@ func (l *eventLog) last() uint64 {
 	return l.events[len(l.events)-1].Cursor
 }
 
-// rewrite replaces the file by the kept events. Called with mu held.
+// lastOf returns the newest event of a sandbox that is remembered.
+func (l *eventLog) lastOf(id ID) (Event, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range slices.Backward(l.events) {
+		if e.ID == id {
+			return e, true
+		}
+	}
+	return Event{}, false
+}
+
+// encode returns a line.
+func (l eventLine) encode() ([]byte, error) {
+	data, err := json.Marshal(l)
+	if err != nil {
+		return nil, err
+	}
+	return append(seal(data), '\n'), nil
+}
+
+// rewrite replaces the file by the kept events, and reserves cursors. Called with
+// mu held.
 func (l *eventLog) rewrite() error {
 	l.events = l.events[max(0, len(l.events)-keptEvents):]
-	var text bytes.Buffer
-	enc := json.NewEncoder(&text)
+	reserved := l.next + cursorBlock
+	lines := []eventLine{{Reserved: reserved}}
 	for _, e := range l.events {
-		if err := enc.Encode(e); err != nil {
+		lines = append(lines, eventLine{Event: e})
+	}
+	var text bytes.Buffer
+	for _, line := range lines {
+		data, err := line.encode()
+		if err != nil {
 			return fmt.Errorf("write event log: %w", err)
 		}
+		text.Write(data)
 	}
 	l.close()
 	next := filepath.Join(filepath.Dir(l.path), ".events")
-	err := os.WriteFile(next, text.Bytes(), 0o600)
+	f, err := os.OpenFile(next, os.O_WRONLY|os.O_APPEND|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		l.retryAt = time.Now().Add(retryFirst)
+		return fmt.Errorf("write event log: %w", err)
+	}
+	_, err = f.Write(text.Bytes())
+	if err == nil {
+		err = f.Sync()
+	}
 	if err == nil {
 		err = os.Rename(next, l.path)
 	}
 	if err == nil {
-		l.f, err = os.OpenFile(l.path, os.O_WRONLY|os.O_APPEND, 0)
+		err = syncDir(filepath.Dir(l.path))
 	}
 	if err != nil {
-		return fmt.Errorf("write event log: %w", err)
+		l.retryAt = time.Now().Add(retryFirst)
+		return fmt.Errorf("write event log: %w", errors.Join(err, f.Close()))
 	}
-	l.size = text.Len()
+	l.f, l.size, l.reserved = f, text.Len(), reserved
 	return nil
 }
 
-// add appends an event, whose cursor it sets. The error concerns the file
-// alone: whoever watches sees the event all the same.
-func (l *eventLog) add(e Event) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	e.Cursor = l.last() + 1
-	l.events = append(l.events, e)
-	close(l.more)
-	l.more = make(chan struct{})
+// reserve reserves the next cursors. Called with mu held.
+func (l *eventLog) reserve() error {
+	reserved := l.next + cursorBlock
+	err := l.write(eventLine{Reserved: reserved})
+	if err == nil {
+		err = l.f.Sync()
+	}
+	if err == nil {
+		l.reserved = reserved
+	}
+	return err
+}
 
-	line, err := json.Marshal(e)
+// write appends a line to the file. After half a line the file is written anew
+// next time. Called with mu held.
+func (l *eventLog) write(line eventLine) error {
+	data, err := line.encode()
 	if err != nil {
 		return err
 	}
-	if l.f == nil || l.size > maxEventBytes || len(l.events) > 2*keptEvents {
-		return l.rewrite()
-	}
-	n, err := l.f.Write(append(line, '\n'))
+	n, err := l.f.Write(data)
 	l.size += n
+	if err != nil {
+		l.close()
+	}
 	return err
+}
+
+// add appends an event, whose cursor it sets. The error concerns the file
+// alone, as long as there are cursors that are reserved: whoever watches sees the
+// event all the same.
+func (l *eventLog) add(e Event) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var err error
+	switch {
+	case l.f == nil && time.Now().Before(l.retryAt):
+		err = errors.New("the event log could not be written a moment ago")
+	case l.f == nil || l.size > maxEventBytes || len(l.events) > 2*keptEvents:
+		err = l.rewrite()
+	case l.next+cursorBlock/2 > l.reserved:
+		err = l.reserve()
+	}
+	if l.next > l.reserved {
+		return fmt.Errorf("no cursor is left: %w", err)
+	}
+	e.Cursor = l.next
+	l.next++
+	l.events = append(l.events, e)
+	close(l.more)
+	l.more = make(chan struct{})
+	if l.f == nil {
+		return err
+	}
+	return errors.Join(err, l.write(eventLine{Event: e}))
 }
 
 // after returns the events beyond a cursor, and what is closed when there are
@@ -129,20 +302,17 @@ func (l *eventLog) add(e Event) error {
 func (l *eventLog) after(cursor uint64) ([]Event, <-chan struct{}, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if cursor > l.last() {
+	if cursor >= l.next {
 		return nil, nil, errdefs.InvalidArgument.Errorf("cursor %d is beyond the last event, %d", cursor, l.last())
 	}
 	if len(l.events) == 0 {
 		return nil, l.more, nil
 	}
-	first := l.events[0].Cursor
-	switch {
-	case cursor == 0:
-		cursor = first - 1
-	case cursor+1 < first:
+	if first := l.events[0].Cursor; cursor != 0 && cursor+1 < first {
 		return nil, nil, errdefs.NotFound.Errorf("events up to %d are no longer remembered, %d was asked for; begin with 0", first-1, cursor+1)
 	}
-	return append([]Event(nil), l.events[cursor+1-first:]...), l.more, nil
+	at, _ := slices.BinarySearchFunc(l.events, cursor, func(e Event, c uint64) int { return cmp.Compare(e.Cursor, c+1) })
+	return slices.Clone(l.events[at:]), l.more, nil
 }
 
 // shut ends the log.

@@ -1,9 +1,11 @@
 package sandbox
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -44,7 +46,8 @@ func TestEventsTellALife(t *testing.T) {
 		t.Errorf("after 4: %q", got)
 	}
 
-	// The next agent remembers and goes on counting, also after a torn line.
+	// The next agent remembers and goes on counting, also after a torn line. No
+	// cursor that may have been given is given again.
 	r.die()
 	file := filepath.Join(r.dir, "state", "events.jsonl")
 	f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND, 0)
@@ -60,15 +63,17 @@ func TestEventsTellALife(t *testing.T) {
 		t.Errorf("after the restart: %q", got)
 	}
 	r.create()
-	if got := r.history(6); len(got) != 2 || got[0] != "7  creating " {
-		t.Errorf("the next events are %q", got)
+	var next []uint64
+	err = r.Events(t.Context(), 6, false, func(e Event) error { next = append(next, e.Cursor); return nil })
+	if err != nil || len(next) != 2 || next[0] <= cursorBlock || next[1] != next[0]+1 {
+		t.Errorf("the next events are %v, %v", next, err)
 	}
-	err = r.Events(t.Context(), 99, false, func(Event) error { return nil })
+	err = r.Events(t.Context(), next[1]+99, false, func(Event) error { return nil })
 	wantClass(t, err, errdefs.InvalidArgument)
 }
 
 func TestEventsThatAreForgotten(t *testing.T) {
-	l, err := openEvents(filepath.Join(t.TempDir(), "events"))
+	l, err := openEvents(filepath.Join(t.TempDir(), "events"), slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -189,4 +194,126 @@ func TestStraySlotIsFencedAndRetried(t *testing.T) {
 			t.Errorf("%d slots are still fenced", n)
 		}
 	})
+}
+
+// openLog opens an event log in dir.
+func openLog(t *testing.T, dir string) *eventLog {
+	t.Helper()
+	l, err := openEvents(filepath.Join(dir, "events.jsonl"), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(l.shut)
+	return l
+}
+
+// A reader sees no cursor twice, and what comes after what is torn, whatever
+// becomes of the file.
+func TestNoCursorTwice(t *testing.T) {
+	line := func(data []byte, n int) (from, to int) {
+		for range n {
+			from += bytes.IndexByte(data[from:], '\n') + 1
+		}
+		return from, from + bytes.IndexByte(data[from:], '\n')
+	}
+	for name, c := range map[string]struct {
+		damage func(data []byte) []byte
+		kept   int // of 20
+	}{
+		"whole":              {func(d []byte) []byte { return d }, 20},
+		"torn in the middle": {func(d []byte) []byte { from, to := line(d, 10); return append(d[:from+20:from+20], d[to:]...) }, 19},
+		"long line": {func(d []byte) []byte {
+			from, to := line(d, 10)
+			return slices.Concat(d[:from], bytes.Repeat([]byte("x"), 1<<20), d[to:])
+		}, 19},
+		"cursor flipped":      {func(d []byte) []byte { from, _ := line(d, 10); d[from+sealLen+10] ^= 1; return d }, 19},
+		"reservation gone":    {func(d []byte) []byte { from, _ := line(d, 1); return d[from:] }, 20},
+		"reservation flipped": {func(d []byte) []byte { _, to := line(d, 0); d[to-3] ^= 1; return d }, 20},
+		"end lost":            {func(d []byte) []byte { from, _ := line(d, 15); return d[:from] }, 14},
+		"end torn":            {func(d []byte) []byte { from, _ := line(d, 15); return d[:from+30] }, 14},
+		"empty":               {func(d []byte) []byte { return nil }, 0},
+		"unsealed line":       {func(d []byte) []byte { return append(d, `{"cursor":999999999,"to":"running"}`+"\n"...) }, 20},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			l := openLog(t, dir)
+			for range 20 {
+				if err := l.add(Event{To: Creating}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			path := filepath.Join(dir, "events.jsonl")
+			data, err := os.ReadFile(path)
+			if err == nil {
+				err = os.WriteFile(path, c.damage(data), 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			for round := range 3 {
+				l = openLog(t, dir)
+				before, _, err := l.after(0)
+				if err != nil || len(before) != c.kept+round {
+					t.Errorf("%d events are left, want %d (%v)", len(before), c.kept+round, err)
+				}
+				if err := l.add(Event{To: Running}); err != nil {
+					t.Fatal(err)
+				}
+				events, _, err := l.after(20)
+				if c.kept == 0 {
+					wantClass(t, err, errdefs.NotFound) // they cannot be told any more
+					continue
+				}
+				if err != nil || len(events) != round+1 || events[round].Cursor <= 20 || round > 0 && events[round].Cursor <= events[round-1].Cursor {
+					t.Errorf("after 20 there are %+v, %v", events, err)
+				}
+			}
+		})
+	}
+}
+
+// A log that cannot be read is not taken for an empty one.
+func TestUnreadableEventLogIsSetAside(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "events.jsonl")
+	if err := errors.Join(os.Mkdir(path, 0o700), os.WriteFile(filepath.Join(path, "kept"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	l := openLog(t, dir)
+	if err := l.add(Event{To: Creating}); err != nil {
+		t.Fatal(err)
+	}
+	if l.last() < uint64(time.Now().Add(-time.Minute).UnixMilli()) {
+		t.Errorf("the first cursor is %d, which may have been given", l.last())
+	}
+	if _, err := os.Stat(filepath.Join(path+".unreadable", "kept")); err != nil {
+		t.Error(err)
+	}
+}
+
+// While no cursor can be reserved, none is given that is not.
+func TestEventsOnAFullDisk(t *testing.T) {
+	l := openLog(t, t.TempDir())
+	l.mu.Lock()
+	l.close()
+	l.path = filepath.Join(t.TempDir(), "gone", "events.jsonl")
+	l.mu.Unlock()
+	given := 0
+	for range 2 * cursorBlock {
+		before := l.last()
+		_ = l.add(Event{To: Creating})
+		if l.last() > before {
+			given++
+		}
+	}
+	if uint64(given) > l.reserved || given < cursorBlock/2 {
+		t.Errorf("%d cursors were given, %d are reserved", given, l.reserved)
+	}
+	if err := os.Mkdir(filepath.Dir(l.path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Until(l.retryAt))
+	if err := l.add(Event{To: Creating}); err != nil {
+		t.Error(err)
+	}
 }

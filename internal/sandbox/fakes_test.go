@@ -319,6 +319,20 @@ func (n *fakeNetwork) CountersAll(ctx context.Context) (map[network.Slot]network
 	return all, nil
 }
 
+func (n *fakeNetwork) Strays(ctx context.Context, _ func(network.Slot) bool) (strays []network.Slot, err error) {
+	if err := n.called(ctx, "network.look"); err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for s := range n.open {
+		if !n.taken[s] {
+			strays = append(strays, s)
+		}
+	}
+	return strays, nil
+}
+
 // RemoveStrays fences what does not come off.
 func (n *fakeNetwork) RemoveStrays(ctx context.Context) (removed []network.Slot, err error) {
 	if err := n.called(ctx, "network.strays"); err != nil {
@@ -490,7 +504,13 @@ func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
 	return g.called(ctx, "guest.init")
 }
 func (g fakeGuest) Quiesce(ctx context.Context, _ bool) error { return g.called(ctx, "guest.quiesce") }
-func (g fakeGuest) Close()                                    { g.open.Add(-1) }
+func (g fakeGuest) Close() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.dead { // the dead have closed all
+		g.open.Add(-1)
+	}
+}
 func (g fakeGuest) Exec(ctx context.Context, cmd guest.Command) (guest.Result, error) {
 	if err := g.called(ctx, "guest.exec"); err != nil {
 		return guest.Result{}, err

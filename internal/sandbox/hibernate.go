@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -21,8 +22,12 @@ import (
 )
 
 const (
-	// syncTimeout bounds the guest's sync before its VM is stopped for good.
+	// syncTimeout bounds the guest's sync before its VM is stopped for good. One
+	// that takes longer, or cannot, is stopped without.
 	syncTimeout = 30 * time.Second
+	// hibernateTries is how often in a row an expired sandbox may keep the host from
+	// hibernating it. Then it ends. The pauses between are four minutes together.
+	hibernateTries = 10
 	// perGiBMove is added to the time limit of a hibernation and its end for
 	// each GiB of memory: a slow disk takes that long.
 	perGiBMove = 2 * time.Minute
@@ -49,7 +54,8 @@ func (o *OnTimeout) check() error {
 
 // Hibernate writes a running or paused sandbox to disk and ends its VM: memory,
 // vCPUs and network are free then. Until the snapshot is complete nothing is
-// lost: on error the sandbox is as it was. Streams to the guest end.
+// lost: on error the sandbox is as it was. Streams to the guest end. A guest that
+// does not sync its disk keeps nobody from it; the sandbox's detail says so then.
 func (m *Manager) Hibernate(ctx context.Context, id ID) error {
 	b, ctx, end, err := m.begin(ctx, id, OpHibernate, "hibernated")
 	if err != nil {
@@ -67,13 +73,16 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 		return errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", m.cfg.Driver.Name())
 	}
 	back := func(context.Context) error { return nil }
+	unsynced := ""
 	if was.State == Running {
-		// The disk alone is worth something, too.
-		sync, cancel := context.WithTimeout(ctx, syncTimeout)
-		err := b.guest.Quiesce(sync, false)
-		cancel()
-		if err != nil {
-			return fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
+		if err := m.quiesce(ctx, b); err != nil {
+			for _, of := range []context.Context{b.alive, ctx} {
+				if cause := context.Cause(of); cause != nil {
+					return fmt.Errorf("hibernate sandbox %s: %w", b.id, cause)
+				}
+			}
+			unsynced = "hibernated without the guest's help, its disk by itself may lack the last writes: " + m.told(err)
+			m.log.Warn("guest does not sync its disk, it is hibernated all the same", "sandbox", b.id, "err", err)
 		}
 		back = func(ctx context.Context) error {
 			if err := b.vm.Resume(ctx); err != nil {
@@ -91,19 +100,10 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 		err = context.Cause(ctx)
 	}
 	if err == nil {
-		err = m.move(b, Hibernated, func(r *Record) { r.Restored = false })
+		err = m.move(b, Hibernated, func(r *Record) { r.Restored, r.Detail = false, unsynced })
 	}
 	if err != nil {
-		// Whatever the disk says: without a snapshot the VM is what counts.
-		if derr := m.store.dropSnapshots(b.id); derr != nil {
-			m.release(b, VMExited, fmt.Sprintf("hibernate: %v; then %v", err, derr))
-			return fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
-		}
-		err = m.backTo(ctx, b, "hibernate", back, err)
-		if b.state() == was.State {
-			m.save(b, func(*Record) {}) // over what a failed save may have left
-		}
-		return err
+		return m.unhibernate(ctx, b, back, err)
 	}
 	m.log.Info("snapshot written", "sandbox", b.id, "took", time.Since(began).Round(time.Millisecond))
 	b.kill(errdefs.Unavailable.Errorf("sandbox %s is hibernated", b.id))
@@ -111,10 +111,36 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 	return nil
 }
 
+// quiesce has the guest sync its disk: that alone is worth something, too.
+func (m *Manager) quiesce(ctx context.Context, b *box) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, syncTimeout, errdefs.Unavailable.Errorf("the guest did not sync its disk within %s", syncTimeout))
+	defer cancel()
+	return b.guest.Quiesce(ctx, false)
+}
+
+// unhibernate lets a sandbox go on whose hibernation failed with err. On disk
+// there may be a snapshot and a record that says so, which the next agent would
+// believe; as long as that cannot be changed the VM stands still, so that both are
+// the same. Called with the op lock held.
+func (m *Manager) unhibernate(ctx context.Context, b *box, back func(context.Context) error, err error) error {
+	derr := m.store.dropSnapshots(b.id)
+	if serr := m.save(b, func(*Record) {}); derr != nil && serr != nil {
+		err = fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
+		m.unreachable(b, fmt.Errorf("%w; its vm stands still until the host can write its record: %w", err, serr))
+		return err
+	}
+	return m.backTo(ctx, b, "hibernate", back, err)
+}
+
 // letGo frees what a hibernated sandbox does not need: VM, network, capacity,
 // the disk's copy. What cannot be freed is tried again. Called with the op lock
 // held.
 func (m *Manager) letGo(b *box) error {
+	// Without it, the VM and its disk are what is left of the sandbox.
+	if err := m.store.checkSnapshot(b.id); err != nil {
+		m.postpone(b)
+		return fmt.Errorf("free hibernated sandbox %s: %w", b.id, err)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), releaseTimeout)
 	defer cancel()
 	rec := b.record()
@@ -135,7 +161,7 @@ func (m *Manager) letGo(b *box) error {
 		return errdefs.Unavailable.Errorf("sandbox %s is hibernated but not all of it could be freed yet; the host tries again by itself", b.id)
 	}
 	b.mu.Lock()
-	b.vm, b.naps = nil, 0
+	b.vm, b.naps, b.refusals = nil, 0, 0
 	b.renew()
 	b.mu.Unlock()
 	if rec.Slot != 0 {
@@ -264,10 +290,9 @@ func (m *Manager) readmit(ctx context.Context, b *box, rec Record) (err error) {
 }
 
 // takeUpHibernated makes true what the record of a hibernated sandbox says. If
-// its snapshot is not there, the agent ended before it was certain: then the VM
-// is, or nothing.
+// its snapshot is not there, the agent ended before it was certain, or before what
+// came of its resume was: then the VM is, or nothing.
 func (m *Manager) takeUpHibernated(ctx context.Context, b *box, found *Recovery) *[]ID {
-	rec := b.record()
 	err := m.store.checkSnapshot(b.id)
 	if err == nil {
 		if err := m.store.dropTemporary(b.id); err != nil {
@@ -276,21 +301,21 @@ func (m *Manager) takeUpHibernated(ctx context.Context, b *box, found *Recovery)
 		_ = m.letGo(b)
 		return nil
 	}
-	if rec.VM == nil {
-		// Nothing is gained by forgetting it: its files may be mended.
-		m.log.Error("hibernated sandbox has no usable snapshot", "sandbox", b.id, "err", err)
+	// Nothing is gained by forgetting it: its files may be mended.
+	m.log.Error("hibernated sandbox has no usable snapshot", "sandbox", b.id, "err", err)
+	rec := b.record()
+	if rec.VM == nil || errors.Is(err, errdefs.Unavailable) { // or it cannot be read now
 		return nil
 	}
-	rec.State = Running
-	if err := m.reattach(ctx, b, rec); err != nil {
-		m.release(b, Lost, err.Error())
-		return &found.Lost
+	if err := m.attach(ctx, b, rec); err != nil {
+		m.log.Warn("nor has it a vm that can be taken up", "sandbox", b.id, "err", err)
+		return nil
 	}
 	if err := m.move(b, Running, nil); err != nil {
-		m.release(b, Lost, err.Error())
-		return &found.Lost
+		m.log.Error("sandbox not taken up", "sandbox", b.id, "err", err)
+		return nil
 	}
-	return &found.Adopted
+	return m.takeUpVM(ctx, b, found)
 }
 
 // postpone sets when the janitor tries again.
@@ -312,22 +337,51 @@ func backOff(failures int) time.Duration {
 }
 
 // hibernateExpired is what the janitor does to an expired sandbox that is to
-// hibernate. Called with the op lock held.
+// hibernate. One that keeps the host from it ends; what the host itself cannot do
+// costs no sandbox. Called with the op lock held.
 func (m *Manager) hibernateExpired(b *box) {
-	ctx, stop := context.WithTimeout(m.life, moveTimeout(b.record()))
+	ctx, stop := context.WithTimeoutCause(m.life, moveTimeout(b.record()), errdefs.Unavailable.Errorf("it took too long"))
 	defer stop()
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
 	b.mu.Lock()
 	b.abort = abort
+	vm := b.vm
 	b.mu.Unlock()
-	if err := m.hibernate(ctx, b); err != nil {
-		b.mu.Lock()
-		b.naps++
-		b.retryAt = time.Now().Add(backOff(b.naps))
-		b.mu.Unlock()
-		m.log.Error("expired sandbox not hibernated, will try again", "sandbox", b.id, "err", err)
+	err := unreached(b.record())
+	if vm != nil {
+		err = m.hibernate(ctx, b)
 	}
+	if err == nil || m.life.Err() != nil || errors.Is(err, errDestroyed) || context.Cause(b.alive) != nil {
+		return
+	}
+	b.mu.Lock()
+	b.naps++
+	b.refusals++
+	if hostsFault(err) {
+		b.refusals = 0
+	}
+	over := b.refusals >= hibernateTries
+	b.retryAt = time.Now().Add(backOff(b.naps))
+	b.mu.Unlock()
+	if over {
+		m.release(b, Expired, "it could not be hibernated: "+m.told(err))
+		return
+	}
+	m.log.Error("expired sandbox not hibernated, will try again", "sandbox", b.id, "err", err)
+}
+
+// hostsFault says whether a hibernation failed with something that neither guest
+// nor VM can bring about: the host's disk is full, or cannot be written.
+func hostsFault(err error) bool {
+	var errno syscall.Errno
+	switch errdefs.ClassOf(err) {
+	case errdefs.Exhausted:
+		return true
+	case nil:
+		return errors.As(err, &errno)
+	}
+	return false
 }
 
 // moveTimeout bounds a hibernation or its end.
@@ -392,13 +446,20 @@ func (s store) checkSnapshot(id ID) error {
 	if sizes, ok := s.oldManifest(id); ok {
 		for name, size := range sizes {
 			info, err := os.Lstat(filepath.Join(s.snapshot(id), name))
+			if errdefs.CannotRead(err) {
+				return errdefs.Unavailable.Errorf("the snapshot cannot be read at this moment: %s", pathless(err))
+			}
 			if err != nil || info.Size() != size {
 				return errdefs.Corrupt.Errorf("the snapshot is damaged: its %s is not %d bytes long", name, size)
 			}
 		}
 		return nil
 	}
-	if err := template.CheckState(s.snapshot(id)); err != nil {
+	err := template.CheckState(s.snapshot(id))
+	if errors.Is(err, errdefs.Unavailable) {
+		return fmt.Errorf("the snapshot: %w", err)
+	}
+	if err != nil {
 		return fmt.Errorf("the snapshot is damaged: %w", err)
 	}
 	return nil

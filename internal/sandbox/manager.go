@@ -34,6 +34,7 @@ type Network interface {
 	Release(network.Slot) error
 	Open(context.Context, network.Slot) error
 	Close(context.Context, network.Slot) error
+	Strays(ctx context.Context, used func(network.Slot) bool) ([]network.Slot, error)
 	RemoveStrays(context.Context) ([]network.Slot, error)
 	ParsePolicy(allowInternet *bool, allow, deny []string) (network.Policy, error)
 	SetPolicy(context.Context, network.Slot, network.Policy) error
@@ -87,6 +88,9 @@ type Config struct {
 	// under parent whose name keep refuses, and returns those names;
 	// vmm.KillStrays is one.
 	KillStrays func(ctx context.Context, runRoot, parent string, keep func(name string) bool) ([]string, error)
+	// NetNSOf returns which of the network namespaces the VM of that name under
+	// runRoot is in; vmm.NetNSOf is one.
+	NetNSOf func(runRoot, name string, paths []string) (string, error)
 
 	Capacity   Capacity
 	OverlayMiB int
@@ -134,14 +138,18 @@ type Manager struct {
 	end  context.CancelFunc
 	wg   sync.WaitGroup
 
-	mu       sync.Mutex
-	boxes    map[ID]*box
-	pool     pool
-	used     Resources
-	ends     map[Reason]int // since the start
-	pending  int            // releases and slots that did not come off yet
-	draining bool           // no more creates
-	ended    bool           // no more goroutines
+	mu      sync.Mutex
+	boxes   map[ID]*box
+	pool    pool
+	used    Resources
+	ends    map[Reason]int // since the start
+	pending int            // releases and slots that did not come off yet
+	// held are slots that may belong to unknown sandboxes.
+	held map[network.Slot]bool
+	// blamed: the log has it that no guest can be reached.
+	blamed   bool
+	draining bool // no more creates
+	ended    bool // no more goroutines
 }
 
 // box is a sandbox in memory.
@@ -166,9 +174,15 @@ type box struct {
 	// failures and retryAt belong to a release that did not finish.
 	failures int
 	// naps counts the times in a row that it could not be hibernated when it
-	// expired.
-	naps    int
-	retryAt time.Time
+	// expired, refusals those of them that were not the host's fault.
+	naps, refusals int
+	retryAt        time.Time
+	// looks counts the times in a row that a sandbox could not be reached, or its
+	// record not be read; lookAt is when the next is due.
+	looks  int
+	lookAt time.Time
+	// far: its VM answers, and its guest does not.
+	far bool
 }
 
 func newBox(rec Record) *box {
@@ -274,7 +288,7 @@ func (m *Manager) move(b *box, to State, change func(*Record)) error {
 	now := time.Now().UTC()
 	err := m.save(b, func(r *Record) {
 		r.State, r.StateAt = to, now
-		if r.Reason.passes() {
+		if r.Reason == "" || r.Reason.passes() {
 			r.Reason, r.Detail = "", ""
 		}
 		if to == Running || to == Paused {
@@ -311,13 +325,17 @@ func (m *Manager) mark(b *box, reason Reason, detail string) error {
 	}
 	err := m.save(b, func(r *Record) { r.Reason, r.Detail = reason, detail })
 	if err != nil {
-		return err
+		// It is true all the same. The next agent finds out by itself.
+		m.log.Error("mark not saved", "sandbox", b.id, "reason", reason, "err", err)
+		b.mu.Lock()
+		b.rec.Reason, b.rec.Detail = reason, detail
+		b.mu.Unlock()
 	}
 	if rec.Reason != reason {
 		m.tell(Event{Time: time.Now().UTC(), ID: b.id, From: rec.State, To: rec.State, Reason: reason})
 		m.log.Info("sandbox marked", "sandbox", b.id, "state", rec.State, "reason", reason, "detail", detail)
 	}
-	return nil
+	return err
 }
 
 // tell puts an event into the log.
@@ -478,8 +496,9 @@ func (m *Manager) Resume(ctx context.Context, id ID) error {
 	return nil
 }
 
-// backTo returns the VM to where an operation found it. A VM that does not
-// even do that is of no use to anybody, and is released.
+// backTo returns the VM to where an operation found it. One that does not even do
+// that is not given up: it is brought to what its record says when it answers
+// again.
 func (m *Manager) backTo(ctx context.Context, b *box, op string, back func(context.Context) error, err error) error {
 	for _, of := range []context.Context{b.alive, ctx} {
 		if cause := context.Cause(of); cause != nil {
@@ -493,8 +512,8 @@ func (m *Manager) backTo(ctx context.Context, b *box, op string, back func(conte
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
 	defer cancel()
-	if berr := back(ctx); berr != nil {
-		m.release(b, VMExited, fmt.Sprintf("%v; then %v", err, berr))
+	if berr := back(ctx); berr != nil && context.Cause(b.alive) == nil {
+		m.unreachable(b, fmt.Errorf("%w; then %w", err, berr))
 	}
 	return err
 }
@@ -514,12 +533,17 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 	if err := b.hold(ctx, doing); err != nil {
 		return nil, nil, nil, err
 	}
-	if err := check(id, op, b.state()); err != nil {
+	rec := b.record()
+	err = check(id, op, rec.State)
+	if err == nil && b.vm == nil && (rec.State == Running || rec.State == Paused) && slices.Contains(opsOnVM, op) {
+		err = unreached(rec)
+	}
+	if err != nil {
 		b.unhold()
 		return nil, nil, nil, err
 	}
 	limit := opTimeout
-	if rec := b.record(); op == OpHibernate || op == OpFork || op == OpSnapshot || rec.State == Hibernated {
+	if op == OpHibernate || op == OpFork || op == OpSnapshot || rec.State == Hibernated {
 		limit = moveTimeout(rec)
 	}
 	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))
@@ -529,6 +553,10 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 	b.mu.Unlock()
 	return b, ctx, func() { b.unhold(); abort(nil); stop() }, nil
 }
+
+// opsOnVM are the operations that nothing is to be done about while there is no
+// way to the VM.
+var opsOnVM = []Operation{OpPause, OpResume, OpHibernate, OpFork, OpSnapshot}
 
 // opTimeout bounds what a VM may take for a pause or a resume.
 const opTimeout = 30 * time.Second
@@ -558,6 +586,8 @@ type Lease struct {
 	// Alive ends when this incarnation of the VM does; its cause is classed.
 	Alive context.Context
 
+	// marked is not nil if the guest did not answer when it was last asked.
+	marked  error
 	guest   Guest
 	release func()
 }
@@ -611,10 +641,15 @@ func (m *Manager) Lease(ctx context.Context, id ID) (*Lease, error) {
 	if err := check(id, OpCall, b.rec.State); err != nil {
 		return nil, err
 	}
+	var marked error
+	if b.rec.Reason == Unreachable {
+		marked = unreached(b.rec)
+	}
 	b.leases++
+	b.naps, b.refusals = 0, 0
 	var once sync.Once
 	return &Lease{
-		Addr: b.rec.HostIP, Token: b.rec.Token, Alive: b.alive, guest: b.guest,
+		Addr: b.rec.HostIP, Token: b.rec.Token, Alive: b.alive, marked: marked, guest: b.guest,
 		release: func() { once.Do(func() { m.endLease(b) }) },
 	}, nil
 }
@@ -646,6 +681,13 @@ func (m *Manager) Exec(ctx context.Context, id ID, cmd Command) (Result, error) 
 	defer lease.Release()
 	ctx, cancel := lease.Context(ctx)
 	defer cancel()
+	if lease.marked != nil {
+		probe, cancel := context.WithTimeout(ctx, probeTimeout)
+		defer cancel()
+		if err := lease.guest.WaitReady(probe); err != nil {
+			return Result{}, fmt.Errorf("exec in sandbox %s: %w", id, lease.marked)
+		}
+	}
 	result, err := lease.guest.Exec(ctx, cmd)
 	if err != nil {
 		if errors.Is(err, errdefs.Unavailable) {

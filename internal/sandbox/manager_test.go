@@ -117,6 +117,15 @@ func (r *rig) config() Config {
 			}
 			return killed, nil
 		},
+		NetNSOf: func(_, name string, paths []string) (string, error) {
+			if err := f.called(context.Background(), "proc netns"); err != nil {
+				return "", err
+			}
+			if spec, ok := r.host.Spec(name); ok && slices.Contains(paths, spec.NetNS) {
+				return spec.NetNS, nil
+			}
+			return "", nil
+		},
 		Capacity:   Capacity{Resources: Resources{Sandboxes: 10_000, VCPUs: 10_000, MemMiB: 1 << 30, DiskMiB: 1 << 30}, Starts: 50, StartQueue: time.Minute},
 		OverlayMiB: 64, BootTimeout: time.Minute, KeepStopped: time.Hour,
 		storeHook: func(step string) error { return f.called(context.Background(), "record "+step) },
@@ -242,6 +251,7 @@ func wantClass(t *testing.T, err error, want *errdefs.Class) {
 
 func TestStateTable(t *testing.T) {
 	legal := map[[2]State]bool{
+		{Unknown, Stopping}: true,
 		{Creating, Running}: true, {Creating, Stopping}: true,
 		{Running, Paused}: true, {Running, Hibernated}: true, {Running, Stopping}: true,
 		{Paused, Running}: true, {Paused, Hibernated}: true, {Paused, Stopping}: true,
@@ -277,14 +287,15 @@ func TestStateTable(t *testing.T) {
 func TestOperationsByState(t *testing.T) {
 	may := map[State][]Operation{
 		Creating:   {OpDestroy},
-		Running:    {OpPause, OpHibernate, OpFork, OpSnapshot, OpCall, OpTimeout, OpDestroy},
-		Paused:     {OpResume, OpHibernate, OpFork, OpSnapshot, OpTimeout, OpDestroy},
-		Hibernated: {OpResume, OpTimeout, OpDestroy},
+		Running:    {OpPause, OpHibernate, OpFork, OpSnapshot, OpCall, OpTimeout, OpRecover, OpDestroy},
+		Paused:     {OpResume, OpHibernate, OpFork, OpSnapshot, OpTimeout, OpRecover, OpDestroy},
+		Hibernated: {OpResume, OpTimeout, OpRecover, OpDestroy},
+		Unknown:    {OpRecover, OpDestroy},
 		Stopping:   {OpDestroy},
 		Stopped:    {OpDestroy},
 	}
 	for _, state := range States() {
-		for _, op := range []Operation{OpPause, OpHibernate, OpFork, OpSnapshot, OpResume, OpCall, OpTimeout, OpDestroy} {
+		for _, op := range []Operation{OpPause, OpHibernate, OpFork, OpSnapshot, OpResume, OpCall, OpTimeout, OpRecover, OpDestroy} {
 			err := check("sb-0", op, state)
 			if got := err == nil; got != slices.Contains(may[state], op) {
 				t.Errorf("%s of a %s sandbox: %v", op, state, err)
@@ -356,7 +367,7 @@ func TestRecordIsOnDiskBeforeGetShowsIt(t *testing.T) {
 		return nil
 	})
 	id := r.create()
-	if rec, err := r.store.load(id); err != nil || rec.State != Running || rec.VM == nil || rec.Token == "" {
+	if rec, err := (store{dir: r.store.dir}).load(id); err != nil || rec.State != Running || rec.VM == nil || rec.Token == "" {
 		t.Errorf("record after a create: %+v, %v", rec, err)
 	}
 }
@@ -513,19 +524,31 @@ func TestFailedResumeLeavesItPaused(t *testing.T) {
 	}
 }
 
-func TestVMThatDoesNotComeBackIsReleased(t *testing.T) {
-	r := newRig(t)
-	id := r.create()
-	r.driver.Inject(vmmtest.OpPause, 1, vmmtest.Fault{Err: errors.New("boom"), After: true})
-	r.driver.Inject(vmmtest.OpResume, 1, vmmtest.Fault{Err: errors.New("bang")})
-	if err := r.Pause(t.Context(), id); err == nil {
-		t.Error("pause succeeded")
-	}
-	info := r.wantState(id, Stopped)
-	if info.Reason != VMExited || !strings.Contains(info.Detail, "bang") {
-		t.Errorf("reason %s, %s", info.Reason, info.Detail)
-	}
-	r.wantNothing()
+// A VM that answers neither the operation nor the way back is kept, told, and
+// brought to what its record says when it answers again.
+func TestVMThatDoesNotComeBackIsKept(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		r.driver.Inject(vmmtest.OpPause, 1, vmmtest.Fault{Err: errors.New("boom"), After: true})
+		r.driver.Inject(vmmtest.OpResume, 1, vmmtest.Fault{Err: errors.New("bang")})
+		if err := r.Pause(t.Context(), id); err == nil {
+			t.Error("pause succeeded")
+		}
+		info := r.wantState(id, Running)
+		if info.Reason != Unreachable || !strings.Contains(info.Detail, "bang") {
+			t.Errorf("reason %s, %s", info.Reason, info.Detail)
+		}
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if info := r.wantState(id, Running); info.Reason != "" || r.host.Paused(string(id)) {
+			t.Errorf("reason %s, %s; its VM is paused: %v", info.Reason, info.Detail, r.host.Paused(string(id)))
+		}
+		r.wantConsistent()
+		if got := r.history(2); !slices.Equal(got, []string{"3 running running unreachable", "4 running running "}) {
+			t.Errorf("events are %q", got)
+		}
+	})
 }
 
 func TestDestroyInterruptsAHungPause(t *testing.T) {
@@ -898,7 +921,7 @@ func TestRestartFreesTheHalfMadeAndTheStray(t *testing.T) {
 	if err := os.WriteFile(r.store.record(corrupt), []byte(`{"version": 1, "id": "sb-`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	rec, err := r.store.load(half)
+	rec, err := (store{dir: r.store.dir}).load(half)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -907,8 +930,13 @@ func TestRestartFreesTheHalfMadeAndTheStray(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.start()
-	if len(r.found.Freed) != 1 || len(r.found.Unreadable) != 1 || len(r.found.Strays) != 4 {
+	if len(r.found.Freed) != 1 || len(r.found.Adopted) != 1 || len(r.found.Strays) != 2 {
 		t.Errorf("found %s: %+v", r.found, r.found)
+	}
+	// The record before the damaged one does.
+	r.wantState(corrupt, Running)
+	if err := r.Destroy(t.Context(), corrupt); err != nil {
+		t.Error(err)
 	}
 	r.wantNothing()
 	if info := r.wantState(half, Stopped); info.Reason != CreateFailed {

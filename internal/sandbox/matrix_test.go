@@ -18,7 +18,8 @@ import (
 type scenario struct {
 	prepare func(*rig) ID
 	run     func(context.Context, *rig, ID) error
-	// keeps says that the agent's death in the middle costs no sandbox.
+	// keeps says that nothing that fails costs the sandbox, nor does the agent's
+	// death in the middle.
 	keeps bool
 	// asleep says that no failure costs the sandbox: its snapshot is safe.
 	asleep bool
@@ -211,6 +212,18 @@ var scenarios = map[string]scenario{
 		run: func(ctx context.Context, r *rig, _ ID) error {
 			return r.tryStart(ctx)
 		},
+		keeps: true,
+	},
+	"start on a damaged record": {
+		prepare: func(r *rig) ID {
+			id := prepareRuin(r)
+			r.spoil(id, func(data []byte) []byte { return data[:len(data)/2] })
+			return id
+		},
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			return r.tryStart(ctx)
+		},
+		keeps: true,
 	},
 }
 
@@ -301,7 +314,7 @@ func TestFaultMatrix(t *testing.T) {
 	for name, s := range scenarios {
 		for _, step := range s.steps(t) {
 			for _, kind := range []string{"error", "hang", "cancel", "death"} {
-				if kind != "error" && kind != "death" && strings.HasPrefix(step, "record ") {
+				if kind != "error" && kind != "death" && (strings.HasPrefix(step, "record ") || strings.HasPrefix(step, "proc ")) {
 					continue // the disk hangs or it does not; no context reaches it
 				}
 				cases++
@@ -347,8 +360,11 @@ func (s scenario) under(t *testing.T, step, kind string) {
 		}
 		return errFault
 	})
-	done := make(chan error, 1)
-	go func() { done <- s.run(ctx, r, id) }()
+	done, ended := make(chan error, 1), make(chan struct{})
+	go func() {
+		defer close(ended)
+		done <- s.run(ctx, r, id)
+	}()
 	select {
 	case <-done:
 	case <-died:
@@ -356,6 +372,7 @@ func (s scenario) under(t *testing.T, step, kind string) {
 		r.die()
 		defer func() { // the old agent's goroutines end with the test
 			close(f.grave)
+			<-ended
 			if manager != nil {
 				manager.wg.Wait()
 			}
@@ -376,9 +393,13 @@ func (s scenario) under(t *testing.T, step, kind string) {
 	time.Sleep(5 * time.Minute)
 	synctest.Wait()
 	r.wantConsistent()
-	if kind == "death" && s.keeps {
-		if info, err := r.Get(id); err != nil || info.State != Running && info.State != Paused && info.State != Hibernated {
-			t.Errorf("the agent's death cost the sandbox: %+v, %v", info, err)
+	if s.keeps {
+		info, err := r.Get(id)
+		if err == nil && info.State == Unknown {
+			info, err = r.Recover(t.Context(), id)
+		}
+		if err != nil || info.State != Running && info.State != Paused && info.State != Hibernated || info.Reason != "" {
+			t.Errorf("what failed cost the sandbox: %+v, %v", info, err)
 		}
 	}
 	if s.asleep {
@@ -442,6 +463,13 @@ func (r *rig) wantConsistent() {
 			slots++
 			if paused := r.host.Paused(string(info.ID)); paused != (info.State == Paused) {
 				r.t.Errorf("sandbox %s is %s, its VM is paused: %v", info.ID, info.State, paused)
+			}
+		case Unknown:
+			if slices.Contains(r.host.Live(), string(info.ID)) {
+				vms = append(vms, string(info.ID))
+			}
+			if info.HostIP.IsValid() {
+				slots++
 			}
 		case Stopped:
 		case Hibernated:

@@ -121,6 +121,10 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, s NetworkSettings) e
 		}
 		return fmt.Errorf("update network of sandbox %s: %w", id, err)
 	}
+	// Twice: the record before the last must not allow more than this one does.
+	if err := m.save(b, func(*Record) {}); err != nil {
+		m.log.Warn("record not written twice", "sandbox", id, "err", err)
+	}
 	m.log.Info("network policy changed", "sandbox", id)
 	return nil
 }
@@ -162,9 +166,9 @@ func (m *Manager) reconciler() {
 	}
 }
 
-// reconcile removes what carries our mark and belongs to no record, rebuilds
-// what somebody took from a sandbox's network, and ends a sandbox whose network
-// cannot be rebuilt.
+// reconcile removes what carries our mark and belongs to no sandbox, and rebuilds
+// what somebody took from a sandbox's network. A sandbox whose network cannot be
+// rebuilt is marked as unreachable: its memory and its disk are all right.
 func (m *Manager) reconcile(ctx context.Context) {
 	var found Recovery
 	if err := m.removeStrays(ctx, &found); err != nil {
@@ -173,6 +177,8 @@ func (m *Manager) reconcile(ctx context.Context) {
 	if len(found.Strays) > 0 {
 		m.log.Warn("strays removed", "strays", found.Strays)
 	}
+
+	m.blame()
 
 	var slots []network.Slot
 	boxes := m.slots()
@@ -203,8 +209,7 @@ func (m *Manager) reconcile(ctx context.Context) {
 	}
 }
 
-// repair rebuilds the network of a sandbox, or ends it. Called with the op lock
-// held.
+// repair rebuilds the network of a sandbox. Called with the op lock held.
 func (m *Manager) repair(b *box, slot network.Slot, wrong error) {
 	rec := b.record()
 	if rec.Slot != slot || rec.State != Running && rec.State != Paused {
@@ -217,7 +222,7 @@ func (m *Manager) repair(b *box, slot network.Slot, wrong error) {
 	case err == nil:
 		m.log.Warn("network repaired", "sandbox", b.id, "slot", slot, "wrong", wrong)
 	case errors.Is(err, errdefs.Unavailable):
-		m.release(b, NetworkLost, err.Error())
+		m.unreachable(b, err)
 	default:
 		m.log.Error("network not repaired, will try again", "sandbox", b.id, "slot", slot, "wrong", wrong, "err", err)
 	}

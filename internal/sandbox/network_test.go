@@ -204,16 +204,23 @@ func TestReconcile(t *testing.T) {
 		r.wantState(mended, Running)
 		r.wantNetwork(mended, closed())
 		r.wantState(paused, Paused)
-		if info := r.wantState(doomed, Stopped); info.Reason != NetworkLost || info.Detail == "" {
-			t.Errorf("stopped because %q (%s), want %s", info.Reason, info.Detail, NetworkLost)
+		if info := r.wantState(doomed, Running); info.Reason != Unreachable || info.Detail == "" {
+			t.Errorf("it is marked as %q (%s), want %s", info.Reason, info.Detail, Unreachable)
 		}
 		r.net.mu.Lock()
 		defer r.net.mu.Unlock()
 		if r.net.open[stray] || r.net.taken[stray] {
 			t.Error("the stray slot is still there")
 		}
-		if r.net.open[lost] || r.net.taken[lost] {
-			t.Error("the doomed sandbox's slot is not free")
+		if !r.net.open[lost] || !r.net.taken[lost] {
+			t.Error("the slot of the sandbox that cannot be mended is not its own any more")
+		}
+		// A new network, its memory and its disk as they were.
+		r.net.mu.Unlock()
+		err = errors.Join(r.Hibernate(t.Context(), doomed), r.Resume(t.Context(), doomed))
+		r.net.mu.Lock()
+		if err != nil {
+			t.Error(err)
 		}
 	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,32 +13,29 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
-
-// adoptTimeout bounds how long a running guest may take to answer after the
-// agent's restart.
-const adoptTimeout = 10 * time.Second
 
 // Recovery is what Open found of an earlier agent's sandboxes.
 type Recovery struct {
 	// Adopted go on as they were.
 	Adopted []ID
+	// Unreachable have their VM, but it or its guest does not answer.
+	Unreachable []ID
 	// Lost had lost their VM.
 	Lost []ID
 	// Freed were half made or half gone.
 	Freed []ID
+	// Unknown have a record that cannot be used, and were left alone.
+	Unknown []ID
 	// Strays belonged to no record.
 	Strays []string
-	// Unreadable records were set aside.
-	Unreadable []string
 }
 
 func (r Recovery) String() string {
-	return fmt.Sprintf("adopted %d, lost %d, freed %d half-made, removed %d strays, set aside %d unreadable records",
-		len(r.Adopted), len(r.Lost), len(r.Freed), len(r.Strays), len(r.Unreadable))
+	return fmt.Sprintf("adopted %d, unreachable %d, lost %d, freed %d half-made, removed %d strays, left alone %d with unusable records",
+		len(r.Adopted), len(r.Unreachable), len(r.Lost), len(r.Freed), len(r.Strays), len(r.Unknown))
 }
 
 // Open takes over the state directory: it adopts the sandboxes that run, frees
@@ -54,6 +52,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		boxes:  map[ID]*box{},
 		pool:   pool{woken: make(chan struct{}, 1)},
 		ends:   map[Reason]int{},
+		held:   map[network.Slot]bool{},
 	}
 	m.life, m.end = context.WithCancel(context.Background())
 	found, err := m.recover(ctx)
@@ -81,7 +80,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 	if m.cfg.Capacity.DiskMiB == 0 {
 		m.cfg.Capacity.DiskMiB = diskOvercommit * m.store.freeMiB()
 	}
-	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl")); err != nil {
+	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl"), m.log); err != nil {
 		return found, err
 	}
 	if err := os.MkdirAll(m.cfg.RunDir, 0o711); err != nil {
@@ -90,39 +89,60 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 	if err := m.cfg.Network.Setup(ctx); err != nil {
 		return found, fmt.Errorf("set up network: %w", err)
 	}
-	records, bad, err := m.store.loadAll()
+	records, left, err := m.store.loadAll()
 	if err != nil {
 		return found, err
 	}
-	for name, err := range bad {
-		m.log.Error("record set aside", "sandbox", name, "err", err)
-		found.Unreadable = append(found.Unreadable, name)
+	if left != nil {
+		m.log.Warn("garbage not removed", "err", left)
 	}
 	for _, rec := range records {
-		m.boxes[rec.ID] = newBox(rec)
-		if rec.State == Stopped {
-			continue
-		}
-		m.used = m.used.plus(rec.takes())
-		if rec.Slot == 0 {
-			continue
-		}
-		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
-			return found, fmt.Errorf("claim slot of sandbox %s: %w", rec.ID, err)
-		}
+		m.enter(rec)
 	}
 	if err := m.removeStrays(ctx, &found); err != nil {
 		return found, err
 	}
+	return m.takeUpAll(ctx, found), nil
+}
 
+// enter puts a record of an earlier agent into the books.
+func (m *Manager) enter(rec Record) {
+	if rec.State != Stopped && rec.State != Unknown && rec.Slot != 0 {
+		// No two sandboxes have one slot: one of the records is wrong, and the VMs
+		// show which.
+		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
+			for _, b := range m.all() {
+				if other := b.record(); other.Slot == rec.Slot && other.State != Unknown && other.State != Stopped {
+					m.held[rec.Slot] = true
+					m.used = m.used.minus(other.takes())
+					m.enter(m.store.unknown(other.ID, fmt.Errorf("the record's network slot: %w", err)))
+				}
+			}
+			rec = m.store.unknown(rec.ID, fmt.Errorf("the record's network slot: %w", err))
+		}
+	}
+	if rec.State == Unknown {
+		m.standIn(&rec)
+	}
+	m.boxes[rec.ID] = newBox(rec)
+	if rec.State != Stopped {
+		m.used = m.used.plus(rec.takes())
+	}
+}
+
+// takeUpAll brings every record to a state that is true. It waits for that no
+// longer than adoptTimeout: what takes more goes on behind it, its op lock held.
+func (m *Manager) takeUpAll(ctx context.Context, found Recovery) Recovery {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	bound := make(chan struct{}, 16)
 	for _, b := range m.all() {
-		wg.Go(func() {
+		wg.Add(1)
+		b.hold(context.Background(), "recovered")
+		m.goes("take up", func() {
+			defer wg.Done()
 			bound <- struct{}{}
 			defer func() { <-bound }()
-			b.hold(context.Background(), "recovered")
 			defer b.unhold()
 			list := m.takeUp(ctx, b, &found)
 			if list != nil {
@@ -132,22 +152,43 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 			}
 		})
 	}
-	wg.Wait()
-	return found, nil
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	late := time.NewTimer(adoptTimeout + time.Second)
+	defer late.Stop()
+	select {
+	case <-done:
+	case <-late.C:
+		m.log.Warn("some sandboxes are still being taken up")
+	}
+	m.blame()
+	mu.Lock()
+	defer mu.Unlock()
+	return found
 }
 
-// removeStrays ends the VMs and closes the slots that no record names.
+// removeStrays ends the VMs and closes the slots that belong to no sandbox. Whose
+// directory is there has a sandbox, whatever its record says.
 func (m *Manager) removeStrays(ctx context.Context, found *Recovery) error {
 	known := func(name string) bool {
 		m.mu.Lock()
-		defer m.mu.Unlock()
-		return m.boxes[ID(name)] != nil
+		b := m.boxes[ID(name)]
+		m.mu.Unlock()
+		if b != nil || !idPattern.MatchString(name) {
+			return b != nil
+		}
+		_, err := os.Lstat(m.store.path(ID(name)))
+		return !errors.Is(err, fs.ErrNotExist)
 	}
 	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), known)
 	if err != nil {
 		return fmt.Errorf("kill stray vms: %w", err)
 	}
 	found.Strays = append(found.Strays, killed...)
+	if err := m.fence(ctx); err != nil {
+		m.log.Error("stray networks are left, they may belong to unknown sandboxes", "err", err)
+		return nil
+	}
 	// What cannot be removed is fenced off, counted and tried again there.
 	strays, err := m.cfg.Network.RemoveStrays(ctx)
 	if err != nil {
@@ -192,15 +233,36 @@ func (m *Manager) takeUp(ctx context.Context, b *box, found *Recovery) *[]ID {
 		m.release(b, rec.Reason, rec.Detail)
 		return &found.Freed
 	case Running, Paused:
-		if err := m.reattach(ctx, b, rec); err != nil {
-			m.release(b, Lost, err.Error())
-			return &found.Lost
-		}
-		return &found.Adopted
+		return m.takeUpVM(ctx, b, found)
 	case Hibernated:
 		return m.takeUpHibernated(ctx, b, found)
+	case Unknown:
+		if m.reread(ctx, b) == nil {
+			return &found.Adopted
+		}
+		m.tellUnknown(b)
+		return &found.Unknown
 	default:
 		return nil
+	}
+}
+
+// takeUpVM adopts the VM of a sandbox that has one. Lost is only what is proven to
+// be gone.
+func (m *Manager) takeUpVM(ctx context.Context, b *box, found *Recovery) *[]ID {
+	// Of a hibernation that did not come to its end.
+	if err := m.store.dropSnapshots(b.id); err != nil {
+		m.log.Error("garbage not removed", "sandbox", b.id, "err", err)
+	}
+	err := m.reach(ctx, b)
+	m.reached(b, err)
+	switch {
+	case errors.Is(err, errGone):
+		return &found.Lost
+	case err != nil:
+		return &found.Unreachable
+	default:
+		return &found.Adopted
 	}
 }
 
@@ -215,47 +277,9 @@ func (m *Manager) driverOf(h vmm.Handle) vmm.Driver {
 	return m.cfg.Driver
 }
 
-// reattach adopts the VM of a record and makes it be what the record says: the
-// agent may have died between the VM's change and the record's.
-func (m *Manager) reattach(ctx context.Context, b *box, rec Record) error {
-	if rec.VM == nil {
-		return errors.New("the record names no vm")
-	}
-	ctx, cancel := context.WithTimeout(ctx, adoptTimeout)
-	defer cancel()
-	vm, err := m.driverOf(*rec.VM).Attach(ctx, *rec.VM)
-	if err != nil {
-		return fmt.Errorf("attach vm: %w", err)
-	}
-	m.adopt(b, vm)
-	// The host's settings may be other ones now, and what an agent did for a
-	// policy ended with it.
-	if err := m.setNetwork(ctx, rec); err != nil {
-		return err
-	}
-	// Of a hibernation that did not come to its end.
-	if err := m.store.dropSnapshots(b.id); err != nil {
-		return err
-	}
-	if rec.State == Paused {
-		if err := vm.Pause(ctx); err != nil {
-			return fmt.Errorf("keep vm paused: %w", err)
-		}
-		return nil
-	}
-	if err := vm.Resume(ctx); err != nil {
-		return fmt.Errorf("keep vm running: %w", err)
-	}
-	ctx, cancelBoth := both(ctx, b.alive)
-	defer cancelBoth()
-	if err := b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: rec.Token}); err != nil {
-		return fmt.Errorf("ask guest: %w", err)
-	}
-	return nil
-}
-
 // Shutdown ends the manager: no more creates, those in progress are undone.
-// The VMs are left for the next agent, or, with destroy, ended in parallel.
+// The VMs are left for the next agent, or, with destroy, ended in parallel, but
+// for those of unknown sandboxes, which a person decides about.
 // It may be called again; each call returns when all is done or ctx ends.
 func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 	m.mu.Lock()
@@ -267,7 +291,7 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 	var errs []error
 	for _, b := range m.all() {
 		b.mu.Lock()
-		creating := b.rec.State == Creating
+		creating, destroy := b.rec.State == Creating, destroy && b.rec.State != Unknown
 		if creating && b.abort != nil {
 			b.abort(errdefs.Unavailable.Errorf("the host is shutting down"))
 		}

@@ -204,7 +204,7 @@ func (m *Manager) sweep(now time.Time) {
 }
 
 func (m *Manager) due(b *box, now time.Time) bool {
-	return m.expired(b, now) || b.retryDue(now) || m.stale(b, now) || b.state() == Creating && !m.inPool(b)
+	return m.expired(b, now) || b.retryDue(now) || b.lookDue(now) || m.stale(b, now) || b.state() == Creating && !m.inPool(b)
 }
 
 // attend does what is due, judged again under the op lock.
@@ -218,6 +218,13 @@ func (m *Manager) attend(b *box, now time.Time) {
 		_ = m.letGo(b)
 	case b.retryDue(now):
 		m.release(b, b.record().Reason, "")
+	case b.lookDue(now):
+		ctx, abort := context.WithCancelCause(m.life)
+		defer abort(nil)
+		b.mu.Lock()
+		b.abort = abort // by who destroys it
+		b.mu.Unlock()
+		_ = m.lookInto(ctx, b)
 	case b.state() == Creating && !m.inPool(b): // and nobody holds it: its create panicked
 		m.release(b, CreateFailed, "the create broke off")
 	case m.stale(b, now):
@@ -231,6 +238,12 @@ func (m *Manager) attend(b *box, now time.Time) {
 func (m *Manager) expired(b *box, now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	// The clock has been put back: nobody gets more time by that than once more.
+	for _, at := range []*time.Time{&b.rec.LastActiveAt, &b.rec.StateAt} {
+		if at.After(now) {
+			*at = now
+		}
+	}
 	switch {
 	case b.leases > 0:
 		return false

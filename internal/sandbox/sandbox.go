@@ -44,14 +44,20 @@ const (
 	Hibernated State = "hibernated"
 	Stopping   State = "stopping"
 	Stopped    State = "stopped"
+
+	// Unknown is the state of a sandbox whose record cannot be used. All that it
+	// has is left alone until the record can be, or until somebody destroys it.
+	// No record says so.
+	Unknown State = "unknown"
 )
 
 // States returns all states, in the order of a sandbox's life.
 func States() []State {
-	return []State{Creating, Running, Paused, Hibernated, Stopping, Stopped}
+	return []State{Creating, Running, Paused, Hibernated, Stopping, Stopped, Unknown}
 }
 
-// moves says which state may follow which.
+// moves says which state may follow which. A sandbox that is unknown no more is
+// what its record says; see install.
 var moves = map[State][]State{
 	Creating:   {Running, Stopping},
 	Running:    {Paused, Hibernated, Stopping},
@@ -59,6 +65,7 @@ var moves = map[State][]State{
 	Hibernated: {Running, Stopping},
 	Stopping:   {Stopped},
 	Stopped:    {},
+	Unknown:    {Stopping},
 }
 
 // Operation is something a caller asks of a sandbox.
@@ -74,6 +81,7 @@ const (
 	OpCall      Operation = "exec"
 	OpTimeout   Operation = "a timeout"
 	OpNetwork   Operation = "a network policy"
+	OpRecover   Operation = "recover"
 	OpDestroy   Operation = "destroy"
 )
 
@@ -87,7 +95,8 @@ var allowed = map[Operation][]State{
 	OpCall:      {Running},
 	OpTimeout:   {Running, Paused, Hibernated},
 	OpNetwork:   {Running, Paused, Hibernated},
-	OpDestroy:   {Creating, Running, Paused, Hibernated, Stopping, Stopped},
+	OpRecover:   {Running, Paused, Hibernated, Unknown},
+	OpDestroy:   {Creating, Running, Paused, Hibernated, Stopping, Stopped, Unknown},
 }
 
 // check says whether op may begin in state, naming the state if not.
@@ -102,8 +111,8 @@ func check(id ID, op Operation, state State) error {
 	return errdefs.WrongState.Errorf("sandbox %s is %s; %s needs it %s", id, state, op, strings.Join(names, " or "))
 }
 
-// Reason says why a sandbox is stopping or stopped, or why one that runs or is
-// paused does not work as it should. The set is closed.
+// Reason says why a sandbox is stopping, stopped or unknown, or why one that runs
+// or is paused does not work as it should. The set is closed.
 type Reason string
 
 const (
@@ -113,9 +122,8 @@ const (
 	VMExited     Reason = "vm_exited"
 	// OutOfMemory: the VMM needed more memory than its cgroup has.
 	OutOfMemory Reason = "out_of_memory"
-	Lost        Reason = "lost"
-	// NetworkLost: somebody took its network apart, beyond repair.
-	NetworkLost Reason = "network_lost"
+	// Lost: its VM was gone when the agent started.
+	Lost Reason = "lost"
 )
 
 // The reasons that pass: the sandbox goes on when what they name is over.
@@ -123,8 +131,18 @@ const (
 	// DiskFull: the guest wrote what the host's disk has no room for. Its VM
 	// stands still until there is room.
 	DiskFull Reason = "disk_full"
-	// Unreachable: the VM is there, but it or its guest does not answer.
+	// Unreachable: the VM is there, but it or its guest does not answer, or what
+	// leads to it is broken. It is tried again and again.
 	Unreachable Reason = "unreachable"
+)
+
+// The reasons of a sandbox that is unknown.
+const (
+	// Unreadable: its record cannot be read at this moment. That is tried again.
+	Unreadable Reason = "unreadable"
+	// NotUnderstood: its record is damaged, or a newer agent wrote it. A person
+	// decides.
+	NotUnderstood Reason = "not_understood"
 )
 
 // passes says whether a sandbox with this reason still has its VM.
@@ -132,7 +150,7 @@ func (r Reason) passes() bool { return r == DiskFull || r == Unreachable }
 
 // Reasons returns all reasons that a sandbox can have ended for.
 func Reasons() []Reason {
-	return []Reason{Destroyed, Expired, CreateFailed, VMExited, OutOfMemory, Lost, NetworkLost}
+	return []Reason{Destroyed, Expired, CreateFailed, VMExited, OutOfMemory, Lost}
 }
 
 // Record is all that is known of a sandbox, as it is kept on disk.
@@ -190,16 +208,19 @@ const recordVersion = 1
 // validate says whether a record read from disk can be believed.
 func (r Record) validate() error {
 	if r.Version != recordVersion {
-		return fmt.Errorf("record version %d is not %d", r.Version, recordVersion)
+		return fmt.Errorf("record version %d does not exist", r.Version)
 	}
 	if !idPattern.MatchString(string(r.ID)) {
 		return fmt.Errorf("record id %.40q is malformed", r.ID)
 	}
-	if !slices.Contains(States(), r.State) {
-		return fmt.Errorf("record state %.40q is unknown", r.State)
+	if !slices.Contains(States(), r.State) || r.State == Unknown {
+		return fmt.Errorf("record state %.40q does not exist", r.State)
 	}
 	if r.Slot < 0 || r.Slot > network.MaxSlot {
 		return fmt.Errorf("record slot %d is out of range", r.Slot)
+	}
+	if (r.State == Running || r.State == Paused) && (r.VM == nil || r.Slot == 0) {
+		return fmt.Errorf("record of a %s sandbox names no vm or no network slot", r.State)
 	}
 	return nil
 }

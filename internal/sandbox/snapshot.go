@@ -56,6 +56,8 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 	switch {
 	case m.Draining():
 		return fail(errdefs.Unavailable.Errorf("the host is shutting down"))
+	case rec.State == Unknown:
+		return fail(check(id, OpSnapshot, rec.State))
 	case rec.CloneKey == "":
 		return fail(errdefs.Unsupported.Errorf("it was made by an older agent, which did not prepare it for that"))
 	}

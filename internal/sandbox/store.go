@@ -9,15 +9,17 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-// store keeps the records: one directory per sandbox with its record, overlay
-// and console. Names with a leading dot are garbage.
+// store keeps the records: one directory per sandbox with its record, the record
+// before that, overlay and console. Names with a leading dot are garbage.
 type store struct {
 	dir string
 	// hook is called before and after each change on disk; tests let it fail.
@@ -46,6 +48,9 @@ func (s store) overlay(id ID) string { return s.path(id, "overlay.ext4") }
 func (s store) console(id ID) string { return s.path(id, "console.log") }
 func (s store) record(id ID) string  { return s.path(id, "record.json") }
 
+// previous is the record that the present one replaced.
+func (s store) previous(id ID) string { return s.path(id, "record.prev.json") }
+
 // reserve makes the directory of a new sandbox; fs.ErrExist says that the ID
 // is taken.
 func (s store) reserve(id ID) error {
@@ -55,7 +60,8 @@ func (s store) reserve(id ID) error {
 	return os.Mkdir(s.path(id), 0o700)
 }
 
-// save replaces the record atomically and durably.
+// save replaces the record atomically and durably. The one before is kept beside
+// it.
 func (s store) save(r Record) error {
 	data, err := json.MarshalIndent(r, "", "  ")
 	if err == nil {
@@ -69,10 +75,13 @@ func (s store) save(r Record) error {
 		return fmt.Errorf("write record: %w", err)
 	}
 	defer os.Remove(f.Name()) // gone after the rename
-	_, err = f.Write(append(data, '\n'))
+	_, err = f.Write(append(seal(data), '\n'))
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil && !r.LastActiveAt.IsZero() {
 		err = os.Chtimes(f.Name(), time.Time{}, r.LastActiveAt)
+	}
+	if err == nil {
+		err = s.keepPrevious(r.ID)
 	}
 	if err == nil {
 		err = os.Rename(f.Name(), s.record(r.ID))
@@ -89,6 +98,18 @@ func (s store) save(r Record) error {
 	return nil
 }
 
+// keepPrevious gives the present record its second name. A crash after the first
+// of the two steps leaves the record itself.
+func (s store) keepPrevious(id ID) error {
+	if err := remove(s.previous(id)); err != nil {
+		return err
+	}
+	if err := os.Link(s.record(id), s.previous(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
 // touch notes on disk that the sandbox was active. It survives the agent, and
 // that is all it must do: no sandbox with a clock running survives the host.
 func (s store) touch(id ID, at time.Time) error {
@@ -96,19 +117,15 @@ func (s store) touch(id ID, at time.Time) error {
 }
 
 // load reads one record.
-func (s store) load(id ID) (Record, error) {
-	f, err := os.Open(s.record(id))
-	if err != nil {
-		return Record{}, err
+func (s store) load(id ID) (Record, error) { return s.loadFile(id, s.record(id)) }
+
+func (s store) loadFile(id ID, path string) (Record, error) {
+	if err := s.at("load"); err != nil {
+		return Record{}, fmt.Errorf("read record: %w", err)
 	}
-	defer f.Close()
-	info, err := f.Stat()
+	data, modified, err := readRecord(path)
 	if err != nil {
-		return Record{}, err
-	}
-	data, err := io.ReadAll(io.LimitReader(f, 1<<20))
-	if err != nil {
-		return Record{}, err
+		return Record{}, fmt.Errorf("read record: %w", err)
 	}
 	r, err := decodeRecord(data)
 	if err != nil {
@@ -117,63 +134,143 @@ func (s store) load(id ID) (Record, error) {
 	if r.ID != id {
 		return Record{}, fmt.Errorf("record of %q is in the directory of %q", r.ID, id)
 	}
-	r.LastActiveAt = info.ModTime().UTC()
+	r.LastActiveAt = modified
+	if now := time.Now().UTC(); now.Before(modified) { // the clock was ahead
+		r.LastActiveAt = now
+	}
 	return r, nil
 }
 
+// maxRecordBytes bounds what is read of a record; they have about 1 KiB.
+const maxRecordBytes = 1 << 20
+
+func readRecord(path string) (data []byte, modified time.Time, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	data, err = io.ReadAll(io.LimitReader(f, maxRecordBytes))
+	return data, info.ModTime().UTC(), err
+}
+
+// errNewer is the error of a record that a newer agent wrote.
+var errNewer = errors.New("record is of a newer version")
+
 func decodeRecord(data []byte) (Record, error) {
+	data, err := unseal(data)
+	if err != nil {
+		return Record{}, fmt.Errorf("record is damaged: %w", err)
+	}
+	var v struct{ Version int }
+	if json.Unmarshal(data, &v) == nil && v.Version > recordVersion {
+		return Record{}, newerRecord(v.Version)
+	}
 	var r Record
 	if err := json.Unmarshal(data, &r); err != nil {
-		return Record{}, fmt.Errorf("decode record: %w", err)
+		return Record{}, fmt.Errorf("record is damaged: %w", err)
 	}
 	return r, r.validate()
 }
 
-// loadAll reads every record and clears garbage away. Directories whose record
-// cannot be read are set aside and come back by name in bad, with the error.
-func (s store) loadAll() (records []Record, bad map[string]error, err error) {
+type newerRecord int
+
+func (v newerRecord) Error() string {
+	return fmt.Sprintf("record version %d is newer than this agent's %d", int(v), recordVersion)
+}
+
+func (newerRecord) Is(target error) bool { return target == errNewer }
+
+// loadAll reads every record. What stands in for one that cannot be used is
+// unknown; see unknown. Garbage is cleared away, as far as that is possible:
+// what was not is in left.
+func (s store) loadAll() (records []Record, left, err error) {
+	if err := s.at("list"); err != nil {
+		return nil, nil, fmt.Errorf("read sandbox directory: %w", err)
+	}
 	entries, err := os.ReadDir(s.dir)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read sandbox directory: %w", err)
 	}
-	bad = map[string]error{}
 	for _, e := range entries {
 		name := e.Name()
-		switch {
-		case strings.HasPrefix(name, ".bad-"):
-			// Kept for whoever wants to know; holds no disk.
-		case strings.HasPrefix(name, "."):
-			if err := os.RemoveAll(filepath.Join(s.dir, name)); err != nil {
-				return nil, nil, fmt.Errorf("clear garbage: %w", err)
-			}
-		case idPattern.MatchString(name):
-			r, err := s.load(ID(name))
-			if err == nil {
-				records = append(records, r)
+		if aside, ok := strings.CutPrefix(name, ".bad-"); ok && idPattern.MatchString(aside) {
+			// Earlier agents set away what they could not read.
+			if err := os.Rename(filepath.Join(s.dir, name), s.path(ID(aside))); err != nil {
+				left = errors.Join(left, err) // there is another of that name
 				continue
 			}
-			bad[name] = err
-			if err := s.setAside(ID(name)); err != nil {
-				return nil, nil, err
+			name = aside
+		}
+		switch {
+		case strings.HasPrefix(name, "."):
+			left = errors.Join(left, os.RemoveAll(filepath.Join(s.dir, name)))
+		case idPattern.MatchString(name):
+			r, err := s.load(ID(name))
+			if errors.Is(err, fs.ErrNotExist) && s.blank(ID(name)) {
+				left = errors.Join(left, s.forget(ID(name)))
+				continue
 			}
+			if err != nil {
+				r = s.unknown(ID(name), err)
+			}
+			records = append(records, r)
 		}
 	}
-	return records, bad, nil
+	return records, left, nil
 }
 
-// setAside keeps what remains of an unreadable record but frees its disk.
-func (s store) setAside(id ID) error {
-	if err := remove(s.overlay(id)); err != nil {
-		return fmt.Errorf("free disk of unreadable record: %w", err)
+// blank says whether a directory was made for a sandbox of which nothing else
+// was: its record comes first.
+func (s store) blank(id ID) bool {
+	entries, err := os.ReadDir(s.path(id))
+	return err == nil && !slices.ContainsFunc(entries, func(e fs.DirEntry) bool {
+		return !strings.HasPrefix(e.Name(), ".record-")
+	})
+}
+
+// unknown stands in for a record that load does not return. It is never written:
+// what is on disk may be of use to somebody who understands it. Its sizes are
+// what can be made out, zero where nothing can.
+func (s store) unknown(id ID, err error) Record {
+	r := Record{Version: recordVersion, ID: id, State: Unknown, Reason: NotUnderstood, Detail: pathless(err)}
+	if errdefs.CannotRead(err) {
+		r.Reason = Unreadable
 	}
-	aside := filepath.Join(s.dir, ".bad-"+string(id))
-	if err := os.RemoveAll(aside); err != nil {
-		return fmt.Errorf("set record aside: %w", err)
+	if info, err := os.Stat(s.path(id)); err == nil {
+		r.CreatedAt = info.ModTime().UTC()
 	}
-	if err := os.Rename(s.path(id), aside); err != nil {
-		return fmt.Errorf("set record aside: %w", err)
+	r.StateAt, r.LastActiveAt = r.CreatedAt, r.CreatedAt
+	for _, path := range []string{s.previous(id), s.record(id)} {
+		data, _, err := readRecord(path)
+		if err != nil {
+			continue
+		}
+		var hint struct{ VCPUs, MemMiB, DiskMiB int }
+		_ = json.Unmarshal(data, &hint) // what it got is what there is
+		if hint.VCPUs >= 1 && hint.VCPUs <= MaxVCPUs && hint.MemMiB >= MinMemMiB && hint.MemMiB <= MaxMemMiB &&
+			hint.DiskMiB >= 0 && hint.DiskMiB <= maxHintMiB {
+			r.VCPUs, r.MemMiB, r.DiskMiB = hint.VCPUs, hint.MemMiB, hint.DiskMiB
+		}
 	}
-	return nil
+	return r
+}
+
+// maxHintMiB bounds the size of a disk that is believed of a record that is not.
+const maxHintMiB = 16 << 20
+
+// pathless is the text of an error without the host's paths.
+func pathless(err error) string {
+	text := err.Error()
+	var of *fs.PathError
+	if errors.As(err, &of) {
+		text = strings.ReplaceAll(text, of.Error(), of.Err.Error())
+	}
+	return text
 }
 
 // freeMiB is what is free on the store's file system; not knowing counts as

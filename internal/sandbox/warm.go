@@ -149,7 +149,10 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 		}
 		took.end("network")
 	}
-	if err := b.guest.Init(ctx, identity(b.record(), true)); err != nil {
+	wake, cancelWake := context.WithTimeoutCause(ctx, wakeTimeout,
+		errdefs.Unavailable.Errorf("the waiting guest did not answer within %s", wakeTimeout))
+	defer cancelWake()
+	if err := b.guest.Init(wake, identity(b.record(), true)); err != nil {
 		return m.bootFailed(b, "initialise guest", err)
 	}
 	took.end("init")

@@ -63,13 +63,18 @@ func New(manager *sandbox.Manager, version Version, panics *atomic.Int64, log *s
 }
 
 // Health answers GET /healthz, as long as the agent lives, and GET /readyz,
-// unless it is shutting down and takes no more sandboxes.
+// unless it is shutting down and takes no more sandboxes, or the host reaches none
+// of its guests.
 func Health(manager *sandbox.Manager) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if manager.Draining() {
 			http.Error(w, "shutting down", http.StatusServiceUnavailable)
+			return
+		}
+		if fault := manager.HostFault(); fault != "" {
+			http.Error(w, fault, http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ready")
@@ -112,13 +117,29 @@ func (s *service) DestroySandbox(ctx context.Context, req *connect.Request[hosta
 	return connect.NewResponse(&hostagentv1.DestroySandboxResponse{}), s.manager.Destroy(ctx, id)
 }
 
+func (s *service) RecoverSandbox(ctx context.Context, req *connect.Request[hostagentv1.RecoverSandboxRequest]) (*connect.Response[hostagentv1.RecoverSandboxResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	info, err := s.manager.Recover(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&hostagentv1.RecoverSandboxResponse{Sandbox: sandboxInfo(info)}), nil
+}
+
 func (s *service) PauseSandbox(ctx context.Context, req *connect.Request[hostagentv1.PauseSandboxRequest]) (*connect.Response[hostagentv1.PauseSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
 	}
 	if req.Msg.ToDisk {
-		return connect.NewResponse(&hostagentv1.PauseSandboxResponse{}), s.manager.Hibernate(ctx, id)
+		if err := s.manager.Hibernate(ctx, id); err != nil {
+			return nil, err
+		}
+		info, _ := s.manager.Get(id) // gone by now is hibernated, too
+		return connect.NewResponse(&hostagentv1.PauseSandboxResponse{Detail: info.Detail}), nil
 	}
 	return connect.NewResponse(&hostagentv1.PauseSandboxResponse{}), s.manager.Pause(ctx, id)
 }

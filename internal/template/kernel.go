@@ -36,6 +36,9 @@ func (s *Store) setupKernel(ctx context.Context, o Options, progress Progress) e
 
 	dst := filepath.Join(s.kernels(), kernelName)
 	have, err := s.kernelManifest()
+	if errdefs.CannotRead(err) {
+		return unreadable("the guest kernel", err)
+	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		s.log.Warn("guest kernel is made again", "error", err)
 	}

@@ -60,6 +60,9 @@ func (s *Store) setupMinimal(ctx context.Context, progress Progress) error {
 		st.kept("%d MiB", have.Files["base.ext4"].Size>>20)
 		return nil
 	}
+	if errdefs.CannotRead(err) { // what was made from it needs this one
+		return unreadable("the template", err)
+	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		s.log.Warn("template is made again", "template", DefaultName, "error", err)
 	}

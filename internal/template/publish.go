@@ -185,14 +185,13 @@ func VerifyState(ctx context.Context, dir string) error {
 // damage is the class of an error of readManifest. What cannot be read now may
 // be read later and is not damaged.
 func damage(err error) error {
-	var path *fs.PathError
 	switch {
 	case err == nil:
 		return nil
+	case errdefs.CannotRead(err):
+		return unreadable("it", err)
 	case errors.Is(err, fs.ErrNotExist):
 		return errdefs.Corrupt.Errorf("it is incomplete: it has no manifest")
-	case errors.As(err, &path):
-		return err
 	}
 	return errdefs.Corrupt.Errorf("%w", err)
 }

@@ -103,6 +103,9 @@ func (s *Store) Ready(ctx context.Context, name, key string) (Ready, error) {
 	if ctx.Err() != nil {
 		return Ready{}, context.Cause(ctx)
 	}
+	if errdefs.CannotRead(err) {
+		return Ready{}, unreadable("a ready snapshot", err)
+	}
 	if err != nil {
 		return Ready{}, errdefs.Corrupt.Errorf("a ready snapshot of template %q is damaged: %w", name, err)
 	}
@@ -292,7 +295,11 @@ func (s *Store) removeOldReady(parent, key string, shape Shape) error {
 			continue
 		}
 		dir := filepath.Join(parent, e.Name())
-		if m, err := readSnapshot(dir); err != nil || m.Shape == shape {
+		m, err := readSnapshot(dir)
+		if errdefs.CannotRead(err) {
+			continue // it may be all right
+		}
+		if err != nil || m.Shape == shape {
 			errs = append(errs, s.dropSnapshot(dir))
 		} else if info, err := os.Stat(dir); err == nil {
 			others = append(others, used{dir, info.ModTime()})

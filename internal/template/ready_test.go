@@ -2,12 +2,15 @@ package template
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
@@ -166,5 +169,52 @@ func TestOneMakesTheReadySnapshot(t *testing.T) {
 	next.Discard()
 	if left, err := filepath.Glob(filepath.Join(s.readyDir("minimal"), ".*")); err != nil || len(left) > 0 {
 		t.Errorf("left: %q, %v", left, err)
+	}
+}
+
+// What cannot be looked at, for want of descriptors, is not damaged: nobody makes
+// it again, and so takes away what others were made from.
+func TestWithoutDescriptorsNothingIsDamaged(t *testing.T) {
+	s := readyStore(t)
+	put(t, s, "box", "image")
+	makeReady(t, s, keyA, Shape{VCPUs: 1})
+	stage := stageNamed(t, s, "snap")
+	if err := stage.Publish(t.Context(), namedMeta(time.Now())); err != nil {
+		t.Fatal(err)
+	}
+	stage.Discard()
+	looks := map[string]func() error{
+		"template":       func() error { _, err := s.Get("box"); return err },
+		"ready snapshot": func() error { _, err := s.Ready(t.Context(), "minimal", keyA); return err },
+		"snapshot":       func() error { _, err := s.Snapshot(t.Context(), "snap"); return err },
+	}
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 64, Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	var held []int
+	for fd, err := unix.Dup(0); err == nil; fd, err = unix.Dup(0) {
+		held = append(held, fd)
+	}
+	errs := map[string]error{}
+	for what, look := range looks {
+		errs[what] = look()
+	}
+	for _, fd := range held {
+		unix.Close(fd)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	for what, err := range errs {
+		if got := errdefs.ClassOf(err); got != errdefs.Unavailable || !errors.Is(err, unix.EMFILE) {
+			t.Errorf("%s without descriptors: %v (%v)", what, err, got)
+		}
+		if err := looks[what](); err != nil && what != "template" { // which has no kernel here
+			t.Errorf("%s afterwards: %v", what, err)
+		}
 	}
 }

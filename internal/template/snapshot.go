@@ -74,6 +74,9 @@ func (s *Store) Snapshot(ctx context.Context, name string) (Snapshot, error) {
 		if err == nil {
 			return snap, nil
 		}
+		if errdefs.CannotRead(err) {
+			return Snapshot{}, unreadable(fmt.Sprintf("snapshot %q", name), err)
+		}
 		if now, _ := os.Lstat(s.snapshotDir(name)); now != nil && os.SameFile(was, now) {
 			return Snapshot{}, errdefs.Corrupt.Errorf("snapshot %q is damaged: %w", name, err)
 		}

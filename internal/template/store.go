@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"sync"
+	"syscall"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
@@ -150,6 +151,8 @@ func (s *Store) Get(name string) (Template, error) {
 	switch err := readManifest(dir, "template.json", &m, &m.manifest); {
 	case errors.Is(err, fs.ErrNotExist):
 		return Template{}, errdefs.NotFound.Errorf("template %q does not exist", name)
+	case errdefs.CannotRead(err):
+		return Template{}, unreadable(fmt.Sprintf("template %q", name), err)
 	case err != nil:
 		return Template{}, errdefs.Corrupt.Errorf("template %q is damaged, run wrenn setup: %w", name, err)
 	}
@@ -174,6 +177,8 @@ func (s *Store) Boot() (Boot, error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return Boot{}, errdefs.Unavailable.Errorf("there is no guest kernel yet, run wrenn setup")
+	case errdefs.CannotRead(err):
+		return Boot{}, unreadable("the guest kernel", err)
 	case err != nil:
 		return Boot{}, errdefs.Corrupt.Errorf("the guest kernel is damaged, run wrenn setup: %w", err)
 	}
@@ -253,10 +258,18 @@ func (s *Store) kernelManifest() (kernelManifest, error) {
 	return m, err
 }
 
+// unreadable is the error of what may be all right, but cannot be looked at now.
+func unreadable(what string, err error) error {
+	var errno syscall.Errno
+	errors.As(err, &errno)
+	return errdefs.Unavailable.Errorf("%s cannot be read at this moment: %w", what, errno)
+}
+
 // readManifest reads dir's manifest into v, of which m is a part, and checks
 // that each file that it names is there with its size. Contents are not
 // hashed: that would make every create read the image. A dir that does not
-// exist is fs.ErrNotExist; every other error is damage.
+// exist is fs.ErrNotExist; every other error is damage, but for those that
+// errdefs.CannotRead knows.
 func readManifest(dir, name string, v any, m *manifest) error {
 	for {
 		// Through one descriptor, so that all is of one generation.

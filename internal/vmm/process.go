@@ -332,6 +332,9 @@ func openSame(ref Ref) (int, error) {
 	// The descriptor pins whoever has the number now. If that one started
 	// when ours did, it is ours.
 	now, err := identify(ref.PID)
+	if overloaded(err) { // which proves nothing
+		return -1, errors.Join(err, unix.Close(pidfd))
+	}
 	if err != nil || now.Started != ref.Started || now.Boot != ref.Boot || exited(pidfd) {
 		return -1, errors.Join(gone, unix.Close(pidfd))
 	}

@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
@@ -27,18 +29,18 @@ const runDirEnv = "WRENN_RUN_DIR"
 // handle leads to: their agent died before it could write one down, or they do
 // not answer. What does not carry our mark is never touched.
 func KillStrays(ctx context.Context, runRoot, parent string, keep func(name string) bool) ([]string, error) {
-	dirs, err := filepath.Glob("/proc/[0-9]*")
+	pids, err := processes()
 	if err != nil {
 		return nil, err
 	}
 	gone := map[string]bool{}
 	var errs []error
-	for _, dir := range dirs {
-		pid, err := strconv.Atoi(filepath.Base(dir))
+	for _, pid := range pids {
+		name, ok, err := runDirOf(pid, runRoot)
 		if err != nil {
+			errs = append(errs, err)
 			continue
 		}
-		name, ok := runDirOf(pid, runRoot)
 		if !ok || keep(name) {
 			continue
 		}
@@ -71,32 +73,93 @@ func KillStrays(ctx context.Context, runRoot, parent string, keep func(name stri
 	return slices.Sorted(maps.Keys(gone)), errors.Join(errs...)
 }
 
+// processes returns the pids of this host.
+func processes() (pids []int, err error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	for _, e := range entries {
+		if pid, err := strconv.Atoi(e.Name()); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
+// NetNSOf returns which of the network namespaces, by their paths, a process is
+// in that was launched with the run directory runRoot/name; empty if there is no
+// such process, or none in one of them. An error says that it is not known.
+func NetNSOf(runRoot, name string, paths []string) (string, error) {
+	pids, err := processes()
+	if err != nil {
+		return "", err
+	}
+	for _, pid := range pids {
+		of, ok, err := runDirOf(pid, runRoot)
+		if err != nil {
+			return "", err
+		}
+		if !ok || of != name {
+			continue
+		}
+		in, err := os.Stat(fmt.Sprintf("/proc/%d/ns/net", pid))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // it ended meanwhile
+		}
+		if err != nil {
+			return "", fmt.Errorf("look at the network namespace of process %d: %w", pid, err)
+		}
+		for _, path := range paths {
+			if at, err := os.Stat(path); err == nil && os.SameFile(at, in) {
+				return path, nil
+			}
+		}
+	}
+	return "", nil
+}
+
 // runDirOf returns the name of the run directory under root that a process was
-// launched with.
-func runDirOf(pid int, root string) (string, bool) {
+// launched with. An error says that it could not be looked at.
+func runDirOf(pid int, root string) (name string, ok bool, err error) {
 	root = filepath.Clean(root)
 	environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
-	if err != nil {
-		return "", false // gone, or a kernel thread
+	if overloaded(err) {
+		return "", false, fmt.Errorf("look at process %d: %w", pid, err)
 	}
 	for kv := range bytes.SplitSeq(environ, []byte{0}) {
 		if dir, ok := strings.CutPrefix(string(kv), runDirEnv+"="); ok {
-			return filepath.Base(dir), filepath.Dir(dir) == root
+			return filepath.Base(dir), filepath.Dir(dir) == root, nil
 		}
 	}
-	// There are programs that give the VMM an empty environment. Its log, in
+	// There are programs that give the VMM an empty environment, and it may have
+	// thrown its own away. Its log, in
 	// that directory, is then still its standard error: opened by us, so that
 	// the path is the host's whatever its root is.
 	log, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/2", pid))
+	if overloaded(err) {
+		return "", false, fmt.Errorf("look at process %d: %w", pid, err)
+	}
 	if err != nil {
-		return "", false
+		return "", false, nil // gone, or a kernel thread
 	}
 	log = strings.TrimSuffix(log, " (deleted)")
 	if filepath.Base(log) != LogName {
-		return "", false
+		return "", false, nil
 	}
 	dir := filepath.Dir(log)
-	return filepath.Base(dir), filepath.Dir(dir) == root
+	return filepath.Base(dir), filepath.Dir(dir) == root, nil
+}
+
+// overloaded says whether err says nothing about the process that was asked for,
+// but that this one cannot ask now.
+func overloaded(err error) bool {
+	for _, errno := range []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return false
 }
 
 func killStray(ctx context.Context, pid int, root, name string) error {
@@ -115,9 +178,10 @@ func killStray(ctx context.Context, pid int, root, name string) error {
 		return err
 	}
 	// Looked at again now that the pid cannot pass to another process.
-	if again, ok := runDirOf(pid, root); !ok || again != name {
+	again, ok, err := runDirOf(pid, root)
+	if err != nil || !ok || again != name {
 		p.Release()
-		return nil
+		return err
 	}
 	return p.Kill(ctx)
 }

@@ -38,6 +38,9 @@ const (
 	// HostAgentServiceCreateSandboxProcedure is the fully-qualified name of the HostAgentService's
 	// CreateSandbox RPC.
 	HostAgentServiceCreateSandboxProcedure = "/hostagent.v1.HostAgentService/CreateSandbox"
+	// HostAgentServiceRecoverSandboxProcedure is the fully-qualified name of the HostAgentService's
+	// RecoverSandbox RPC.
+	HostAgentServiceRecoverSandboxProcedure = "/hostagent.v1.HostAgentService/RecoverSandbox"
 	// HostAgentServiceDestroySandboxProcedure is the fully-qualified name of the HostAgentService's
 	// DestroySandbox RPC.
 	HostAgentServiceDestroySandboxProcedure = "/hostagent.v1.HostAgentService/DestroySandbox"
@@ -90,6 +93,8 @@ const (
 type HostAgentServiceClient interface {
 	// CreateSandbox boots a sandbox and answers when commands can run in it.
 	CreateSandbox(context.Context, *connect.Request[v1.CreateSandboxRequest]) (*connect.Response[v1.CreateSandboxResponse], error)
+	// RecoverSandbox looks again, now, at a sandbox that is unknown or unreachable.
+	RecoverSandbox(context.Context, *connect.Request[v1.RecoverSandboxRequest]) (*connect.Response[v1.RecoverSandboxResponse], error)
 	// DestroySandbox ends a sandbox for good, whatever its state.
 	DestroySandbox(context.Context, *connect.Request[v1.DestroySandboxRequest]) (*connect.Response[v1.DestroySandboxResponse], error)
 	// PauseSandbox stops the vCPUs of a running sandbox; its memory stays, or
@@ -148,6 +153,12 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			httpClient,
 			baseURL+HostAgentServiceCreateSandboxProcedure,
 			connect.WithSchema(hostAgentServiceMethods.ByName("CreateSandbox")),
+			connect.WithClientOptions(opts...),
+		),
+		recoverSandbox: connect.NewClient[v1.RecoverSandboxRequest, v1.RecoverSandboxResponse](
+			httpClient,
+			baseURL+HostAgentServiceRecoverSandboxProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("RecoverSandbox")),
 			connect.WithClientOptions(opts...),
 		),
 		destroySandbox: connect.NewClient[v1.DestroySandboxRequest, v1.DestroySandboxResponse](
@@ -252,6 +263,7 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 // hostAgentServiceClient implements HostAgentServiceClient.
 type hostAgentServiceClient struct {
 	createSandbox   *connect.Client[v1.CreateSandboxRequest, v1.CreateSandboxResponse]
+	recoverSandbox  *connect.Client[v1.RecoverSandboxRequest, v1.RecoverSandboxResponse]
 	destroySandbox  *connect.Client[v1.DestroySandboxRequest, v1.DestroySandboxResponse]
 	pauseSandbox    *connect.Client[v1.PauseSandboxRequest, v1.PauseSandboxResponse]
 	resumeSandbox   *connect.Client[v1.ResumeSandboxRequest, v1.ResumeSandboxResponse]
@@ -273,6 +285,11 @@ type hostAgentServiceClient struct {
 // CreateSandbox calls hostagent.v1.HostAgentService.CreateSandbox.
 func (c *hostAgentServiceClient) CreateSandbox(ctx context.Context, req *connect.Request[v1.CreateSandboxRequest]) (*connect.Response[v1.CreateSandboxResponse], error) {
 	return c.createSandbox.CallUnary(ctx, req)
+}
+
+// RecoverSandbox calls hostagent.v1.HostAgentService.RecoverSandbox.
+func (c *hostAgentServiceClient) RecoverSandbox(ctx context.Context, req *connect.Request[v1.RecoverSandboxRequest]) (*connect.Response[v1.RecoverSandboxResponse], error) {
+	return c.recoverSandbox.CallUnary(ctx, req)
 }
 
 // DestroySandbox calls hostagent.v1.HostAgentService.DestroySandbox.
@@ -359,6 +376,8 @@ func (c *hostAgentServiceClient) GetVersion(ctx context.Context, req *connect.Re
 type HostAgentServiceHandler interface {
 	// CreateSandbox boots a sandbox and answers when commands can run in it.
 	CreateSandbox(context.Context, *connect.Request[v1.CreateSandboxRequest]) (*connect.Response[v1.CreateSandboxResponse], error)
+	// RecoverSandbox looks again, now, at a sandbox that is unknown or unreachable.
+	RecoverSandbox(context.Context, *connect.Request[v1.RecoverSandboxRequest]) (*connect.Response[v1.RecoverSandboxResponse], error)
 	// DestroySandbox ends a sandbox for good, whatever its state.
 	DestroySandbox(context.Context, *connect.Request[v1.DestroySandboxRequest]) (*connect.Response[v1.DestroySandboxResponse], error)
 	// PauseSandbox stops the vCPUs of a running sandbox; its memory stays, or
@@ -413,6 +432,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		HostAgentServiceCreateSandboxProcedure,
 		svc.CreateSandbox,
 		connect.WithSchema(hostAgentServiceMethods.ByName("CreateSandbox")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostAgentServiceRecoverSandboxHandler := connect.NewUnaryHandler(
+		HostAgentServiceRecoverSandboxProcedure,
+		svc.RecoverSandbox,
+		connect.WithSchema(hostAgentServiceMethods.ByName("RecoverSandbox")),
 		connect.WithHandlerOptions(opts...),
 	)
 	hostAgentServiceDestroySandboxHandler := connect.NewUnaryHandler(
@@ -515,6 +540,8 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		switch r.URL.Path {
 		case HostAgentServiceCreateSandboxProcedure:
 			hostAgentServiceCreateSandboxHandler.ServeHTTP(w, r)
+		case HostAgentServiceRecoverSandboxProcedure:
+			hostAgentServiceRecoverSandboxHandler.ServeHTTP(w, r)
 		case HostAgentServiceDestroySandboxProcedure:
 			hostAgentServiceDestroySandboxHandler.ServeHTTP(w, r)
 		case HostAgentServicePauseSandboxProcedure:
@@ -558,6 +585,10 @@ type UnimplementedHostAgentServiceHandler struct{}
 
 func (UnimplementedHostAgentServiceHandler) CreateSandbox(context.Context, *connect.Request[v1.CreateSandboxRequest]) (*connect.Response[v1.CreateSandboxResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.CreateSandbox is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) RecoverSandbox(context.Context, *connect.Request[v1.RecoverSandboxRequest]) (*connect.Response[v1.RecoverSandboxResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.RecoverSandbox is not implemented"))
 }
 
 func (UnimplementedHostAgentServiceHandler) DestroySandbox(context.Context, *connect.Request[v1.DestroySandboxRequest]) (*connect.Response[v1.DestroySandboxResponse], error) {

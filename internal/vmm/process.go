@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -60,11 +61,17 @@ type Program struct {
 	// ConsoleOnStdout makes the program's standard output the console, and only
 	// what it prints to standard error the log.
 	ConsoleOnStdout bool
-	// PrivateMounts gives the program a mount namespace of its own.
-	PrivateMounts bool
-	// Mounts are made in that namespace, in this order, before the program
-	// starts; they imply PrivateMounts.
+	// Private gives the program mount, process, IPC and UTS namespaces of its
+	// own. It is process 1 of its own, and ends with all that it starts; of the
+	// others it sees none, and signals that it does not handle it does not get,
+	// but for SIGKILL and SIGSTOP.
+	Private bool
+	// Mounts are made in that mount namespace, in this order, before the program
+	// starts; they imply Private.
 	Mounts []Mount
+	// Syscalls are the only system calls that the program can make, and whatever
+	// it starts; nil for all. See only for what of them it cannot do.
+	Syscalls []int
 	// Root becomes the program's root directory, in which Args[0] is found;
 	// empty to keep ours.
 	Root string
@@ -170,10 +177,16 @@ func Launch(p Program) (_ *Process, err error) {
 		}
 		if dir != nil {
 			defer dir.Close()
-			sys.UseCgroupFD, sys.CgroupFD = true, int(dir.Fd())
+			sys.UseCgroupFD, sys.CgroupFD = p.Syscalls == nil, int(dir.Fd())
 		}
 	}
 
+	var filter []bpf.RawInstruction
+	if p.Syscalls != nil {
+		if filter, err = only(p.Syscalls); err != nil {
+			return nil, err
+		}
+	}
 	var o *opener
 	if p.ReadOnly != "" {
 		if o, err = newOpener(p.ReadOnly); err != nil {
@@ -191,13 +204,10 @@ func Launch(p Program) (_ *Process, err error) {
 		if err := enterNetNS(p.NetNS); err != nil {
 			return err
 		}
-		if p.PrivateMounts || len(p.Mounts) > 0 {
-			if err := privateMounts(); err != nil {
+		if p.Private || len(p.Mounts) > 0 {
+			if err := privateNamespaces(p.Mounts); err != nil {
 				return err
 			}
-		}
-		if err := mountAll(p.Mounts); err != nil {
-			return err
 		}
 		if err := group.enterThread(); err != nil {
 			return err
@@ -207,6 +217,11 @@ func Launch(p Program) (_ *Process, err error) {
 		}
 		if o != nil {
 			if err := o.enterThread(); err != nil {
+				return err
+			}
+		}
+		if filter != nil {
+			if err := enterFilter(filter); err != nil {
 				return err
 			}
 		}
@@ -225,6 +240,11 @@ func Launch(p Program) (_ *Process, err error) {
 	steps.Push("kill", func(context.Context) error {
 		return errors.Join(unix.Kill(pid, unix.SIGKILL), reap(pid, &Exit{}))
 	})
+	if !sys.UseCgroupFD {
+		if err := group.enter(pid); err != nil {
+			return nil, errors.Join(err, unix.Close(pidfd))
+		}
+	}
 	if err := limitResources(pid); err != nil {
 		return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
 	}
@@ -519,14 +539,26 @@ func enterNetNS(path string) error {
 	return nil
 }
 
-// privateMounts gives the thread mounts of its own. The host's are still seen
-// to come and go, so that none is kept busy.
-func privateMounts() error {
-	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("unshare mounts: %w", err)
+// privateNamespaces gives the thread mount, IPC and UTS namespaces of its own,
+// with the mounts, and its next child a process namespace. Of the host's mounts
+// it still sees them come and go, so that none is kept busy; of the host's name
+// nothing.
+func privateNamespaces(mounts []Mount) error {
+	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS); err != nil {
+		return fmt.Errorf("unshare namespaces: %w", err)
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("unshare mounts: %w", err)
+	}
+	if err := unix.Sethostname([]byte("localhost")); err != nil {
+		return fmt.Errorf("set host name: %w", err)
+	}
+	if err := mountAll(mounts); err != nil {
+		return err
+	}
+	// Last: mountAll may start a child, too, and the first one is process 1.
+	if err := unix.Unshare(unix.CLONE_NEWPID); err != nil {
+		return fmt.Errorf("unshare processes: %w", err)
 	}
 	return nil
 }

@@ -360,9 +360,11 @@ func TestHardening(t *testing.T) {
 		if got := strings.Join(names, " "); err != nil || got != want {
 			t.Errorf("the VMM sees %q, %v, want %q", got, err, want)
 		}
-		mine, _ := os.Readlink("/proc/self/ns/mnt")
-		if ns, err := os.Readlink(proc + "/ns/mnt"); err != nil || ns == mine {
-			t.Errorf("mount namespace %q, %v: ours", ns, err)
+		for _, kind := range []string{"mnt", "pid", "ipc", "uts"} {
+			mine, _ := os.Readlink("/proc/self/ns/" + kind)
+			if ns, err := os.Readlink(proc + "/ns/" + kind); err != nil || ns == mine {
+				t.Errorf("namespace %q, %v: ours", ns, err)
+			}
 		}
 		mounts, err := os.ReadFile(proc + "/mountinfo")
 		if err != nil {

@@ -117,7 +117,8 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		Cgroup:  spec.Cgroup,
 		Limits:  spec.Limits,
 
-		PrivateMounts: true,
+		Private:  true,
+		Syscalls: calls,
 		// It maps the memory privately, but opens it for writing all the
 		// same.
 		ReadOnly: m.memory,

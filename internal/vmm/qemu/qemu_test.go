@@ -255,9 +255,11 @@ func TestHardening(t *testing.T) {
 	if inside, err := os.ReadDir(proc + "/root"); err != nil || len(inside) != 0 {
 		t.Errorf("the VMM sees %v, %v", inside, err)
 	}
-	mine, _ := os.Readlink("/proc/self/ns/mnt")
-	if ns, err := os.Readlink(proc + "/ns/mnt"); err != nil || ns == mine {
-		t.Errorf("mount namespace %q, %v: ours", ns, err)
+	for _, kind := range []string{"mnt", "pid", "ipc", "uts"} {
+		mine, _ := os.Readlink("/proc/self/ns/" + kind)
+		if ns, err := os.Readlink(proc + "/ns/" + kind); err != nil || ns == mine {
+			t.Errorf("namespace %q, %v: ours", ns, err)
+		}
 	}
 	limits, err := os.ReadFile(proc + "/limits")
 	if err != nil {

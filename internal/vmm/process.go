@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -47,20 +48,16 @@ type Program struct {
 	NetNS string
 	// RunDir marks the program as ours for KillStrays; empty for no mark.
 	RunDir string
-	// Log receives what the program prints, bounded like Console; empty to
-	// throw it away.
-	Log string
-	// Console is a file that the program itself appends to (O_APPEND), which
-	// the watcher keeps below MaxConsoleBytes; empty for none.
-	Console string
+	// Log receives what the program prints to standard error, and Console what
+	// it prints to standard output; both are kept below MaxConsoleBytes, whether
+	// an agent runs or not. Without Console all is the log's, without either it
+	// is thrown away.
+	Log, Console string
 	// Cgroup is made with Limits before the program starts, in which it is
 	// born, and removed with everything in it when the program has ended;
 	// empty for ours.
 	Cgroup string
 	Limits Limits
-	// ConsoleOnStdout makes the program's standard output the console, and only
-	// what it prints to standard error the log.
-	ConsoleOnStdout bool
 	// Private gives the program mount, process, IPC and UTS namespaces of its
 	// own. It is process 1 of its own, and ends with all that it starts; of the
 	// others it sees none, and signals that it does not handle it does not get,
@@ -94,7 +91,18 @@ type Ref struct {
 
 	Log     string `json:"log,omitempty"`
 	Console string `json:"console,omitempty"`
-	Cgroup  string `json:"cgroup,omitempty"`
+	// The pipes that lead to these files. Without them the program writes to
+	// the files itself: an earlier version started it.
+	LogPipe     string `json:"log_pipe,omitempty"`
+	ConsolePipe string `json:"console_pipe,omitempty"`
+	Cgroup      string `json:"cgroup,omitempty"`
+}
+
+// print is a file of what a program prints, and the pipe that leads to it.
+type print struct{ pipe, path string }
+
+func (r Ref) prints() []print {
+	return []print{{r.LogPipe, r.Log}, {r.ConsolePipe, r.Console}}
 }
 
 // Process is a VMM that runs in a session of its own. It depends on nothing of
@@ -105,7 +113,8 @@ type Process struct {
 	child bool // ours to reap
 	pidfd *os.File
 	// opener, if not nil, gives it its read-only file.
-	opener *opener
+	opener  *opener
+	outlets []*outlet
 
 	ended   chan struct{} // closed when the watcher has ended
 	done    chan struct{}
@@ -131,23 +140,31 @@ func Launch(p Program) (_ *Process, err error) {
 		return nil, err
 	}
 	defer null.Close()
-	out := null
-	if p.Log != "" {
-		out, err = os.OpenFile(p.Log, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	var ref Ref
+	var outlets []*outlet
+	stdout, stderr := null, null
+	for _, out := range []struct {
+		path  string
+		pipe  *string
+		write **os.File
+	}{{p.Log, &ref.LogPipe, &stderr}, {p.Console, &ref.ConsolePipe, &stdout}} {
+		if out.path == "" {
+			continue
+		}
+		pipe := filepath.Join(cmp.Or(p.RunDir, filepath.Dir(out.path)), filepath.Base(out.path)) + pipeSuffix
+		o, write, err := makeOutlet(pipe, out.path)
 		if err != nil {
 			return nil, err
 		}
-		defer out.Close()
+		defer write.Close()
+		steps.Push("close outlet", func(context.Context) error { o.close(); return os.Remove(pipe) })
+		*out.pipe, *out.write = pipe, write
+		outlets = append(outlets, o)
 	}
-	stdout := out
-	if p.ConsoleOnStdout {
-		stdout, err = os.OpenFile(p.Console, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
-		if err != nil {
-			return nil, err
-		}
-		defer stdout.Close()
+	if p.Console == "" {
+		stdout = stderr
 	}
-	files := []uintptr{null.Fd(), stdout.Fd(), out.Fd()}
+	files := []uintptr{null.Fd(), stdout.Fd(), stderr.Fd()}
 	for _, f := range p.Files {
 		files = append(files, f.Fd())
 	}
@@ -248,12 +265,13 @@ func Launch(p Program) (_ *Process, err error) {
 	if err := limitResources(pid); err != nil {
 		return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
 	}
-	ref, err := identify(pid)
+	who, err := identify(pid)
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(pidfd))
 	}
+	ref.PID, ref.Started, ref.Boot = who.PID, who.Started, who.Boot
 	ref.Log, ref.Console, ref.Cgroup = p.Log, p.Console, p.Cgroup
-	process, err := watch(&Process{ref: ref, child: true, opener: o}, pidfd)
+	process, err := watch(&Process{ref: ref, child: true, opener: o, outlets: outlets}, pidfd)
 	if err != nil {
 		return nil, err
 	}
@@ -333,7 +351,17 @@ func Adopt(ctx context.Context, ref Ref) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	return watch(&Process{ref: ref}, pidfd)
+	p := &Process{ref: ref}
+	for _, to := range ref.prints() {
+		if to.pipe == "" {
+			continue
+		}
+		// Without its pipe it runs all the same, and what it prints is lost.
+		if o, err := takeOutlet(to.pipe, to.path); err == nil {
+			p.outlets = append(p.outlets, o)
+		}
+	}
+	return watch(p, pidfd)
 }
 
 // openSame returns a pidfd of the process that ref means, and no other.
@@ -385,6 +413,9 @@ func (p *Process) wait() {
 			break
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			for _, o := range p.outlets {
+				o.close()
+			}
 			return // the descriptor is closed: released
 		}
 	}
@@ -397,6 +428,14 @@ func (p *Process) wait() {
 		reap(p.ref.PID, &p.exit)
 	}
 	p.cleanup = RemoveCgroup(context.Background(), p.ref.Cgroup)
+	for _, o := range p.outlets {
+		o.drain()
+	}
+	for _, to := range p.ref.prints() {
+		if to.pipe != "" {
+			os.Remove(to.pipe) // its directory may be gone, too
+		}
+	}
 	p.trim()
 	if p.ref.Log != "" {
 		tail, _ := Tail(p.ref.Log, detailBytes)
@@ -433,10 +472,11 @@ func (p *Process) Release() {
 	<-p.ended
 }
 
+// trim bounds the files that a program of an earlier version appends to itself.
 func (p *Process) trim() {
-	for _, path := range []string{p.ref.Log, p.ref.Console} {
-		if path != "" {
-			trim(path, MaxConsoleBytes) // it is tried again soon
+	for _, to := range p.ref.prints() {
+		if to.pipe == "" && to.path != "" {
+			trim(to.path, MaxConsoleBytes) // it is tried again soon
 		}
 	}
 }

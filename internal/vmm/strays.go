@@ -91,7 +91,7 @@ func runDirOf(pid int, root string) (string, bool) {
 	if err != nil {
 		return "", false
 	}
-	log = strings.TrimSuffix(log, " (deleted)")
+	log = strings.TrimSuffix(strings.TrimSuffix(log, " (deleted)"), pipeSuffix)
 	if filepath.Base(log) != LogName {
 		return "", false
 	}

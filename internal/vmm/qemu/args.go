@@ -77,7 +77,9 @@ func argv(m machine) []string {
 		"-no-reboot",
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", qmpFD),
 		"-mon", "chardev=qmp,mode=control",
-		"-chardev", "file,id=console,append=on,path=" + value(s.Console),
+		// The guest's console is standard output, the VMM's own words are
+		// standard error. Nothing is to be read.
+		"-chardev", "stdio,id=console,signal=off",
 		"-serial", "chardev:console",
 	}
 	args = append(args, confine(m)...)

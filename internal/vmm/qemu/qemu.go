@@ -98,9 +98,6 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		return nil, err
 	}
 	steps.Push("remove jail", func(context.Context) error { return remove(jail(spec.RunDir)) })
-	if err := touch(spec.Console); err != nil {
-		return nil, err
-	}
 	m := machine{binary: binary, version: report.Version, accel: report.Accel, spec: spec}
 	files, want := []*os.File{socket}, statusRunning
 	if from != nil {
@@ -292,15 +289,6 @@ func listen(path string) (*os.File, error) {
 	defer l.Close()
 	l.SetUnlinkOnClose(false)
 	return l.File()
-}
-
-// touch makes the file, readable by root alone, if it is not there.
-func touch(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
-	if err != nil {
-		return err
-	}
-	return f.Close()
 }
 
 func remove(path string) error {

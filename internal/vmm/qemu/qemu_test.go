@@ -199,7 +199,7 @@ func TestVMMIsDetached(t *testing.T) {
 			t.Errorf("%s is the agent's %s", fd, target)
 		}
 	}
-	for fd, want := range map[string]string{"0": os.DevNull, "1": vmmLog(s.Spec.RunDir), "2": vmmLog(s.Spec.RunDir)} {
+	for fd, want := range map[string]string{"0": os.DevNull, "1": filepath.Join(s.Spec.RunDir, "console.log.pipe"), "2": vmmLog(s.Spec.RunDir) + ".pipe"} {
 		if got, err := os.Readlink(proc + "/fd/" + fd); err != nil || got != want {
 			t.Errorf("fd %s is %q, %v, want %q", fd, got, err, want)
 		}

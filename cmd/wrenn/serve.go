@@ -103,7 +103,7 @@ func (c *hostConfig) drivers() []vmm.Driver {
 		return vmm.Probe{
 			CacheFile: filepath.Join(c.stateDir, "kvm-probe-"+name+".json"),
 			Kernel:    filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"),
-			UID: baseUID, GID: baseUID, // no slot's: those begin at 1
+			UID: probeUID, GID: probeUID,
 		}
 	}
 	return []vmm.Driver{
@@ -260,10 +260,6 @@ func (c *serveConfig) logger() *slog.Logger {
 	return slog.New(slog.NewTextHandler(os.Stderr, opts))
 }
 
-// baseUID begins the range of users that VMMs run as: far from those of people
-// and services, and from the ranges that container tools hand out.
-const baseUID = 1_900_000_000
-
 // shutdownTimeout bounds the end of the agent.
 const shutdownTimeout = 30 * time.Second
 
@@ -300,8 +296,12 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	}
 	defer listener.Close()
 
-	cfg := c.managerConfig(plan, chosen, templates, log)
-	net := network.New(plan, network.Options{BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits, Resolvers: dns, Pool: c.pool, Log: log})
+	uids, err := claimUIDs(uidClaims, c.stateDir)
+	if err != nil {
+		return err
+	}
+	cfg := c.managerConfig(plan, uids, chosen, templates, log)
+	net := network.New(plan, network.Options{BaseUID: cfg.BaseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits, Resolvers: dns, Pool: c.pool, Log: log})
 	cfg.Network = net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
 	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused, cfg.Warm = c.boot, c.keep, c.keepPaused, c.warm
@@ -359,8 +359,8 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	<-pooled
 	net.Detach()
 	if merr == nil && len(manager.List(false)) == 0 {
-		// Nothing needs the host's rules and routes any more.
-		merr = net.Teardown(end)
+		// Nothing needs the host's rules, routes and users any more.
+		merr = errors.Join(net.Teardown(end), releaseUIDs(uidClaims, uids))
 	}
 	return errors.Join(err, merr)
 }

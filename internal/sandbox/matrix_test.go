@@ -347,15 +347,19 @@ func (s scenario) under(t *testing.T, step, kind string) {
 		}
 		return errFault
 	})
-	done := make(chan error, 1)
-	go func() { done <- s.run(ctx, r, id) }()
+	done, ended := make(chan error, 1), make(chan struct{})
+	go func() {
+		defer close(ended) // at its death, too
+		done <- s.run(ctx, r, id)
+	}()
 	select {
 	case <-done:
 	case <-died:
 		manager := r.Manager
 		r.die()
-		defer func() { // the old agent's goroutines end with the test
+		defer func() { // the old agent's goroutines end with the test, its calls among them
 			close(f.grave)
+			<-ended
 			if manager != nil {
 				manager.wg.Wait()
 			}

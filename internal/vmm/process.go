@@ -75,6 +75,9 @@ type Program struct {
 	// UID and GID are what the program runs as, with no other groups; zero for
 	// root.
 	UID, GID int
+	// MaxFile is the largest file that the program can write, in bytes; 0 for no
+	// bound.
+	MaxFile int64
 	// ReadOnly is a file that the program cannot write to, though it opens it
 	// by this path for reading and writing; empty for none. See Started.
 	ReadOnly string
@@ -262,7 +265,7 @@ func Launch(p Program) (_ *Process, err error) {
 			return nil, errors.Join(err, unix.Close(pidfd))
 		}
 	}
-	if err := limitResources(pid); err != nil {
+	if err := limitResources(pid, p.MaxFile); err != nil {
 		return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
 	}
 	who, err := identify(pid)
@@ -283,9 +286,13 @@ func Launch(p Program) (_ *Process, err error) {
 // CAP_SYS_RESOURCE, as some containers have it, may not do that to the processes
 // of others; so where it is refused, it is done as the process's own user, which
 // may be about to change.
-func limitResources(pid int) error {
+func limitResources(pid int, maxFile int64) error {
 	limit := func() error {
-		for resource, n := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles} {
+		limits := map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles}
+		if maxFile > 0 {
+			limits[unix.RLIMIT_FSIZE] = uint64(maxFile)
+		}
+		for resource, n := range limits {
 			if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: n, Max: n}, nil); err != nil {
 				return err
 			}

@@ -213,6 +213,30 @@ func TestPrivate(t *testing.T) {
 	}
 }
 
+// No file becomes larger than the bound.
+func TestMaxFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	p := sh("read go; head -c 2097152 /dev/zero >" + path)
+	in, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	defer out.Close()
+	p.Args[2] = strings.Replace(p.Args[2], "read go", "read go <&3", 1)
+	p.Files, p.MaxFile = []*os.File{in}, 1<<20
+	process := launch(t, p)
+	if _, err := out.WriteString("go\n"); err != nil {
+		t.Fatal(err)
+	}
+	if exit := wait(t, process); exit.Code == 0 {
+		t.Errorf("it %s", exit)
+	}
+	if info, err := os.Stat(path); err != nil || info.Size() != 1<<20 {
+		t.Errorf("file %+v, %v", info, err)
+	}
+}
+
 func TestKill(t *testing.T) {
 	p := launch(t, sh("sleep 60"))
 	cancelled, cancel := context.WithCancel(t.Context())

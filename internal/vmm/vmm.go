@@ -166,12 +166,17 @@ type NIC struct {
 	MAC string
 }
 
-// Limits bound the VMM's cgroup. Zero means no limit.
+// Limits bound what a VM takes of its host: the first three its VMM's cgroup,
+// the others the driver. Zero means no limit.
 type Limits struct {
 	// CPUMilli is thousandths of a host CPU.
 	CPUMilli int
 	MemMiB   int
 	PIDs     int
+	// DiskBytes and DiskOps are what may be read from and written to the VM's
+	// disks in a second. (A cgroup cannot bound that everywhere: with version 1
+	// what is written goes through the host's cache, and is nobody's there.)
+	DiskBytes, DiskOps int64
 }
 
 // Handle is enough to find a VM again after a restart of the agent.

@@ -329,7 +329,7 @@ func TestHardening(t *testing.T) {
 	bothWays(t, func(t *testing.T, jailed bool) {
 		s := subject(t, install(t, fakeSettings{}, jailed))
 		s.Spec.Cgroup = "wrenn-vmmtest/" + s.Spec.ID
-		s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64}
+		s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64, DiskBytes: 1 << 26, DiskOps: 1000}
 		v := boot(t, s)
 		proc := "/proc/" + strconv.Itoa(v.state.Process.PID)
 		tasks, err := filepath.Glob(proc + "/task/*/status")
@@ -388,7 +388,7 @@ func TestHardening(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, want := range []string{"Max core file size 0 0 bytes", "Max open files 1024 1024 files"} {
+		for _, want := range []string{"Max core file size 0 0 bytes", "Max open files 1024 1024 files", fmt.Sprintf("Max file size %[1]d %[1]d bytes", s.Spec.MaxFile())} {
 			if !strings.Contains(strings.Join(strings.Fields(string(limits)), " "), want) {
 				t.Errorf("limits lack %q:\n%s", want, limits)
 			}

@@ -51,6 +51,7 @@ func program(bin programs, s vmm.Spec, from string) vmm.Program {
 		Console: s.Console,
 		Cgroup:  s.Cgroup,
 		Limits:  s.Limits,
+		MaxFile: s.MaxFile(),
 	}
 	root := at.jails()
 	if bin.jailer != "" {

@@ -296,6 +296,7 @@ func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error)
 	// The calls are the machine. What the kernel is and is told, the guest may
 	// change without the machine noticing.
 	spec.Kernel, spec.Initrd, spec.Cmdline = "", "", ""
+	spec.Limits = vmm.Limits{}
 	if spec.NIC != nil && since(f.bin.version, overridesMajor, overridesMinor) {
 		spec.NIC = &vmm.NIC{MAC: strings.ToLower(spec.NIC.MAC)}
 	}

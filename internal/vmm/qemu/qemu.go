@@ -116,6 +116,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 
 		Private:  true,
 		Syscalls: calls,
+		MaxFile:  spec.MaxFile(),
 		// It maps the memory privately, but opens it for writing all the
 		// same.
 		ReadOnly: m.memory,

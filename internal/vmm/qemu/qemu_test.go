@@ -215,7 +215,7 @@ func TestHardening(t *testing.T) {
 	const uid, gid = 871234, 871235
 	s.Spec.UID, s.Spec.GID = uid, gid
 	s.Spec.Cgroup = "wrenn-vmmtest/" + s.Spec.ID
-	s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64}
+	s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64, DiskBytes: 1 << 26, DiskOps: 1000}
 	s.Spec.Disks = []vmm.Disk{{Path: s.Spec.Kernel, ReadOnly: true}, {Path: filepath.Join(t.TempDir(), "overlay")}}
 	if err := os.WriteFile(s.Spec.Disks[1].Path, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
@@ -265,7 +265,7 @@ func TestHardening(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"Max core file size 0 0 bytes", "Max open files 1024 1024 files"} {
+	for _, want := range []string{"Max core file size 0 0 bytes", "Max open files 1024 1024 files", fmt.Sprintf("Max file size %[1]d %[1]d bytes", s.Spec.MaxFile())} {
 		if !strings.Contains(strings.Join(strings.Fields(string(limits)), " "), want) {
 			t.Errorf("limits lack %q:\n%s", want, limits)
 		}

@@ -46,7 +46,7 @@ func TestBoundsOfASandbox(t *testing.T) {
 	if took := time.Since(began); took < 3*time.Second {
 		t.Errorf("16 MiB took %s with 4 MiB/s", took)
 	}
-	if uid := statusOf(t, proc, "Uid"); uid < 1_900_000_000+32767 {
+	if uid := statusOf(t, proc, "Uid"); uid < 1_900_000_000+32768 {
 		t.Errorf("the VMM runs as %d, which is no user of its agent alone", uid)
 	}
 

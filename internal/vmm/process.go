@@ -143,31 +143,12 @@ func Launch(p Program) (_ *Process, err error) {
 		return nil, err
 	}
 	defer null.Close()
-	var ref Ref
-	var outlets []*outlet
-	stdout, stderr := null, null
-	for _, out := range []struct {
-		path  string
-		pipe  *string
-		write **os.File
-	}{{p.Log, &ref.LogPipe, &stderr}, {p.Console, &ref.ConsolePipe, &stdout}} {
-		if out.path == "" {
-			continue
-		}
-		pipe := filepath.Join(cmp.Or(p.RunDir, filepath.Dir(out.path)), filepath.Base(out.path)) + pipeSuffix
-		o, write, err := makeOutlet(pipe, out.path)
-		if err != nil {
-			return nil, err
-		}
-		defer write.Close()
-		steps.Push("close outlet", func(context.Context) error { o.close(); return os.Remove(pipe) })
-		*out.pipe, *out.write = pipe, write
-		outlets = append(outlets, o)
+	out, err := p.makeOutlets(null, &steps)
+	defer out.closeOurs()
+	if err != nil {
+		return nil, err
 	}
-	if p.Console == "" {
-		stdout = stderr
-	}
-	files := []uintptr{null.Fd(), stdout.Fd(), stderr.Fd()}
+	files := []uintptr{null.Fd(), out.stdout.Fd(), out.stderr.Fd()}
 	for _, f := range p.Files {
 		files = append(files, f.Fd())
 	}
@@ -221,36 +202,10 @@ func Launch(p Program) (_ *Process, err error) {
 	}
 	var pid int
 	err = onSpareThread(func() error {
-		if err := enterNetNS(p.NetNS); err != nil {
+		if err := p.enter(group, o, filter); err != nil {
 			return err
 		}
-		if p.Private || len(p.Mounts) > 0 {
-			if err := privateNamespaces(p.Mounts); err != nil {
-				return err
-			}
-		}
-		if err := group.enterThread(); err != nil {
-			return err
-		}
-		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-			return fmt.Errorf("set no_new_privs: %w", err)
-		}
-		if o != nil {
-			if err := o.enterThread(); err != nil {
-				return err
-			}
-		}
-		if filter != nil {
-			if err := enterFilter(filter); err != nil {
-				return err
-			}
-		}
-		pid, _, err = syscall.StartProcess(p.Args[0], p.Args, &syscall.ProcAttr{
-			Dir:   "/",
-			Env:   env,
-			Files: files,
-			Sys:   sys,
-		})
+		pid, _, err = syscall.StartProcess(p.Args[0], p.Args, &syscall.ProcAttr{Dir: "/", Env: env, Files: files, Sys: sys})
 		return err
 	})
 	if err != nil {
@@ -272,14 +227,83 @@ func Launch(p Program) (_ *Process, err error) {
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(pidfd))
 	}
-	ref.PID, ref.Started, ref.Boot = who.PID, who.Started, who.Boot
-	ref.Log, ref.Console, ref.Cgroup = p.Log, p.Console, p.Cgroup
-	process, err := watch(&Process{ref: ref, child: true, opener: o, outlets: outlets}, pidfd)
+	ref := Ref{
+		PID: who.PID, Started: who.Started, Boot: who.Boot, Cgroup: p.Cgroup,
+		Log: p.Log, Console: p.Console, LogPipe: out.logPipe, ConsolePipe: out.consolePipe,
+	}
+	process, err := watch(&Process{ref: ref, child: true, opener: o, outlets: out.outlets}, pidfd)
 	if err != nil {
 		return nil, err
 	}
 	steps.Keep()
 	return process, nil
+}
+
+// enter makes the calling thread what the program is to be born as.
+func (p Program) enter(group cgroup, o *opener, filter []bpf.RawInstruction) error {
+	if err := enterNetNS(p.NetNS); err != nil {
+		return err
+	}
+	if p.Private || len(p.Mounts) > 0 {
+		if err := privateNamespaces(p.Mounts); err != nil {
+			return err
+		}
+	}
+	if err := group.enterThread(); err != nil {
+		return err
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	if o != nil {
+		if err := o.enterThread(); err != nil {
+			return err
+		}
+	}
+	if filter != nil {
+		return enterFilter(filter)
+	}
+	return nil
+}
+
+// printing is where a new program prints to.
+type printing struct {
+	stdout, stderr       *os.File
+	logPipe, consolePipe string
+	outlets              []*outlet
+	ours                 []*os.File // copies that the program has by then
+}
+
+// makeOutlets opens what the program prints to; without a file that is null.
+func (p Program) makeOutlets(null *os.File, steps *undo.Stack) (printing, error) {
+	out := printing{stdout: null, stderr: null}
+	open := func(path string) (string, *os.File, error) {
+		pipe := filepath.Join(cmp.Or(p.RunDir, filepath.Dir(path)), filepath.Base(path)) + pipeSuffix
+		o, write, err := makeOutlet(pipe, path)
+		if err != nil {
+			return "", nil, err
+		}
+		steps.Push("close outlet", func(context.Context) error { o.close(); return os.Remove(pipe) })
+		out.outlets, out.ours = append(out.outlets, o), append(out.ours, write)
+		return pipe, write, nil
+	}
+	var err error
+	if p.Log != "" {
+		if out.logPipe, out.stderr, err = open(p.Log); err != nil {
+			return out, err
+		}
+		out.stdout = out.stderr
+	}
+	if p.Console != "" {
+		out.consolePipe, out.stdout, err = open(p.Console)
+	}
+	return out, err
+}
+
+func (out printing) closeOurs() {
+	for _, f := range out.ours {
+		f.Close()
+	}
 }
 
 // limitResources lowers what a process of ours may take. Root without

@@ -101,7 +101,8 @@ func argv(m machine) []string {
 	}
 	file := "driver=raw,file.driver=file,file.filename="
 	if s.Limits.DiskBytes > 0 || s.Limits.DiskOps > 0 {
-		args = append(args, "-object", fmt.Sprintf("throttle-group,id=disks,x-bps-total=%d,x-iops-total=%d", s.Limits.DiskBytes, s.Limits.DiskOps))
+		args = append(args, "-object",
+			fmt.Sprintf("throttle-group,id=disks,x-bps-total=%d,x-iops-total=%d", s.Limits.DiskBytes, s.Limits.DiskOps))
 		file = "driver=throttle,throttle-group=disks,file.driver=raw,file.file.driver=file,file.file.filename="
 	}
 	for i, d := range s.Disks {

@@ -20,16 +20,16 @@ import (
 )
 
 // managerConfig is what setup and serve open the sandboxes of a host with.
-func (c *hostConfig) managerConfig(plan network.Plan, chosen host.Choice, templates *template.Store, log *slog.Logger) sandbox.Config {
+func (c *hostConfig) managerConfig(plan network.Plan, uids int, chosen host.Choice, templates *template.Store, log *slog.Logger) sandbox.Config {
 	return sandbox.Config{
 		StateDir: c.stateDir, RunDir: filepath.Join("/run", plan.Instance),
 		Driver: chosen.Driver, Others: chosen.Others,
-		Network: network.New(plan, network.Options{BaseUID: baseUID, RangesFile: c.rangesFile(), Log: log}), Templates: templates, KillStrays: vmm.KillStrays, NetNSOf: vmm.NetNSOf,
+		Network: network.New(plan, network.Options{BaseUID: uids, RangesFile: c.rangesFile(), Log: log}), Templates: templates, KillStrays: vmm.KillStrays, NetNSOf: vmm.NetNSOf,
 		Guests: func(addr netip.Addr, token string) sandbox.Guest {
 			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
 		},
 		OverlayMiB: template.DefaultOverlayMiB, DNS: network.Resolvers(),
-		BaseUID: baseUID, BootTimeout: 2 * time.Minute, KeepStopped: time.Hour, Log: log,
+		BaseUID: uids, BootTimeout: 2 * time.Minute, KeepStopped: time.Hour, Log: log,
 	}
 }
 
@@ -58,7 +58,11 @@ func (c *hostConfig) makeReady(ctx context.Context, plan network.Plan, templates
 	if err != nil {
 		return false, err
 	}
-	cfg := c.managerConfig(plan, chosen, templates, slog.New(slog.DiscardHandler))
+	uids, err := claimUIDs(uidClaims, c.stateDir)
+	if err != nil {
+		return false, err
+	}
+	cfg := c.managerConfig(plan, uids, chosen, templates, slog.New(slog.DiscardHandler))
 	cfg.Capacity = sandbox.Capacity{
 		Resources: sandbox.Resources{Sandboxes: 1 << 20, VCPUs: 1 << 20, MemMiB: 1 << 30},
 		Starts:    max(2, runtime.NumCPU()), StartQueue: time.Minute,
@@ -72,7 +76,7 @@ func (c *hostConfig) makeReady(ctx context.Context, plan network.Plan, templates
 	defer cancel()
 	serr := manager.Shutdown(end, false)
 	if serr == nil && len(manager.List(false)) == 0 {
-		serr = cfg.Network.(*network.Network).Teardown(end)
+		serr = errors.Join(cfg.Network.(*network.Network).Teardown(end), releaseUIDs(uidClaims, uids))
 	}
 	err = errors.Join(err, serr)
 	return made, err

@@ -113,7 +113,7 @@ func (c *hostConfig) drivers(retry bool) []vmm.Driver {
 		return vmm.Probe{
 			CacheFile: filepath.Join(c.stateDir, "kvm-probe-"+name+".json"),
 			Kernel:    filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"),
-			UID: baseUID, GID: baseUID, // no slot's: those begin at 1
+			UID: probeUID, GID: probeUID,
 			Retry: retry,
 		}
 	}
@@ -138,6 +138,9 @@ type serveConfig struct {
 	netOut     string
 	limits     network.Limits
 	overlayMiB int
+	diskRate   string
+	diskBytes  int64 // what it says
+	diskOps    int64
 	capacity   sandbox.Capacity
 	boot       time.Duration
 	keep       time.Duration
@@ -187,6 +190,8 @@ adopts those that run.`,
 	c.warmErr = err
 	f.IntVar(&c.warm, "warm", warm, "guests of the default template and size kept running ahead of use, so that a create need not start one; they take room until a sandbox needs it (env WRENN_WARM)")
 	f.IntVar(&c.overlayMiB, "disk", 4096, "size of each sandbox's disk in MiB; it takes only what is written")
+	f.StringVar(&c.diskRate, "disk-rate", "256MiB", "bytes per second that each sandbox may read from and write to its disk, like 100M or 64KiB; 0 is no limit")
+	f.Int64Var(&c.diskOps, "disk-iops", 16384, "reads and writes of its disk per second that each sandbox may make; 0 is no limit")
 	f.IntVar(&c.capacity.Sandboxes, "max-sandboxes", 1000, "most sandboxes at a time")
 	f.IntVar(&c.capacity.VCPUs, "max-vcpus", 32*cpus, "most virtual CPUs of all sandboxes together")
 	f.IntVar(&c.capacity.MemMiB, "max-memory", machineMemMiB()*9/10, "most memory of all sandboxes together, in MiB")
@@ -240,10 +245,13 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 	for flag, limit := range map[string]struct {
 		text string
 		rate *int64
-	}{"net-in": {c.netIn, &c.limits.InBytes}, "net-out": {c.netOut, &c.limits.OutBytes}} {
+	}{"net-in": {c.netIn, &c.limits.InBytes}, "net-out": {c.netOut, &c.limits.OutBytes}, "disk-rate": {c.diskRate, &c.diskBytes}} {
 		if *limit.rate, err = parseRate(limit.text); err != nil {
 			errs = append(errs, fmt.Errorf("--%s: %w", flag, err))
 		}
+	}
+	if c.diskOps < 0 || c.diskOps > 1_000_000_000 {
+		errs = append(errs, errors.New("--disk-iops must be 0 to 1000000000"))
 	}
 	if err := c.limits.Validate(); err != nil {
 		errs = append(errs, fmt.Errorf("--net-in, --net-out, --net-connections: %w", err))
@@ -278,10 +286,6 @@ func (c *serveConfig) logger() *slog.Logger {
 	}
 	return slog.New(slog.NewTextHandler(out, opts))
 }
-
-// baseUID begins the range of users that VMMs run as: far from those of people
-// and services, and from the ranges that container tools hand out.
-const baseUID = 1_900_000_000
 
 // shutdownTimeout bounds the end of the agent.
 const shutdownTimeout = 30 * time.Second
@@ -385,13 +389,18 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	}
 	defer listener.Close()
 
-	cfg := c.managerConfig(plan, chosen, templates, log)
+	uids, err := claimUIDs(uidClaims, c.stateDir)
+	if err != nil {
+		return err
+	}
+	cfg := c.managerConfig(plan, uids, chosen, templates, log)
 	net := network.New(plan, network.Options{
-		BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits,
+		BaseUID: cfg.BaseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits,
 		Resolvers: dns, Pool: c.pool, RangesFile: c.rangesFile(), Log: log,
 	})
 	cfg.Network = net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
+	cfg.DiskBytes, cfg.DiskOps = c.diskBytes, c.diskOps
 	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused, cfg.Warm = c.boot, c.keep, c.keepPaused, c.warm
 	// Whoever ends us now waits until the state is taken over, and is then
 	// served as always: half a recovery would leave rules and routes that
@@ -434,8 +443,8 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	<-pooled
 	net.Detach()
 	if merr == nil && len(manager.List(false)) == 0 {
-		// Nothing needs the host's rules and routes any more.
-		merr = net.Teardown(end)
+		// Nothing needs the host's rules, routes and users any more.
+		merr = errors.Join(net.Teardown(end), releaseUIDs(uidClaims, uids))
 	}
 	return errors.Join(err, merr)
 }

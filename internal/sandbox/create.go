@@ -389,8 +389,10 @@ func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
 		Cgroup: m.cgroups() + "/" + string(rec.ID),
 		Limits: vmm.Limits{
 			CPUMilli: rec.VCPUs*1000 + vmmCPUMilli,
-			MemMiB:   rec.MemMiB + maxOverheadMiB,
+			MemMiB:   rec.MemMiB + vmmOverheadMiB(rec.MemMiB),
 			PIDs:     maxVMMTasks,
+
+			DiskBytes: m.cfg.DiskBytes, DiskOps: m.cfg.DiskOps,
 		},
 	}
 }

@@ -96,6 +96,9 @@ type Config struct {
 	OverlayMiB int
 	// DNS are the resolvers that guests use.
 	DNS []netip.Addr
+	// DiskBytes and DiskOps are what each sandbox may read from and write to its
+	// disk in a second; zero for no limit.
+	DiskBytes, DiskOps int64
 	// BaseUID and a sandbox's slot add up to the user and group that its VMM
 	// runs as, shared with nobody.
 	BaseUID int

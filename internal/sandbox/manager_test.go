@@ -732,7 +732,7 @@ func TestAdmission(t *testing.T) {
 	}{
 		"sandboxes": {func(c *Config) { c.Capacity.Sandboxes = 2 }, "2 of 2"},
 		"vcpus":     {func(c *Config) { c.Capacity.VCPUs = 2 }, "0 of 2 free"},
-		"memory":    {func(c *Config) { c.Capacity.MemMiB = 2*(512+VMMOverheadMiB) + 100 }, "100 of"},
+		"memory":    {func(c *Config) { c.Capacity.MemMiB = 2*(512+vmmOverheadMiB(512)) + 100 }, "100 of"},
 		"disk":      {func(c *Config) { c.Capacity.DiskMiB = 2*64 + 10 }, "10 of 138"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -362,7 +362,7 @@ func (s scenario) under(t *testing.T, step, kind string) {
 	})
 	done, ended := make(chan error, 1), make(chan struct{})
 	go func() {
-		defer close(ended)
+		defer close(ended) // at its death, too
 		done <- s.run(ctx, r, id)
 	}()
 	select {
@@ -370,7 +370,7 @@ func (s scenario) under(t *testing.T, step, kind string) {
 	case <-died:
 		manager := r.Manager
 		r.die()
-		defer func() { // the old agent's goroutines end with the test
+		defer func() { // the old agent's goroutines end with the test, its calls among them
 			close(f.grave)
 			<-ended
 			if manager != nil {

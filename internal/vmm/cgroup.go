@@ -198,6 +198,18 @@ func (c cgroup) enterThread() error {
 	return nil
 }
 
+// enter moves a process into the group's v2 hierarchy. It is for one that cannot
+// be born there: that takes clone3, which a filter of system calls forbids.
+func (c cgroup) enter(pid int) error {
+	if c.name == "" || c.h.v2 == "" {
+		return nil
+	}
+	if err := os.WriteFile(filepath.Join(c.h.v2, c.name, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+		return fmt.Errorf("enter cgroup: %w", err)
+	}
+	return nil
+}
+
 // open returns the v2 directory for CLONE_INTO_CGROUP, or nil without v2.
 func (c cgroup) open() (*os.File, error) {
 	if c.h.v2 == "" {

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestTrim(t *testing.T) {
@@ -59,22 +60,99 @@ func TestTail(t *testing.T) {
 	}
 }
 
-// A program that prints without end keeps running, and its files keep small.
+// A program that an earlier version started appends to its console itself.
+func TestConsoleOfAnEarlierVersion(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "console")
+	ref := launch(t, sh("exec yes console >>"+path)).Ref()
+	ref.Console = path
+	adopted, err := Adopt(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer adopted.Kill(t.Context())
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		if text, err := os.ReadFile(path); err == nil && bytes.Contains(text, []byte(trimmedMarker)) {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("it was never cut")
+		}
+	}
+}
+
+// What a program prints without end fills no disk, while an agent runs and while
+// none does. It is not held up then, and heard again by the next agent.
 func TestOutputIsBounded(t *testing.T) {
 	dir := t.TempDir()
-	p := sh("yes console >>" + dir + "/console & yes log; kill $!")
-	p.Log, p.Console = dir+"/log", dir+"/console"
-	// timeout ends both: a session's leader alone would leave the other.
-	p.Args = append([]string{"/usr/bin/timeout", "2.5"}, p.Args...)
+	p := sh(`trap '' PIPE; line=$(printf '%01000d' 7); i=0
+		while :; do echo $line; echo $line >&2; i=$((i+1)); echo $i >` + dir + `/progress; done`)
+	p.Log, p.Console = filepath.Join(dir, "log"), filepath.Join(dir, "console")
 	process := launch(t, p)
-	exit := wait(t, process)
-	if strings.Contains(exit.Detail, "error") || !strings.HasSuffix(exit.Detail, "log") || len(exit.Detail) > detailBytes {
-		t.Errorf("detail %q", exit.Detail)
+	size := func() (n int64) {
+		for _, path := range []string{p.Log, p.Console} {
+			info, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n = max(n, info.Size()); info.Size() > MaxConsoleBytes+outletBytes {
+				t.Fatalf("%s has %d bytes", filepath.Base(path), info.Size())
+			}
+		}
+		return n
 	}
-	for _, name := range []string{"log", "console"} {
-		info, err := os.Stat(filepath.Join(dir, name))
-		if err != nil || info.Size() > MaxConsoleBytes {
-			t.Errorf("%s: %d bytes, %v", name, info.Size(), err)
+	progress := func() string {
+		data, _ := os.ReadFile(filepath.Join(dir, "progress"))
+		return string(data)
+	}
+	until := func(what string, done func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatal(what)
+			}
+		}
+	}
+	until("it was never cut", func() bool {
+		size()
+		data, _ := os.ReadFile(p.Console)
+		return bytes.HasPrefix(data, []byte(trimmedMarker))
+	})
+
+	for _, o := range process.outlets { // as when the agent dies
+		o.close()
+	}
+	before, at := size(), progress()
+	for range 3 {
+		until("it waits for a reader", func() bool { return progress() != at })
+		at = progress()
+	}
+	if after := size(); after != before {
+		t.Errorf("without an agent it went from %d to %d bytes", before, after)
+	}
+	adopted, err := Adopt(t.Context(), process.Ref())
+	if err != nil {
+		t.Fatal(err)
+	}
+	until("the next agent hears nothing", func() bool { return size() != before })
+	if err := adopted.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, process)
+	if left, err := filepath.Glob(dir + "/*" + pipeSuffix); err != nil || len(left) != 0 {
+		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// The last words are in the file when the end is told.
+func TestLastWords(t *testing.T) {
+	for range 20 {
+		p := sh("i=0; while [ $i -lt 500 ]; do echo line $i; i=$((i+1)); done; echo end >&2")
+		p.Log, p.Console = filepath.Join(t.TempDir(), "log"), filepath.Join(t.TempDir(), "console")
+		if exit := wait(t, launch(t, p)); exit.Detail != "end" {
+			t.Errorf("detail %q", exit.Detail)
+		}
+		if text, err := os.ReadFile(p.Console); err != nil || !strings.HasPrefix(string(text), "line 0\n") || !strings.HasSuffix(string(text), "line 499\n") {
+			t.Errorf("console %q, %v", text, err)
 		}
 	}
 }

@@ -53,7 +53,7 @@ func TestOutOfMemory(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			p := sh(c.script)
 			p.Cgroup, p.Limits = cgroupMark+"-test-oom", Limits{MemMiB: 32}
-			p.Console, p.ConsoleOnStdout = filepath.Join(t.TempDir(), "console"), true
+			p.Console = filepath.Join(t.TempDir(), "console")
 			process, err := Launch(p)
 			if err != nil {
 				t.Fatal(err)

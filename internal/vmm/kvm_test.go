@@ -45,7 +45,7 @@ func guest(t *testing.T, script string, starts *int) func(context.Context, Spec)
 			t.Errorf("command line %q", spec.Cmdline)
 		}
 		p := sh(script)
-		p.Console, p.ConsoleOnStdout = spec.Console, true
+		p.Console = spec.Console
 		process, err := Launch(p)
 		return probeVM{process}, err
 	}

@@ -192,7 +192,7 @@ func TestConsoleOnStdout(t *testing.T) {
 	dir := t.TempDir()
 	write(t, dir+"/console", "before\n")
 	p := sh("echo out; echo err >&2")
-	p.Log, p.Console, p.ConsoleOnStdout = dir+"/log", dir+"/console", true
+	p.Log, p.Console = dir+"/log", dir+"/console"
 	if exit := wait(t, launch(t, p)); exit.Detail != "err" {
 		t.Errorf("detail %q", exit.Detail)
 	}

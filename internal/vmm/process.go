@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/net/bpf"
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -46,31 +48,36 @@ type Program struct {
 	NetNS string
 	// RunDir marks the program as ours for KillStrays; empty for no mark.
 	RunDir string
-	// Log receives what the program prints, bounded like Console; empty to
-	// throw it away.
-	Log string
-	// Console is a file that the program itself appends to (O_APPEND), which
-	// the watcher keeps below MaxConsoleBytes; empty for none.
-	Console string
+	// Log receives what the program prints to standard error, and Console what
+	// it prints to standard output; both are kept below MaxConsoleBytes, whether
+	// an agent runs or not. Without Console all is the log's, without either it
+	// is thrown away.
+	Log, Console string
 	// Cgroup is made with Limits before the program starts, in which it is
 	// born, and removed with everything in it when the program has ended;
 	// empty for ours.
 	Cgroup string
 	Limits Limits
-	// ConsoleOnStdout makes the program's standard output the console, and only
-	// what it prints to standard error the log.
-	ConsoleOnStdout bool
-	// PrivateMounts gives the program a mount namespace of its own.
-	PrivateMounts bool
-	// Mounts are made in that namespace, in this order, before the program
-	// starts; they imply PrivateMounts.
+	// Private gives the program mount, process, IPC and UTS namespaces of its
+	// own. It is process 1 of its own, and ends with all that it starts; of the
+	// others it sees none, and signals that it does not handle it does not get,
+	// but for SIGKILL and SIGSTOP.
+	Private bool
+	// Mounts are made in that mount namespace, in this order, before the program
+	// starts; they imply Private.
 	Mounts []Mount
+	// Syscalls are the only system calls that the program can make, and whatever
+	// it starts; nil for all. See only for what of them it cannot do.
+	Syscalls []int
 	// Root becomes the program's root directory, in which Args[0] is found;
 	// empty to keep ours.
 	Root string
 	// UID and GID are what the program runs as, with no other groups; zero for
 	// root.
 	UID, GID int
+	// MaxFile is the largest file that the program can write, in bytes; 0 for no
+	// bound.
+	MaxFile int64
 	// ReadOnly is a file that the program cannot write to, though it opens it
 	// by this path for reading and writing; empty for none. See Started.
 	ReadOnly string
@@ -87,7 +94,18 @@ type Ref struct {
 
 	Log     string `json:"log,omitempty"`
 	Console string `json:"console,omitempty"`
-	Cgroup  string `json:"cgroup,omitempty"`
+	// The pipes that lead to these files. Without them the program writes to
+	// the files itself: an earlier version started it.
+	LogPipe     string `json:"log_pipe,omitempty"`
+	ConsolePipe string `json:"console_pipe,omitempty"`
+	Cgroup      string `json:"cgroup,omitempty"`
+}
+
+// print is a file of what a program prints, and the pipe that leads to it.
+type print struct{ pipe, path string }
+
+func (r Ref) prints() []print {
+	return []print{{r.LogPipe, r.Log}, {r.ConsolePipe, r.Console}}
 }
 
 // Process is a VMM that runs in a session of its own. It depends on nothing of
@@ -98,7 +116,8 @@ type Process struct {
 	child bool // ours to reap
 	pidfd *os.File
 	// opener, if not nil, gives it its read-only file.
-	opener *opener
+	opener  *opener
+	outlets []*outlet
 
 	ended   chan struct{} // closed when the watcher has ended
 	done    chan struct{}
@@ -124,23 +143,12 @@ func Launch(p Program) (_ *Process, err error) {
 		return nil, err
 	}
 	defer null.Close()
-	out := null
-	if p.Log != "" {
-		out, err = os.OpenFile(p.Log, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
-		if err != nil {
-			return nil, err
-		}
-		defer out.Close()
+	out, err := p.makeOutlets(null, &steps)
+	defer out.closeOurs()
+	if err != nil {
+		return nil, err
 	}
-	stdout := out
-	if p.ConsoleOnStdout {
-		stdout, err = os.OpenFile(p.Console, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
-		if err != nil {
-			return nil, err
-		}
-		defer stdout.Close()
-	}
-	files := []uintptr{null.Fd(), stdout.Fd(), out.Fd()}
+	files := []uintptr{null.Fd(), out.stdout.Fd(), out.stderr.Fd()}
 	for _, f := range p.Files {
 		files = append(files, f.Fd())
 	}
@@ -170,10 +178,16 @@ func Launch(p Program) (_ *Process, err error) {
 		}
 		if dir != nil {
 			defer dir.Close()
-			sys.UseCgroupFD, sys.CgroupFD = true, int(dir.Fd())
+			sys.UseCgroupFD, sys.CgroupFD = p.Syscalls == nil, int(dir.Fd())
 		}
 	}
 
+	var filter []bpf.RawInstruction
+	if p.Syscalls != nil {
+		if filter, err = only(p.Syscalls); err != nil {
+			return nil, err
+		}
+	}
 	var o *opener
 	if p.ReadOnly != "" {
 		if o, err = newOpener(p.ReadOnly); err != nil {
@@ -188,34 +202,10 @@ func Launch(p Program) (_ *Process, err error) {
 	}
 	var pid int
 	err = onSpareThread(func() error {
-		if err := enterNetNS(p.NetNS); err != nil {
+		if err := p.enter(group, o, filter); err != nil {
 			return err
 		}
-		if p.PrivateMounts || len(p.Mounts) > 0 {
-			if err := privateMounts(); err != nil {
-				return err
-			}
-		}
-		if err := mountAll(p.Mounts); err != nil {
-			return err
-		}
-		if err := group.enterThread(); err != nil {
-			return err
-		}
-		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
-			return fmt.Errorf("set no_new_privs: %w", err)
-		}
-		if o != nil {
-			if err := o.enterThread(); err != nil {
-				return err
-			}
-		}
-		pid, _, err = syscall.StartProcess(p.Args[0], p.Args, &syscall.ProcAttr{
-			Dir:   "/",
-			Env:   env,
-			Files: files,
-			Sys:   sys,
-		})
+		pid, _, err = syscall.StartProcess(p.Args[0], p.Args, &syscall.ProcAttr{Dir: "/", Env: env, Files: files, Sys: sys})
 		return err
 	})
 	if err != nil {
@@ -225,15 +215,23 @@ func Launch(p Program) (_ *Process, err error) {
 	steps.Push("kill", func(context.Context) error {
 		return errors.Join(unix.Kill(pid, unix.SIGKILL), reap(pid, &Exit{}))
 	})
-	if err := limitResources(pid); err != nil {
+	if !sys.UseCgroupFD {
+		if err := group.enter(pid); err != nil {
+			return nil, errors.Join(err, unix.Close(pidfd))
+		}
+	}
+	if err := limitResources(pid, p.MaxFile); err != nil {
 		return nil, errors.Join(fmt.Errorf("set limits: %w", err), unix.Close(pidfd))
 	}
-	ref, err := identify(pid)
+	who, err := identify(pid)
 	if err != nil {
 		return nil, errors.Join(err, unix.Close(pidfd))
 	}
-	ref.Log, ref.Console, ref.Cgroup = p.Log, p.Console, p.Cgroup
-	process, err := watch(&Process{ref: ref, child: true, opener: o}, pidfd)
+	ref := Ref{
+		PID: who.PID, Started: who.Started, Boot: who.Boot, Cgroup: p.Cgroup,
+		Log: p.Log, Console: p.Console, LogPipe: out.logPipe, ConsolePipe: out.consolePipe,
+	}
+	process, err := watch(&Process{ref: ref, child: true, opener: o, outlets: out.outlets}, pidfd)
 	if err != nil {
 		return nil, err
 	}
@@ -241,13 +239,84 @@ func Launch(p Program) (_ *Process, err error) {
 	return process, nil
 }
 
+// enter makes the calling thread what the program is to be born as.
+func (p Program) enter(group cgroup, o *opener, filter []bpf.RawInstruction) error {
+	if err := enterNetNS(p.NetNS); err != nil {
+		return err
+	}
+	if p.Private || len(p.Mounts) > 0 {
+		if err := privateNamespaces(p.Mounts); err != nil {
+			return err
+		}
+	}
+	if err := group.enterThread(); err != nil {
+		return err
+	}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("set no_new_privs: %w", err)
+	}
+	if o != nil {
+		if err := o.enterThread(); err != nil {
+			return err
+		}
+	}
+	if filter != nil {
+		return enterFilter(filter)
+	}
+	return nil
+}
+
+// printing is where a new program prints to.
+type printing struct {
+	stdout, stderr       *os.File
+	logPipe, consolePipe string
+	outlets              []*outlet
+	ours                 []*os.File // copies that the program has by then
+}
+
+// makeOutlets opens what the program prints to; without a file that is null.
+func (p Program) makeOutlets(null *os.File, steps *undo.Stack) (printing, error) {
+	out := printing{stdout: null, stderr: null}
+	open := func(path string) (string, *os.File, error) {
+		pipe := filepath.Join(cmp.Or(p.RunDir, filepath.Dir(path)), filepath.Base(path)) + pipeSuffix
+		o, write, err := makeOutlet(pipe, path)
+		if err != nil {
+			return "", nil, err
+		}
+		steps.Push("close outlet", func(context.Context) error { o.close(); return os.Remove(pipe) })
+		out.outlets, out.ours = append(out.outlets, o), append(out.ours, write)
+		return pipe, write, nil
+	}
+	var err error
+	if p.Log != "" {
+		if out.logPipe, out.stderr, err = open(p.Log); err != nil {
+			return out, err
+		}
+		out.stdout = out.stderr
+	}
+	if p.Console != "" {
+		out.consolePipe, out.stdout, err = open(p.Console)
+	}
+	return out, err
+}
+
+func (out printing) closeOurs() {
+	for _, f := range out.ours {
+		f.Close()
+	}
+}
+
 // limitResources lowers what a process of ours may take. Root without
 // CAP_SYS_RESOURCE, as some containers have it, may not do that to the processes
 // of others; so where it is refused, it is done as the process's own user, which
 // may be about to change.
-func limitResources(pid int) error {
+func limitResources(pid int, maxFile int64) error {
 	limit := func() error {
-		for resource, n := range map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles} {
+		limits := map[int]uint64{unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: maxFiles}
+		if maxFile > 0 {
+			limits[unix.RLIMIT_FSIZE] = uint64(maxFile)
+		}
+		for resource, n := range limits {
 			if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: n, Max: n}, nil); err != nil {
 				return err
 			}
@@ -313,7 +382,17 @@ func Adopt(ctx context.Context, ref Ref) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	return watch(&Process{ref: ref}, pidfd)
+	p := &Process{ref: ref}
+	for _, to := range ref.prints() {
+		if to.pipe == "" {
+			continue
+		}
+		// Without its pipe it runs all the same, and what it prints is lost.
+		if o, err := takeOutlet(to.pipe, to.path); err == nil {
+			p.outlets = append(p.outlets, o)
+		}
+	}
+	return watch(p, pidfd)
 }
 
 // openSame returns a pidfd of the process that ref means, and no other.
@@ -368,6 +447,9 @@ func (p *Process) wait() {
 			break
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			for _, o := range p.outlets {
+				o.close()
+			}
 			return // the descriptor is closed: released
 		}
 	}
@@ -381,6 +463,14 @@ func (p *Process) wait() {
 	}
 	oomKilled := oomKilled(p.ref.Cgroup) // which goes with the cgroup
 	p.cleanup = RemoveCgroup(context.Background(), p.ref.Cgroup)
+	for _, o := range p.outlets {
+		o.drain()
+	}
+	for _, to := range p.ref.prints() {
+		if to.pipe != "" {
+			os.Remove(to.pipe) // its directory may be gone, too
+		}
+	}
 	p.trim()
 	if p.ref.Log != "" {
 		tail, _ := Tail(p.ref.Log, detailBytes)
@@ -422,10 +512,11 @@ func (p *Process) Release() {
 	<-p.ended
 }
 
+// trim bounds the files that a program of an earlier version appends to itself.
 func (p *Process) trim() {
-	for _, path := range []string{p.ref.Log, p.ref.Console} {
-		if path != "" {
-			trim(path, MaxConsoleBytes) // it is tried again soon
+	for _, to := range p.ref.prints() {
+		if to.pipe == "" && to.path != "" {
+			trim(to.path, MaxConsoleBytes) // it is tried again soon
 		}
 	}
 }
@@ -528,14 +619,26 @@ func enterNetNS(path string) error {
 	return nil
 }
 
-// privateMounts gives the thread mounts of its own. The host's are still seen
-// to come and go, so that none is kept busy.
-func privateMounts() error {
-	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("unshare mounts: %w", err)
+// privateNamespaces gives the thread mount, IPC and UTS namespaces of its own,
+// with the mounts, and its next child a process namespace. Of the host's mounts
+// it still sees them come and go, so that none is kept busy; of the host's name
+// nothing.
+func privateNamespaces(mounts []Mount) error {
+	if err := unix.Unshare(unix.CLONE_NEWNS | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS); err != nil {
+		return fmt.Errorf("unshare namespaces: %w", err)
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("unshare mounts: %w", err)
+	}
+	if err := unix.Sethostname([]byte("localhost")); err != nil {
+		return fmt.Errorf("set host name: %w", err)
+	}
+	if err := mountAll(mounts); err != nil {
+		return err
+	}
+	// Last: mountAll may start a child, too, and the first one is process 1.
+	if err := unix.Unshare(unix.CLONE_NEWPID); err != nil {
+		return fmt.Errorf("unshare processes: %w", err)
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package vmm
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -153,6 +154,86 @@ func TestNetNS(t *testing.T) {
 	p.NetNS = "/proc/self/status"
 	if _, err := Launch(p); err == nil {
 		t.Error("launch in a namespace that is none: no error")
+	}
+}
+
+// A private program sees no process of ours and none of its neighbour's, and
+// cannot signal one; we see it, and end it with all that it started.
+func TestPrivate(t *testing.T) {
+	testenv.Root(t)
+	neighbour := sh("exec sleep 60")
+	neighbour.Private = true
+	n := launch(t, neighbour)
+	p := sh(fmt.Sprintf(`kill -9 %d %d; echo $$; cat /proc/sys/kernel/hostname; setsid sleep 60 & echo $!; wait`, n.Ref().PID, os.Getpid()))
+	p.Private, p.Log = true, filepath.Join(t.TempDir(), "log")
+	process := launch(t, p)
+	var lines []string
+	for deadline := time.Now().Add(10 * time.Second); (len(lines) < 5 || lines[len(lines)-2] != "3") && time.Now().Before(deadline); runtime.Gosched() {
+		text, _ := os.ReadFile(p.Log)
+		lines = strings.Split(string(text), "\n")
+	}
+	if n := len(lines); n < 5 || !strings.Contains(strings.Join(lines[:n-4], ""), "No such process") || lines[n-4] != "1" || lines[n-3] != "localhost" || lines[n-2] != "3" {
+		t.Errorf("it says %q", lines)
+	}
+	select {
+	case <-n.Done():
+		t.Errorf("its neighbour %s", n.Exit())
+	default:
+	}
+	for _, kind := range []string{"mnt", "pid", "ipc", "uts"} {
+		seen := map[string]bool{}
+		for _, pid := range []string{"self", itoa(n.Ref().PID), itoa(process.Ref().PID)} {
+			ns, err := os.Readlink("/proc/" + pid + "/ns/" + kind)
+			if err != nil || seen[ns] {
+				t.Errorf("%s of %s: %q, %v: another's", kind, pid, ns, err)
+			}
+			seen[ns] = true
+		}
+	}
+	ours, err := os.ReadFile("/proc/" + itoa(process.Ref().PID) + "/task/" + itoa(process.Ref().PID) + "/children")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sleeper, err := strconv.Atoi(strings.TrimSpace(string(ours)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	adopted, err := Adopt(t.Context(), process.Ref())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := adopted.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(sleeper, 0); !errors.Is(err, unix.ESRCH) {
+		t.Errorf("what it started lives on: %v", err)
+	}
+	if exit := wait(t, process); exit.Signal != 9 {
+		t.Errorf("%+v", exit)
+	}
+}
+
+// No file becomes larger than the bound.
+func TestMaxFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	p := sh("read go; head -c 2097152 /dev/zero >" + path)
+	in, out, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	defer out.Close()
+	p.Args[2] = strings.Replace(p.Args[2], "read go", "read go <&3", 1)
+	p.Files, p.MaxFile = []*os.File{in}, 1<<20
+	process := launch(t, p)
+	if _, err := out.WriteString("go\n"); err != nil {
+		t.Fatal(err)
+	}
+	if exit := wait(t, process); exit.Code == 0 {
+		t.Errorf("it %s", exit)
+	}
+	if info, err := os.Stat(path); err != nil || info.Size() != 1<<20 {
+		t.Errorf("file %+v, %v", info, err)
 	}
 }
 

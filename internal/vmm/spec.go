@@ -90,6 +90,21 @@ func (s Spec) Validate() error {
 	return nil
 }
 
+// minMaxFile leaves room for what a VMM writes of its devices.
+const minMaxFile = 64 << 20
+
+// MaxFile is the largest file that the VMM of a valid spec has to write: a disk,
+// or the guest's memory.
+func (s Spec) MaxFile() int64 {
+	size := max(minMaxFile, int64(s.MemMiB)<<20)
+	for _, d := range s.Disks {
+		if info, err := os.Stat(d.Path); err == nil && !d.ReadOnly {
+			size = max(size, info.Size())
+		}
+	}
+	return size
+}
+
 func isDir(path string) bool {
 	info, err := os.Stat(path)
 	return err == nil && filepath.IsAbs(path) && info.IsDir()

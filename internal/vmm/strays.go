@@ -143,7 +143,7 @@ func runDirOf(pid int, root string) (name string, ok bool, err error) {
 	if err != nil {
 		return "", false, nil // gone, or a kernel thread
 	}
-	log = strings.TrimSuffix(log, " (deleted)")
+	log = strings.TrimSuffix(strings.TrimSuffix(log, " (deleted)"), pipeSuffix)
 	if filepath.Base(log) != LogName {
 		return "", false, nil
 	}

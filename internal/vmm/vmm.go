@@ -7,11 +7,15 @@ package vmm
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
 	"time"
 )
 
-// Driver runs microVMs with one kind of VMM. Safe for concurrent use.
+// Driver runs microVMs with one kind of VMM. Safe for concurrent use. Each method
+// of it and of its VMs that fails with its ctx done says context.Cause of that,
+// whatever else it saw.
 type Driver interface {
 	// Name is the driver's name in handles and settings: "qemu", "firecracker".
 	Name() string
@@ -55,6 +59,22 @@ type VM interface {
 
 	// Exit says how the VMM ended; valid once Done is closed.
 	Exit() Exit
+}
+
+// Cancelled returns why ctx is done, if it is, in place of an error that came of
+// that. So what was cancelled says so, and not what the VMM made of it.
+func Cancelled(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
+	// A connection may see the deadline a moment before its context does.
+	if at, ok := ctx.Deadline(); ok && errors.Is(err, os.ErrDeadlineExceeded) && !time.Now().Before(at) {
+		<-ctx.Done()
+	}
+	if ctx.Err() == nil || errors.Is(err, context.Cause(ctx)) {
+		return err
+	}
+	return context.Cause(ctx)
 }
 
 // Snapshotter is a VM that can be written to disk.
@@ -146,12 +166,17 @@ type NIC struct {
 	MAC string
 }
 
-// Limits bound the VMM's cgroup. Zero means no limit.
+// Limits bound what a VM takes of its host: the first three its VMM's cgroup,
+// the others the driver. Zero means no limit.
 type Limits struct {
 	// CPUMilli is thousandths of a host CPU.
 	CPUMilli int
 	MemMiB   int
 	PIDs     int
+	// DiskBytes and DiskOps are what may be read from and written to the VM's
+	// disks in a second. (A cgroup cannot bound that everywhere: with version 1
+	// what is written goes through the host's cache, and is nobody's there.)
+	DiskBytes, DiskOps int64
 }
 
 // Handle is enough to find a VM again after a restart of the agent.

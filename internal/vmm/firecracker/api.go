@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 const (
@@ -73,13 +74,7 @@ func (c *client) call(ctx context.Context, limit time.Duration, r request, resul
 		errdefs.Unavailable.Errorf("the VMM did not answer within %s", limit))
 	defer cancel()
 	if err := c.exchange(ctx, r, result); err != nil {
-		if errors.Is(err, os.ErrDeadlineExceeded) {
-			<-ctx.Done() // the connection has seen the deadline first
-		}
-		if ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-		return fmt.Errorf("%s %s: %w", r.method, r.path, err)
+		return fmt.Errorf("%s %s: %w", r.method, r.path, vmm.Cancelled(ctx, err))
 	}
 	return nil
 }

@@ -90,13 +90,13 @@ func validate(s vmm.Spec) error {
 // launch starts Firecracker with a valid spec, to boot it or, with the directory
 // of a snapshot that fits, to go on where that stopped.
 func (d *Driver) launch(ctx context.Context, spec vmm.Spec, bin programs, from string) (_ *vm, err error) {
-	if err := ctx.Err(); err != nil {
+	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
 	var steps undo.Stack
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, steps.Unwind(ctx))
+			err = errors.Join(vmm.Cancelled(ctx, err), steps.Unwind(ctx))
 		}
 	}()
 	at := place{spec.RunDir}
@@ -238,7 +238,7 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 		return nil, errdefs.NotFound.Errorf("attach: the vm has exited")
 	}
 	process.Release()
-	return nil, fmt.Errorf("attach: %w", err)
+	return nil, fmt.Errorf("attach: %w", vmm.Cancelled(ctx, err))
 }
 
 // state is the driver's part of a handle.
@@ -294,11 +294,12 @@ func (v *vm) change(ctx context.Context, what string, r request, want string) er
 	if err == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBack)
+	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBack)
 	defer cancel()
-	if now, e := v.api.describe(ctx, readBack); e == nil && now.State == want {
+	if now, e := v.api.describe(back, readBack); e == nil && now.State == want {
 		return nil
 	}
+	err = vmm.Cancelled(ctx, err)
 	if exit, ok := v.process.EndedBy(err); ok {
 		return errdefs.Unavailable.Errorf("%s vm: its VMM %s", what, exit)
 	}

@@ -339,7 +339,7 @@ func TestHardening(t *testing.T) {
 	bothWays(t, func(t *testing.T, jailed bool) {
 		s := subject(t, install(t, fakeSettings{}, jailed))
 		s.Spec.Cgroup = "wrenn-vmmtest/" + s.Spec.ID
-		s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64}
+		s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64, DiskBytes: 1 << 26, DiskOps: 1000}
 		v := boot(t, s)
 		proc := "/proc/" + strconv.Itoa(v.state.Process.PID)
 		tasks, err := filepath.Glob(proc + "/task/*/status")
@@ -370,9 +370,11 @@ func TestHardening(t *testing.T) {
 		if got := strings.Join(names, " "); err != nil || got != want {
 			t.Errorf("the VMM sees %q, %v, want %q", got, err, want)
 		}
-		mine, _ := os.Readlink("/proc/self/ns/mnt")
-		if ns, err := os.Readlink(proc + "/ns/mnt"); err != nil || ns == mine {
-			t.Errorf("mount namespace %q, %v: ours", ns, err)
+		for _, kind := range []string{"mnt", "pid", "ipc", "uts"} {
+			mine, _ := os.Readlink("/proc/self/ns/" + kind)
+			if ns, err := os.Readlink(proc + "/ns/" + kind); err != nil || ns == mine {
+				t.Errorf("namespace %q, %v: ours", ns, err)
+			}
 		}
 		mounts, err := os.ReadFile(proc + "/mountinfo")
 		if err != nil {
@@ -396,7 +398,7 @@ func TestHardening(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, want := range []string{"Max core file size 0 0 bytes", "Max open files 1024 1024 files"} {
+		for _, want := range []string{"Max core file size 0 0 bytes", "Max open files 1024 1024 files", fmt.Sprintf("Max file size %[1]d %[1]d bytes", s.Spec.MaxFile())} {
 			if !strings.Contains(strings.Join(strings.Fields(string(limits)), " "), want) {
 				t.Errorf("limits lack %q:\n%s", want, limits)
 			}

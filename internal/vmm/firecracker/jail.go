@@ -51,10 +51,7 @@ func program(bin programs, s vmm.Spec, from string) vmm.Program {
 		Console: s.Console,
 		Cgroup:  s.Cgroup,
 		Limits:  s.Limits,
-		// The guest's console is Firecracker's standard output. (Versions from
-		// 1.14 on can write it to a file that they open themselves, but not for
-		// appending, so that it could not be kept short meanwhile.)
-		ConsoleOnStdout: true,
+		MaxFile: s.MaxFile(),
 	}
 	root := at.jails()
 	if bin.jailer != "" {

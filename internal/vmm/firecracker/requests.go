@@ -40,6 +40,33 @@ type drive struct {
 	Path     string `json:"path_on_host"`
 	Root     bool   `json:"is_root_device"`
 	ReadOnly bool   `json:"is_read_only"`
+	// Limiter bounds what passes; a snapshot has it, too.
+	Limiter *limiter `json:"rate_limiter,omitempty"`
+}
+
+type limiter struct {
+	Bytes *bucket `json:"bandwidth,omitempty"`
+	Ops   *bucket `json:"ops,omitempty"`
+}
+
+// bucket is full of Size tokens, and is filled again in RefillMS.
+type bucket struct {
+	Size     int64 `json:"size"`
+	RefillMS int64 `json:"refill_time"`
+}
+
+// limiterOf is the limiter of each disk, or nil.
+func limiterOf(l vmm.Limits) *limiter {
+	perSecond := func(n int64) *bucket {
+		if n == 0 {
+			return nil
+		}
+		return &bucket{Size: n, RefillMS: 1000}
+	}
+	if l.DiskBytes == 0 && l.DiskOps == 0 {
+		return nil
+	}
+	return &limiter{perSecond(l.DiskBytes), perSecond(l.DiskOps)}
 }
 
 type networkInterface struct {
@@ -99,7 +126,7 @@ func configure(s vmm.Spec) []request {
 		// the host's cache, which is what a VM has that does not outlive its host;
 		// whoever keeps a disk flushes it.
 		id := "vd" + string(rune('a'+i))
-		calls = append(calls, put("/drives/"+id, drive{ID: id, Path: diskPath(i), ReadOnly: d.ReadOnly}))
+		calls = append(calls, put("/drives/"+id, drive{ID: id, Path: diskPath(i), ReadOnly: d.ReadOnly, Limiter: limiterOf(s.Limits)}))
 	}
 	if n := s.NIC; n != nil {
 		calls = append(calls, put("/network-interfaces/"+nicID, networkInterface{ID: nicID, Tap: n.Tap, MAC: n.MAC}))

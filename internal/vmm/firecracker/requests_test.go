@@ -85,8 +85,8 @@ func TestProgram(t *testing.T) {
 		"program-plain-small":    program(plain, small, ""),
 	} {
 		var b strings.Builder
-		fmt.Fprintf(&b, "args     %s\nroot     %s\nuser     %d:%d\nnetns    %s\nrun dir  %s\nlog      %s\nconsole  %s (stdout: %v)\ncgroup   %s %+v\n",
-			strings.Join(p.Args, " "), p.Root, p.UID, p.GID, p.NetNS, p.RunDir, p.Log, p.Console, p.ConsoleOnStdout, p.Cgroup, p.Limits)
+		fmt.Fprintf(&b, "args     %s\nroot     %s\nuser     %d:%d\nnetns    %s\nrun dir  %s\nlog      %s\nconsole  %s\ncgroup   %s %+v\n",
+			strings.Join(p.Args, " "), p.Root, p.UID, p.GID, p.NetNS, p.RunDir, p.Log, p.Console, p.Cgroup, p.Limits)
 		for _, m := range p.Mounts {
 			source, mode := m.Source, "rw"
 			if source == "" {

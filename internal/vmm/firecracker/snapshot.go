@@ -73,7 +73,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 	var steps undo.Stack
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("snapshot vm: %w", err), steps.Unwind(ctx))
+			err = errors.Join(fmt.Errorf("snapshot vm: %w", vmm.Cancelled(ctx, err)), steps.Unwind(ctx))
 		}
 	}()
 	select {
@@ -242,6 +242,7 @@ func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error)
 	// The calls are the machine. What the kernel is and is told, the guest may
 	// change without the machine noticing.
 	spec.Kernel, spec.Initrd, spec.Cmdline = "", "", ""
+	spec.Limits = vmm.Limits{}
 	if spec.NIC != nil && since(f.bin.version, overridesMajor, overridesMinor) {
 		spec.NIC = &vmm.NIC{MAC: strings.ToLower(spec.NIC.MAC)}
 	}

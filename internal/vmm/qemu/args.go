@@ -31,7 +31,7 @@ func argv(m machine) []string {
 	s := m.spec
 	// What TCG keeps of translated code, in MiB, has to fit the VMM's memory
 	// limit beside the guest: by itself it would take 1 GiB in the end.
-	accel, cpu := "tcg,thread=multi,tb-size=256", "qemu64" // boots faster than max
+	accel, cpu := "tcg,thread=multi,tb-size=64", "qemu64" // boots faster than max
 	if m.accel == "kvm" {
 		accel, cpu = "kvm", "host"
 	}
@@ -77,7 +77,9 @@ func argv(m machine) []string {
 		"-no-reboot",
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", qmpFD),
 		"-mon", "chardev=qmp,mode=control",
-		"-chardev", "file,id=console,append=on,path=" + value(s.Console),
+		// The guest's console is standard output, the VMM's own words are
+		// standard error. Nothing is to be read.
+		"-chardev", "stdio,id=console,signal=off",
 		"-serial", "chardev:console",
 	}
 	args = append(args, confine(m)...)
@@ -97,13 +99,19 @@ func argv(m machine) []string {
 			"-netdev", "tap,id=net,script=no,downscript=no,vhost=off,ifname="+n.Tap,
 			"-device", "virtio-net-pci,netdev=net,romfile=,guest_announce=off,addr=0x3,mac="+n.MAC)
 	}
+	file := "driver=raw,file.driver=file,file.filename="
+	if s.Limits.DiskBytes > 0 || s.Limits.DiskOps > 0 {
+		args = append(args, "-object",
+			fmt.Sprintf("throttle-group,id=disks,x-bps-total=%d,x-iops-total=%d", s.Limits.DiskBytes, s.Limits.DiskOps))
+		file = "driver=throttle,throttle-group=disks,file.driver=raw,file.file.driver=file,file.file.filename="
+	}
 	for i, d := range s.Disks {
 		mode := "read-only=off,discard=unmap"
 		if d.ReadOnly {
 			mode = "read-only=on"
 		}
 		args = append(args,
-			"-blockdev", fmt.Sprintf("driver=raw,node-name=disk%d,%s,file.driver=file,file.filename=%s", i, mode, value(d.Path)),
+			"-blockdev", fmt.Sprintf("node-name=disk%d,%s,%s%s", i, mode, file, value(d.Path)),
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,addr=0x%x", i, 0x10+i))
 	}
 	return args

@@ -25,6 +25,7 @@ func TestArgv(t *testing.T) {
 	full.Cmdline = "quiet wrenn.ip=169.254.0.21/30 panic=0"
 	full.Disks = []vmm.Disk{{Path: "/t/base.ext4", ReadOnly: true}, {Path: "/s/a,b=c/overlay.ext4"}}
 	full.UID, full.GID = 20001, 20002
+	full.Limits = vmm.Limits{DiskBytes: 256 << 20, DiskOps: 16384}
 	full.NIC = &vmm.NIC{Tap: "tap0", MAC: "02:FC:00:00:00:05"}
 
 	const binary = "/usr/bin/qemu-system-x86_64"

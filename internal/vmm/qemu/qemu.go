@@ -71,7 +71,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 // launch starts QEMU with a valid spec, to boot it or, with a snapshot, to go on
 // where that stopped.
 func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, from *snapshot) (_ *vm, err error) {
-	if err := ctx.Err(); err != nil {
+	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
 	binary, err := d.binary()
@@ -81,7 +81,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 	var steps undo.Stack
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, steps.Unwind(ctx))
+			err = errors.Join(vmm.Cancelled(ctx, err), steps.Unwind(ctx))
 		}
 	}()
 
@@ -98,9 +98,6 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		return nil, err
 	}
 	steps.Push("remove jail", func(context.Context) error { return remove(jail(spec.RunDir)) })
-	if err := touch(spec.Console); err != nil {
-		return nil, err
-	}
 	m := machine{binary: binary, version: report.Version, accel: report.Accel, spec: spec}
 	files, want := []*os.File{socket}, statusRunning
 	if from != nil {
@@ -117,7 +114,9 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		Cgroup:  spec.Cgroup,
 		Limits:  spec.Limits,
 
-		PrivateMounts: true,
+		Private:  true,
+		Syscalls: calls,
+		MaxFile:  spec.MaxFile(),
 		// It maps the memory privately, but opens it for writing all the
 		// same.
 		ReadOnly: m.memory,
@@ -177,13 +176,11 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 	}
 	v.process = process
 	if _, err := v.status(ctx); err != nil {
-		select {
-		case <-process.Done():
+		if _, ended := process.EndedBy(err); ended {
 			return nil, errdefs.NotFound.Errorf("attach: the vm has exited")
-		default:
-			process.Release()
-			return nil, fmt.Errorf("attach: %w", err)
 		}
+		process.Release()
+		return nil, fmt.Errorf("attach: %w", vmm.Cancelled(ctx, err))
 	}
 	return v, nil
 }
@@ -238,11 +235,12 @@ func (v *vm) change(ctx context.Context, what, command, want string) error {
 	if err == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBack)
+	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBack)
 	defer cancel()
-	if status, e := v.status(ctx); e == nil && status == want {
+	if status, e := v.status(back); e == nil && status == want {
 		return nil
 	}
+	err = vmm.Cancelled(ctx, err)
 	if exit, ok := v.process.EndedBy(err); ok {
 		return errdefs.Unavailable.Errorf("%s vm: its VMM %s", what, exit)
 	}
@@ -291,15 +289,6 @@ func listen(path string) (*os.File, error) {
 	defer l.Close()
 	l.SetUnlinkOnClose(false)
 	return l.File()
-}
-
-// touch makes the file, readable by root alone, if it is not there.
-func touch(path string) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE, 0o600)
-	if err != nil {
-		return err
-	}
-	return f.Close()
 }
 
 func remove(path string) error {

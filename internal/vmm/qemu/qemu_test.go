@@ -199,7 +199,7 @@ func TestVMMIsDetached(t *testing.T) {
 			t.Errorf("%s is the agent's %s", fd, target)
 		}
 	}
-	for fd, want := range map[string]string{"0": os.DevNull, "1": vmmLog(s.Spec.RunDir), "2": vmmLog(s.Spec.RunDir)} {
+	for fd, want := range map[string]string{"0": os.DevNull, "1": filepath.Join(s.Spec.RunDir, "console.log.pipe"), "2": vmmLog(s.Spec.RunDir) + ".pipe"} {
 		if got, err := os.Readlink(proc + "/fd/" + fd); err != nil || got != want {
 			t.Errorf("fd %s is %q, %v, want %q", fd, got, err, want)
 		}
@@ -215,7 +215,7 @@ func TestHardening(t *testing.T) {
 	const uid, gid = 871234, 871235
 	s.Spec.UID, s.Spec.GID = uid, gid
 	s.Spec.Cgroup = "wrenn-vmmtest/" + s.Spec.ID
-	s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64}
+	s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64, DiskBytes: 1 << 26, DiskOps: 1000}
 	s.Spec.Disks = []vmm.Disk{{Path: s.Spec.Kernel, ReadOnly: true}, {Path: filepath.Join(t.TempDir(), "overlay")}}
 	if err := os.WriteFile(s.Spec.Disks[1].Path, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
@@ -255,15 +255,17 @@ func TestHardening(t *testing.T) {
 	if inside, err := os.ReadDir(proc + "/root"); err != nil || len(inside) != 0 {
 		t.Errorf("the VMM sees %v, %v", inside, err)
 	}
-	mine, _ := os.Readlink("/proc/self/ns/mnt")
-	if ns, err := os.Readlink(proc + "/ns/mnt"); err != nil || ns == mine {
-		t.Errorf("mount namespace %q, %v: ours", ns, err)
+	for _, kind := range []string{"mnt", "pid", "ipc", "uts"} {
+		mine, _ := os.Readlink("/proc/self/ns/" + kind)
+		if ns, err := os.Readlink(proc + "/ns/" + kind); err != nil || ns == mine {
+			t.Errorf("namespace %q, %v: ours", ns, err)
+		}
 	}
 	limits, err := os.ReadFile(proc + "/limits")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"Max core file size 0 0 bytes", "Max open files 1024 1024 files"} {
+	for _, want := range []string{"Max core file size 0 0 bytes", "Max open files 1024 1024 files", fmt.Sprintf("Max file size %[1]d %[1]d bytes", s.Spec.MaxFile())} {
 		if !strings.Contains(strings.Join(strings.Fields(string(limits)), " "), want) {
 			t.Errorf("limits lack %q:\n%s", want, limits)
 		}

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // callTimeout bounds a QMP call whose caller sets no limit. QEMU answers the
@@ -167,13 +168,10 @@ func (m *monitor) callWith(command string, arguments, result any, rights []byte)
 // broken says why the connection failed: because its time is over, or because
 // there is no QEMU at its other end.
 func (m *monitor) broken(err error) error {
-	if m.ctx.Err() != nil {
-		return context.Cause(m.ctx)
-	}
 	if errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) || errors.As(err, new(*net.OpError)) {
-		return errdefs.Unavailable.Errorf("the VMM does not answer: %w", err)
+		return vmm.Cancelled(m.ctx, errdefs.Unavailable.Errorf("the VMM does not answer: %w", err))
 	}
-	return errdefs.Unavailable.Errorf("the VMM does not answer: %s", errdefs.Foreign(err.Error()))
+	return vmm.Cancelled(m.ctx, errdefs.Unavailable.Errorf("the VMM does not answer: %s", errdefs.Foreign(err.Error())))
 }
 
 // status is query-status.

@@ -89,7 +89,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 	var steps undo.Stack
 	defer func() {
 		if err != nil {
-			err = errors.Join(fmt.Errorf("snapshot vm: %w", err), steps.Unwind(ctx))
+			err = errors.Join(fmt.Errorf("snapshot vm: %w", vmm.Cancelled(ctx, err)), steps.Unwind(ctx))
 		}
 	}()
 	for _, name := range []string{memoryName, stateName, manifestName} {

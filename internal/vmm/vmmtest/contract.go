@@ -54,6 +54,8 @@ func Run(t *testing.T, subject func(*testing.T) Subject) {
 		{"calls on a dead vm", testDead},
 		{"outlives its context", testOutlivesContext},
 		{"cancelled start", testCancelledStart},
+		{"cancelled calls", testCancelledCalls},
+		{"cancelled snapshot", testCancelledSnapshot},
 		{"attach", testAttach},
 		{"attach to a dead vm", testAttachDead},
 		{"attach to nonsense", testAttachNonsense},
@@ -190,9 +192,9 @@ func testPauseResume(t *testing.T, s Subject) {
 		}
 		running(t, v)
 	}
-	cancelled, cancel := context.WithCancel(t.Context())
+	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := v.Pause(cancelled); err != nil && !errors.Is(err, context.Canceled) {
+	if err := v.Pause(ended); err != nil && !errors.Is(err, context.Canceled) {
 		t.Errorf("pause with a cancelled context: %v", err)
 	}
 	kill(t, v) // a paused one dies too
@@ -258,21 +260,103 @@ func testOutlivesContext(t *testing.T, s Subject) {
 	running(t, v)
 }
 
-func testCancelledStart(t *testing.T, s Subject) {
-	// Cancelled before, and at moments that meet a start in its steps.
-	for _, after := range []time.Duration{0, time.Millisecond, 3 * time.Millisecond, 10 * time.Millisecond, 30 * time.Millisecond} {
-		ctx, cancel := context.WithTimeout(t.Context(), after)
-		v, err := s.Driver.Start(ctx, s.Spec)
-		cancel()
-		if err == nil {
-			kill(t, v)
-		} else if !errors.Is(err, context.DeadlineExceeded) {
-			t.Errorf("cancelled after %s: %v, want the context's error", after, err)
-		}
-		if n := s.Live(); n != 0 {
-			t.Fatalf("cancelled after %s: %d VMM processes are left", after, n)
-		}
+// moments are when a call is cancelled: before it, and in its steps.
+var moments = []time.Duration{0, 100 * time.Microsecond, 300 * time.Microsecond, time.Millisecond, 3 * time.Millisecond, 10 * time.Millisecond, 30 * time.Millisecond}
+
+// cancelled makes a call under a context that ends after a while, both ways in
+// which one can, and checks that a call that fails says why that ended.
+func cancelled(t *testing.T, what string, after time.Duration, call func(context.Context) error) {
+	t.Helper()
+	gone := errors.New("the caller is gone")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	if after == 0 {
+		cancel(gone)
 	}
+	timer := time.AfterFunc(after, func() { cancel(gone) })
+	if err := call(ctx); err != nil && !errors.Is(err, gone) {
+		t.Errorf("%s, cancelled after %s: %v, want the context's cause", what, after, err)
+	}
+	timer.Stop()
+	cancel(nil)
+
+	late, stop := context.WithTimeout(t.Context(), after)
+	defer stop()
+	if err := call(late); err != nil && !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%s, with %s of time: %v, want the context's error", what, after, err)
+	}
+}
+
+func testCancelledStart(t *testing.T, s Subject) {
+	for _, after := range moments {
+		cancelled(t, "start", after, func(ctx context.Context) error {
+			v, err := s.Driver.Start(ctx, s.Spec)
+			if err == nil {
+				kill(t, v)
+			}
+			if n := s.Live(); n != 0 {
+				t.Fatalf("cancelled after %s: %d VMM processes are left", after, n)
+			}
+			return err
+		})
+	}
+}
+
+func testCancelledCalls(t *testing.T, s Subject) {
+	v := start(t, s)
+	again := s.Again()
+	for _, after := range moments {
+		cancelled(t, "pause", after, v.Pause)
+		cancelled(t, "resume", after, v.Resume)
+		cancelled(t, "attach", after, func(ctx context.Context) error {
+			_, err := again.Attach(ctx, v.Handle())
+			return err
+		})
+	}
+	running(t, v)
+	for _, after := range moments {
+		v := v
+		if after > 0 {
+			v = start(t, Subject{Driver: s.Driver, Spec: s.Clone()})
+		}
+		cancelled(t, "kill", after, v.Kill)
+		gone(t, v) // it was told all the same
+	}
+}
+
+func testCancelledSnapshot(t *testing.T, s Subject) {
+	v := start(t, s)
+	snap, restorer := snapshotter(t, s, v)
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	whole := t.TempDir()
+	if err := snap.Snapshot(t.Context(), whole); err != nil {
+		t.Fatal(err)
+	}
+	for _, after := range moments {
+		cancelled(t, "snapshot", after, func(ctx context.Context) error {
+			dir := t.TempDir()
+			err := snap.Snapshot(ctx, dir)
+			if left, e := os.ReadDir(dir); e != nil || err != nil && len(left) != 0 {
+				t.Errorf("a snapshot that was cancelled after %s left %v, %v", after, left, e)
+			}
+			return err
+		})
+		cancelled(t, "restore", after, func(ctx context.Context) error {
+			clone, err := restorer.Restore(ctx, s.Clone(), whole)
+			if err == nil {
+				kill(t, clone)
+			}
+			if n := s.Live(); n != 1 {
+				t.Errorf("a restore that was cancelled after %s: %d VMM processes, want the source's", after, n)
+			}
+			return err
+		})
+	}
+	if err := v.Resume(t.Context()); err != nil {
+		t.Errorf("resume after all: %v", err)
+	}
+	kill(t, v)
 }
 
 func testAttach(t *testing.T, s Subject) {
@@ -501,9 +585,9 @@ func testFailedSnapshot(t *testing.T, s Subject) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	cancelled, cancel := context.WithCancel(t.Context())
+	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := snap.Snapshot(cancelled, dir); !errors.Is(err, context.Canceled) {
+	if err := snap.Snapshot(ended, dir); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 	if err := snap.Snapshot(t.Context(), "/nonexistent/dir"); err == nil {

@@ -55,6 +55,8 @@ type cgroups struct {
 	// descendants, may live on.
 	ended map[string]struct{}
 	next  int
+
+	ice ice
 }
 
 func newCgroups(root string) *cgroups {

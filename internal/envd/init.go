@@ -87,8 +87,10 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Envd-Version", e2bVersion)
 	w.Header().Set(protocolHeader, Protocol)
-	if req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
-		// A late copy of a request: newer data is in place.
+	if !req.Restored && req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
+		// A late copy of a request: newer data is in place. A clone has none, even
+		// of a host whose clock was set back.
+		s.thaw(false)
 		w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
 		w.WriteHeader(http.StatusNoContent)
 		return
@@ -106,9 +108,18 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.state = req.merge(state)
 	s.mu.Unlock()
+	s.thaw(req.Restored)
 	// No word on the console, a slow device: the host knows.
 	w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// thaw lets the users' processes go on: the last step, for from here on they see
+// what the machine is now.
+func (s *Server) thaw(cut bool) {
+	if s.processes.cgroups != nil {
+		s.processes.cgroups.thaw(s.guest, cut)
+	}
 }
 
 // check looks at all that a request says; user is the default user so far.

@@ -49,6 +49,8 @@ const (
 
 	dialTimeout = 5 * time.Second
 	initTimeout = 10 * time.Second
+	// freezeTimeout is longer than the guest tries.
+	freezeTimeout = 10 * time.Second
 )
 
 // Client speaks to one incarnation of one guest: its connections are its own,
@@ -281,11 +283,27 @@ func (s *stamped) Close() error { return nil }
 // returns when the guest's CPUs have nothing to do, or no later than a few
 // seconds from then. No connection is open afterwards, at the guest's end either.
 func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
-	url := c.base + "/quiesce"
 	if quiet {
-		url += "?quiet=1"
+		return c.still(ctx, "/quiesce?quiet=1")
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, nil)
+	return c.still(ctx, "/quiesce")
+}
+
+// Freeze stops the programs in the guest until its next Init, which has to come,
+// and has it write to its disk what it has in memory. In what is restored from a
+// snapshot that is taken then, nothing of the user's runs before Init has told it
+// who it is. No connection is open afterwards. After an error they may be stopped
+// or not. A guest that does not know how is errdefs.Unsupported.
+func (c *Client) Freeze(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
+	defer cancel()
+	return c.still(ctx, "/freeze")
+}
+
+// still sends a request over a connection of its own and returns when the
+// guest has none any more.
+func (c *Client) still(ctx context.Context, path string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path, nil)
 	if err != nil {
 		return fmt.Errorf("quiesce the guest: %w", err)
 	}
@@ -308,10 +326,16 @@ func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 	resp.Body.Close()
 	last.part(ctx)
 	c.transport.CloseIdleConnections()
-	if resp.StatusCode != http.StatusNoContent {
+	switch resp.StatusCode {
+	case http.StatusNoContent:
+		return nil
+	case http.StatusConflict:
+		return errdefs.Unavailable.Errorf("quiesce the guest: one of its programs cannot be stopped now, it waits for a device or a file system")
+	case http.StatusNotFound:
+		return errdefs.Unsupported.Errorf("quiesce the guest: it was made by an older agent, and does not know how to stop its programs")
+	default:
 		return errdefs.Unavailable.Errorf("quiesce the guest: it answered %s", resp.Status)
 	}
-	return nil
 }
 
 // plain is an error's text without the URL that it was made for: addresses

@@ -91,22 +91,25 @@ func (m *Manager) photograph(ctx context.Context, id ID, op Operation, doing, di
 	if !ok {
 		return source, 0, errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", m.cfg.Driver.Name())
 	}
-	back := func(context.Context) error { return nil }
-	if source.State == Running {
-		if err := b.guest.Quiesce(ctx, false); err != nil {
-			return source, 0, fmt.Errorf("%s sandbox %s: %w", op, id, err)
-		}
-		back = func(ctx context.Context) error {
-			if err := b.vm.Resume(ctx); err != nil {
-				return err
-			}
-			return b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: source.Token})
+	back := m.asBefore(b, source)
+	if source.State == Paused {
+		// The guest has to help: it runs for as long as that takes.
+		if err := b.vm.Resume(ctx); err != nil {
+			return source, 0, m.backTo(ctx, b, string(op), back, err)
 		}
 	}
-	began := time.Now()
-	if source.State == Running {
-		err = b.vm.Pause(ctx)
+	stopped, err := m.freeze(ctx, b)
+	if err != nil {
+		if source.State == Paused {
+			return source, 0, m.backTo(ctx, b, string(op), back, err)
+		}
+		return source, 0, fmt.Errorf("%s sandbox %s: %w", op, id, err)
 	}
+	began := stopped
+	if source.State == Paused {
+		began = time.Now() // it stood still anyway
+	}
+	err = b.vm.Pause(ctx)
 	if err == nil {
 		var disk error
 		var wg sync.WaitGroup
@@ -130,6 +133,46 @@ func (m *Manager) photograph(ctx context.Context, id ID, op Operation, doing, di
 		return source, 0, m.backTo(ctx, b, string(op), back, err)
 	}
 	return source, time.Since(began), nil
+}
+
+// freeze has the guest write out what it has in memory and stops its programs,
+// which only Init lets go on: in a copy that is made now none of them runs under
+// the identity, the clock and the random numbers of another. since is when they
+// stopped, or a little earlier.
+func (m *Manager) freeze(ctx context.Context, b *box) (since time.Time, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, syncTimeout,
+		errdefs.Unavailable.Errorf("the guest did not write out its memory within %s", syncTimeout))
+	defer cancel()
+	// Most of it while they run.
+	if err := b.guest.Quiesce(ctx, false); err != nil {
+		return time.Time{}, err
+	}
+	since = time.Now()
+	err = b.guest.Freeze(ctx)
+	if err == nil {
+		return since, nil
+	}
+	// It may have stopped them all the same.
+	wake, cancelWake := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
+	defer cancelWake()
+	if terr := b.guest.Init(wake, guest.Init{Time: time.Now(), AccessToken: b.record().Token}); terr != nil {
+		m.log.Warn("guest not thawed", "sandbox", b.id, "err", terr)
+	}
+	return since, err
+}
+
+// asBefore returns what brings a VM back to what it was when an operation began.
+// The programs of one that was paused stay frozen: its resume thaws them.
+func (m *Manager) asBefore(b *box, was Record) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if was.State == Paused {
+			return b.vm.Pause(ctx)
+		}
+		if err := b.vm.Resume(ctx); err != nil {
+			return err
+		}
+		return b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: was.Token})
+	}
 }
 
 // photo is the state of a sandbox that others start from.

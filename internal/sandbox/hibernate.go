@@ -73,6 +73,11 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 		if err != nil {
 			return fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
 		}
+		// So that no program sees the time of now before the resume has set the
+		// clock. It can do without: it stays who it is.
+		if err := b.guest.Freeze(ctx); err != nil {
+			m.log.Warn("programs not stopped before the hibernation", "sandbox", b.id, "err", err)
+		}
 		back = func(ctx context.Context) error {
 			if err := b.vm.Resume(ctx); err != nil {
 				return err

@@ -17,16 +17,17 @@ import (
 
 // printRandom is a program of the user's that never rests. What it draws goes to
 // the console, one line at a time: a copy's console begins empty, so what is in it
-// was printed after the copy, but for what was on its way, in the first line.
+// was drawn after the copy, but for the first line, which was on its way.
 const printRandom = `
-import os, termios, time, socket
+import os, sys, termios, time, socket
+name = sys.argv[1].encode()
 f = os.open("/dev/ttyS0", os.O_WRONLY | os.O_NOCTTY)
 while True:
-    os.write(f, b"<%s %s %.3f>\n" % (socket.gethostname().encode(), os.urandom(12).hex().encode(), time.time()))
+    os.write(f, b"<%s %s %s %.3f>\n" % (name, socket.gethostname().encode(), os.urandom(12).hex().encode(), time.time()))
     termios.tcdrain(f)
 `
 
-var printed = regexp.MustCompile(`<(\S+) ([0-9a-f]{24}) ([0-9.]+)>`)
+var printed = regexp.MustCompile(`<(\S+) (\S+) ([0-9a-f]{24}) ([0-9.]+)>`)
 
 type draw struct {
 	host, value string
@@ -43,14 +44,19 @@ func (b *sandbox) draws(from int) []draw {
 		if err != nil {
 			b.t.Fatal(err)
 		}
-		_, data, _ = bytes.Cut(data[min(from, len(data)):], []byte("\n")) // may have been on its way
+		_, data, _ = bytes.Cut(data[min(from, len(data)):], []byte("\n")) // may be half a line
 		var list []draw
+		begun := map[string]bool{}
 		for _, m := range printed.FindAllSubmatch(data, -1) {
-			sec, err := strconv.ParseFloat(string(m[3]), 64)
+			if name := string(m[1]); !begun[name] {
+				begun[name] = true
+				continue
+			}
+			sec, err := strconv.ParseFloat(string(m[4]), 64)
 			if err != nil {
 				b.t.Fatal(err)
 			}
-			list = append(list, draw{string(m[1]), string(m[2]), time.UnixMilli(int64(sec * 1000))})
+			list = append(list, draw{string(m[2]), string(m[3]), time.UnixMilli(int64(sec * 1000))})
 		}
 		if len(list) >= 20 {
 			return list
@@ -100,10 +106,10 @@ func distinct(t *testing.T, seen map[string]string, after time.Time, boxes ...*s
 func TestIdentityOfCopies(t *testing.T) {
 	a := startAgent(t)
 	b := a.create(t, nil)
-	b.sh("cat >/root/draw.py <<'EOF'\n" + printRandom + "\nEOF\n(setsid python3 /root/draw.py >/dev/null 2>&1 &)")
+	b.sh("cat >/root/draw.py <<'EOF'\n" + printRandom + "\nEOF\n(setsid python3 /root/draw.py a >/dev/null 2>&1 &)")
 	// One that left the cgroup that it was born in, as those of a container do.
-	b.sh("mkdir /sys/fs/cgroup/elsewhere; (sh -c 'echo $$ >/sys/fs/cgroup/elsewhere/cgroup.procs; exec setsid python3 /root/draw.py' >/dev/null 2>&1 &)")
-	b.sh("(sh -c 'echo $$ >/sys/fs/cgroup/cgroup.procs; exec setsid python3 /root/draw.py' >/dev/null 2>&1 &)")
+	b.sh("mkdir /sys/fs/cgroup/elsewhere; (sh -c 'echo $$ >/sys/fs/cgroup/elsewhere/cgroup.procs; exec setsid python3 /root/draw.py b' >/dev/null 2>&1 &)")
+	b.sh("(sh -c 'echo $$ >/sys/fs/cgroup/cgroup.procs; exec setsid python3 /root/draw.py c' >/dev/null 2>&1 &)")
 	seen := map[string]string{}
 	b.draws(0)
 	fork := func(n int32) (forks []*sandbox) {

@@ -92,6 +92,8 @@ type size struct {
 	memory   string
 	timeout  time.Duration
 	then     string
+	user     string
+	env      []string
 	reach    reach
 }
 
@@ -116,12 +118,17 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 	if err != nil {
 		return nil, err
 	}
+	env, err := variables(s.env)
+	if err != nil {
+		return nil, err
+	}
 	policy, err := s.reach.policy()
 	if err != nil {
 		return nil, err
 	}
 	return &hostagentv1.CreateSandboxRequest{
 		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
+		User: s.user, Envs: env,
 	}, nil
 }
 
@@ -214,6 +221,8 @@ passed without activity.`,
 		},
 	}
 	s.flags(cmd)
+	cmd.Flags().StringVarP(&s.user, "user", "u", "", "user of the programs in the sandbox, if their callers name none (default the template's)")
+	cmd.Flags().StringArrayVarP(&s.env, "env", "e", nil, "set NAME=VALUE for all programs in the sandbox, or pass on our NAME; may be repeated")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "say on stderr what the sandbox started from and what the time went into")
 	return cmd

@@ -22,6 +22,8 @@ const (
 	protocolHeader = "Wrenn-Guest-Protocol"
 	// clockHeader tells what time it is here, in nanoseconds since 1970.
 	clockHeader = "Wrenn-Guest-Clock"
+	// missingHeader says what a refused initialisation asked for in vain.
+	missingHeader = "Wrenn-Missing"
 	// e2bVersion is the version of E2B's daemon whose protocol this is.
 	e2bVersion = "0.6.4"
 
@@ -75,6 +77,9 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	defer s.initMu.Unlock()
 	state := s.defaults()
 	if err := req.check(s.accounts, state.user); err != nil {
+		if errors.Is(err, errNoAccount) {
+			w.Header().Set(missingHeader, "user")
+		}
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}

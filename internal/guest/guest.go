@@ -34,6 +34,8 @@ const (
 	protocolHeader = "Wrenn-Guest-Protocol"
 	// clockHeader is the guest's time, in nanoseconds since 1970.
 	clockHeader = "Wrenn-Guest-Clock"
+	// missingHeader is what a refused Init asked for in vain.
+	missingHeader = "Wrenn-Missing"
 	// maxClockError is by how much a restored guest's clock may be off, the way
 	// of its answer included.
 	maxClockError = 20 * time.Millisecond
@@ -187,7 +189,8 @@ type Init struct {
 
 // Init initialises the guest. It may be repeated; an older Time than that of
 // the last call changes nothing. A guest that knows another token answers
-// errdefs.Unauthenticated, one that does not answer is errdefs.Unavailable, one
+// errdefs.Unauthenticated, one without the default user errdefs.NotFound, one that
+// does not answer is errdefs.Unavailable, one
 // of another protocol version errdefs.Unsupported.
 func (c *Client) Init(ctx context.Context, in Init) error {
 	ctx, cancel := context.WithTimeout(ctx, initTimeout)
@@ -223,6 +226,9 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	}
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, 512))
+	if resp.StatusCode == http.StatusBadRequest && resp.Header.Get(missingHeader) == "user" {
+		return errdefs.NotFound.Errorf("initialise the guest: it has no user %q", in.DefaultUser)
+	}
 	switch reason := strings.TrimSpace(string(text)); resp.StatusCode {
 	case http.StatusNoContent:
 		if version := resp.Header.Get(protocolHeader); version != protocol {

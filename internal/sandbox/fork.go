@@ -43,7 +43,7 @@ func (m *Manager) Fork(ctx context.Context, id ID, count int) (Forked, error) {
 	}
 	// Whoever runs from it has it open.
 	defer os.RemoveAll(dir)
-	from := photo{Ready: template.Ready{Dir: dir, Overlay: filepath.Join(dir, snapshotOverlay)}, fork: true}
+	from := photo{Ready: template.Ready{Dir: dir, Overlay: filepath.Join(dir, snapshotOverlay)}}
 	source, paused, err := m.photograph(ctx, id, OpFork, "forked", dir, func(ctx context.Context, disk string) error {
 		return m.cfg.Templates.CloneOverlay(ctx, from.Overlay, disk)
 	})
@@ -152,13 +152,18 @@ func (m *Manager) freeze(ctx context.Context, b *box) (since time.Time, err erro
 	if err == nil {
 		return since, nil
 	}
-	// It may have stopped them all the same.
-	wake, cancelWake := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
-	defer cancelWake()
-	if terr := b.guest.Init(wake, guest.Init{Time: time.Now(), AccessToken: b.record().Token}); terr != nil {
-		m.log.Warn("guest not thawed", "sandbox", b.id, "err", terr)
-	}
+	m.thaw(ctx, b)
 	return since, err
+}
+
+// thaw lets the programs of a guest go on whose freeze failed, which may have
+// stopped them all the same.
+func (m *Manager) thaw(ctx context.Context, b *box) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
+	defer cancel()
+	if err := b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: b.record().Token}); err != nil {
+		m.log.Warn("programs may still be stopped", "sandbox", b.id, "err", err)
+	}
 }
 
 // asBefore returns what brings a VM back to what it was when an operation began.
@@ -180,8 +185,6 @@ type photo struct {
 	template.Ready
 	// token is what its guest knows as its own, or as its clones'.
 	token string
-	// fork says that they have its variables and its default user, too.
-	fork bool
 	// why, if set, says why the memory cannot be restored: they boot from the
 	// disk alone. bootable says that it can be booted.
 	why      string
@@ -213,9 +216,6 @@ func (m *Manager) develop(ctx context.Context, b *box, tmpl template.Template, p
 	if p.why == "" {
 		in := identity(b.record(), true)
 		in.NewBootID = true
-		if p.fork {
-			in.Env, in.DefaultUser = nil, ""
-		}
 		err := m.restore(ctx, b, tmpl, p.Dir, in, p.token, took)
 		if err == nil {
 			return nil
@@ -249,7 +249,7 @@ func (m *Manager) fork(ctx context.Context, source Record, from photo) (Info, er
 	}
 	req := CreateRequest{
 		Template: source.Template, VCPUs: source.VCPUs, MemMiB: source.MemMiB,
-		Timeout: source.Timeout, OnTimeout: source.OnTimeout, Network: source.Network, diskMiB: source.DiskMiB,
+		Timeout: source.Timeout, OnTimeout: source.OnTimeout, Network: source.Network, Login: source.Login, diskMiB: source.DiskMiB,
 	}
 	created, err := m.make(ctx, req, source.Base, func(ctx context.Context, b *box, took *phases) error {
 		if err := m.develop(ctx, b, tmpl, from, took); err != nil {

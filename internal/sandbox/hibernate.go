@@ -66,24 +66,20 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 	}
 	back := func(context.Context) error { return nil }
 	if was.State == Running {
-		// The disk alone is worth something, too.
-		sync, cancel := context.WithTimeout(ctx, syncTimeout)
-		err := b.guest.Quiesce(sync, false)
-		cancel()
-		if err != nil {
-			return fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
-		}
-		// So that no program sees the time of now before the resume has set the
-		// clock. It can do without: it stays who it is.
+		// No program sees the time of now before the resume has set the clock. It
+		// can do without, for it stays who it is; but the disk alone is worth
+		// something, too.
 		if err := b.guest.Freeze(ctx); err != nil {
 			m.log.Warn("programs not stopped before the hibernation", "sandbox", b.id, "err", err)
-		}
-		back = func(ctx context.Context) error {
-			if err := b.vm.Resume(ctx); err != nil {
-				return err
+			sync, cancel := context.WithTimeout(ctx, syncTimeout)
+			err := b.guest.Quiesce(sync, false)
+			cancel()
+			if err != nil {
+				m.thaw(ctx, b)
+				return fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
 			}
-			return b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: was.Token})
 		}
+		back = m.asBefore(b, was)
 		if err := b.vm.Pause(ctx); err != nil {
 			return m.backTo(ctx, b, "hibernate", back, err)
 		}

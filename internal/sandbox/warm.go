@@ -125,6 +125,9 @@ func (m *Manager) createWarm(ctx context.Context, req CreateRequest, tmpl templa
 		if cause := context.Cause(ctx); cause != nil {
 			return Created{}, false, fmt.Errorf("create sandbox: %w", cause)
 		}
+		if errdefs.ClassOf(err) == errdefs.NotFound { // no guest has that user
+			return Created{}, false, fmt.Errorf("create sandbox: %w", err)
+		}
 		m.log.Warn("warm guest of no use", "sandbox", b.id, "err", err)
 	}
 }
@@ -149,13 +152,14 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 		}
 		took.end("network")
 	}
-	if err := b.guest.Init(ctx, identity(b.record(), true)); err != nil {
+	rec.Login = req.Login
+	if err := b.guest.Init(ctx, identity(rec, true)); err != nil {
 		return m.bootFailed(b, "initialise guest", err)
 	}
 	took.end("init")
 	err = m.move(b, Running, func(r *Record) {
 		r.Warm, r.CreatedAt = "", began
-		r.Timeout, r.OnTimeout, r.Network = req.Timeout, req.OnTimeout, rec.Network
+		r.Timeout, r.OnTimeout, r.Network, r.Login = req.Timeout, req.OnTimeout, rec.Network, rec.Login
 	})
 	if err == nil {
 		took.end("commit")

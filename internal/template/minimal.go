@@ -92,7 +92,7 @@ func (s *Store) setupMinimal(ctx context.Context, progress Progress) error {
 	}
 	m := templateManifest{
 		Recipe:   minimalRecipe(),
-		Defaults: Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: DefaultOverlayMiB},
+		Defaults: Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: DefaultOverlayMiB, Login: Login{User: "root"}},
 	}
 	if err := publish(tmp, dst, "template.json", &m, &m.manifest); err != nil {
 		return err

@@ -108,8 +108,10 @@ func TestIdentityOfCopies(t *testing.T) {
 	b := a.create(t, nil)
 	b.sh("cat >/root/draw.py <<'EOF'\n" + printRandom + "\nEOF\n(setsid python3 /root/draw.py a >/dev/null 2>&1 &)")
 	// One that left the cgroup that it was born in, as those of a container do.
-	b.sh("mkdir /sys/fs/cgroup/elsewhere; (sh -c 'echo $$ >/sys/fs/cgroup/elsewhere/cgroup.procs; exec setsid python3 /root/draw.py b' >/dev/null 2>&1 &)")
-	b.sh("(sh -c 'echo $$ >/sys/fs/cgroup/cgroup.procs; exec setsid python3 /root/draw.py c' >/dev/null 2>&1 &)")
+	b.sh("mkdir /sys/fs/cgroup/elsewhere")
+	for name, group := range map[string]string{"b": "/sys/fs/cgroup/elsewhere", "c": "/sys/fs/cgroup"} {
+		b.sh("(sh -c 'echo $$ >" + group + "/cgroup.procs; exec setsid python3 /root/draw.py " + name + "' >/dev/null 2>&1 &)")
+	}
 	seen := map[string]string{}
 	b.draws(0)
 	fork := func(n int32) (forks []*sandbox) {
@@ -165,33 +167,29 @@ func TestIdentityOfCopies(t *testing.T) {
 	if n := b.consoleSize(); n != from {
 		t.Errorf("the paused source wrote %d bytes", n-from)
 	}
-	after = time.Now()
-	if err := b.resume(); err != nil {
-		t.Fatal(err)
-	}
-	for _, d := range b.draws(from) {
-		if d.at.Before(after) || d.host != b.id {
-			t.Errorf("resumed, it draws as %s at %s, %s too early", d.host, d.at, after.Sub(d.at))
-			break
-		}
-	}
-
+	b.resumesInTime()
 	if err := b.hibernate(); err != nil {
 		t.Fatal(err)
 	}
-	from = b.consoleSize()
-	after = time.Now()
+	b.resumesInTime()
+	if got := b.sh("cat /sys/fs/cgroup/*/cgroup.freeze | sort -u; echo $E2B_SANDBOX_ID"); got != "0\n"+b.id {
+		t.Errorf("it says %q", got)
+	}
+}
+
+// resumesInTime resumes a sandbox whose program must draw nothing at the time of
+// before.
+func (b *sandbox) resumesInTime() {
+	b.t.Helper()
+	from, after := b.consoleSize(), time.Now()
 	if err := b.resume(); err != nil {
-		t.Fatal(err)
+		b.t.Fatal(err)
 	}
 	for _, d := range b.draws(from) {
 		if d.at.Before(after) || d.host != b.id {
-			t.Errorf("back from the disk, it draws as %s at %s, %s too early", d.host, d.at, after.Sub(d.at))
-			break
+			b.t.Errorf("it draws as %s at %s, %s too early", d.host, d.at, after.Sub(d.at))
+			return
 		}
-	}
-	if got := b.sh("cat /sys/fs/cgroup/*/cgroup.freeze | sort -u; echo $E2B_SANDBOX_ID"); got != "0\n"+b.id {
-		t.Errorf("it says %q", got)
 	}
 }
 
@@ -211,7 +209,8 @@ func TestIdentityOfNewOnes(t *testing.T) {
 		}
 		b := &sandbox{t, a, resp.Msg.SandboxId}
 		ways[resp.Msg.StartedFrom] = true
-		for _, out := range strings.Fields(b.sh("hostname; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '; cat /etc/machine-id; cat /proc/sys/kernel/random/boot_id")) {
+		out := b.sh("hostname; head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '; cat /etc/machine-id /proc/sys/kernel/random/boot_id")
+		for _, out := range strings.Fields(out) {
 			if seen[out] != "" {
 				t.Errorf("%s and %s (%s) have %s", b.id, seen[out], resp.Msg.StartedFrom, out)
 			}

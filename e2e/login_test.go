@@ -66,7 +66,8 @@ func TestUserAndVariables(t *testing.T) {
 		t.Errorf("a file without a user: %q", got)
 	}
 	resp, err := a.Exec(t.Context(), connect.NewRequest(&hostagentv1.ExecRequest{
-		SandboxId: b.id, Cmd: "sh", Args: []string{"-c", "id -un; pwd; echo $A $B $C"}, User: "root", Cwd: "/tmp", Envs: map[string]string{"B": "other", "C": "c"},
+		SandboxId: b.id, Cmd: "sh", Args: []string{"-c", "id -un; pwd; echo $A $B $C"},
+		User: "root", Cwd: "/tmp", Envs: map[string]string{"B": "other", "C": "c"},
 	}))
 	if err != nil || string(resp.Msg.Stdout) != "root\n/tmp\n"+secret+" other c\n" {
 		t.Errorf("exec as another: %v, %v", resp, err)
@@ -126,17 +127,19 @@ func TestUserAndVariables(t *testing.T) {
 	if strings.Contains(a.log.String(), secret) {
 		t.Error("the agent's log has the value of a variable")
 	}
+}
 
+func TestCreateForUser(t *testing.T) {
+	a := startAgent(t)
 	cmd := exec.Command(filepath.Join(a.bin, "wrenn"), "--host", a.url, "create", "-u", "user", "-e", "A=1", "--env", "B", "-e", "NOT_SET")
 	cmd.Env = append(cmd.Environ(), "B=2")
 	out, err := cmd.Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	byCLI := &sandbox{t, a, strings.TrimSpace(string(out))}
-	want(byCLI, "user", "/home/user", "1 2")
-	if byCLI.does("env | grep NOT_SET") {
-		t.Error("a variable that we do not have was set")
+	b := &sandbox{t, a, strings.TrimSpace(string(out))}
+	if got := b.sh("id -un; echo $A $B; env | grep NOT_SET || echo none"); got != "user\n1 2\nnone" {
+		t.Errorf("it says %q", got)
 	}
 }
 

@@ -221,8 +221,8 @@ passed without activity.`,
 		},
 	}
 	s.flags(cmd)
-	cmd.Flags().StringVarP(&s.user, "user", "u", "", "user of the programs in the sandbox, if their callers name none (default the template's)")
-	cmd.Flags().StringArrayVarP(&s.env, "env", "e", nil, "set NAME=VALUE for all programs in the sandbox, or pass on our NAME; may be repeated")
+	cmd.Flags().StringVarP(&s.user, "user", "u", "", "user of programs in the sandbox whose callers name none (default the template's)")
+	cmd.Flags().StringArrayVarP(&s.env, "env", "e", nil, "set NAME=VALUE for all programs, or pass on our NAME; may be repeated")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "say on stderr what the sandbox started from and what the time went into")
 	return cmd

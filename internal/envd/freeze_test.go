@@ -51,15 +51,9 @@ func TestFreeze(t *testing.T) {
 		}
 	}
 	n := lines()
-	type answer struct {
-		out string
-		err error
-	}
-	began := make(chan answer, 1)
-	go func() {
-		out, err := wrote(context.Background(), c, bySh("echo begun"))
-		began <- answer{out, err}
-	}()
+	began := make(chan told, 1)
+	ask := func() { began <- wrote(c, bySh("echo begun")) }
+	go ask()
 	waits := func() bool {
 		buf := make([]byte, 1<<18)
 		return strings.Contains(string(buf[:runtime.Stack(buf, true)]), "(*cgroups).starting(")
@@ -83,10 +77,7 @@ func TestFreeze(t *testing.T) {
 	if status := post("/freeze", ""); status != 204 {
 		t.Fatalf("freeze: %d", status)
 	}
-	go func() {
-		out, err := wrote(context.Background(), c, bySh("echo begun"))
-		began <- answer{out, err}
-	}()
+	go ask()
 	eventually(t, "the start to wait", waits)
 	if status := post("/init", `{"restored":true}`); status != 204 || frozen() != 0 {
 		t.Errorf("init: %d, frozen %d", status, frozen())
@@ -106,18 +97,23 @@ func TestFreeze(t *testing.T) {
 	e.Close()
 }
 
+type told struct {
+	out string
+	err error
+}
+
 // wrote is what a program wrote.
-func wrote(ctx context.Context, c processconnect.ProcessClient, msg *processv1.StartRequest) (string, error) {
-	stream, err := c.Start(ctx, connect.NewRequest(msg))
+func wrote(c processconnect.ProcessClient, msg *processv1.StartRequest) told {
+	stream, err := c.Start(context.Background(), connect.NewRequest(msg))
 	if err != nil {
-		return "", err
+		return told{"", err}
 	}
 	defer stream.Close()
 	var out strings.Builder
 	for stream.Receive() {
 		out.Write(stream.Msg().GetEvent().GetData().GetStdout())
 	}
-	return out.String(), stream.Err()
+	return told{out.String(), stream.Err()}
 }
 
 // TestFreezeOfWhatCannotBe: after the bound, or when its caller has gone, all go
@@ -150,7 +146,8 @@ func TestFreezeOfWhatCannotBe(t *testing.T) {
 	s, _ := serve(t, Config{CgroupRoot: real})
 	ctx, cancel = context.WithCancel(t.Context())
 	cancel()
-	w := request(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.ServeHTTP(w, r.WithContext(ctx)) }), "POST", "/freeze", "")
+	gone := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { s.ServeHTTP(w, r.WithContext(ctx)) })
+	w := request(t, gone, "POST", "/freeze", "")
 	if n := (&cgroup{dir: real}).event("cgroup.events", "frozen"); w.Code != http.StatusConflict || n != 0 {
 		t.Errorf("a freeze whose caller has gone: %d, frozen %d", w.Code, n)
 	}

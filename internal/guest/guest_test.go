@@ -232,7 +232,8 @@ func TestFreezeAnswers(t *testing.T) {
 // is of no use.
 func TestInitOfNobody(t *testing.T) {
 	c := serveEnvd(t)
-	if err := c.Init(t.Context(), guest.Init{DefaultUser: "no-such-user"}); errdefs.ClassOf(err) != errdefs.NotFound || !strings.Contains(err.Error(), "no-such-user") {
+	err := c.Init(t.Context(), guest.Init{DefaultUser: "no-such-user"})
+	if errdefs.ClassOf(err) != errdefs.NotFound || !strings.Contains(err.Error(), "no-such-user") {
 		t.Errorf("no such user: %v, want not found", err)
 	}
 }

@@ -181,7 +181,8 @@ func (m *Manager) createFrom(ctx context.Context, req CreateRequest) (Created, e
 		from.why = "its memory is of another version of the vmm, another machine or another cpu than here"
 	}
 	if from.why != "" && !from.bootable {
-		return Created{}, errdefs.Unsupported.Errorf("snapshot %q cannot be restored: %s; nor can it be booted, for its disk was not up to date", name, from.why)
+		return Created{}, errdefs.Unsupported.Errorf(
+			"snapshot %q cannot be restored: %s; nor can it be booted, for its disk was not up to date", name, from.why)
 	}
 	return m.make(ctx, req, tmpl.BaseSHA256, func(ctx context.Context, b *box, took *phases) error {
 		if err := m.develop(ctx, b, tmpl, from, took); err != nil {

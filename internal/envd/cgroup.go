@@ -56,7 +56,7 @@ type cgroups struct {
 	ended map[string]struct{}
 	next  int
 
-	ice ice
+	freezer freezer
 }
 
 func newCgroups(root string) *cgroups {

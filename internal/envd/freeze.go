@@ -24,10 +24,10 @@ const maxFreeze = 5 * time.Second
 // a device or a file system over a network.
 var errNotFrozen = errors.New("a process cannot be frozen")
 
-// ice says whether the users' processes are frozen. No process is started
+// freezer says whether the users' processes are frozen. No process is started
 // between a freeze and the thaw that follows it: it would be born frozen, and
 // envd, which waits for its exec, with it.
-type ice struct {
+type freezer struct {
 	// gate is held for reading while a process is started, and for writing
 	// from the freeze to the thaw.
 	gate sync.RWMutex
@@ -42,13 +42,13 @@ type ice struct {
 // starting returns when a process may be started; the caller must call done
 // when that has been tried.
 func (g *cgroups) starting() (done func(), err error) {
-	cuts := g.ice.cuts.Load()
-	g.ice.gate.RLock()
-	if g.ice.cuts.Load() != cuts {
-		g.ice.gate.RUnlock()
+	cuts := g.freezer.cuts.Load()
+	g.freezer.gate.RLock()
+	if g.freezer.cuts.Load() != cuts {
+		g.freezer.gate.RUnlock()
 		return nil, connect.NewError(connect.CodeUnavailable, errors.New("the machine went on from a snapshot"))
 	}
-	return g.ice.gate.RUnlock, nil
+	return g.freezer.gate.RUnlock, nil
 }
 
 // freeze stops all users' processes until thaw and returns when none of them
@@ -58,14 +58,14 @@ func (g *cgroups) starting() (done func(), err error) {
 func (g *cgroups) freeze(ctx context.Context, machine bool) error {
 	ctx, cancel := context.WithTimeout(ctx, maxFreeze)
 	defer cancel()
-	g.ice.mu.Lock()
-	defer g.ice.mu.Unlock()
-	if g.ice.frozen {
+	g.freezer.mu.Lock()
+	defer g.freezer.mu.Unlock()
+	if g.freezer.frozen {
 		return nil
 	}
 	tick := time.NewTicker(pollInterval)
 	defer tick.Stop()
-	for !g.ice.gate.TryLock() { // a process whose program is being read is waited for
+	for !g.freezer.gate.TryLock() { // a process whose program is being read is waited for
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
@@ -74,10 +74,10 @@ func (g *cgroups) freeze(ctx context.Context, machine bool) error {
 	}
 	err := g.stop(ctx, machine, tick.C)
 	if err != nil {
-		g.melt(machine)
+		g.goOn(machine)
 		return err
 	}
-	g.ice.frozen = true
+	g.freezer.frozen = true
 	return nil
 }
 
@@ -172,21 +172,21 @@ func ofUser(pid int) bool {
 // thaw lets go on what freeze stopped. cut says that the machine is another one
 // now, or has been away: the starts that waited are refused.
 func (g *cgroups) thaw(machine, cut bool) {
-	g.ice.mu.Lock()
-	defer g.ice.mu.Unlock()
+	g.freezer.mu.Lock()
+	defer g.freezer.mu.Unlock()
 	if cut {
-		g.ice.cuts.Add(1)
+		g.freezer.cuts.Add(1)
 	}
-	if !g.ice.frozen {
+	if !g.freezer.frozen {
 		return
 	}
-	g.ice.frozen = false
-	g.melt(machine)
+	g.freezer.frozen = false
+	g.goOn(machine)
 }
 
-// melt is called with the gate held for writing, which it gives back.
-func (g *cgroups) melt(machine bool) {
-	defer g.ice.gate.Unlock()
+// goOn is called with the gate held for writing, which it gives back.
+func (g *cgroups) goOn(machine bool) {
+	defer g.freezer.gate.Unlock()
 	for _, dir := range g.frozenDirs(machine) {
 		_ = os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("0"), 0o644)
 	}

@@ -123,6 +123,8 @@ type size struct {
 	memory   string
 	timeout  time.Duration
 	then     string
+	user     string
+	env      []string
 	reach    reach
 }
 
@@ -147,12 +149,17 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 	if err != nil {
 		return nil, err
 	}
+	env, err := variables(s.env)
+	if err != nil {
+		return nil, err
+	}
 	policy, err := s.reach.policy()
 	if err != nil {
 		return nil, err
 	}
 	return &hostagentv1.CreateSandboxRequest{
 		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
+		User: s.user, Envs: env,
 	}, nil
 }
 
@@ -247,6 +254,8 @@ passed without activity.`,
 		},
 	}
 	s.flags(cmd)
+	cmd.Flags().StringVarP(&s.user, "user", "u", "", "user of programs in the sandbox whose callers name none (default the template's)")
+	cmd.Flags().StringArrayVarP(&s.env, "env", "e", nil, "set NAME=VALUE for all programs, or pass on our NAME; may be repeated")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "say on stderr what the sandbox started from and what the time went into")
 	return cmd

@@ -34,7 +34,7 @@ type command struct {
 }
 
 func (x *command) flags(cmd *cobra.Command) {
-	cmd.Flags().StringArrayVarP(&x.env, "env", "e", nil, "set NAME=VALUE for the command; may be repeated")
+	cmd.Flags().StringArrayVarP(&x.env, "env", "e", nil, "set NAME=VALUE for the command, or pass on our NAME; may be repeated")
 	cmd.Flags().StringVarP(&x.cwd, "workdir", "w", "", "directory of the command in the sandbox")
 	cmd.Flags().StringVarP(&x.user, "user", "u", "", "user of the command in the sandbox")
 	cmd.Flags().BoolVarP(&x.interactive, "interactive", "i", false, "connect stdin")
@@ -42,18 +42,34 @@ func (x *command) flags(cmd *cobra.Command) {
 	cmd.Flags().SetInterspersed(false) // flags behind the command are its own
 }
 
+// variables reads flags of the form NAME=VALUE, or NAME for our own variable,
+// whose value no list of processes shows then.
+func variables(flags []string) (map[string]string, error) {
+	env := map[string]string{}
+	for _, kv := range flags {
+		name, value, ok := strings.Cut(kv, "=")
+		if !ok {
+			value, ok = os.LookupEnv(name)
+		}
+		switch {
+		case name == "":
+			return nil, errors.New("--env needs NAME=VALUE, or NAME to pass on a variable")
+		case ok:
+			env[name] = value
+		}
+	}
+	return env, nil
+}
+
 // session is the command connected as the flags say.
 func (x *command) session(args []string) (*session, error) {
 	s := &session{
-		config: &process.ProcessConfig{Cmd: args[0], Args: args[1:], Envs: map[string]string{}},
+		config: &process.ProcessConfig{Cmd: args[0], Args: args[1:]},
 		user:   x.user, stdout: os.Stdout, stderr: os.Stderr,
 	}
-	for _, kv := range x.env {
-		name, value, ok := strings.Cut(kv, "=")
-		if !ok || name == "" {
-			return nil, fmt.Errorf("--env %q is not of the form NAME=VALUE", kv)
-		}
-		s.config.Envs[name] = value
+	var err error
+	if s.config.Envs, err = variables(x.env); err != nil {
+		return nil, err
 	}
 	if x.cwd != "" {
 		s.config.Cwd = &x.cwd

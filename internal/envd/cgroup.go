@@ -55,6 +55,8 @@ type cgroups struct {
 	// descendants, may live on.
 	ended map[string]struct{}
 	next  int
+
+	freezer freezer
 }
 
 func newCgroups(root string) *cgroups {

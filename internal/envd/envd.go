@@ -100,6 +100,7 @@ func New(c Config) *Server {
 	mux.HandleFunc("GET /health", s.health)
 	mux.HandleFunc("POST /init", s.init)
 	mux.HandleFunc("POST /quiesce", s.quiesce)
+	mux.HandleFunc("POST /freeze", s.freeze)
 	mux.HandleFunc("GET /metrics", s.metrics)
 	mux.HandleFunc("GET /envs", s.envs)
 	mux.HandleFunc("GET /files", s.download)

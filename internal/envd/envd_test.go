@@ -166,6 +166,12 @@ func TestInitTokens(t *testing.T) {
 			{"later", "POST", "/init", "a", `{"accessToken":"b","timestamp":"2030-01-01T00:00:03Z"}`, 204},
 			{"the second", "POST", list, "b", "{}", 200},
 		},
+		"a clone of a host whose clock was set back": {
+			{"set", "POST", "/init", "", `{"accessToken":"a","timestamp":"2030-01-01T00:00:02Z"}`, 204},
+			{"restored", "POST", "/init", "a", `{"accessToken":"b","timestamp":"2030-01-01T00:00:01Z","restored":true}`, 204},
+			{"the old token", "POST", list, "a", "{}", 401},
+			{"the new token", "POST", list, "b", "{}", 200},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, _ := serve(t, Config{})

@@ -22,6 +22,8 @@ const (
 	protocolHeader = "Wrenn-Guest-Protocol"
 	// clockHeader tells what time it is here, in nanoseconds since 1970.
 	clockHeader = "Wrenn-Guest-Clock"
+	// missingHeader says what a refused initialisation asked for in vain.
+	missingHeader = "Wrenn-Missing"
 	// e2bVersion is the version of E2B's daemon whose protocol this is.
 	e2bVersion = "0.6.4"
 
@@ -75,6 +77,9 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	defer s.initMu.Unlock()
 	state := s.defaults()
 	if err := req.check(s.accounts, state.user); err != nil {
+		if errors.Is(err, errNoAccount) {
+			w.Header().Set(missingHeader, "user")
+		}
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
@@ -87,8 +92,10 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Envd-Version", e2bVersion)
 	w.Header().Set(protocolHeader, Protocol)
-	if req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
-		// A late copy of a request: newer data is in place.
+	if !req.Restored && req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
+		// A late copy of a request: newer data is in place. A clone has none, even
+		// of a host whose clock was set back.
+		s.thaw(false)
 		w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
 		w.WriteHeader(http.StatusNoContent)
 		return
@@ -106,9 +113,18 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	s.mu.Lock()
 	s.state = req.merge(state)
 	s.mu.Unlock()
+	s.thaw(req.Restored)
 	// No word on the console, a slow device: the host knows.
 	w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// thaw lets the users' processes go on: the last step, for from here on they see
+// what the machine is now.
+func (s *Server) thaw(cut bool) {
+	if s.processes.cgroups != nil {
+		s.processes.cgroups.thaw(s.guest, cut)
+	}
 }
 
 // check looks at all that a request says; user is the default user so far.

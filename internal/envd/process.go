@@ -133,15 +133,21 @@ func (ps *processes) start(c command) (*process, *subscriber, error) {
 		Setsid: true, Setctty: c.size != nil, Credential: credential(c.as),
 	}}
 	if ps.cgroups != nil {
+		done, err := ps.cgroups.starting()
+		if err != nil {
+			files.closeOurs()
+			return nil, nil, err
+		}
+		defer done()
+		// None without: it could not be frozen.
 		group, dir, err := ps.cgroups.make()
 		if err != nil {
-			// The process's group stands in for it.
-			ps.log.Warn("start process", "err", err)
-		} else {
-			defer dir.Close()
-			p.cgroup = group
-			attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(dir.Fd())
+			files.closeOurs()
+			return nil, nil, connect.NewError(connect.CodeResourceExhausted, fmt.Errorf("start process: %w", cause(err)))
 		}
+		defer dir.Close()
+		p.cgroup = group
+		attr.Sys.UseCgroupFD, attr.Sys.CgroupFD = true, int(dir.Fd())
 	}
 
 	ps.mu.Lock()

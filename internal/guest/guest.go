@@ -34,6 +34,8 @@ const (
 	protocolHeader = "Wrenn-Guest-Protocol"
 	// clockHeader is the guest's time, in nanoseconds since 1970.
 	clockHeader = "Wrenn-Guest-Clock"
+	// missingHeader is what a refused Init asked for in vain.
+	missingHeader = "Wrenn-Missing"
 	// maxClockError is by how much a restored guest's clock may be off, the way
 	// of its answer included.
 	maxClockError = 20 * time.Millisecond
@@ -49,6 +51,8 @@ const (
 
 	dialTimeout = 5 * time.Second
 	initTimeout = 10 * time.Second
+	// freezeTimeout is longer than the guest tries.
+	freezeTimeout = 10 * time.Second
 )
 
 // Client speaks to one incarnation of one guest: its connections are its own,
@@ -178,7 +182,8 @@ type Init struct {
 
 // Init initialises the guest. It may be repeated; an older Time than that of
 // the last call changes nothing. A guest that knows another token answers
-// errdefs.Unauthenticated, one that does not answer is errdefs.Unavailable, one
+// errdefs.Unauthenticated, one without the default user errdefs.NotFound, one that
+// does not answer is errdefs.Unavailable, one
 // of another protocol version errdefs.Unsupported.
 func (c *Client) Init(ctx context.Context, in Init) error {
 	ctx, cancel := context.WithTimeout(ctx, initTimeout)
@@ -214,6 +219,9 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	}
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxReason))
+	if resp.StatusCode == http.StatusBadRequest && resp.Header.Get(missingHeader) == "user" {
+		return errdefs.NotFound.Errorf("initialise the guest: it has no user %q", in.DefaultUser)
+	}
 	switch reason := errdefs.Foreign(string(text)); resp.StatusCode {
 	case http.StatusNoContent:
 		if version := resp.Header.Get(protocolHeader); version != protocol {
@@ -274,11 +282,27 @@ func (s *stamped) Close() error { return nil }
 // returns when the guest's CPUs have nothing to do, or no later than a few
 // seconds from then. No connection is open afterwards, at the guest's end either.
 func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
-	url := c.base + "/quiesce"
 	if quiet {
-		url += "?quiet=1"
+		return c.still(ctx, "/quiesce?quiet=1")
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, nil)
+	return c.still(ctx, "/quiesce")
+}
+
+// Freeze stops the programs in the guest until its next Init, which has to come,
+// and has it write to its disk what it has in memory. In what is restored from a
+// snapshot that is taken then, nothing of the user's runs before Init has told it
+// who it is. No connection is open afterwards. After an error they may be stopped
+// or not. A guest that does not know how is errdefs.Unsupported.
+func (c *Client) Freeze(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
+	defer cancel()
+	return c.still(ctx, "/freeze")
+}
+
+// still sends a request over a connection of its own and returns when the
+// guest has none any more.
+func (c *Client) still(ctx context.Context, path string) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path, nil)
 	if err != nil {
 		return fmt.Errorf("quiesce the guest: %w", err)
 	}
@@ -295,7 +319,15 @@ func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 		return errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
 	}
 	resp.Body.Close()
-	if resp.StatusCode != http.StatusNoContent {
+	switch resp.StatusCode {
+	case http.StatusNoContent:
+	case http.StatusConflict:
+		raw.Close()
+		return errdefs.Unavailable.Errorf("quiesce the guest: one of its programs cannot be stopped now, it waits for a device or a file system")
+	case http.StatusNotFound:
+		raw.Close()
+		return errdefs.Unsupported.Errorf("quiesce the guest: it was made by an older agent, and does not know how to stop its programs")
+	default:
 		raw.Close()
 		return errdefs.Unavailable.Errorf("quiesce the guest: it answered %s", errdefs.Foreign(resp.Status))
 	}

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -202,5 +203,37 @@ func TestQuiesceParts(t *testing.T) {
 	}
 	if !knows.Load() {
 		t.Error("the guest does not know that the connection is over")
+	}
+}
+
+// TestFreezeAnswers: a guest that cannot, or does not know how, says so.
+func TestFreezeAnswers(t *testing.T) {
+	for status, want := range map[int]*errdefs.Class{
+		http.StatusNoContent: nil, http.StatusConflict: errdefs.Unavailable,
+		http.StatusNotFound: errdefs.Unsupported, http.StatusOK: errdefs.Unavailable,
+	} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != "/freeze" {
+				status = http.StatusTeapot
+			}
+			w.Header().Set("Connection", "close")
+			w.WriteHeader(status)
+		}))
+		c := guest.New(netip.MustParseAddrPort(server.Listener.Addr().String()), "")
+		if err := c.Freeze(t.Context()); errdefs.ClassOf(err) != want || (err == nil) != (want == nil) {
+			t.Errorf("answered %d: %v, want class %v", status, err, want)
+		}
+		c.Close()
+		server.Close()
+	}
+}
+
+// TestInitOfNobody: the host can tell a user that is not there from a guest that
+// is of no use.
+func TestInitOfNobody(t *testing.T) {
+	c := serveEnvd(t)
+	err := c.Init(t.Context(), guest.Init{DefaultUser: "no-such-user"})
+	if errdefs.ClassOf(err) != errdefs.NotFound || !strings.Contains(err.Error(), "no-such-user") {
+		t.Errorf("no such user: %v, want not found", err)
 	}
 }

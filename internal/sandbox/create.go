@@ -43,6 +43,9 @@ type CreateRequest struct {
 	OnTimeout OnTimeout
 	// Network is what the sandbox may reach.
 	Network NetworkSettings
+	// Login is what its programs begin with; what it does not say is the
+	// template's or the snapshot's.
+	Login Login
 
 	// diskMiB is a fork's; Config.OverlayMiB when zero.
 	diskMiB int
@@ -93,7 +96,7 @@ func (r *CreateRequest) check() error {
 	if r.MemMiB < MinMemMiB || r.MemMiB > MaxMemMiB {
 		errs = append(errs, fmt.Errorf("memory is %d MiB, must be %d to %d", r.MemMiB, MinMemMiB, MaxMemMiB))
 	}
-	errs = append(errs, checkTimeout(r.Timeout), r.OnTimeout.check())
+	errs = append(errs, checkTimeout(r.Timeout), r.OnTimeout.check(), CheckUser(r.Login.User), CheckEnv(r.Login.Env))
 	if err := errors.Join(errs...); err != nil {
 		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
@@ -126,6 +129,7 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Created, error
 	if err != nil {
 		return Created{}, err
 	}
+	req.Login = req.Login.Over(tmpl.Defaults.Login)
 	if created, ok, err := m.createWarm(ctx, req, tmpl); ok || err != nil {
 		return created, err
 	}
@@ -211,7 +215,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: Creating,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(), Warm: req.warm,
+		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(), Login: req.Login, Warm: req.warm,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
 		CloneKey:  newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
@@ -260,7 +264,7 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took
 	restored := from.ready.Dir != ""
 	if restored {
 		if err := m.restore(ctx, b, tmpl, memory{dir: from.ready.Dir}, identity(b.record(), true), took); err != nil {
-			if context.Cause(ctx) != nil {
+			if context.Cause(ctx) != nil || errdefs.ClassOf(err) == errdefs.NotFound { // no such user
 				return err
 			}
 			m.log.Warn("not restored, the sandbox boots", "sandbox", b.id, "key", from.key, "err", err)

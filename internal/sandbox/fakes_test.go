@@ -504,6 +504,7 @@ func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
 	return g.called(ctx, "guest.init")
 }
 func (g fakeGuest) Quiesce(ctx context.Context, _ bool) error { return g.called(ctx, "guest.quiesce") }
+func (g fakeGuest) Freeze(ctx context.Context) error          { return g.called(ctx, "guest.freeze") }
 func (g fakeGuest) Close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -43,7 +43,7 @@ func (m *Manager) Fork(ctx context.Context, id ID, count int) (Forked, error) {
 	}
 	// Whoever runs from it has it open.
 	defer os.RemoveAll(dir)
-	from := photo{Ready: template.Ready{Dir: dir, Overlay: filepath.Join(dir, snapshotOverlay)}, fork: true}
+	from := photo{Ready: template.Ready{Dir: dir, Overlay: filepath.Join(dir, snapshotOverlay)}}
 	source, paused, err := m.photograph(ctx, id, OpFork, "forked", dir, func(ctx context.Context, disk string) error {
 		return m.cfg.Templates.CloneOverlay(ctx, from.Overlay, disk)
 	})
@@ -91,22 +91,25 @@ func (m *Manager) photograph(ctx context.Context, id ID, op Operation, doing, di
 	if !ok {
 		return source, 0, errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", m.cfg.Driver.Name())
 	}
-	back := func(context.Context) error { return nil }
-	if source.State == Running {
-		if err := b.guest.Quiesce(ctx, false); err != nil {
-			return source, 0, fmt.Errorf("%s sandbox %s: %w", op, id, err)
-		}
-		back = func(ctx context.Context) error {
-			if err := b.vm.Resume(ctx); err != nil {
-				return err
-			}
-			return b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: source.Token})
+	back := m.asBefore(b, source)
+	if source.State == Paused {
+		// The guest has to help: it runs for as long as that takes.
+		if err := b.vm.Resume(ctx); err != nil {
+			return source, 0, m.backTo(ctx, b, string(op), back, err)
 		}
 	}
-	began := time.Now()
-	if source.State == Running {
-		err = b.vm.Pause(ctx)
+	stopped, err := m.freeze(ctx, b)
+	if err != nil {
+		if source.State == Paused {
+			return source, 0, m.backTo(ctx, b, string(op), back, err)
+		}
+		return source, 0, fmt.Errorf("%s sandbox %s: %w", op, id, err)
 	}
+	began := stopped
+	if source.State == Paused {
+		began = time.Now() // it stood still anyway
+	}
+	err = b.vm.Pause(ctx)
 	if err == nil {
 		var disk error
 		var wg sync.WaitGroup
@@ -132,13 +135,56 @@ func (m *Manager) photograph(ctx context.Context, id ID, op Operation, doing, di
 	return source, time.Since(began), nil
 }
 
+// freeze has the guest write out what it has in memory and stops its programs,
+// which only Init lets go on: in a copy that is made now none of them runs under
+// the identity, the clock and the random numbers of another. since is when they
+// stopped, or a little earlier.
+func (m *Manager) freeze(ctx context.Context, b *box) (since time.Time, err error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, syncTimeout,
+		errdefs.Unavailable.Errorf("the guest did not write out its memory within %s", syncTimeout))
+	defer cancel()
+	// Most of it while they run.
+	if err := b.guest.Quiesce(ctx, false); err != nil {
+		return time.Time{}, err
+	}
+	since = time.Now()
+	err = b.guest.Freeze(ctx)
+	if err == nil {
+		return since, nil
+	}
+	m.thaw(ctx, b)
+	return since, err
+}
+
+// thaw lets the programs of a guest go on whose freeze failed, which may have
+// stopped them all the same.
+func (m *Manager) thaw(ctx context.Context, b *box) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
+	defer cancel()
+	if err := b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: b.record().Token}); err != nil {
+		m.log.Warn("programs may still be stopped", "sandbox", b.id, "err", err)
+	}
+}
+
+// asBefore returns what brings a VM back to what it was when an operation began.
+// The programs of one that was paused stay frozen: its resume thaws them.
+func (m *Manager) asBefore(b *box, was Record) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if was.State == Paused {
+			return b.vm.Pause(ctx)
+		}
+		if err := b.vm.Resume(ctx); err != nil {
+			return err
+		}
+		return b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: was.Token})
+	}
+}
+
 // photo is the state of a sandbox that others start from.
 type photo struct {
 	template.Ready
 	// token is what its guest knows as its own, or as its clones'.
 	token string
-	// fork says that they have its variables and its default user, too.
-	fork bool
 	// why, if set, says why the memory cannot be restored: they boot from the
 	// disk alone. bootable says that it can be booted.
 	why      string
@@ -170,9 +216,6 @@ func (m *Manager) develop(ctx context.Context, b *box, tmpl template.Template, p
 	if p.why == "" {
 		in := identity(b.record(), true)
 		in.NewBootID = true
-		if p.fork {
-			in.Env, in.DefaultUser = nil, ""
-		}
 		err := m.restore(ctx, b, tmpl, memory{dir: p.Dir, token: p.token}, in, took)
 		if err == nil {
 			return nil
@@ -206,7 +249,7 @@ func (m *Manager) fork(ctx context.Context, source Record, from photo) (Info, er
 	}
 	req := CreateRequest{
 		Template: source.Template, VCPUs: source.VCPUs, MemMiB: source.MemMiB,
-		Timeout: source.Timeout, OnTimeout: source.OnTimeout, Network: source.Network, diskMiB: source.DiskMiB,
+		Timeout: source.Timeout, OnTimeout: source.OnTimeout, Network: source.Network, Login: source.Login, diskMiB: source.DiskMiB,
 	}
 	created, err := m.make(ctx, req, source.Base, func(ctx context.Context, b *box, took *phases) error {
 		if err := m.develop(ctx, b, tmpl, from, took); err != nil {

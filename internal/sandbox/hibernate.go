@@ -22,6 +22,8 @@ import (
 )
 
 const (
+	// freezeTimeout bounds how long the guest may take to stop its programs.
+	freezeTimeout = 10 * time.Second
 	// syncTimeout bounds the guest's sync before its VM is stopped for good. One
 	// that takes longer, or cannot, is stopped without.
 	syncTimeout = 30 * time.Second
@@ -75,21 +77,19 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 	back := func(context.Context) error { return nil }
 	unsynced := ""
 	if was.State == Running {
+		// No program sees the time of now before the resume has set the clock. A
+		// sandbox can do without, for it stays who it is.
 		if err := m.quiesce(ctx, b); err != nil {
 			for _, of := range []context.Context{b.alive, ctx} {
 				if cause := context.Cause(of); cause != nil {
+					m.thaw(ctx, b)
 					return fmt.Errorf("hibernate sandbox %s: %w", b.id, cause)
 				}
 			}
 			unsynced = "hibernated without the guest's help, its disk by itself may lack the last writes: " + m.told(err)
 			m.log.Warn("guest does not sync its disk, it is hibernated all the same", "sandbox", b.id, "err", err)
 		}
-		back = func(ctx context.Context) error {
-			if err := b.vm.Resume(ctx); err != nil {
-				return err
-			}
-			return b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: was.Token})
-		}
+		back = m.asBefore(b, was)
 		if err := b.vm.Pause(ctx); err != nil {
 			return m.backTo(ctx, b, "hibernate", back, err)
 		}
@@ -111,8 +111,16 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 	return nil
 }
 
-// quiesce has the guest sync its disk: that alone is worth something, too.
+// quiesce has the guest stop its programs and sync its disk, which alone is worth
+// something, too; or only sync, if the programs cannot be stopped.
 func (m *Manager) quiesce(ctx context.Context, b *box) error {
+	freeze, endFreeze := context.WithTimeoutCause(ctx, freezeTimeout, errdefs.Unavailable.Errorf("the guest did not stop its programs within %s", freezeTimeout))
+	defer endFreeze()
+	err := b.guest.Freeze(freeze)
+	if err == nil {
+		return nil
+	}
+	m.log.Warn("programs not stopped before the hibernation", "sandbox", b.id, "err", err)
 	ctx, cancel := context.WithTimeoutCause(ctx, syncTimeout, errdefs.Unavailable.Errorf("the guest did not sync its disk within %s", syncTimeout))
 	defer cancel()
 	return b.guest.Quiesce(ctx, false)

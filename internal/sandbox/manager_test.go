@@ -829,6 +829,7 @@ func TestShutdown(t *testing.T) {
 	r := newRig(t)
 	id := r.create()
 	r.faults.on("guest.ready", hang)
+	r.faults.on("guest.init", hang) // the first call to one that is restored
 	created := make(chan error, 1)
 	go func() {
 		_, err := r.Create(context.Background(), CreateRequest{})

@@ -301,17 +301,19 @@ func TestTimeoutOfAGuestThatDoesNotHelp(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := newRig(t)
+				r.faults.on("guest.freeze", hook)
 				r.faults.on("guest.quiesce", hook)
 				created, err := r.Create(t.Context(), CreateRequest{Timeout: time.Minute, OnTimeout: HibernateOnTimeout, MemMiB: 256})
 				if err != nil {
 					t.Fatal(err)
 				}
-				time.Sleep(time.Minute + syncTimeout + 3*time.Second)
+				time.Sleep(time.Minute + freezeTimeout + syncTimeout + 3*time.Second)
 				synctest.Wait()
 				info := r.wantState(created.ID, Hibernated)
 				if !strings.Contains(info.Detail, "without the guest's help") {
 					t.Errorf("detail %q", info.Detail)
 				}
+				r.faults.on("guest.freeze", nil)
 				r.faults.on("guest.quiesce", nil)
 				if err := r.Resume(t.Context(), created.ID); err != nil {
 					t.Fatal(err)

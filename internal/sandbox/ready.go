@@ -365,9 +365,13 @@ func first(err error) string {
 
 // identity is what a guest is told of itself when it starts to be a sandbox.
 func identity(rec Record, restored bool) guest.Init {
+	env := rec.Login.Env
+	if env == nil { // nil would leave those of before
+		env = map[string]string{}
+	}
 	return guest.Init{
 		AccessToken: rec.Token, Hostname: string(rec.ID), SandboxID: string(rec.ID),
-		DefaultUser: "root", Env: map[string]string{}, Entropy: entropy(), Restored: restored,
+		DefaultUser: rec.user(), DefaultWorkdir: rec.Login.Workdir, Env: env, Entropy: entropy(), Restored: restored,
 		CloneKey: rec.CloneKey,
 	}
 }

@@ -6,6 +6,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"regexp"
@@ -177,6 +178,9 @@ type Record struct {
 	// Network is what it may reach.
 	Network NetworkSettings `json:"network,omitzero"`
 
+	// Login is what its programs begin with. Its variables may be secret.
+	Login Login `json:"login,omitzero"`
+
 	// Slot is 0, and HostIP invalid, while the sandbox is hibernated and all
 	// that it had of the host is free.
 	Slot   network.Slot `json:"slot"`
@@ -237,6 +241,7 @@ type Info struct {
 	Timeout      time.Duration
 	OnTimeout    OnTimeout
 	Network      NetworkSettings
+	User         string
 	HostIP       netip.Addr
 	CreatedAt    time.Time
 	StateAt      time.Time
@@ -245,11 +250,14 @@ type Info struct {
 	ExpiresAt time.Time
 }
 
+// user is whom programs run as if a call names nobody.
+func (r Record) user() string { return cmp.Or(r.Login.User, "root") }
+
 func (r Record) info() Info {
 	info := Info{
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
 		Template: r.Template, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
-		Network: r.Network.clone(), HostIP: r.HostIP, CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
+		Network: r.Network.clone(), User: r.user(), HostIP: r.HostIP, CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 	}
 	if r.Timeout > 0 && r.State == Running {
 		info.ExpiresAt = r.LastActiveAt.Add(r.Timeout)

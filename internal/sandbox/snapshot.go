@@ -81,7 +81,7 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 		Shape: template.Shape{Driver: source.VM.Driver, VCPUs: source.VCPUs, MemMiB: source.MemMiB, DiskMiB: source.DiskMiB},
 		Source: &template.Source{
 			Sandbox: string(id), Template: source.Template, Base: source.Base, CloneKey: source.CloneKey,
-			Synced: source.State == Running, CreatedAt: time.Now().UTC(),
+			Synced: true, Login: source.Login, CreatedAt: time.Now().UTC(),
 		},
 	}
 	publish, cancel := context.WithTimeoutCause(ctx, moveTimeout(source), errdefs.Unavailable.Errorf("the host's disk is too slow"))
@@ -171,6 +171,7 @@ func (m *Manager) createFrom(ctx context.Context, req CreateRequest) (Created, e
 		return Created{}, errdefs.Unsupported.Errorf("snapshot %q needs the base image that template %q had when it was made; the template has another one now", name, tmpl.Name)
 	}
 	req.Template, req.VCPUs, req.MemMiB, req.diskMiB = tmpl.Name, snap.Shape.VCPUs, snap.Shape.MemMiB, snap.Shape.DiskMiB
+	req.Login = req.Login.Over(snap.Source.Login)
 	from := photo{Ready: snap.Ready, token: snap.Source.CloneKey, bootable: snap.Source.Synced}
 	key, err := m.memoryKey(ctx, snap.Shape)
 	switch {
@@ -182,7 +183,8 @@ func (m *Manager) createFrom(ctx context.Context, req CreateRequest) (Created, e
 		from.why = "its memory is of another version of the vmm, another machine or another cpu than here"
 	}
 	if from.why != "" && !from.bootable {
-		return Created{}, errdefs.Unsupported.Errorf("snapshot %q cannot be restored: %s; nor can it be booted, for its sandbox was paused and its disk not up to date", name, from.why)
+		return Created{}, errdefs.Unsupported.Errorf(
+			"snapshot %q cannot be restored: %s; nor can it be booted, for its disk was not up to date", name, from.why)
 	}
 	return m.make(ctx, req, tmpl.BaseSHA256, func(ctx context.Context, b *box, took *phases) error {
 		if err := m.develop(ctx, b, tmpl, from, took); err != nil {

@@ -203,17 +203,17 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		id, _ := snapshotted(r, CreateRequest{}, "snap")
-		if err := r.Pause(t.Context(), id); err != nil {
+		if _, err := r.Snapshot(t.Context(), id, "unsynced"); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Snapshot(t.Context(), id, "of-paused"); err != nil {
-			t.Fatal(err)
-		}
-		r.wantState(id, Paused)
+		// Of a sandbox that was paused, as older agents made them.
+		doctor(t, filepath.Join(r.tmpl.Dir(), "snapshots", "unsynced"), func(m map[string]any) {
+			m["source"].(map[string]any)["synced"] = false
+		})
 		create := func(name string) (Created, error) {
 			return r.Create(t.Context(), CreateRequest{Template: name})
 		}
-		for _, name := range []string{"snap", "of-paused"} {
+		for _, name := range []string{"snap", "unsynced"} {
 			if created, err := create(name); err != nil || created.From != FromSnapshot {
 				t.Errorf("%s: %+v, %v", name, created, err)
 			}
@@ -226,7 +226,7 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 			t.Errorf("created %+v, %v", created, err)
 		}
 		r.driver.Inject(vmmtest.OpRestore, 1, vmmtest.Fault{Err: errdefs.Unsupported.Errorf("snapshot is of another version")})
-		_, err = create("of-paused")
+		_, err = create("unsynced")
 		wantClass(t, err, errdefs.Unsupported)
 		// What has nothing to do with that is no reason to lose the memory.
 		r.driver.Inject(vmmtest.OpRestore, 1, vmmtest.Fault{Err: errFault})
@@ -239,7 +239,7 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 			"version": func(m map[string]any) { m["key"] = "of another version" },
 			"driver":  func(m map[string]any) { m["shape"].(map[string]any)["driver"] = "other" },
 		} {
-			for _, snap := range []string{"snap", "of-paused"} {
+			for _, snap := range []string{"snap", "unsynced"} {
 				dir := filepath.Join(r.tmpl.Dir(), "snapshots", snap)
 				data, err := os.ReadFile(filepath.Join(dir, "manifest.json"))
 				if err != nil {
@@ -247,7 +247,7 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 				}
 				doctor(t, dir, change)
 				created, err := create(snap)
-				if snap == "of-paused" {
+				if snap == "unsynced" {
 					wantClass(t, err, errdefs.Unsupported)
 				} else if err != nil || created.From != FromBoot || created.Why == "" {
 					t.Errorf("%s: %+v, %v", name, created, err)

@@ -125,6 +125,9 @@ func (m *Manager) createWarm(ctx context.Context, req CreateRequest, tmpl templa
 		if cause := context.Cause(ctx); cause != nil {
 			return Created{}, false, fmt.Errorf("create sandbox: %w", cause)
 		}
+		if errdefs.ClassOf(err) == errdefs.NotFound { // no guest has that user
+			return Created{}, false, fmt.Errorf("create sandbox: %w", err)
+		}
 		m.log.Warn("warm guest of no use", "sandbox", b.id, "err", err)
 	}
 }
@@ -152,13 +155,14 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 	wake, cancelWake := context.WithTimeoutCause(ctx, wakeTimeout,
 		errdefs.Unavailable.Errorf("the waiting guest did not answer within %s", wakeTimeout))
 	defer cancelWake()
-	if err := b.guest.Init(wake, identity(b.record(), true)); err != nil {
+	rec.Login = req.Login
+	if err := b.guest.Init(wake, identity(rec, true)); err != nil {
 		return m.bootFailed(b, "initialise guest", err)
 	}
 	took.end("init")
 	err = m.move(b, Running, func(r *Record) {
 		r.Warm, r.CreatedAt = "", began
-		r.Timeout, r.OnTimeout, r.Network = req.Timeout, req.OnTimeout, rec.Network
+		r.Timeout, r.OnTimeout, r.Network, r.Login = req.Timeout, req.OnTimeout, rec.Network, rec.Login
 	})
 	if err == nil {
 		took.end("commit")

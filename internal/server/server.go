@@ -27,6 +27,7 @@ const (
 	// maxArgBytes is Linux's limit of one argument, 32 pages.
 	maxArgBytes     = 128 << 10
 	maxArgsBytes    = 1 << 20
+	maxPathBytes    = 4096
 	maxExecTimeout  = 24 * time.Hour
 	execTimeout     = 30 * time.Second
 	maxOutputBytes  = 8 << 20
@@ -91,6 +92,7 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 
 		OnTimeout: sandbox.OnTimeout(req.Msg.OnTimeout),
 		Network:   networkSettings(req.Msg.Network),
+		Login:     sandbox.Login{User: req.Msg.User, Env: req.Msg.Envs},
 	})
 	if err != nil {
 		return nil, err
@@ -255,7 +257,18 @@ func command(req *hostagentv1.ExecRequest) (sandbox.Command, error) {
 	case timeout < 0 || timeout > maxExecTimeout:
 		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("timeout_sec is %d, must be 0 (the default, %d) to %d", req.TimeoutSec, execTimeout/time.Second, maxExecTimeout/time.Second)
 	}
-	return sandbox.Command{Cmd: req.Cmd, Args: req.Args, Timeout: timeout, MaxOutput: maxOutputBytes}, nil
+	for _, err := range []error{sandbox.CheckUser(req.User), sandbox.CheckEnv(req.Envs)} {
+		if err != nil {
+			return sandbox.Command{}, errdefs.InvalidArgument.Errorf("%w", err)
+		}
+	}
+	if len(req.Cwd) > maxPathBytes || strings.ContainsRune(req.Cwd, 0) {
+		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("cwd is no path")
+	}
+	return sandbox.Command{
+		Cmd: req.Cmd, Args: req.Args, User: req.User, Env: req.Envs, Cwd: req.Cwd,
+		Timeout: timeout, MaxOutput: maxOutputBytes,
+	}, nil
 }
 
 func (s *service) UpdateNetwork(ctx context.Context, req *connect.Request[hostagentv1.UpdateNetworkRequest]) (*connect.Response[hostagentv1.UpdateNetworkResponse], error) {
@@ -326,6 +339,7 @@ func sandboxInfo(info sandbox.Info) *hostagentv1.SandboxInfo {
 		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
 		TimeoutSec: int32(info.Timeout / time.Second),
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
+		User: info.User,
 	}
 	if info.HostIP.IsValid() {
 		pb.HostIp = info.HostIP.String()

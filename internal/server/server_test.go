@@ -1,6 +1,7 @@
 package server
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -20,6 +21,13 @@ func TestCommandBounds(t *testing.T) {
 		"long argument":    {Cmd: "a", Args: []string{strings.Repeat("x", maxArgBytes+1)}},
 		"many arguments":   {Cmd: "a", Args: make([]string, maxArgs+1)},
 		"much in all":      {Cmd: "a", Args: slicesOf(strings.Repeat("x", maxArgBytes), maxArgsBytes/maxArgBytes+1)},
+		"user":             {Cmd: "a", User: "a:b"},
+		"name of variable": {Cmd: "a", Envs: map[string]string{"a=b": ""}},
+		"NUL in variable":  {Cmd: "a", Envs: map[string]string{"a": "\x00"}},
+		"long variables":   {Cmd: "a", Envs: map[string]string{"a": strings.Repeat("x", sandbox.MaxEnvBytes)}},
+		"many variables":   {Cmd: "a", Envs: variables(sandbox.MaxEnv + 1)},
+		"NUL in cwd":       {Cmd: "a", Cwd: "/\x00"},
+		"long cwd":         {Cmd: "a", Cwd: strings.Repeat("x", maxPathBytes+1)},
 		"negative timeout": {Cmd: "a", TimeoutSec: -1},
 		"huge timeout":     {Cmd: "a", TimeoutSec: 1<<31 - 1},
 	} {
@@ -39,6 +47,21 @@ func TestDetailOfAnyBytes(t *testing.T) {
 	if _, err := proto.Marshal(pb); err != nil || pb.Detail != "qemu said \ufffd" {
 		t.Errorf("%q: %v", pb.Detail, err)
 	}
+}
+
+func TestCommandLogin(t *testing.T) {
+	cmd, err := command(&hostagentv1.ExecRequest{Cmd: "a", User: "user", Envs: variables(sandbox.MaxEnv), Cwd: "/tmp"})
+	if err != nil || cmd.User != "user" || len(cmd.Env) != sandbox.MaxEnv || cmd.Cwd != "/tmp" {
+		t.Errorf("%+v, %v", cmd, err)
+	}
+}
+
+func variables(n int) map[string]string {
+	env := map[string]string{}
+	for i := range n {
+		env[fmt.Sprint("v", i)] = "x"
+	}
+	return env
 }
 
 func slicesOf(s string, n int) []string {

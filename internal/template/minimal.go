@@ -19,7 +19,9 @@ import (
 const minimalSuite = "bookworm"
 
 // minimalPackages are added to minbase, which has bash and coreutils.
-var minimalPackages = []string{"ca-certificates", "netbase", "procps", "python3"}
+var minimalPackages = []string{
+	"ca-certificates", "curl", "git", "iproute2", "netbase", "procps", "python-is-python3", "python3", "sudo",
+}
 
 // minimalDpkg keeps out what nobody reads in a sandbox; licences stay.
 var minimalDpkg = []string{
@@ -31,11 +33,14 @@ var minimalDpkg = []string{
 	"path-exclude=/usr/share/lintian/*",
 }
 
-// minimalUser is the account that clients of E2B's protocol expect.
-const minimalUser = `chroot "$1" useradd --create-home --uid 1000 --user-group --shell /bin/bash user`
+// minimalUser is the account that clients of E2B's protocol expect. It may
+// become root without a password, for the sandbox is all its own.
+const minimalUser = `chroot "$1" useradd --create-home --uid 1000 --user-group --shell /bin/bash user
+printf 'user ALL=(ALL:ALL) NOPASSWD: ALL\n' >"$1/etc/sudoers.d/user"
+chmod 0440 "$1/etc/sudoers.d/user"`
 
 // recipeFormat is raised when this file changes what the image holds.
-const recipeFormat = "1"
+const recipeFormat = "2"
 
 func minimalRecipe() string {
 	h := sha256.New()
@@ -90,7 +95,7 @@ func (s *Store) setupMinimal(ctx context.Context, progress Progress) error {
 	}
 	m := templateManifest{
 		Recipe:   minimalRecipe(),
-		Defaults: Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: DefaultOverlayMiB},
+		Defaults: Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: DefaultOverlayMiB, Login: Login{User: "root"}},
 	}
 	if err := publish(tmp, dst, "template.json", &m, &m.manifest); err != nil {
 		return err

@@ -28,7 +28,9 @@ type Source struct {
 	CloneKey string `json:"clone_key"`
 	// Synced says that the disk was written to the last before the memory was
 	// copied: it can be booted by itself.
-	Synced    bool      `json:"synced"`
+	Synced bool `json:"synced"`
+	// Login is the sandbox's.
+	Login     Login     `json:"login,omitzero"`
 	CreatedAt time.Time `json:"created_at"`
 }
 

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -57,7 +58,7 @@ func TestNamedSnapshots(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if *snap.Source != *namedMeta(at.Add(time.Hour)).Source || snap.Shape != namedMeta(at).Shape || snap.Key != "k" {
+	if !reflect.DeepEqual(snap.Source, namedMeta(at.Add(time.Hour)).Source) || snap.Shape != namedMeta(at).Shape || snap.Key != "k" {
 		t.Errorf("it says %+v", snap.Meta)
 	}
 	if data, err := os.ReadFile(snap.Overlay); err != nil || string(data) != "disk of new" {

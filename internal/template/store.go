@@ -4,11 +4,13 @@
 package template
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -112,11 +114,33 @@ type Template struct {
 	Defaults   Defaults
 }
 
-// Defaults are the sizes of a sandbox whose creator named none.
+// Defaults are what a sandbox has whose creator did not say.
 type Defaults struct {
 	VCPUs      int `json:"vcpus"`
 	MemMiB     int `json:"mem_mib"`
 	OverlayMiB int `json:"overlay_mib"`
+	Login
+}
+
+// Login is what programs in a sandbox begin with, unless their call says
+// otherwise.
+type Login struct {
+	// User is whom they run as.
+	User string `json:"user,omitempty"`
+	// Workdir is where they begin; the user's home when empty.
+	Workdir string `json:"workdir,omitempty"`
+	// Env are their variables. They may be secret.
+	Env map[string]string `json:"env,omitempty"`
+}
+
+// Over returns l, with what it does not say taken from below.
+func (l Login) Over(below Login) Login {
+	env := maps.Clone(below.Env)
+	if env == nil {
+		env = map[string]string{}
+	}
+	maps.Copy(env, l.Env)
+	return Login{User: cmp.Or(l.User, below.User), Workdir: cmp.Or(l.Workdir, below.Workdir), Env: env}
 }
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)

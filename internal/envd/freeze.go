@@ -1,0 +1,238 @@
+package envd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"connectrpc.com/connect"
+	"golang.org/x/sys/unix"
+)
+
+// maxFreeze bounds the freeze, the sync that follows it included.
+const maxFreeze = 5 * time.Second
+
+// errNotFrozen: a process waits in the kernel for something that does not come,
+// a device or a file system over a network.
+var errNotFrozen = errors.New("a process cannot be frozen")
+
+// freezer says whether the users' processes are frozen. No process is started
+// between a freeze and the thaw that follows it: it would be born frozen, and
+// envd, which waits for its exec, with it.
+type freezer struct {
+	// gate is held for reading while a process is started, and for writing
+	// from the freeze to the thaw.
+	gate sync.RWMutex
+	// mu guards frozen, and serialises freezes and thaws.
+	mu     sync.Mutex
+	frozen bool
+	// cuts counts the thaws of machines that are another one than was frozen, or
+	// the same at a later time: requests from before are nobody's any more.
+	cuts atomic.Int64
+}
+
+// starting returns when a process may be started; the caller must call done
+// when that has been tried.
+func (g *cgroups) starting() (done func(), err error) {
+	cuts := g.freezer.cuts.Load()
+	g.freezer.gate.RLock()
+	if g.freezer.cuts.Load() != cuts {
+		g.freezer.gate.RUnlock()
+		return nil, connect.NewError(connect.CodeUnavailable, errors.New("the machine went on from a snapshot"))
+	}
+	return g.freezer.gate.RUnlock, nil
+}
+
+// freeze stops all users' processes until thaw and returns when none of them
+// runs any more. machine says that the whole hierarchy is ours: then no process
+// but envd and the kernel's threads goes on, wherever it moved. On error all go
+// on. What is frozen already stays so.
+func (g *cgroups) freeze(ctx context.Context, machine bool) error {
+	ctx, cancel := context.WithTimeout(ctx, maxFreeze)
+	defer cancel()
+	g.freezer.mu.Lock()
+	defer g.freezer.mu.Unlock()
+	if g.freezer.frozen {
+		return nil
+	}
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
+	for !g.freezer.gate.TryLock() { // a process whose program is being read is waited for
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return errNotFrozen
+		}
+	}
+	err := g.stop(ctx, machine, tick.C)
+	if err != nil {
+		g.goOn(machine)
+		return err
+	}
+	g.freezer.frozen = true
+	return nil
+}
+
+// stop returns when every process of the cgroups is frozen.
+func (g *cgroups) stop(ctx context.Context, machine bool, tick <-chan time.Time) error {
+	for {
+		quiet := true
+		for _, dir := range g.frozenDirs(machine) {
+			if err := os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("1"), 0o644); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return fmt.Errorf("freeze processes: %w", err)
+			}
+			c := cgroup{dir: dir}
+			quiet = quiet && c.event("cgroup.events", "frozen") == 1
+		}
+		// What came to the root cgroup, which cannot be frozen.
+		if machine && g.gather() {
+			quiet = false
+		}
+		if quiet {
+			return nil
+		}
+		select {
+		case <-tick:
+		case <-ctx.Done():
+			return errNotFrozen
+		}
+	}
+}
+
+// frozenDirs are the cgroups whose freezing freezes all users' processes.
+func (g *cgroups) frozenDirs(machine bool) []string {
+	if !machine {
+		return []string{g.root}
+	}
+	dirs := []string{g.root} // missed, if it is not there
+	top := filepath.Dir(g.root)
+	entries, err := os.ReadDir(top)
+	if err != nil {
+		return dirs
+	}
+	for _, e := range entries {
+		if dir := filepath.Join(top, e.Name()); e.IsDir() && dir != g.root {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
+}
+
+// gather moves the processes of the root cgroup, but for envd and what is the
+// kernel's, to those that can be frozen, and says whether there were any.
+func (g *cgroups) gather() (found bool) {
+	top := cgroup{dir: filepath.Dir(g.root)}
+	text, err := os.ReadFile(filepath.Join(top.dir, "cgroup.procs"))
+	if err != nil {
+		return false
+	}
+	for field := range strings.FieldsSeq(string(text)) {
+		pid, err := strconv.Atoi(field)
+		if err != nil || pid == os.Getpid() || !ofUser(pid) {
+			continue
+		}
+		found = true
+		dir := filepath.Join(g.root, "moved") // a leaf, as cgroups with controllers need it
+		if err := os.Mkdir(dir, 0o755); err == nil || errors.Is(err, os.ErrExist) {
+			_ = os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(field), 0o644)
+			g.mu.Lock()
+			g.ended[dir] = struct{}{} // to go with its last process
+			g.mu.Unlock()
+		}
+	}
+	return found
+}
+
+// ofUser says whether a process runs a program, as opposed to a thread of the
+// kernel's or a process that has ended.
+func ofUser(pid int) bool {
+	const kernelThread = 0x00200000 // PF_KTHREAD
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	// pid (comm) state ppid pgrp session tty_nr tpgid flags …
+	_, rest, ok := strings.Cut(string(text[strings.LastIndexByte(string(text), ')')+1:]), " ")
+	fields := strings.Fields(rest)
+	if !ok || len(fields) < 7 || fields[0] == "Z" || fields[0] == "X" {
+		return false
+	}
+	flags, err := strconv.ParseUint(fields[6], 10, 64)
+	return err == nil && flags&kernelThread == 0
+}
+
+// thaw lets go on what freeze stopped. cut says that the machine is another one
+// now, or has been away: the starts that waited are refused.
+func (g *cgroups) thaw(machine, cut bool) {
+	g.freezer.mu.Lock()
+	defer g.freezer.mu.Unlock()
+	if cut {
+		g.freezer.cuts.Add(1)
+	}
+	if !g.freezer.frozen {
+		return
+	}
+	g.freezer.frozen = false
+	g.goOn(machine)
+}
+
+// goOn is called with the gate held for writing, which it gives back.
+func (g *cgroups) goOn(machine bool) {
+	defer g.freezer.gate.Unlock()
+	for _, dir := range g.frozenDirs(machine) {
+		_ = os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("0"), 0o644)
+	}
+}
+
+// freeze stops the users' processes, which only the next /init lets go on, and
+// writes to the disk what they left in memory: in a picture that the host takes
+// then none of them runs before the machine has a new identity. 409 says that
+// they run on.
+func (s *Server) freeze(w http.ResponseWriter, r *http.Request) {
+	if err := s.still(r.Context()); err != nil {
+		s.log.Warn("freeze", "err", err)
+		writeError(w, http.StatusConflict, err.Error())
+		return
+	}
+	// The connection would be in the picture.
+	w.Header().Set("Connection", "close")
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (s *Server) still(ctx context.Context) error {
+	groups := s.processes.cgroups
+	if groups == nil {
+		return errors.New("processes have no cgroups")
+	}
+	ctx, cancel := context.WithTimeout(ctx, maxFreeze)
+	defer cancel()
+	if err := groups.freeze(ctx, s.guest); err != nil {
+		return err
+	}
+	synced := make(chan struct{})
+	go func() {
+		defer close(synced)
+		if s.guest {
+			unix.Sync()
+		}
+	}()
+	select {
+	case <-synced:
+		if ctx.Err() == nil {
+			return nil
+		}
+		// Nobody hears the answer, hence nobody takes a picture.
+	case <-ctx.Done():
+		// A file system that one of the processes serves.
+	}
+	groups.thaw(s.guest, false)
+	return errNotFrozen
+}

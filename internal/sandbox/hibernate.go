@@ -64,6 +64,14 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 	if !ok {
 		return errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", m.cfg.Driver.Name())
 	}
+	if err := b.full(OpHibernate); err != nil {
+		return err
+	}
+	copied, err := m.room(int64(was.MemMiB) << 20)
+	if err != nil {
+		return fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
+	}
+	defer copied()
 	back := func(context.Context) error { return nil }
 	if was.State == Running {
 		// The disk alone is worth something, too.
@@ -71,7 +79,7 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 		err := b.guest.Quiesce(sync, false)
 		cancel()
 		if err != nil {
-			return fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
+			return fmt.Errorf("hibernate sandbox %s: %w", b.id, m.whyStill(b, err))
 		}
 		back = func(ctx context.Context) error {
 			if err := b.vm.Resume(ctx); err != nil {
@@ -84,7 +92,7 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 		}
 	}
 	began := time.Now()
-	err := m.store.takeSnapshot(b.id, func(dir string) error { return snapshotter.Snapshot(ctx, dir) })
+	err = m.store.takeSnapshot(b.id, func(dir string) error { return snapshotter.Snapshot(ctx, dir) })
 	if err == nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}

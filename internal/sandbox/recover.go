@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -55,6 +56,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		pool:   pool{woken: make(chan struct{}, 1)},
 		ends:   map[Reason]int{},
 	}
+	m.disk.keep = int64(cfg.Capacity.FreeDiskMiB) << 20
 	m.life, m.end = context.WithCancel(context.Background())
 	found, err := m.recover(ctx)
 	if err != nil {
@@ -66,6 +68,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	}
 	m.goes("janitor", m.janitor)
 	m.goes("reconciler", m.reconciler)
+	m.goes("disk", m.watchDisk)
 	m.goes("read ahead", m.readAhead)
 	if cfg.Warm > 0 {
 		m.goes("warm pool", m.keepWarm)
@@ -79,7 +82,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 	}
 	m.store.hook = m.cfg.storeHook
 	if m.cfg.Capacity.DiskMiB == 0 {
-		m.cfg.Capacity.DiskMiB = diskOvercommit * m.store.freeMiB()
+		m.cfg.Capacity.DiskMiB = int(min(diskOvercommit*float64(m.freeBytes()>>20), math.MaxInt32))
 	}
 	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl")); err != nil {
 		return found, err
@@ -242,6 +245,9 @@ func (m *Manager) reattach(ctx context.Context, b *box, rec Record) error {
 			return fmt.Errorf("keep vm paused: %w", err)
 		}
 		return nil
+	}
+	if m.leaveStalled(b) {
+		return nil // it goes on when there is room
 	}
 	if err := vm.Resume(ctx); err != nil {
 		return fmt.Errorf("keep vm running: %w", err)

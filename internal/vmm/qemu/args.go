@@ -98,13 +98,15 @@ func argv(m machine) []string {
 			"-device", "virtio-net-pci,netdev=net,romfile=,guest_announce=off,addr=0x3,mac="+n.MAC)
 	}
 	for i, d := range s.Disks {
+		// A write that the host does not take stops the VM, and is tried again
+		// when it goes on: a guest that is told of an error loses data.
 		mode := "read-only=off,discard=unmap"
 		if d.ReadOnly {
 			mode = "read-only=on"
 		}
 		args = append(args,
 			"-blockdev", fmt.Sprintf("driver=raw,node-name=disk%d,%s,file.driver=file,file.filename=%s", i, mode, value(d.Path)),
-			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,addr=0x%x", i, 0x10+i))
+			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,werror=stop,addr=0x%x", i, 0x10+i))
 	}
 	return args
 }

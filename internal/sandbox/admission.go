@@ -16,7 +16,7 @@ type Resources struct {
 	MemMiB int
 	// DiskMiB counts each disk's full size, of which it takes only what is
 	// written: a host may well have less. As a limit, 0 is diskOvercommit
-	// times what is free when the manager opens.
+	// times the most that was free since the manager opened.
 	DiskMiB int
 }
 

@@ -48,6 +48,8 @@ const (
 type disk struct {
 	// keep is Capacity.FreeDiskMiB in bytes.
 	keep int64
+	// grows says that the limit of all disks together is what the room makes it.
+	grows bool
 
 	mu sync.Mutex
 	// free is what the last look found; promised is what copies under way may
@@ -167,6 +169,7 @@ func (m *Manager) watchDisk() {
 // lookAtDisk does what the room demands, and returns when to look again.
 func (m *Manager) lookAtDisk(now time.Time) time.Duration {
 	free := m.freeBytes()
+	m.growCapacity(free)
 	scarce := m.judge(free)
 	marked := false
 	for _, b := range m.all() {
@@ -216,6 +219,18 @@ func (m *Manager) judge(free int64) (scarce bool) {
 		m.log.Info("the host's disk has room again", "free_mib", mib(free), "kept_mib", mib(d.keep))
 	}
 	return d.scarce
+}
+
+// growCapacity lets the limit of all disks together, if none is set, follow the
+// room: an agent may have started on a full disk.
+func (m *Manager) growCapacity(free int64) {
+	if !m.disk.grows {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	limit := &m.cfg.Capacity.DiskMiB
+	*limit = max(*limit, int(min(free>>20, math.MaxInt32)*diskOvercommit))
 }
 
 // rein lets a running sandbox stand still that has used up its share of a scarce

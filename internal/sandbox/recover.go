@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -81,9 +80,8 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 		return found, err
 	}
 	m.store.hook = m.cfg.storeHook
-	if m.cfg.Capacity.DiskMiB == 0 {
-		m.cfg.Capacity.DiskMiB = int(min(diskOvercommit*float64(m.freeBytes()>>20), math.MaxInt32))
-	}
+	m.disk.grows = m.cfg.Capacity.DiskMiB == 0
+	m.growCapacity(m.freeBytes())
 	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl")); err != nil {
 		return found, err
 	}

@@ -153,6 +153,7 @@ func (m *Manager) make(ctx context.Context, req CreateRequest, base string, star
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
+		err = errdefs.DiskFull(err)
 		reason := CreateFailed
 		if errors.Is(err, errDestroyed) {
 			reason = Destroyed

@@ -103,7 +103,7 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 		// Whatever the disk says: without a snapshot the VM is what counts.
 		if derr := m.store.dropSnapshots(b.id); derr != nil {
 			m.release(b, VMExited, fmt.Sprintf("hibernate: %v; then %v", err, derr))
-			return fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
+			return fmt.Errorf("hibernate sandbox %s: %w", b.id, errdefs.DiskFull(err))
 		}
 		err = m.backTo(ctx, b, "hibernate", back, err)
 		if b.state() == was.State {
@@ -162,7 +162,7 @@ func (m *Manager) letGo(b *box) error {
 // runs: on error it is hibernated as before. Called with the op lock held.
 func (m *Manager) awaken(ctx context.Context, b *box) (err error) {
 	rec := b.record()
-	fail := func(err error) error { return fmt.Errorf("resume sandbox %s: %w", b.id, err) }
+	fail := func(err error) error { return fmt.Errorf("resume sandbox %s: %w", b.id, errdefs.DiskFull(err)) }
 	if rec.Slot != 0 || b.vm != nil {
 		if err := m.letGo(b); err != nil {
 			return err

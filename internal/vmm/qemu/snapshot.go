@@ -152,7 +152,14 @@ func (m *monitor) saveDevicesTo(path string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.dropFile(fdSet)) }()
-	return m.saveDevices(inside)
+	if err := m.saveDevices(inside); err != nil {
+		// QEMU says that it could not write, and not why: the next write tells.
+		if _, full := f.Write(make([]byte, copyChunk)); errdefs.IsDiskFull(full) {
+			return errdefs.DiskFull(full)
+		}
+		return err
+	}
+	return nil
 }
 
 // copyMemory writes the guest's memory, which must not change, to a sparse

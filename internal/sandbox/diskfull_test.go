@@ -208,6 +208,13 @@ func TestShare(t *testing.T) {
 		r.grow(fast, 60)
 		passes(time.Second)
 		r.wantFull(fast)
+		r.die() // the next agent leaves it as it is
+		r.start()
+		passes(time.Second)
+		r.wantFull(fast)
+		if !r.host.Paused(string(fast)) {
+			t.Error("the next agent let its vm run")
+		}
 		free.Store(100 << 30)
 		passes(2 * time.Second)
 		r.wantGoesOn(fast)

@@ -15,6 +15,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
 const testKeepMiB = 512
@@ -369,4 +370,49 @@ func (r *rig) wantAny(id ID) State {
 		r.t.Fatal(err)
 	}
 	return info.State
+}
+
+// TestEventsOnAFullDisk: they do not keep an agent from its start, and are in
+// their file again when there is room.
+func TestEventsOnAFullDisk(t *testing.T) {
+	testenv.Root(t)
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Unmount(dir, syscall.MNT_DETACH)
+	path, ballast := filepath.Join(dir, "events.jsonl"), filepath.Join(dir, "ballast")
+	open := func() *eventLog {
+		t.Helper()
+		l, err := openEvents(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	l := open()
+	if err := l.add(Event{ID: "sb-1", To: Creating}); err != nil {
+		t.Fatal(err)
+	}
+	l.shut()
+	if err := os.WriteFile(ballast, make([]byte, 1<<20), 0o600); !errdefs.IsDiskFull(err) {
+		t.Fatalf("fill the disk: %v", err)
+	}
+	l = open()
+	if err := l.add(Event{ID: "sb-1", To: Running}); !errdefs.IsDiskFull(err) {
+		t.Errorf("add: %v", err)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.add(Event{ID: "sb-1", To: Paused}); err != nil {
+		t.Error(err)
+	}
+	l.shut()
+	l = open()
+	defer l.shut()
+	events, _, err := l.after(0)
+	if err != nil || len(events) != 3 || events[2].Cursor != 3 || events[2].To != Paused {
+		t.Errorf("remembered: %+v, %v", events, err)
+	}
 }

@@ -65,7 +65,10 @@ func openEvents(path string) (*eventLog, error) {
 		}
 		l.events = append(l.events, e)
 	}
-	return l, l.rewrite()
+	if err := l.rewrite(); err != nil && !errdefs.IsDiskFull(err) {
+		return nil, err
+	}
+	return l, nil // on a full disk the file as it is will do until the next event
 }
 
 // last is the cursor of the newest event. Called with mu held.

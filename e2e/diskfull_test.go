@@ -192,7 +192,9 @@ func TestFastWriter(t *testing.T) {
 	_, err = a.CreateSandbox(t.Context(), connect.NewRequest(req()))
 	wantCode(t, err, connect.CodeResourceExhausted, "must remain")
 	wantCode(t, neighbour.hibernate(), connect.CodeResourceExhausted, "must remain")
-	for _, line := range []string{`wrenn_sandboxes_marked{reason="disk_full"} 1`, `wrenn_disk_bytes{what="kept"} 1.00663296e+08`, `wrenn_sandboxes{state="running"} 2`} {
+	for _, line := range []string{
+		`wrenn_sandboxes_marked{reason="disk_full"} 1`, `wrenn_disk_bytes{what="kept"} 1.00663296e+08`, `wrenn_sandboxes{state="running"} 2`,
+	} {
 		if text := a.metrics(t); !strings.Contains(text, line+"\n") {
 			t.Errorf("the metrics lack %s", line)
 		}

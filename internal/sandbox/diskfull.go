@@ -126,7 +126,8 @@ func (m *Manager) room(need int64) (done func(), err error) {
 	defer d.mu.Unlock()
 	keep := int64(m.cfg.Capacity.FreeDiskMiB) << 20
 	if left := free - d.promised; left-need < keep {
-		return nil, errdefs.Exhausted.Errorf("not enough disk: it may take %d MiB, %d are free on the host, %d must remain", mib(need), mib(left), mib(keep))
+		return nil, errdefs.Exhausted.Errorf("not enough disk: it may take %d MiB, %d are free on the host, %d must remain",
+			mib(need), mib(left), mib(keep))
 	}
 	d.promised += need
 	return func() {
@@ -274,7 +275,8 @@ func (m *Manager) rein(b *box) {
 			m.log.Error("sandbox not stopped for want of room, will try again", "sandbox", b.id, "err", err)
 			return
 		}
-		m.standStill(b, fmt.Sprintf("the host's disk is nearly full, and it wrote more than its share of %d MiB; it goes on when %d MiB are free", mib(share), mib(enough)))
+		m.standStill(b, fmt.Sprintf("the host's disk is nearly full, and it wrote more than its share of %d MiB; it goes on when %d MiB are free",
+			mib(share), mib(enough)))
 	})
 }
 

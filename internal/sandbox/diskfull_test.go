@@ -49,7 +49,8 @@ func (r *rig) wantFull(id ID) {
 	for what, err := range map[string]error{
 		"lease": lease, "exec": exec, "fork": fork, "snapshot": snapshot, "hibernate": r.Hibernate(r.t.Context(), id),
 	} {
-		if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(err.Error(), "the host's disk is full; sandbox "+string(id)+" goes on when there is room") {
+		text := "the host's disk is full; sandbox " + string(id) + " goes on when there is room"
+		if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(err.Error(), text) {
 			r.t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -57,8 +58,9 @@ func (r *rig) wantFull(id ID) {
 
 func (r *rig) wantGoesOn(id ID) {
 	r.t.Helper()
-	if info := r.wantState(id, Running); info.Reason != "" || info.Detail != "" || r.host.Paused(string(id)) || r.host.Stalled(string(id)) {
-		r.t.Errorf("it is marked %q (%s), its vm is paused: %v, stalled: %v", info.Reason, info.Detail, r.host.Paused(string(id)), r.host.Stalled(string(id)))
+	paused, stalled := r.host.Paused(string(id)), r.host.Stalled(string(id))
+	if info := r.wantState(id, Running); info.Reason != "" || info.Detail != "" || paused || stalled {
+		r.t.Errorf("it is marked %q (%s), its vm is paused: %v, stalled: %v", info.Reason, info.Detail, paused, stalled)
 	}
 	if _, err := r.Exec(r.t.Context(), id, Command{Cmd: "true"}); err != nil {
 		r.t.Error(err)

@@ -58,7 +58,8 @@ func TestUnclassedTextStaysInTheLog(t *testing.T) {
 
 func TestFullDiskIsTold(t *testing.T) {
 	var log strings.Builder
-	err := connectError(slog.New(slog.NewTextHandler(&log, nil)), "p", &os.PathError{Op: "write", Path: "/var/lib/secret", Err: syscall.ENOSPC})
+	full := &os.PathError{Op: "write", Path: "/var/lib/secret", Err: syscall.ENOSPC}
+	err := connectError(slog.New(slog.NewTextHandler(&log, nil)), "p", full)
 	if got := connect.CodeOf(err); got != connect.CodeResourceExhausted || strings.Contains(err.Error(), "secret") {
 		t.Errorf("the answer is %v", err)
 	}

@@ -90,7 +90,8 @@ func TestSnapshotWithoutRoom(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "ballast"), make([]byte, 4096), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := v.Snapshot(t.Context(), dir); errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(err.Error(), "the host's disk is full") {
+	err := v.Snapshot(t.Context(), dir)
+	if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(err.Error(), "the host's disk is full") {
 		t.Errorf("snapshot: %v", err)
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {

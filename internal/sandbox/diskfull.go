@@ -266,7 +266,7 @@ func (m *Manager) rein(b *box) {
 	}
 	m.goes("stop for want of room", func() {
 		defer b.unhold()
-		if rec := b.record(); rec.State != Running || rec.Reason == DiskFull {
+		if rec := b.record(); rec.State != Running || rec.Reason == DiskFull || b.vm == nil {
 			return
 		}
 		ctx, cancel := context.WithTimeout(m.life, opTimeout)

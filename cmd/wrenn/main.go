@@ -80,7 +80,7 @@ func main() {
 	} else if n, ok := signalled(ctx); ok {
 		status = n
 	}
-	fmt.Fprintln(os.Stderr, "wrenn: "+explain(err))
+	complain("%s", explain(err))
 	os.Exit(status)
 }
 
@@ -118,6 +118,8 @@ Then, as anybody who may reach the agent:
 		SilenceErrors: true,
 		Version:       buildVersion(),
 	}
+	root.SetOut(printer{os.Stdout})
+	root.SetErr(printer{os.Stderr})
 	root.PersistentFlags().StringVarP(&c.host, "host", "H", env("WRENN_HOST", "http://127.0.0.1:50051"), "URL of the host agent (env WRENN_HOST)")
 	root.AddGroup(&cobra.Group{ID: "host", Title: "On the host:"}, &cobra.Group{ID: "sandbox", Title: "Sandboxes:"})
 	add := func(group string, cmds ...*cobra.Command) {
@@ -128,7 +130,7 @@ Then, as anybody who may reach the agent:
 	}
 	add("host", newSetup(), newServe(), newDoctor())
 	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newShell(c), newCp(c), newTop(c), newPort(c), newPause(c), newResume(c), newFork(c), newSnapshot(c), newSnapshots(c), newRm(c),
-		newTimeout(c), newNetwork(c), newInspect(c), newLogs(c), newEvents(c))
+		newTimeout(c), newNetwork(c), newInspect(c), newLogs(c), newEvents(c), newVerify(c))
 	root.AddCommand(newVersion(c))
 	return root
 }

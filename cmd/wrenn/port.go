@@ -10,13 +10,16 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
 )
 
 func newPort(c *client) *cobra.Command {
@@ -29,7 +32,8 @@ headers that name it to the agent where the host name cannot.
 
 With --listen, forward TCP connections to the port instead, until Ctrl-C: HTTP
 or anything else. The agent carries them; a server that listens on 127.0.0.1 in
-the sandbox is reached, too.`,
+the sandbox is reached, too. Port 49983, the sandbox's daemon, is served as HTTP
+alone and not forwarded.`,
 		Example: "  wrenn port 3fa 8000\n  wrenn port 3fa 5432 --listen 127.0.0.1:5432\n  wrenn port 3fa 5432 --listen :0",
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -41,9 +45,6 @@ the sandbox is reached, too.`,
 			if err != nil {
 				return err
 			}
-			if listen != "" {
-				return c.forward(cmd.Context(), id, port, listen)
-			}
 			base, err := url.Parse(c.host)
 			if err != nil {
 				return fmt.Errorf("--host: %w", err)
@@ -52,7 +53,16 @@ the sandbox is reached, too.`,
 			if p := base.Port(); p != "" {
 				name += ":" + p
 			}
+			if listen != "" && port == guest.Port {
+				return fmt.Errorf("port %d is the sandbox's daemon, which is not forwarded; it is served as HTTP at %s://%s/", port, base.Scheme, name)
+			}
+			if err := c.mustRun(cmd.Context(), id); err != nil {
+				return err
+			}
 			out := cmd.OutOrStdout()
+			if listen != "" {
+				return c.forward(cmd.Context(), id, port, listen, out)
+			}
 			fmt.Fprintf(out, "%s://%s/\n", base.Scheme, name)
 			fmt.Fprintf(out, "%s/ with the headers\n  E2b-Sandbox-Id: %s\n  E2b-Sandbox-Port: %d\n", c.host, id, port)
 			return nil
@@ -62,8 +72,28 @@ the sandbox is reached, too.`,
 	return cmd
 }
 
-// forward carries TCP connections to a port of a sandbox until ctx ends.
-func (c *client) forward(ctx context.Context, id string, port uint64, listen string) error {
+// errEnded is that a sandbox is there no more.
+var errEnded = errors.New("its ports are gone with it")
+
+// mustRun says why the ports of a sandbox cannot be reached, if they cannot.
+func (c *client) mustRun(ctx context.Context, id string) error {
+	resp, err := c.agent().GetSandbox(ctx, connect.NewRequest(&hostagentv1.GetSandboxRequest{SandboxId: id}))
+	switch {
+	case connect.CodeOf(err) == connect.CodeNotFound:
+		return fmt.Errorf("%w; %w", err, errEnded)
+	case err != nil:
+		return err
+	case resp.Msg.Sandbox.GetStatus() == "stopped":
+		return fmt.Errorf("sandbox %s is %s; %w", id, statusText(resp.Msg.Sandbox), errEnded)
+	case resp.Msg.Sandbox.GetStatus() != "running":
+		return fmt.Errorf("sandbox %s is %s; its ports need it running", id, statusText(resp.Msg.Sandbox))
+	}
+	return nil
+}
+
+// forward carries TCP connections to a port of a sandbox until ctx or the
+// sandbox ends, and prints where it listens.
+func (c *client) forward(ctx context.Context, id string, port uint64, listen string, out io.Writer) error {
 	if strings.HasPrefix(listen, ":") {
 		listen = "127.0.0.1" + listen
 	} else if !strings.Contains(listen, ":") {
@@ -73,14 +103,18 @@ func (c *client) forward(ctx context.Context, id string, port uint64, listen str
 	if err != nil {
 		return err
 	}
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
 	defer context.AfterFunc(ctx, func() { listener.Close() })()
-	fmt.Printf("%s\n", listener.Addr())
+	fmt.Fprintln(out, listener.Addr())
 	var open sync.WaitGroup
 	defer open.Wait()
 	for {
 		conn, err := listener.Accept()
 		if err != nil {
-			if ctx.Err() != nil {
+			if cause := context.Cause(ctx); errors.Is(cause, errEnded) {
+				return cause
+			} else if cause != nil {
 				return nil // Ctrl-C is how one leaves
 			}
 			return err
@@ -88,7 +122,10 @@ func (c *client) forward(ctx context.Context, id string, port uint64, listen str
 		open.Go(func() {
 			defer conn.Close()
 			if err := c.carry(ctx, conn, id, port); err != nil && ctx.Err() == nil {
-				fmt.Fprintf(os.Stderr, "wrenn: %s: %v\n", conn.RemoteAddr(), err)
+				complain("%s: %s", conn.RemoteAddr(), explain(err))
+				if err := c.mustRun(ctx, id); errors.Is(err, errEnded) {
+					end(err)
+				}
 			}
 		})
 	}

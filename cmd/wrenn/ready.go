@@ -24,7 +24,7 @@ func (c *hostConfig) managerConfig(plan network.Plan, chosen host.Choice, templa
 	return sandbox.Config{
 		StateDir: c.stateDir, RunDir: filepath.Join("/run", plan.Instance),
 		Driver: chosen.Driver, Others: chosen.Others,
-		Network: network.New(plan, network.Options{BaseUID: baseUID, Log: log}), Templates: templates, KillStrays: vmm.KillStrays,
+		Network: network.New(plan, network.Options{BaseUID: baseUID, RangesFile: c.rangesFile(), Log: log}), Templates: templates, KillStrays: vmm.KillStrays,
 		Guests: func(addr netip.Addr, token string) sandbox.Guest {
 			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
 		},
@@ -34,8 +34,8 @@ func (c *hostConfig) managerConfig(plan network.Plan, chosen host.Choice, templa
 }
 
 // prepareReady makes the ready snapshot that a create without wishes starts
-// from. It is a convenience: what it cannot make, the first create does.
-func (c *hostConfig) prepareReady(ctx context.Context, plan network.Plan, templates *template.Store, progress template.Progress) {
+// from. Where it cannot be made, no sandbox can.
+func (c *hostConfig) prepareReady(ctx context.Context, plan network.Plan, templates *template.Store, progress template.Progress) error {
 	const step = "ready snapshot"
 	progress(template.Event{Step: step, Phase: template.Began, Detail: "booting a guest to start others from"})
 	made, err := c.makeReady(ctx, plan, templates)
@@ -43,16 +43,18 @@ func (c *hostConfig) prepareReady(ctx context.Context, plan network.Plan, templa
 	case errors.Is(err, errdefs.Busy):
 		progress(template.Event{Step: step, Phase: template.Kept, Detail: "left to the host agent, which is running;"})
 	case err != nil:
-		progress(template.Event{Step: step, Phase: template.Did, Detail: fmt.Sprintf("not made, the first create does it (%v)", err)})
+		return fmt.Errorf("not ready: all is in %s but the ready snapshot, and a sandbox could not start either: %w; "+
+			"`wrenn doctor --state-dir %s` says what this host lacks, then run `wrenn setup` again", c.stateDir, err, c.stateDir)
 	case made:
 		progress(template.Event{Step: step, Phase: template.Did, Detail: "1 vCPU, 512 MiB"})
 	default:
 		progress(template.Event{Step: step, Phase: template.Kept, Detail: "1 vCPU, 512 MiB"})
 	}
+	return nil
 }
 
 func (c *hostConfig) makeReady(ctx context.Context, plan network.Plan, templates *template.Store) (made bool, err error) {
-	chosen, err := host.Choose(ctx, c.vmm, c.drivers())
+	chosen, err := host.Choose(ctx, c.vmm, c.drivers(false))
 	if err != nil {
 		return false, err
 	}
@@ -68,9 +70,10 @@ func (c *hostConfig) makeReady(ctx context.Context, plan network.Plan, templates
 	made, err = manager.Prepare(ctx, sandbox.CreateRequest{})
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 	defer cancel()
-	err = errors.Join(err, manager.Shutdown(end, false))
-	if err == nil && len(manager.List(false)) == 0 {
-		err = cfg.Network.(*network.Network).Teardown(end)
+	serr := manager.Shutdown(end, false)
+	if serr == nil && len(manager.List(false)) == 0 {
+		serr = cfg.Network.(*network.Network).Teardown(end)
 	}
+	err = errors.Join(err, serr)
 	return made, err
 }

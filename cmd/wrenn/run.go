@@ -70,16 +70,45 @@ func (x *command) session(args []string) (*session, error) {
 	return s, nil
 }
 
-// dataPlane speaks to the guests over the agent's proxy.
-var dataPlane = &http.Client{Transport: refusals{http.DefaultTransport}}
+// dataPlane speaks to the guests over the agent's proxy. A guest's redirects are
+// not followed: the token would go where they lead.
+func (c *client) dataPlane() *http.Client {
+	return &http.Client{
+		Transport:     withToken{c, refusals{http.DefaultTransport}},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// withToken shows the token of the sandbox that a request names.
+type withToken struct {
+	client *client
+	next   http.RoundTripper
+}
+
+func (t withToken) RoundTrip(req *http.Request) (*http.Response, error) {
+	token, err := t.client.token(req.Context(), req.Header.Get("E2b-Sandbox-Id"))
+	if err != nil {
+		if req.Body != nil {
+			req.Body.Close()
+		}
+		// What came over the wire would be taken for the guest's own word.
+		if cerr := new(connect.Error); errors.As(err, &cerr) && connect.IsWireError(err) {
+			err = connect.NewError(cerr.Code(), errors.New(cerr.Message()))
+		}
+		return nil, err
+	}
+	req = req.Clone(req.Context())
+	req.Header.Set("X-Access-Token", token)
+	return t.next.RoundTrip(req)
+}
 
 // processes and filesystem are clients of a sandbox's envd, which act as user.
 func (c *client) processes(id, user string) processconnect.ProcessClient {
-	return processconnect.NewProcessClient(dataPlane, c.host, connect.WithInterceptors(guestHeaders{id, user}))
+	return processconnect.NewProcessClient(c.dataPlane(), c.host, connect.WithInterceptors(guestHeaders{id, user}))
 }
 
 func (c *client) filesystem(id, user string) filesystemconnect.FilesystemClient {
-	return filesystemconnect.NewFilesystemClient(dataPlane, c.host, connect.WithInterceptors(guestHeaders{id, user}))
+	return filesystemconnect.NewFilesystemClient(c.dataPlane(), c.host, connect.WithInterceptors(guestHeaders{id, user}))
 }
 
 // guestHeaders names a sandbox and a user in it to the data plane.
@@ -270,7 +299,7 @@ and exit with the command's status.`,
 				ctx, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), 30*time.Second)
 				defer cancel()
 				if derr := c.destroy(ctx, sandbox.SandboxId); derr != nil {
-					fmt.Fprintf(os.Stderr, "wrenn: sandbox %s is still there: %s\n", sandbox.SandboxId, explain(derr))
+					complain("sandbox %s is still there: %s", sandbox.SandboxId, explain(derr))
 				}
 			}()
 			return exit(c.run(cmd.Context(), sandbox.SandboxId, session))

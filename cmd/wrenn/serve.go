@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -49,14 +50,13 @@ type hostConfig struct {
 }
 
 func (c *hostConfig) flags(cmd *cobra.Command) {
-	plan := network.DefaultPlan()
 	f := cmd.Flags()
 	stateDirFlag(cmd, &c.stateDir)
 	f.StringVar(&c.vmm, "vmm", env("WRENN_VMM", "auto"), "VMM to run sandboxes with: auto, firecracker or qemu (env WRENN_VMM)")
 	f.StringVar(&c.firecracker, "firecracker", env("WRENN_FIRECRACKER", "firecracker"), "Firecracker's program (env WRENN_FIRECRACKER)")
 	f.StringVar(&c.jailer, "jailer", env("WRENN_JAILER", ""), "its jailer; empty for the one in PATH, if there is one, none to do without (env WRENN_JAILER)")
-	f.StringVar(&c.hosts, "host-range", env("WRENN_HOST_RANGE", plan.Hosts.String()), "IPv4 /16 by which the host sees its sandboxes (env WRENN_HOST_RANGE)")
-	f.StringVar(&c.links, "link-range", env("WRENN_LINK_RANGE", plan.Veths.String()), "IPv4 /16 of the links between host and sandboxes (env WRENN_LINK_RANGE)")
+	f.StringVar(&c.hosts, "host-range", env("WRENN_HOST_RANGE", ""), "IPv4 /16 by which the host sees its sandboxes; empty for the one used last, or a free one (env WRENN_HOST_RANGE)")
+	f.StringVar(&c.links, "link-range", env("WRENN_LINK_RANGE", ""), "IPv4 /16 of the links between host and sandboxes; empty for the one used last, or a free one (env WRENN_LINK_RANGE)")
 }
 
 // instance is the prefix of all that this agent makes outside its state
@@ -69,7 +69,11 @@ func instance(stateDir string) string {
 	return fmt.Sprintf("wrenn%x", sha256.Sum256([]byte(stateDir)))[:len("wrenn")+4]
 }
 
-// plan checks the settings and returns them as a plan; all problems at once.
+// rangesFile is where the address ranges in use are recorded.
+func (c *hostConfig) rangesFile() string { return filepath.Join(c.stateDir, "network.json") }
+
+// plan checks the settings and returns them as a plan, of which the ranges that
+// no flag names are left to be chosen; all problems at once.
 func (c *hostConfig) plan() (network.Plan, error) {
 	var errs []error
 	dir, err := filepath.Abs(c.stateDir)
@@ -78,14 +82,19 @@ func (c *hostConfig) plan() (network.Plan, error) {
 	}
 	c.stateDir = dir
 	plan := network.Plan{Instance: instance(dir)}
-	if plan.Hosts, err = netip.ParsePrefix(c.hosts); err != nil {
-		errs = append(errs, fmt.Errorf("--host-range: %w", err))
-	}
-	if plan.Veths, err = netip.ParsePrefix(c.links); err != nil {
-		errs = append(errs, fmt.Errorf("--link-range: %w", err))
+	for flag, r := range map[string]struct {
+		text string
+		to   *netip.Prefix
+	}{"host-range": {c.hosts, &plan.Hosts}, "link-range": {c.links, &plan.Veths}} {
+		if r.text == "" {
+			continue
+		}
+		if *r.to, err = netip.ParsePrefix(r.text); err != nil {
+			errs = append(errs, fmt.Errorf("--%s: %w", flag, err))
+		}
 	}
 	if len(errs) == 0 {
-		if err := plan.Validate(); err != nil {
+		if err := plan.ValidateGiven(); err != nil {
 			errs = append(errs, err)
 		}
 	}
@@ -96,14 +105,16 @@ func (c *hostConfig) plan() (network.Plan, error) {
 }
 
 // drivers returns those of all VMMs, the best one first. To see whether KVM
-// works they boot the prepared kernel.
-func (c *hostConfig) drivers() []vmm.Driver {
+// works they boot the prepared kernel; retry boots it again where it was too slow
+// the last time.
+func (c *hostConfig) drivers(retry bool) []vmm.Driver {
 	kernel := filepath.Join(c.stateDir, "kernels", "default")
 	probe := func(name string) vmm.Probe {
 		return vmm.Probe{
 			CacheFile: filepath.Join(c.stateDir, "kvm-probe-"+name+".json"),
 			Kernel:    filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"),
 			UID: baseUID, GID: baseUID, // no slot's: those begin at 1
+			Retry: retry,
 		}
 	}
 	return []vmm.Driver{
@@ -116,6 +127,7 @@ type serveConfig struct {
 	hostConfig
 	listen     string
 	insecure   bool
+	allowHost  string
 	onShutdown string
 	dns        string
 	egress     string
@@ -132,6 +144,8 @@ type serveConfig struct {
 	keepPaused time.Duration
 	logFormat  string
 	verbose    bool
+
+	maxConns, maxConnsEach int
 }
 
 // machineMemMiB is the memory of this machine.
@@ -159,12 +173,15 @@ adopts those that run.`,
 	f := cmd.Flags()
 	f.StringVar(&c.listen, "listen", env("WRENN_LISTEN", "127.0.0.1:50051"), "address of the API (env WRENN_LISTEN)")
 	f.BoolVar(&c.insecure, "insecure", false, "let --listen name an address that others can reach; the API has no authentication")
+	f.StringVar(&c.allowHost, "allow-host", env("WRENN_ALLOW_HOST", ""), "host names, comma-separated, by which clients may call the API, beside localhost and the address they connect to (env WRENN_ALLOW_HOST)")
+	f.IntVar(&c.maxConns, "max-connections", 0, "most connections of clients at a time; 0 is 16384, or a quarter of the descriptors that the agent may have")
+	f.IntVar(&c.maxConnsEach, "max-client-connections", 0, "most connections of one client address at a time; 0 is a quarter of --max-connections")
 	f.StringVar(&c.onShutdown, "on-shutdown", env("WRENN_ON_SHUTDOWN", "leave"), "what becomes of sandboxes: leave (for the next agent) or destroy (env WRENN_ON_SHUTDOWN)")
 	f.StringVar(&c.dns, "dns", env("WRENN_DNS", ""), "resolvers of the guests, comma-separated; the host's own when empty (env WRENN_DNS)")
 	f.StringVar(&c.egress, "egress", env("WRENN_EGRESS", string(network.Public)), "what sandboxes may reach: public (the internet, no private networks), none, or all (env WRENN_EGRESS)")
 	f.StringVar(&c.netIn, "net-in", env("WRENN_NET_IN", "0"), "bytes per second into each sandbox, like 10M or 64KiB; 0 is no limit (env WRENN_NET_IN)")
 	f.StringVar(&c.netOut, "net-out", env("WRENN_NET_OUT", "0"), "bytes per second out of each sandbox (env WRENN_NET_OUT)")
-	f.IntVar(&c.limits.Connections, "net-connections", 0, "most connections at a time that each sandbox may have begun; 0 is no limit")
+	f.IntVar(&c.limits.Connections, "net-connections", 0, "most connections at a time that each sandbox may have begun; 0 is a 128th of the host's connection table, and more than that is none")
 	f.IntVar(&c.pool, "pool", 4, "networks kept built ahead of use")
 	warm, err := strconv.Atoi(env("WRENN_WARM", "0"))
 	c.warmErr = err
@@ -197,6 +214,7 @@ func (c *serveConfig) check() (network.Plan, []netip.Addr, error) {
 	} else if ip, err := netip.ParseAddr(host); !c.insecure && host != "localhost" && (err != nil || !ip.IsLoopback()) {
 		errs = append(errs, fmt.Errorf("--listen %s can be reached from outside, and whoever reaches it commands this host: use a loopback address, or --insecure if something else guards it", c.listen))
 	}
+	errs = append(errs, c.checkDoor()...)
 	if c.onShutdown != "leave" && c.onShutdown != "destroy" {
 		errs = append(errs, fmt.Errorf("--on-shutdown %q is unknown: use leave or destroy", c.onShutdown))
 	}
@@ -256,10 +274,11 @@ func (c *serveConfig) logger() *slog.Logger {
 	if c.verbose {
 		opts.Level = slog.LevelDebug
 	}
+	out := printer{os.Stderr} // what guests and VMMs say is in it
 	if c.logFormat == "json" {
-		return slog.New(slog.NewJSONHandler(os.Stderr, opts))
+		return slog.New(slog.NewJSONHandler(out, opts))
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, opts))
+	return slog.New(slog.NewTextHandler(out, opts))
 }
 
 // baseUID begins the range of users that VMMs run as: far from those of people
@@ -268,6 +287,69 @@ const baseUID = 1_900_000_000
 
 // shutdownTimeout bounds the end of the agent.
 const shutdownTimeout = 30 * time.Second
+
+// names are the host names of this agent that its flags say.
+func (c *serveConfig) names() []string {
+	names := []string{}
+	if host, _, err := net.SplitHostPort(c.listen); err == nil && host != "" {
+		if ip, err := netip.ParseAddr(host); err != nil || !ip.IsUnspecified() {
+			names = append(names, host)
+		}
+	}
+	for _, name := range strings.Split(c.allowHost, ",") {
+		if name = strings.TrimSpace(name); name != "" {
+			names = append(names, name)
+		}
+	}
+	return names
+}
+
+// checkDoor returns what is wrong with the settings of the API's server.
+func (c *serveConfig) checkDoor() []error {
+	var errs []error
+	for _, name := range c.names() {
+		if _, err := netip.ParseAddr(name); err != nil && strings.ContainsAny(name, ":/*@ ") {
+			errs = append(errs, fmt.Errorf("--allow-host %q is neither a host name nor an address: give it without scheme, port or wildcard", name))
+		}
+	}
+	if c.maxConns == 0 {
+		c.maxConns = defaultConns()
+	}
+	if c.maxConnsEach == 0 {
+		c.maxConnsEach = max(1, c.maxConns/4)
+	}
+	if c.maxConns < 1 || c.maxConnsEach < 1 {
+		errs = append(errs, errors.New("--max-connections and --max-client-connections must not be negative"))
+	}
+	return errs
+}
+
+// defaultConns is how many connections clients may have: what they and the way
+// to the guests take leaves half of the descriptors to the agent.
+func defaultConns() int {
+	const most = 16384
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return most / 16
+	}
+	return int(min(most, max(16, files.Cur/4)))
+}
+
+// door returns the server of the API; slots counts the network's slots.
+func (c *serveConfig) door(manager *sandbox.Manager, version server.Version, slots func() map[string]int, log *slog.Logger) *gateway.Gateway {
+	var panics atomic.Int64
+	mux := http.NewServeMux()
+	door := gateway.New(gateway.Config{
+		Sandboxes: manager, Control: mux, Names: c.names(), Panics: &panics, Log: log,
+		MaxConns: c.maxConns, MaxConnsEach: c.maxConnsEach,
+	})
+	mux.Handle(server.New(manager, version, &panics, log))
+	mux.Handle("/", server.Health(manager))
+	mux.Handle("GET /metrics", server.Metrics(manager, slots, func() server.Edge {
+		return server.Edge{Panics: panics.Load(), RefusedConnections: door.Refused()}
+	}))
+	return door
+}
 
 func (c *serveConfig) serve(ctx context.Context) (err error) {
 	plan, dns, err := c.check()
@@ -284,7 +366,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	if _, err := templates.Get("minimal"); err != nil {
 		return fmt.Errorf("%w; prepare this host with `wrenn setup --state-dir %s`", err, c.stateDir)
 	}
-	chosen, err := host.Choose(ctx, c.vmm, c.drivers())
+	chosen, err := host.Choose(ctx, c.vmm, c.drivers(false))
 	if err != nil {
 		return fmt.Errorf("%w; `wrenn doctor` says more", err)
 	}
@@ -298,12 +380,18 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	// is touched.
 	listener, err := net.Listen("tcp", c.listen)
 	if err != nil {
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("listen: %w: is it another agent? Name another address with --listen", err)
+		}
 		return fmt.Errorf("listen: %w", err)
 	}
 	defer listener.Close()
 
 	cfg := c.managerConfig(plan, chosen, templates, log)
-	net := network.New(plan, network.Options{BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits, Resolvers: dns, Pool: c.pool, Log: log})
+	net := network.New(plan, network.Options{
+		BaseUID: baseUID, Egress: network.Policy{Mode: network.Mode(c.egress)}, Limits: c.limits,
+		Resolvers: dns, Pool: c.pool, RangesFile: c.rangesFile(), Log: log,
+	})
 	cfg.Network = net
 	cfg.Capacity, cfg.OverlayMiB, cfg.DNS = c.capacity, c.overlayMiB, dns
 	cfg.BootTimeout, cfg.KeepStopped, cfg.KeepPaused, cfg.Warm = c.boot, c.keep, c.keepPaused, c.warm
@@ -314,7 +402,7 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	log.Info("state taken over: "+found.String(), "dir", c.stateDir)
+	log.Info("state taken over: "+found.String(), "dir", c.stateDir, "host_range", net.Plan().Hosts, "link_range", net.Plan().Veths)
 	if c.dns == "" && len(network.HostResolvers()) == 0 {
 		log.Warn("the host has no resolver that a guest can reach; guests ask public ones, --dns names others", "dns", dns)
 	}
@@ -324,23 +412,10 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	defer func() { endPool(); <-pooled }()
 
 	version := server.Version{Version: buildVersion(), VMM: name, VMMVersion: report.Version + " (" + report.Accel + ")"}
-	mux := http.NewServeMux()
-	mux.Handle(server.New(manager, version, log))
-	mux.Handle("/", server.Health(manager))
-	mux.Handle("GET /metrics", server.Metrics(manager, func() map[string]int { return net.Stats().ByState() }))
-	srv := &http.Server{
-		Handler:           gateway.New(manager, mux, log),
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       10 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
-		Protocols:         new(http.Protocols),
-	}
-	srv.Protocols.SetHTTP1(true)
-	srv.Protocols.SetUnencryptedHTTP2(true)
+	door := c.door(manager, version, func() map[string]int { return net.Stats().ByState() }, log)
 
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(listener) }()
+	go func() { served <- door.Serve(listener) }()
 	log.Info("serving", "listen", listener.Addr().String(), "pid", strconv.Itoa(os.Getpid()))
 
 	select {
@@ -353,9 +428,9 @@ func (c *serveConfig) serve(ctx context.Context) (err error) {
 	// New calls are refused from here on; those in progress may end while the
 	// manager winds up. Streams do not end by themselves.
 	drained := make(chan error, 1)
-	go func() { drained <- srv.Shutdown(end) }()
+	go func() { drained <- door.Shutdown(end) }()
 	merr := manager.Shutdown(end, c.onShutdown == "destroy")
-	srv.Close()
+	door.Close()
 	<-drained
 	endPool()
 	<-pooled

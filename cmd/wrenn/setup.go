@@ -37,6 +37,7 @@ func newSetup() *cobra.Command {
 with the guest daemon, the template "minimal" and a ready snapshot of it, from
 which sandboxes start, in the state directory. What is there and complete is
 kept, so that it can be run again at any time; an interrupted run is picked up.
+Address ranges are chosen among those that are free on this host, and recorded.
 It needs root.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -50,7 +51,7 @@ It needs root.`,
 			if _, err := os.Stat(o.Envd); err != nil {
 				return fmt.Errorf("find the guest daemon: %w; build it with `make build`, or name it with --envd", err)
 			}
-			p := newProgress(cmd.ErrOrStderr())
+			p := newProgress(os.Stderr)
 			defer p.end()
 			if err := host.InstallMissing(cmd.Context(), p.show); err != nil {
 				return err
@@ -62,9 +63,15 @@ It needs root.`,
 			if err := template.Setup(cmd.Context(), store, o, p.show); err != nil {
 				return err
 			}
-			c.prepareReady(cmd.Context(), plan, store, p.show)
+			if err := c.prepareReady(cmd.Context(), plan, store, p.show); err != nil {
+				return err
+			}
 			p.end()
-			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `wrenn serve`\n", c.stateDir)
+			serve := "wrenn serve"
+			if c.stateDir != defaultStateDir {
+				serve += " --state-dir " + c.stateDir
+			}
+			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `%s`\n", c.stateDir, serve)
 			return nil
 		},
 	}
@@ -125,7 +132,7 @@ func (p *progress) line(e template.Event, outcome string) {
 	}
 	for _, s := range []string{e.Detail, outcome} {
 		if s != "" {
-			text += "  " + s
+			text += "  " + printableLine(s)
 		}
 	}
 	switch {
@@ -169,7 +176,11 @@ something required is missing. As root it sees more.`,
 			if err != nil {
 				return err
 			}
-			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(), VMM: c.vmm, Plan: plan})
+			// A record that only root can read is no fault of the host's.
+			if recorded, err := plan.ReadRanges(c.rangesFile()); err == nil {
+				plan = recorded
+			}
+			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(true), VMM: c.vmm, Plan: plan})
 			out := cmd.OutOrStdout()
 			if asJSON {
 				enc := json.NewEncoder(out)

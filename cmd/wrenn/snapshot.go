@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"text/tabwriter"
 	"time"
 
@@ -89,7 +88,7 @@ func newSnapshotRm(c *client) *cobra.Command {
 func all(errs []error) error {
 	if len(errs) > 1 {
 		for _, err := range errs {
-			fmt.Fprintln(os.Stderr, "wrenn: "+explain(err))
+			complain("%s", explain(err))
 		}
 		return exitError(1)
 	}
@@ -118,10 +117,10 @@ func newSnapshots(c *client) *cobra.Command {
 				return nil
 			}
 			w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-			fmt.Fprintln(w, "NAME\tSANDBOX ID\tTEMPLATE\tVCPUS\tMEMORY\tSIZE\tCREATED")
+			row(w, "NAME", "SANDBOX ID", "TEMPLATE", "VCPUS", "MEMORY", "SIZE", "CREATED")
 			for _, s := range resp.Msg.Snapshots {
-				fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%d MiB\t%d MiB\t%s ago\n", s.Name, s.SandboxId, s.Template,
-					s.Vcpus, s.MemoryMb, (s.SizeBytes+1<<20-1)>>20, rough(time.Since(time.Unix(s.CreatedAtUnix, 0))))
+				row(w, s.Name, s.SandboxId, s.Template, s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb),
+					fmt.Sprintf("%d MiB", (s.SizeBytes+1<<20-1)>>20), rough(time.Since(time.Unix(s.CreatedAtUnix, 0)))+" ago")
 			}
 			return w.Flush()
 		},

@@ -73,7 +73,7 @@ started in it from outside: every second on a terminal, until Ctrl-C, else once.
 				var page strings.Builder
 				u.print(&page, id)
 				// From the top, each line to its end, then what is below.
-				fmt.Fprint(os.Stdout, "\x1b[H"+strings.ReplaceAll(page.String(), "\n", "\x1b[K\n")+"\x1b[J")
+				fmt.Fprint(os.Stdout, "\x1b[H"+strings.ReplaceAll(printable(page.String()), "\n", "\x1b[K\n")+"\x1b[J")
 				select {
 				case <-ctx.Done():
 					return nil // Ctrl-C is how one leaves
@@ -121,22 +121,16 @@ func (u *usage) print(w io.Writer, id string) {
 	fmt.Fprintf(w, "memory  %s, and %s cache\n", part(u.MemUsed, u.MemTotal), bytesText(u.MemCache))
 	fmt.Fprintf(w, "disk    %s\n\n", part(u.DiskUsed, u.DiskTotal))
 	t := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
-	fmt.Fprintln(t, "PID\tCOMMAND")
+	row(t, "PID", "COMMAND")
 	for _, p := range u.Processes {
-		fmt.Fprintf(t, "%d\t%s\n", p.PID, oneLine(append([]string{p.Cmd}, p.Args...)))
+		row(t, p.PID, oneLine(append([]string{p.Cmd}, p.Args...)))
 	}
 	t.Flush()
 }
 
-// oneLine is a command as it fits a line; what would move a terminal's cursor
-// is shown as text.
+// oneLine is a command as it fits a line.
 func oneLine(argv []string) string {
-	line := strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f && r < 0xa0 {
-			return '·'
-		}
-		return r
-	}, strings.Join(argv, " "))
+	line := printableLine(strings.Join(argv, " "))
 	if runes := []rune(line); len(runes) > 100 {
 		return string(runes[:99]) + "…"
 	}

@@ -16,12 +16,7 @@ const (
 	// dnsTimeout bounds the answer to one question.
 	dnsTimeout = 5 * time.Second
 	// dnsIdle is how long a TCP connection may ask nothing.
-	dnsIdle = 10 * time.Second
-	// maxQuestions bounds the questions under way; more are dropped, which
-	// resolvers in guests take for a lost datagram.
-	maxQuestions = 64
-	// maxDNSConns bounds the TCP connections that ask.
-	maxDNSConns = 16
+	dnsIdle     = 10 * time.Second
 	maxQuestion = 1232
 )
 
@@ -38,7 +33,7 @@ const typeCAA dnsmessage.Type = 257
 // serveDatagrams answers questions until the socket is closed.
 func (p *Proxy) serveDatagrams() {
 	turn := make(chan struct{}, maxQuestions)
-	buf := make([]byte, 65535)
+	buf := make([]byte, maxQuestion+1)
 	for {
 		n, from, err := p.cfg.DNSPacket.ReadFromUDPAddrPort(buf)
 		if err != nil {
@@ -47,7 +42,7 @@ func (p *Proxy) serveDatagrams() {
 			}
 			continue // an ICMP error of an answer before
 		}
-		if n > maxQuestion {
+		if n > maxQuestion || !p.asked.allow() {
 			continue
 		}
 		select {
@@ -70,7 +65,7 @@ func (p *Proxy) serveDNSConn(c *net.TCPConn) {
 	for {
 		c.SetDeadline(time.Now().Add(dnsIdle))
 		query, err := readMessage(c)
-		if err != nil || len(query) > maxQuestion {
+		if err != nil || len(query) > maxQuestion || !p.asked.allow() {
 			return
 		}
 		msg := p.answer(p.ctx, query, false)

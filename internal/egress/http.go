@@ -7,6 +7,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"net/http/httputil"
 	"net/netip"
 	"strings"
@@ -15,10 +16,7 @@ import (
 	"time"
 )
 
-const (
-	httpIdle       = 2 * time.Minute
-	maxHeaderBytes = 64 << 10
-)
+const httpIdle = 2 * time.Minute
 
 // httpSide serves HTTP/1 connections request by request: each is judged by its
 // own Host and goes to that host, however many come on one connection. What
@@ -26,19 +24,26 @@ const (
 type httpSide struct {
 	proxy  *Proxy
 	server http.Server
+	turns  chan struct{}
 	conns  chan net.Conn
 	done   chan struct{}
 	once   sync.Once
 }
 
 func newHTTPSide(p *Proxy) *httpSide {
-	h := &httpSide{proxy: p, conns: make(chan net.Conn), done: make(chan struct{})}
+	h := &httpSide{proxy: p, turns: make(chan struct{}, maxHTTP), conns: make(chan net.Conn), done: make(chan struct{})}
 	h.server = http.Server{
 		Handler: &httputil.ReverseProxy{
 			Rewrite:       func(r *httputil.ProxyRequest) { h.rewrite(r) },
 			Transport:     roundTripper{},
 			FlushInterval: -1,
-			ErrorLog:      log.New(io.Discard, "", 0),
+			ModifyResponse: func(r *http.Response) error {
+				if tooManyLines(r.Header) {
+					return errLines
+				}
+				return nil
+			},
+			ErrorLog: log.New(io.Discard, "", 0),
 			// Whom the proxy cannot connect gets what it would get without one.
 			ErrorHandler: func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
 		},
@@ -55,7 +60,7 @@ func newHTTPSide(p *Proxy) *httpSide {
 		},
 		ReadHeaderTimeout: firstBytes,
 		IdleTimeout:       httpIdle,
-		MaxHeaderBytes:    maxHeaderBytes,
+		MaxHeaderBytes:    maxRequestHead,
 		ErrorLog:          log.New(io.Discard, "", 0),
 		Protocols:         new(http.Protocols),
 	}
@@ -101,6 +106,12 @@ func (h *httpSide) close() {
 
 // carry serves a connection until it is closed.
 func (h *httpSide) carry(l *link) {
+	turns := []chan struct{}{h.turns, h.proxy.cfg.Shared.http}
+	if !waitTurn(l.ctx.Done(), firstBytes, turns...) {
+		h.proxy.refuse("connection", "", l.dst, "too many connections speak HTTP")
+		return
+	}
+	defer func() { <-turns[0]; <-turns[1] }()
 	l.client.SetReadDeadline(time.Time{})
 	c := &httpConn{TCPConn: l.client, link: l, ended: make(chan struct{})}
 	l.http = h.transport(l)
@@ -175,6 +186,8 @@ func (h *httpSide) judge(l *link, r *http.Request) *refusal {
 		return &refusal{name, "CONNECT is for proxies that are asked"}
 	case r.ProtoMajor != 1 || r.Method == "PRI":
 		return &refusal{name, "HTTP/2 without TLS carries many hosts at once"}
+	case tooManyLines(r.Header):
+		return &refusal{name, "the request has too many header lines"}
 	case !ok:
 		return &refusal{r.Host, "the request has no host that is a name"}
 	case !h.proxy.passes(l, name):
@@ -221,7 +234,9 @@ func (roundTripper) RoundTrip(r *http.Request) (*http.Response, error) {
 	if l == nil {
 		return nil, errors.New("request without a connection")
 	}
-	return l.http.RoundTrip(r)
+	return l.http.RoundTrip(r.WithContext(httptrace.WithClientTrace(r.Context(), &httptrace.ClientTrace{
+		GotConn: func(i httptrace.GotConnInfo) { i.Conn.(*headConn).expect() },
+	})))
 }
 
 func (h *httpSide) transport(l *link) *http.Transport {
@@ -237,14 +252,14 @@ func (h *httpSide) transport(l *link) *http.Transport {
 				h.proxy.refuse("request", name, l.dst, err.Error())
 				return nil, err
 			}
-			return up, nil
+			return &headConn{Conn: up}, nil
 		},
-		DisableCompression:    true,
-		MaxIdleConns:          4,
-		MaxIdleConnsPerHost:   1,
-		IdleConnTimeout:       httpIdle / 4,
-		ExpectContinueTimeout: time.Second,
-		Protocols:             new(http.Protocols),
+		DisableCompression:     true,
+		MaxIdleConns:           1,
+		MaxResponseHeaderBytes: maxResponseHead,
+		IdleConnTimeout:        httpIdle / 4,
+		ExpectContinueTimeout:  time.Second,
+		Protocols:              new(http.Protocols),
 	}
 	t.Protocols.SetHTTP1(true)
 	return t

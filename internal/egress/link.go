@@ -23,12 +23,12 @@ const (
 )
 
 const (
-	// maxHello is more than any ClientHello that crypto/tls reads.
-	maxHello = 80 << 10
+	// maxHello is some times what programs send.
+	maxHello = 20 << 10
 	// maxLine bounds the first line of what is not TLS.
 	maxLine = 8 << 10
-	// copyChunk is how much is moved between two looks at the clock.
-	copyChunk = 1 << 20
+	// deadlineStep is how long a deadline stands before it is put off again.
+	deadlineStep = time.Second
 )
 
 // hear reads what the client says first, as much of it as tells whom it wants,
@@ -157,23 +157,34 @@ func (l *link) flush(up *net.TCPConn) bool {
 	return err == nil
 }
 
-// copy carries bytes one way, in the kernel where it can, as fast as the
-// receiver takes them. The end of one direction is passed on as such.
+// copy carries bytes one way, as fast as the receiver takes them. The end of one
+// direction is passed on as such.
 func (l *link) copy(to, from *net.TCPConn, moved *atomic.Int64) {
 	last := moved.Load()
+	buf := make([]byte, relayBuffer)
+	var set time.Time
 	for {
-		from.SetReadDeadline(time.Now().Add(idleTimeout))
-		n, err := io.Copy(to, io.LimitReader(from, copyChunk))
-		now := moved.Add(n)
+		if now := time.Now(); now.Sub(set) > deadlineStep {
+			set = now
+			from.SetReadDeadline(now.Add(idleTimeout))
+		}
+		n, err := from.Read(buf)
+		if n > 0 {
+			if _, werr := to.Write(buf[:n]); werr != nil && err == nil {
+				err = werr
+			}
+		}
+		now := moved.Add(int64(n))
 		switch {
-		case err == nil && n == copyChunk:
 		case err == nil:
+		case errors.Is(err, io.EOF):
 			to.CloseWrite()
 			return
 		case errors.Is(err, net.ErrClosed):
 			return
 		case errors.Is(err, os.ErrDeadlineExceeded) && now != last:
 			// The other direction counts as well.
+			set = time.Time{}
 		default:
 			l.cancel()
 			return

@@ -36,8 +36,6 @@ const (
 	dialTimeout = 10 * time.Second
 	// idleTimeout ends a connection that carries nothing, in either direction.
 	idleTimeout = 30 * time.Minute
-	// DefaultMaxConns is Config.MaxConns where it is 0.
-	DefaultMaxConns = 512
 	// maxUses bounds the names that one connection may ask for in turn.
 	maxUses = 256
 
@@ -77,11 +75,11 @@ type Config struct {
 	Dial func(context.Context, netip.AddrPort) (*net.TCPConn, error)
 	// Resolvers are asked from the host.
 	Resolvers []netip.AddrPort
-	// MaxConns bounds the connections at a time; Turns, if not nil, those of
-	// all proxies that share it, to its capacity.
+	// MaxConns bounds the connections at a time; Shared what all proxies that
+	// have it take together, nobody else if it is nil.
 	MaxConns int
-	Turns    chan struct{}
-	// Log receives each refusal, at debug level.
+	Shared   *Shared
+	// Log receives refusals at debug level, some a second.
 	Log *slog.Logger
 }
 
@@ -100,6 +98,8 @@ type Proxy struct {
 	ctx      context.Context
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
+	asked    *rate // questions
+	logged   *rate
 	accepted atomic.Uint64
 	refused  atomic.Uint64
 
@@ -151,8 +151,12 @@ func New(ctx context.Context, cfg Config, policy Policy) *Proxy {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
+	if cfg.Shared == nil {
+		cfg.Shared = NewShared(cfg.MaxConns + maxDNSConns)
+	}
 	p := &Proxy{
-		cfg: cfg, resolver: resolver{servers: cfg.Resolvers},
+		cfg: cfg, resolver: resolver{servers: cfg.Resolvers, shared: cfg.Shared},
+		asked: newRate(questionRate), logged: newRate(logRate),
 		rules: []rules{rulesOf(policy)}, seen: map[string]map[netip.Addr]time.Time{}, links: map[*link]struct{}{},
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
@@ -357,9 +361,18 @@ func (p *Proxy) keepLearning() {
 	}
 }
 
+// maxLogged is more than a name has.
+const maxLogged = 256
+
 // refuse counts and logs a refusal.
 func (p *Proxy) refuse(what, name string, dst netip.AddrPort, why string) {
 	p.refused.Add(1)
+	if !p.logged.allow() {
+		return
+	}
+	if len(name) > maxLogged {
+		name = name[:maxLogged]
+	}
 	p.cfg.Log.Debug("egress refused", "what", what, "name", name, "to", dst, "why", why)
 }
 
@@ -398,14 +411,13 @@ func (p *Proxy) accept(from *net.TCPListener, limit int, serve func(*net.TCPConn
 			reset(c)
 			continue
 		}
-		if !takeTurn(p.cfg.Turns) {
+		if !takeTurn(p.cfg.Shared.conns) {
 			<-own
 			reset(c)
 			continue
 		}
 		p.wg.Go(func() {
-			defer giveTurn(own)
-			defer giveTurn(p.cfg.Turns)
+			defer func() { <-own; <-p.cfg.Shared.conns }()
 			stop := context.AfterFunc(p.ctx, func() { c.Close() })
 			defer stop()
 			defer c.Close()
@@ -414,22 +426,13 @@ func (p *Proxy) accept(from *net.TCPListener, limit int, serve func(*net.TCPConn
 	}
 }
 
-// takeTurn says whether there is one left; where nobody counts there is.
+// takeTurn says whether there is one left.
 func takeTurn(turns chan struct{}) bool {
-	if turns == nil {
-		return true
-	}
 	select {
 	case turns <- struct{}{}:
 		return true
 	default:
 		return false
-	}
-}
-
-func giveTurn(turns chan struct{}) {
-	if turns != nil {
-		<-turns
 	}
 }
 

@@ -497,7 +497,7 @@ func TestConnectionsAreBounded(t *testing.T) {
 		w.serveTLS(goodAddr+":443", "good")
 		most := 32
 		if turns > 0 {
-			w.turns, most = make(chan struct{}, turns), turns
+			w.shared, most = NewShared(turns), turns
 		}
 		w.start(Policy{Allow: []string{"good.example"}})
 		var conns []*net.TCPConn
@@ -524,8 +524,8 @@ func TestConnectionsAreBounded(t *testing.T) {
 			}
 		}
 		w.proxy.Close()
-		if len(w.turns) > 0 {
-			t.Errorf("%d turns are not given back", len(w.turns))
+		if w.shared != nil && len(w.shared.conns) > 0 {
+			t.Errorf("%d turns are not given back", len(w.shared.conns))
 		}
 	}
 }
@@ -687,7 +687,7 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(question("evil.example.", dnsmessage.TypeTXT, 1))
 	f.Add([]byte{0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0xc0, 12, 0, 1, 0, 1})
 	// Without resolvers, so that only refusals and errors can come.
-	p := &Proxy{cfg: Config{Log: discard}, rules: []rules{rulesOf(Policy{Allow: []string{"good.example"}})}}
+	p := &Proxy{cfg: Config{Log: discard}, logged: newRate(logRate), rules: []rules{rulesOf(Policy{Allow: []string{"good.example"}})}}
 	f.Fuzz(func(t *testing.T, query []byte) {
 		msg := p.answer(t.Context(), query, true)
 		if msg == nil {

@@ -38,6 +38,7 @@ const (
 // the host's own hosts file or search list.
 type resolver struct {
 	servers []netip.AddrPort
+	shared  *Shared
 
 	mu    sync.Mutex
 	cache map[string]answer
@@ -152,8 +153,17 @@ func (r *resolver) exchange(ctx context.Context, q dnsmessage.Question, edns *dn
 	if len(r.servers) == 0 {
 		return nil, errors.New("no resolver is configured")
 	}
+	// Guests of others wait no longer than for an answer.
+	if !waitTurn(ctx.Done(), dnsTimeout, r.shared.questions) {
+		return nil, errors.New("too many questions are under way")
+	}
+	defer func() { <-r.shared.questions }()
 	var errs []error
 	for i := range max(upstreamTries, len(r.servers)) {
+		if !r.shared.asked.allow() {
+			errs = append(errs, errors.New("too many questions are asked"))
+			break
+		}
 		server := r.servers[i%len(r.servers)]
 		msg, err := askServer(ctx, server, q, edns)
 		if err == nil {
@@ -211,7 +221,7 @@ func askOver(ctx context.Context, network string, server netip.AddrPort, q dnsme
 	if _, err := c.Write(query); err != nil {
 		return nil, err
 	}
-	buf := make([]byte, 65535)
+	buf := make([]byte, 4096) // some times what was asked for
 	for {
 		n, err := c.Read(buf)
 		if err != nil {

@@ -2,6 +2,7 @@ package egress
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -35,7 +36,9 @@ var discard = slog.New(slog.DiscardHandler)
 type world struct {
 	t       testing.TB
 	proxy   *Proxy
-	turns   chan struct{}
+	shared  *Shared
+	log     *slog.Logger
+	max     int // connections; 0 is 32
 	servers map[netip.AddrPort]net.Addr
 	dns     *fakeResolver
 
@@ -91,8 +94,9 @@ func (w *world) start(policy Policy) {
 			return c.(*net.TCPConn), nil
 		},
 		Resolvers: []netip.AddrPort{w.dns.addr},
-		MaxConns:  32,
-		Turns:     w.turns,
+		MaxConns:  cmp.Or(w.max, 32),
+		Shared:    w.shared,
+		Log:       w.log,
 	}, reaching(policy))
 	w.t.Cleanup(w.proxy.Close)
 }

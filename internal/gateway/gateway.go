@@ -1,8 +1,11 @@
-// Package gateway is the data plane: one reverse proxy from the agent's
-// listener to the ports of its guests.
+// Package gateway is the agent's door: its server, the checks of who may use the
+// control plane, and the data plane, one reverse proxy to the ports of the
+// guests.
 package gateway
 
 import (
+	"context"
+	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,10 +15,14 @@ import (
 	"net/netip"
 	"path"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+
+	"connectrpc.com/connect"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
@@ -28,9 +35,37 @@ const (
 	headerToken = "X-Access-Token"
 	envdPort    = 49983
 
-	// maxPerSandbox bounds the requests under way to one sandbox.
+	// maxPerSandbox bounds the requests of each kind under way to one sandbox,
+	// maxControl those to the agent itself.
 	maxPerSandbox = 1024
+	maxControl    = 4096
 )
+
+// kind is what requests are counted apart by, so that none locks others out.
+type kind int
+
+const (
+	toAgent kind = iota
+	// ofOwner are requests to envd with its token, ofOthers all others to it:
+	// health, questions of browsers, files by signature, and what envd refuses.
+	ofOwner
+	ofOthers
+	// toPort are requests to the ports of users' servers, which anybody may send.
+	toPort
+)
+
+func (k kind) most() int {
+	if k == toAgent {
+		return maxControl
+	}
+	return maxPerSandbox
+}
+
+// load is what is counted: requests of a kind to a sandbox.
+type load struct {
+	id   sandbox.ID
+	kind kind
+}
 
 // reserved are envd's endpoints for the host agent alone.
 var reserved = []string{"/init", "/quiesce", "/freeze", "/unfreeze", "/fsfreeze", "/fsthaw", "/collapse", "/upgrade"}
@@ -38,40 +73,101 @@ var reserved = []string{"/init", "/quiesce", "/freeze", "/unfreeze", "/fsfreeze"
 // hostPattern is <port>-<sandbox id>.<anything>.
 var hostPattern = regexp.MustCompile(`^([0-9]{1,5})-(sb-[0-9a-f]+)\.`)
 
+// Sandboxes is what the gateway asks of a sandbox.Manager.
+type Sandboxes interface {
+	Lease(ctx context.Context, id sandbox.ID) (*sandbox.Lease, error)
+	AccessToken(id sandbox.ID) (string, error)
+}
+
+// Config says what a Gateway is in front of.
+type Config struct {
+	Sandboxes Sandboxes
+	// Control answers requests that name no sandbox.
+	Control http.Handler
+	// Names are host names and addresses of this agent beside localhost and
+	// those that connections come to.
+	Names []string
+	// MaxConns bounds the connections of clients, MaxConnsEach those of one.
+	MaxConns, MaxConnsEach int
+	// Panics counts what handlers panicked with.
+	Panics *atomic.Int64
+	Log    *slog.Logger
+}
+
 // Gateway sends requests that name a sandbox to that sandbox's guest, and all
-// others to Next. Such a request is activity in the sandbox until it ends.
+// others to the control plane, if they come from where they may. A request to a
+// sandbox is activity in it until it ends.
 //
-// Bodies are streamed, both ways at once, and have no limit here: what they
-// fill is the guest's. The server in front limits headers.
+// Bodies are streamed, both ways at once, and have no limit of size here: what
+// they fill is the guest's. A client may not leave one half sent; how slowly it
+// reads an answer is its own affair.
 type Gateway struct {
-	manager *sandbox.Manager
-	next    http.Handler
-	log     *slog.Logger
-	links   links
+	sandboxes Sandboxes
+	control   http.Handler
+	door      door
+	panics    *atomic.Int64
+	log       *slog.Logger
+	server    *http.Server
+	listener  listener
+	links     links
+	errors    *connect.ErrorWriter
 
 	mu    sync.Mutex
-	count map[sandbox.ID]int
+	count map[load]int
 }
 
-// New returns a gateway in front of next.
-func New(manager *sandbox.Manager, next http.Handler, log *slog.Logger) *Gateway {
-	return &Gateway{manager: manager, next: next, log: log, count: make(map[sandbox.ID]int)}
-}
-
-// target returns the sandbox and port that a request names; ok is false where
-// it names none.
-func target(r *http.Request) (id, port string, ok bool) {
-	if id := r.Header.Get(headerID); id != "" {
-		port := r.Header.Get(headerPort)
-		if port == "" {
-			port = strconv.Itoa(envdPort)
-		}
-		return id, port, true
+// New returns a gateway that does not serve yet.
+func New(c Config) *Gateway {
+	g := &Gateway{
+		sandboxes: c.Sandboxes, control: c.Control, panics: c.Panics, log: c.Log,
+		listener: listener{most: c.MaxConns, mostEach: c.MaxConnsEach, each: make(map[netip.Prefix]int)},
+		errors:   connect.NewErrorWriter(),
+		count:    make(map[load]int),
 	}
+	for _, name := range c.Names {
+		g.door.names = append(g.door.names, strings.ToLower(strings.TrimSuffix(name, ".")))
+	}
+	g.server = g.newServer(c.Log)
+	return g
+}
+
+// Refused is how many connections were closed because there were too many.
+func (g *Gateway) Refused() int64 { return g.listener.refused.Load() }
+
+// place is a port of a sandbox as a request names it.
+type place struct {
+	id, port string
+	// byName says that the host name does so: the request belongs to that
+	// sandbox whoever sent it, and to no other.
+	byName bool
+}
+
+// placeOf returns what a request names; nil where that is no sandbox. An error
+// is that it names two.
+func placeOf(r *http.Request) (*place, error) {
+	ids, ports := r.Header.Values(headerID), r.Header.Values(headerPort)
+	p := &place{}
 	if m := hostPattern.FindStringSubmatch(r.Host); m != nil {
-		return m[2], m[1], true
+		p.id, p.port, p.byName = m[2], m[1], true
+	} else if len(ids) == 0 || ids[0] == "" {
+		return nil, nil
+	} else {
+		p.id, p.port = ids[0], strconv.Itoa(envdPort)
+		if len(ports) > 0 && ports[0] != "" {
+			p.port = ports[0]
+		}
 	}
-	return "", "", false
+	for _, id := range ids {
+		if id != p.id && id != "" {
+			return p, fmt.Errorf("the request names two sandboxes, %.40q and %.40q", p.id, id)
+		}
+	}
+	for _, port := range ports {
+		if port != p.port && port != "" {
+			return p, fmt.Errorf("the request names two ports, %.10q and %.10q", p.port, port)
+		}
+	}
+	return p, nil
 }
 
 // isReserved reports whether envd might take the path, however it is spelled,
@@ -81,64 +177,159 @@ func isReserved(p string) bool {
 }
 
 func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	rawID, rawPort, ok := target(r)
-	if !ok {
-		g.next.ServeHTTP(w, r)
+	place, err := placeOf(r)
+	idle := controlIdle
+	if place != nil {
+		idle = idleFor(r)
+	}
+	var b *body
+	if r.Body != nil && r.Body != http.NoBody {
+		b = newBody(w, r, idle, g.panicked)
+		r = r.WithContext(r.Context()) // the server's stays as it is
+		r.Body = b
+	}
+	defer func() {
+		what := recover()
+		if b != nil {
+			b.end(w, r, what == nil)
+		}
+		if what == nil {
+			return
+		}
+		if what != http.ErrAbortHandler {
+			g.panicked(what)
+		}
+		panic(http.ErrAbortHandler)
+	}()
+	switch {
+	case place == nil:
+		g.serveControl(w, r)
+	case err != nil:
+		refuse(w, refusal{http.StatusBadRequest, err.Error(), place.id, 0})
+	default:
+		g.serveData(w, r, place, b)
+	}
+}
+
+// panicked notes a panic, which must not end the program.
+func (g *Gateway) panicked(what any) {
+	g.panics.Add(1)
+	g.log.Error("panic in a request", "panic", what, "stack", string(debug.Stack()))
+}
+
+// serveControl answers a request that names no sandbox.
+func (g *Gateway) serveControl(w http.ResponseWriter, r *http.Request) {
+	err := g.door.check(r)
+	if err == nil {
+		err = g.door.checkType(r)
+	}
+	code := connect.CodePermissionDenied
+	all := load{kind: toAgent}
+	if err == nil && !g.enter(all) {
+		code = connect.CodeResourceExhausted
+		err = fmt.Errorf("%d requests to this host agent are under way, which is the most", maxControl)
+	}
+	if err != nil {
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		_ = g.errors.Write(w, r, connect.NewError(code, err))
 		return
 	}
-	number, err := strconv.ParseUint(rawPort, 10, 16)
+	defer g.leave(all)
+	g.control.ServeHTTP(w, r)
+}
+
+// serveData answers a request that names a sandbox.
+func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place, b *body) {
+	number, err := strconv.ParseUint(place.port, 10, 16)
 	port := uint16(number)
 	if err != nil || port == 0 {
-		refuse(w, refusal{http.StatusBadRequest, fmt.Sprintf("port %.10q is not a number from 1 to 65535", rawPort), rawID, 0})
+		refuse(w, refusal{http.StatusBadRequest, fmt.Sprintf("port %.10q is not a number from 1 to 65535", place.port), place.id, 0})
 		return
+	}
+	if !place.byName {
+		if err := g.door.check(r); err != nil {
+			refuse(w, refusal{http.StatusForbidden, err.Error(), place.id, port})
+			return
+		}
 	}
 	if port == envdPort && (r.Method == http.MethodConnect || isReserved(r.URL.Path)) {
-		refuse(w, refusal{http.StatusNotFound, "this endpoint is reserved for the host agent", rawID, port})
+		refuse(w, refusal{http.StatusNotFound, "this endpoint is reserved for the host agent", place.id, port})
 		return
 	}
-	id, err := sandbox.ParseID(rawID)
+	id, err := sandbox.ParseID(place.id)
 	if err != nil {
-		refuse(w, refusal{absent(r, port, http.StatusNotFound), err.Error(), rawID, port})
+		refuse(w, refusal{absent(r, port, http.StatusNotFound), err.Error(), place.id, port})
 		return
 	}
-	if !g.enter(id) {
+	this := load{id, g.kindOf(r, id, port)}
+	if !g.enter(this) {
 		w.Header().Set("Retry-After", "1")
-		refuse(w, refusal{http.StatusTooManyRequests, fmt.Sprintf("sandbox %s has %d requests under way, which is the most", id, maxPerSandbox), rawID, port})
+		message := fmt.Sprintf("sandbox %s has %d requests of this kind under way, which is the most", id, maxPerSandbox)
+		refuse(w, refusal{http.StatusTooManyRequests, message, place.id, port})
 		return
 	}
-	defer g.leave(id)
-	lease, err := g.manager.Lease(r.Context(), id)
+	defer g.leave(this)
+	lease, err := g.sandboxes.Lease(r.Context(), id)
 	if err != nil {
-		refuse(w, refusal{absent(r, port, status(err)), err.Error(), rawID, port})
+		refuse(w, refusal{absent(r, port, status(err)), err.Error(), place.id, port})
 		return
 	}
 	defer lease.Release()
-	ctx, cancel := lease.Context(r.Context())
+	caller := r.Context()
+	ctx, cancel := lease.Context(caller)
 	defer cancel()
 	r = r.WithContext(ctx)
-
-	link := g.links.of(lease)
-	addr := netip.AddrPortFrom(lease.Addr, port).String()
+	if b != nil {
+		r = r.WithContext(context.WithValue(ctx, bodyKey{}, b))
+		// What would be the body's and what the other protocol's? A server may
+		// always go on in this one, and one that changes unasked is refused.
+		r.Header = r.Header.Clone()
+		r.Header.Del("Upgrade")
+	}
 	fail := func(w http.ResponseWriter, err error) {
 		g.log.Debug("data plane request failed", "sandbox", id, "port", port, "err", err)
+		var why string
+		if port == envdPort || lease.Alive.Err() != nil {
+			why = ended(caller, lease)
+		}
 		switch {
-		case lease.Alive.Err() != nil:
-			refuse(w, refusal{http.StatusServiceUnavailable, fmt.Sprintf("sandbox %s ended meanwhile", id), rawID, port})
+		case b.hasStalled():
+			refuse(w, refusal{http.StatusRequestTimeout, fmt.Sprintf("nothing more of the request came for %s", dataIdle), place.id, port})
+		case why != "":
+			refuse(w, refusal{http.StatusServiceUnavailable, why, place.id, port})
 		case errors.Is(err, errNotOpen):
 			// These words are E2B's; its clients look for them.
-			refuse(w, refusal{http.StatusBadGateway, "The sandbox is running but port is not open", rawID, port})
+			refuse(w, refusal{http.StatusBadGateway, "The sandbox is running but port is not open", place.id, port})
 		default:
-			refuse(w, refusal{http.StatusBadGateway, fmt.Sprintf("port %d of sandbox %s gave no answer that can be passed on", port, id), rawID, port})
+			refuse(w, refusal{http.StatusBadGateway, fmt.Sprintf("port %d of sandbox %s gave no answer that can be passed on", port, id), place.id, port})
 		}
 	}
+	link, addr := g.links.of(lease), netip.AddrPortFrom(lease.Addr, port).String()
 	if r.Method == http.MethodConnect {
 		g.tunnel(w, r, link, addr, fail)
 		return
 	}
-	if r.ProtoMajor == 1 {
-		// A guest may answer before it has read all.
-		_ = http.NewResponseController(w).EnableFullDuplex()
+	g.forward(w, r, link.transport(r, port == envdPort), addr, fail, func() string { return ended(caller, lease) })
+}
+
+// kindOf is what a request counts as. Of a sandbox that does not exist, it does
+// not matter.
+func (g *Gateway) kindOf(r *http.Request, id sandbox.ID, port uint16) kind {
+	if port != envdPort {
+		return toPort
 	}
+	token, err := g.sandboxes.AccessToken(id)
+	if err == nil && token != "" && subtle.ConstantTimeCompare([]byte(token), []byte(r.Header.Get(headerToken))) == 1 {
+		return ofOwner
+	}
+	return ofOthers
+}
+
+// forward passes a request on to an address in the guest; ended says why the
+// sandbox ended, if it did. The token that envd demands is the client's to bring:
+// the gateway has no way to know whom a request is from.
+func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, transport *http.Transport, addr string,
+	fail func(http.ResponseWriter, error), ended func() string) {
 	proxy := httputil.ReverseProxy{
 		Rewrite: func(p *httputil.ProxyRequest) {
 			p.Out.URL.Scheme, p.Out.URL.Host = "http", addr
@@ -146,13 +337,12 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			p.Out.Header.Del(headerID)
 			p.Out.Header.Del(headerPort)
 			p.SetXForwarded()
-			// Whoever may use this listener may use the sandbox; a caller
-			// that brings a token or a signature means it to be checked.
-			if port == envdPort && p.Out.Header.Get(headerToken) == "" && !p.In.URL.Query().Has("signature") {
-				p.Out.Header.Set(headerToken, lease.Token)
-			}
 		},
-		Transport:    link.transport(r, port == envdPort),
+		Transport: transport,
+		ModifyResponse: func(resp *http.Response) error {
+			endWell(resp, ended)
+			return nil
+		},
 		BufferPool:   buffers,
 		ErrorLog:     slog.NewLogLogger(g.log.Handler(), slog.LevelDebug),
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { fail(w, err) },
@@ -160,23 +350,30 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	proxy.ServeHTTP(w, r)
 }
 
-// enter counts a request to a sandbox, unless there are too many; leave takes
-// it back.
-func (g *Gateway) enter(id sandbox.ID) bool {
+// ended says why the sandbox of a lease ended, or nothing if it did not.
+func ended(ctx context.Context, lease *sandbox.Lease) string {
+	if err := lease.Ended(ctx); err != nil {
+		return err.Error()
+	}
+	return ""
+}
+
+// enter counts a request, unless there are too many; leave takes it back.
+func (g *Gateway) enter(l load) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.count[id] >= maxPerSandbox {
+	if g.count[l] >= l.kind.most() {
 		return false
 	}
-	g.count[id]++
+	g.count[l]++
 	return true
 }
 
-func (g *Gateway) leave(id sandbox.ID) {
+func (g *Gateway) leave(l load) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.count[id]--; g.count[id] == 0 {
-		delete(g.count, id)
+	if g.count[l]--; g.count[l] == 0 {
+		delete(g.count, l)
 	}
 }
 

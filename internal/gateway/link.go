@@ -73,7 +73,13 @@ func (l *links) of(lease *sandbox.Lease) *link {
 
 func (l *link) newTransport(http2, keep bool) *http.Transport {
 	t := &http.Transport{
-		DialContext:            func(ctx context.Context, _, addr string) (net.Conn, error) { return l.dial(ctx, addr) },
+		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			conn, err := l.dial(ctx, addr)
+			if b, ok := ctx.Value(bodyKey{}).(*body); ok && err == nil && !keep {
+				return &answering{Conn: conn, body: b}, nil
+			}
+			return conn, err
+		},
 		DisableCompression:     true,
 		DisableKeepAlives:      !keep,
 		IdleConnTimeout:        idleTimeout,

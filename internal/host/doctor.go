@@ -217,9 +217,7 @@ func (m machine) kvmFacts() string {
 	device := "no /dev/kvm"
 	if _, err := os.Stat(m.path("dev/kvm")); err == nil {
 		device = "/dev/kvm is there"
-		if f, err := os.OpenFile(m.path("dev/kvm"), os.O_RDWR, 0); err == nil {
-			f.Close()
-		} else {
+		if err := m.openKVM(); err != nil {
 			device += " but does not open (" + errnoText(err) + ")"
 		}
 	}
@@ -229,7 +227,18 @@ func (m machine) kvmFacts() string {
 	return device + ", the CPU shows neither vmx nor svm"
 }
 
+func (m machine) openKVM() error {
+	f, err := os.OpenFile(m.path("dev/kvm"), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
 func (m machine) kvmFix() string {
+	if m.openKVM() == nil {
+		return "# nothing to install: guests do not come up in time with this host's KVM, and run without it"
+	}
 	switch flag := m.cpuFlag(); {
 	case flag == "vmx":
 		return "sudo modprobe kvm_intel"

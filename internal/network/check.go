@@ -137,7 +137,7 @@ func (n *Network) look() (v view, err error) {
 		}
 	}
 	errs = append(errs, checkSysctl("the host", "net/ipv4/ip_forward", "1"))
-	if err := checkTables(hostRules(n.plan, n.opts.Resolvers)); err != nil {
+	if err := checkTables(n.hostRules()); err != nil {
 		errs = append(errs, fmt.Errorf("the host's rules: %w", err))
 	}
 	v.host = errors.Join(errs...)

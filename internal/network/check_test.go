@@ -78,7 +78,7 @@ func TestCheckAndRepair(t *testing.T) {
 			return nil
 		}))
 	}
-	host := hostRules(n.plan, nil)
+	host := hostRules(n.plan, nil, n.share)
 	slot := slotRules(a, nil)
 	ranges := n.rangeRoutes()
 	for _, c := range []struct {

@@ -36,18 +36,18 @@ type gatePorts struct{ conns, dnsConns, dnsPacket uint16 }
 type gates struct {
 	mu   sync.Mutex
 	open map[Slot]*gate
-	// turns bounds the connections through all of them: each costs the agent
-	// two descriptors, which no number of sandboxes may use up.
-	turns chan struct{}
+	// shared bounds what all of them take: each connection costs the agent two
+	// descriptors, which no number of sandboxes may use up.
+	shared *egress.Shared
 }
 
 func newGates() gates {
-	limit := uint64(16384)
+	limit := uint64(8192)
 	var r unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &r); err == nil {
 		limit = max(1, min(limit, r.Cur/4))
 	}
-	return gates{turns: make(chan struct{}, limit)}
+	return gates{shared: egress.NewShared(int(limit))}
 }
 
 func (gs *gates) of(s Slot) *gate {
@@ -102,7 +102,7 @@ func (n *Network) NameCounts(s Slot) egress.Counts {
 
 // openGate opens the sockets in the namespace at path and serves them.
 func (n *Network) openGate(ctx context.Context, path string, policy egress.Policy) (*gate, error) {
-	cfg := egress.Config{Original: original, Turns: n.gates.turns, Log: n.opts.Log}
+	cfg := egress.Config{Original: original, Shared: n.gates.shared, Log: n.opts.Log}
 	cfg.Dial = func(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) { return dialMarked(ctx, path, to) }
 	for _, r := range n.opts.Resolvers {
 		cfg.Resolvers = append(cfg.Resolvers, netip.AddrPortFrom(r, 53))

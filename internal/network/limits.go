@@ -22,9 +22,11 @@ import (
 // Bytes are held back in a queue (Ethernet headers included) so that TCP finds
 // the rate; what does not fit the queue is dropped. Packets above their rate
 // are dropped; a segment that the guest lets the host cut up counts once.
-// Connections above their number are refused with an ICMP error. A connection
+// Connections above their number are refused with an ICMP error. What begins
+// more of them in a second than an eighth of the number is dropped. A connection
 // is what the kernel tracks as one: a DNS query is one until it is forgotten,
-// half a minute after its answer.
+// half a minute after its answer. Their number is never unlimited: see
+// tableShare.
 type Limits struct {
 	InBytes, OutBytes     int64 // per second
 	InPackets, OutPackets int64 // per second
@@ -90,7 +92,9 @@ func (n *Network) SetLimits(ctx context.Context, s Slot, l Limits) error {
 			return fmt.Errorf("open netlink: %w", err)
 		}
 		defer h.Close()
-		return changeLimits(h, l.or(n.opts.Limits))
+		l := l.or(n.opts.Limits)
+		l.Connections = n.share.clamp(l.Connections)
+		return changeLimits(h, l)
 	})
 	if errors.Is(err, os.ErrNotExist) {
 		return errdefs.NotFound.Errorf("network slot %d is not open", s)
@@ -146,7 +150,7 @@ func applyLimits(h *netlink.Handle, now, l Limits) error {
 		t := c.AddTable(r.nftTable())
 		for _, ch := range r.chains {
 			// A chain has to be there to be flushed.
-			empty := ruleset{r.family, r.name, []chain{ch}}
+			empty := ruleset{family: r.family, name: r.name, chains: []chain{ch}}
 			empty.chains[0].rules = nil
 			if err := empty.add(c); err != nil {
 				return err
@@ -182,9 +186,12 @@ func limitRules(l Limits) ruleset {
 		packets = append(packets, rule{iif(Tap), packetsOver(l.OutPackets), drop()})
 	}
 	if l.Connections > 0 {
-		connections = append(connections, rule{iif(Tap), ctState("new", expr.CtStateBitNEW), connectionsOver(l.Connections), rejectOver()})
+		connections = append(connections,
+			rule{iif(Tap), unconfirmed(), connectionsOver(l.Connections), rejectOver()},
+			// What comes too fast is only dropped: it is tried again.
+			rule{iif(Tap), unconfirmed(), beginningOver(int64(max(l.Connections/8, minBegin))), drop()})
 	}
-	return ruleset{ipv4, limitTable, []chain{
+	return ruleset{family: ipv4, name: limitTable, chains: []chain{
 		{name: packetChain, typ: nftables.ChainTypeFilter, hook: "prerouting", priority: "raw", rules: packets},
 		{name: connectionChain, typ: nftables.ChainTypeFilter, hook: "prerouting", priority: "dstnat + 10", rules: connections},
 	}}
@@ -193,7 +200,16 @@ func limitRules(l Limits) ruleset {
 // packetsOver matches what exceeds a rate, a tenth of a second's packets
 // passing at once.
 func packetsOver(perSecond int64) term {
-	burst := uint32(max(perSecond/10, 16))
+	return rateOver(perSecond, uint32(max(perSecond/10, 16)))
+}
+
+// beginningOver is for the first packets of connections, of which programs send
+// many at once: those of two seconds pass.
+func beginningOver(perSecond int64) term {
+	return rateOver(perSecond, uint32(min(2*perSecond, math.MaxUint32)))
+}
+
+func rateOver(perSecond int64, burst uint32) term {
 	return stmt(fmt.Sprintf("limit rate over %d/second burst %d packets", perSecond, burst),
 		&expr.Limit{Type: expr.LimitTypePkts, Rate: uint64(perSecond), Unit: expr.LimitTimeSecond, Burst: burst, Over: true})
 }
@@ -303,7 +319,7 @@ func readLimits(h *netlink.Handle) (l Limits, err error) {
 					return fmt.Errorf("read limits: %w", err)
 				}
 				for _, r := range rules {
-					l.read(r)
+					l.read(name, r)
 				}
 			}
 		}
@@ -313,7 +329,7 @@ func readLimits(h *netlink.Handle) (l Limits, err error) {
 }
 
 // read takes up what one rule of limitRules says.
-func (l *Limits) read(r *nftables.Rule) {
+func (l *Limits) read(chain string, r *nftables.Rule) {
 	packets := &l.InPackets
 	for _, e := range r.Exprs {
 		switch e := e.(type) {
@@ -322,7 +338,9 @@ func (l *Limits) read(r *nftables.Rule) {
 				packets = &l.OutPackets
 			}
 		case *expr.Limit:
-			*packets = int64(e.Rate)
+			if chain == packetChain { // the other's follows from the number
+				*packets = int64(e.Rate)
+			}
 		case *expr.Connlimit:
 			l.Connections = int(e.Count)
 		}

@@ -26,6 +26,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -52,6 +53,9 @@ type Options struct {
 	Resolvers []netip.Addr
 	// Pool is how many slots Run keeps built ahead of use.
 	Pool int
+	// RangesFile, if not empty, is where Setup records the plan's ranges, and
+	// finds those that the plan does not name.
+	RangesFile string
 	// Log receives what nobody is there to be told as an error. Nil discards.
 	Log *slog.Logger
 }
@@ -77,6 +81,8 @@ type Network struct {
 		sync.Mutex
 		left []Slot
 	}
+	// share is what the sandboxes may take of the host's connection table.
+	share tableShare
 	// madeDir: Setup made netnsDir a mount, for Teardown to take back.
 	madeDir atomic.Bool
 
@@ -84,24 +90,33 @@ type Network struct {
 	hook func(s Slot, step string) error
 }
 
-// New returns the network of a valid plan. It touches nothing on the host.
+// New returns the network of a valid plan. It changes nothing on the host.
 func New(plan Plan, opts Options) *Network {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Network{plan: plan, opts: opts, gates: newGates(), taken: make(chan struct{}, 1)}
+	share := shareOf(connectionTable())
+	opts.Limits.Connections = share.clamp(opts.Limits.Connections)
+	return &Network{plan: plan, opts: opts, gates: newGates(), share: share, taken: make(chan struct{}, 1)}
 }
 
-// Plan returns the address plan.
+func (n *Network) hostRules() ruleset { return hostRules(n.plan, n.opts.Resolvers, n.share) }
+
+// Plan returns the address plan. What it leaves open, Setup fills in, once.
 func (n *Network) Plan() Plan { return n.plan }
 
-// Setup prepares the host: it refuses a plan that collides with a route of the
-// host (InvalidArgument, naming the link), turns on IPv4 forwarding, refills
+// Setup prepares the host: it chooses the ranges that the plan leaves open,
+// refuses those that collide with a route of the host (InvalidArgument, naming
+// the link), turns on IPv4 forwarding, refills
 // our table atomically, and makes the plan's ranges unreachable but for the
 // slots in use, so that packets to a sandbox that is gone do not leave by the
 // default route. It is idempotent and leaves open slots working.
 func (n *Network) Setup(ctx context.Context) error {
-	if err := errors.Join(n.plan.Validate(), n.opts.Egress.Validate(), n.opts.Limits.Validate()); err != nil {
+	valid := n.plan.Validate
+	if n.opts.RangesFile != "" {
+		valid = n.plan.ValidateGiven
+	}
+	if err := errors.Join(valid(), n.opts.Egress.Validate(), n.opts.Limits.Validate()); err != nil {
 		return err
 	}
 	if len(n.opts.Egress.AllowNames)+len(n.opts.Egress.DenyNames) > 0 {
@@ -115,13 +130,13 @@ func (n *Network) Setup(ctx context.Context) error {
 		return fmt.Errorf("open netlink: %w", err)
 	}
 	defer h.Close()
-	if err := n.checkRoutes(h); err != nil {
-		return err
-	}
 	if n.opts.Limits.InBytes > 0 || n.opts.Limits.OutBytes > 0 {
 		if err := tryShaping(); err != nil {
 			return err
 		}
+	}
+	if err := n.reserve(ctx, h); err != nil {
+		return err
 	}
 	made, err := shareDir(netnsDir)
 	if made {
@@ -136,13 +151,8 @@ func (n *Network) Setup(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := refillTable(hostRules(n.plan, n.opts.Resolvers)); err != nil {
+	if err := refillTable(n.hostRules()); err != nil {
 		return fmt.Errorf("set host rules: %w", err)
-	}
-	for _, r := range n.rangeRoutes() {
-		if err := h.RouteReplace(&r); err != nil {
-			return fmt.Errorf("add unreachable route %s: %w", r.Dst, err)
-		}
 	}
 	obstacles, err := n.plan.Obstacles(n.opts.Resolvers)
 	if err != nil {
@@ -169,7 +179,7 @@ func (n *Network) Teardown(context.Context) error {
 			errs = append(errs, fmt.Errorf("remove unreachable route %s: %w", r.Dst, err))
 		}
 	}
-	if err := removeTable(hostRules(n.plan, n.opts.Resolvers)); err != nil {
+	if err := removeTable(n.hostRules()); err != nil {
 		errs = append(errs, fmt.Errorf("remove host rules: %w", err))
 	}
 	if n.madeDir.CompareAndSwap(true, false) {
@@ -213,7 +223,7 @@ func listed[T any](list func() ([]T, error)) (all []T, err error) {
 // checkRoutes finds a route of somebody else that overlaps our ranges. Default
 // routes, also those cut in two halves as VPNs do, overlap everything and
 // collide with nothing.
-func (n *Network) checkRoutes(h *netlink.Handle) error {
+func (n *Network) checkRoutes(h *netlink.Handle, plan Plan) error {
 	routes, err := listed(func() ([]netlink.Route, error) {
 		return h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	})
@@ -236,7 +246,7 @@ func (n *Network) checkRoutes(h *netlink.Handle) error {
 		if !ok || dst.Bits() <= 1 {
 			continue
 		}
-		for _, ours := range []netip.Prefix{n.plan.Hosts, n.plan.Veths} {
+		for _, ours := range []netip.Prefix{plan.Hosts, plan.Veths} {
 			if !dst.Overlaps(ours) {
 				continue
 			}
@@ -394,7 +404,18 @@ func addTables(rs ...ruleset) error {
 func refillTable(r ruleset) error {
 	err := transact(func(c *nftables.Conn) error {
 		t := c.AddTable(r.nftTable())
+		sets, err := c.GetSets(t)
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("list sets: %w", err)
+		}
 		c.FlushTable(t)
+		for _, s := range sets {
+			// A meter's elements keep the number that they began with, so one
+			// with another number has another name.
+			if s.Dynamic && !slices.ContainsFunc(r.meters, func(m meter) bool { return m.name == s.Name }) {
+				c.DelSet(s)
+			}
+		}
 		return r.add(c)
 	})
 	if err == nil {

@@ -621,7 +621,7 @@ func TestRulesAreWhatTheKernelHolds(t *testing.T) {
 	})
 	s, a, _ := open(t, n)
 	check := func(r ruleset) { t.Helper(); kernelHolds(t, r) }
-	check(hostRules(n.plan, n.opts.Resolvers))
+	check(n.hostRules())
 	ns, err := netns.GetFromPath(a.NetNSPath)
 	must(t, err)
 	defer ns.Close()
@@ -642,7 +642,7 @@ func TestRulesAreWhatTheKernelHolds(t *testing.T) {
 	}
 	in(t, ns, func() { check(want[1]) })
 	must(t, n.Setup(t.Context()))
-	check(hostRules(n.plan, n.opts.Resolvers))
+	check(n.hostRules())
 }
 
 // kernelHolds compares a table with what the kernel has of it, in the calling

@@ -2,9 +2,11 @@ package network
 
 import (
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/google/nftables"
@@ -43,6 +45,23 @@ type ruleset struct {
 	family family
 	name   string
 	chains []chain
+	// closings and meters are what rules name.
+	closings []closing
+	meters   []meter
+}
+
+// closing is a time-out for connections of TCP over IPv4, in seconds after
+// their end. All others are the kernel's own.
+type closing struct {
+	name string
+	secs uint32
+}
+
+// meter is a set that rules fill: an element for each address with connections,
+// which the kernel removes when it has none.
+type meter struct {
+	name string
+	size uint32
 }
 
 type family nftables.TableFamily
@@ -94,7 +113,7 @@ var (
 )
 
 // hostRules are the host's: the same number whatever the number of sandboxes.
-func hostRules(p Plan, resolvers []netip.Addr) ruleset {
+func hostRules(p Plan, resolvers []netip.Addr, share tableShare) ruleset {
 	ours := p.Instance + "-*"
 	input := []rule{{iif(ours), established(), accept()}}
 	if rs := rangesOf(singles(resolvers)); len(rs) > 0 {
@@ -103,7 +122,7 @@ func hostRules(p Plan, resolvers []netip.Addr) ruleset {
 			rule{iif(ours), inet.addrIn("daddr", 16, rs), dport(unix.IPPROTO_TCP, 53), accept()})
 	}
 	input = append(input, rule{iif(ours), drop()})
-	return ruleset{inet, p.Instance, []chain{
+	chains := []chain{
 		// What a sandbox may claim to be: IPv4, from its own address. The
 		// route back to the source must be the link it came by.
 		base("prerouting", nftables.ChainTypeFilter, "raw", false,
@@ -126,7 +145,9 @@ func hostRules(p Plan, resolvers []netip.Addr) ruleset {
 		base("postrouting", nftables.ChainTypeNAT, "srcnat", false,
 			rule{inet.saddr(eq, p.Hosts), oifNot(ours), masquerade()},
 		),
-	}}
+	}
+	table := share.rules(ours)
+	return ruleset{family: inet, name: p.Instance, chains: append(chains, table.chains...), closings: table.closings, meters: table.meters}
 }
 
 // slotRules are those of one namespace. Only the addresses differ from slot to
@@ -139,7 +160,7 @@ func slotRules(a Addrs, egress []rule) []ruleset {
 	return []ruleset{
 		// What the guest may claim to be is decided before anything looks at
 		// it: ARP and IPv4 from its one address; IPv6 and the rest do not pass.
-		{netdev, "guard", []chain{{
+		{family: netdev, name: "guard", chains: []chain{{
 			name: "ingress", typ: nftables.ChainTypeFilter, hook: "ingress", device: Tap, priority: "filter", drop: true,
 			rules: []rule{
 				{etherSaddrNot(mac), drop()},
@@ -147,7 +168,7 @@ func slotRules(a Addrs, egress []rule) []ruleset {
 				{arpSaddr(guest.Addr()), accept()},
 			},
 		}}},
-		{ipv4, slotTable, []chain{
+		{family: ipv4, name: slotTable, chains: []chain{
 			base("prerouting", nftables.ChainTypeNAT, "dstnat", false,
 				rule{iif(peerName), ipv4.daddr(eq, netip.PrefixFrom(a.HostIP, 32)), dnat(guest.Addr())},
 				rule{iif(Tap), jump(turnChain)},
@@ -193,6 +214,13 @@ func base(hook string, typ nftables.ChainType, priority string, drop bool, rules
 func (r ruleset) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "table %s %s {\n", familyNames[r.family], r.name)
+	for _, c := range r.closings {
+		fmt.Fprintf(&b, "\tct timeout %s {\n\t\tprotocol tcp\n\t\tl3proto ip\n", c.name)
+		fmt.Fprintf(&b, "\t\tpolicy = { time_wait : %d, close : %d }\n\t}\n\n", c.secs, c.secs)
+	}
+	for _, m := range r.meters {
+		fmt.Fprintf(&b, "\tset %s {\n\t\ttype ipv4_addr\n\t\tsize %d\n\t\tflags dynamic\n\t}\n\n", m.name, m.size)
+	}
 	for i, c := range r.chains {
 		if i > 0 {
 			b.WriteString("\n")
@@ -233,6 +261,16 @@ func (r ruleset) nftTable() *nftables.Table {
 // add queues the making of the table and all in it.
 func (r ruleset) add(c *nftables.Conn) error {
 	t := c.AddTable(r.nftTable())
+	for _, cl := range r.closings {
+		cl.add(c, t)
+	}
+	for _, m := range r.meters {
+		if err := c.AddSet(&nftables.Set{
+			Table: t, ID: setID.Add(1), Name: m.name, KeyType: nftables.TypeIPAddr, Dynamic: true, Size: m.size,
+		}, nil); err != nil {
+			return fmt.Errorf("add set %s: %w", m.name, err)
+		}
+	}
 	chains := make([]*nftables.Chain, len(r.chains))
 	// All chains come before the rules, which may jump to a later one.
 	for i, ch := range r.chains {
@@ -256,6 +294,23 @@ func (r ruleset) add(c *nftables.Conn) error {
 		}
 	}
 	return nil
+}
+
+// closingMu is held while a time-out is put into a message: the library does so
+// in a map that all share.
+var closingMu sync.Mutex
+
+func (cl closing) add(c *nftables.Conn, t *nftables.Table) {
+	closingMu.Lock()
+	defer closingMu.Unlock()
+	c.AddObj(&nftables.NamedObj{Table: t, Name: cl.name, Type: nftables.ObjTypeCtTimeout, Obj: &expr.CtTimeout{
+		L3Proto: unix.NFPROTO_IPV4, L4Proto: unix.IPPROTO_TCP,
+		Policy: expr.CtStatePolicyTimeout{
+			expr.CtStateTCPESTABLISHED: 432000, // the kernel's, which the library has otherwise
+			expr.CtStateTCPTIMEWAIT:    cl.secs,
+			expr.CtStateTCPCLOSE:       cl.secs,
+		},
+	}})
 }
 
 // setID numbers the sets within a transaction; the kernel names them.
@@ -427,6 +482,34 @@ func invalid() term { return ctState("invalid", expr.CtStateBitINVALID) }
 // dnatted: the connection's destination was translated (IPS_DST_NAT).
 func dnatted() term {
 	return stmt("ct status dnat", append([]expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1}}, hasBits(1<<5)...)...)
+}
+
+// unconfirmed: the packet is the first of a connection that the kernel does not
+// know yet. If it is dropped here, nothing of it is kept.
+func unconfirmed() term {
+	return stmt("ct status ! confirmed",
+		&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(1 << 3), Xor: make([]byte, 4)},
+		compare(eq, 0, 0, 0, 0))
+}
+
+// closes gives a connection that is not known yet the time-out of that name.
+func closes(name string) term {
+	return stmt(fmt.Sprintf("ct timeout set %q", name), &expr.Objref{Type: unix.NFT_OBJECT_CT_TIMEOUT, Name: name})
+}
+
+// sourceOver matches if the connections of the packet's source address, of which
+// only the bits in mask count, are more than n.
+func sourceOver(set string, mask uint32, n int) term {
+	key, masked := append(inet.isIPv4(), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 4}), ""
+	if mask != math.MaxUint32 {
+		m := binaryutil.BigEndian.PutUint32(mask)
+		key = append(key, &expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: m, Xor: make([]byte, 4)})
+		masked = " & " + netip.AddrFrom4([4]byte(m)).String()
+	}
+	over := connectionsOver(n)
+	return stmt(fmt.Sprintf("add @%s { ip saddr%s %s }", set, masked, over.text),
+		append(key, &expr.Dynset{SrcRegKey: 1, SetName: set, Operation: unix.NFT_DYNSET_OP_ADD, Exprs: over.exprs})...)
 }
 
 // marked: the packet is of a socket with this mark, which takes privilege to

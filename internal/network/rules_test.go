@@ -77,7 +77,7 @@ func TestRulesGolden(t *testing.T) {
 	}
 	for file, got := range map[string]string{
 		"testdata/names.nft":    named.String(),
-		"testdata/host.nft":     hostRules(p, opts.Resolvers).String(),
+		"testdata/host.nft":     hostRules(p, opts.Resolvers, shareOf(262144)).String(),
 		"testdata/slot-7.nft":   slot.String(),
 		"testdata/policies.nft": policies.String(),
 	} {

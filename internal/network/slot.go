@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -119,6 +120,13 @@ var nsSysctls = []struct{ name, value string }{
 	{"net/ipv4/ip_forward", "1"},
 	{"net/ipv4/conf/all/rp_filter", "1"},
 	{"net/ipv4/icmp_ratemask", "6160"},
+	// What has ended is not counted as a connection, so it is not kept either.
+	{"net/netfilter/nf_conntrack_tcp_timeout_time_wait", strconv.Itoa(closedSecs)},
+	{"net/netfilter/nf_conntrack_tcp_timeout_close", strconv.Itoa(closedSecs)},
+	// The agent's sockets here are for what the guest and strangers say.
+	{"net/ipv4/tcp_rmem", "4096\t131072\t524288"},
+	{"net/ipv4/tcp_wmem", "4096\t16384\t524288"},
+	{"net/ipv4/tcp_max_tw_buckets", "1024"},
 }
 
 // fillNS builds the namespace's inside, on a thread that is in it. host speaks

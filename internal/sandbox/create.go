@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
@@ -262,7 +263,7 @@ func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took
 
 	restored := from.ready.Dir != ""
 	if restored {
-		if err := m.restore(ctx, b, tmpl, from.ready.Dir, identity(b.record(), true), "", took); err != nil {
+		if err := m.restore(ctx, b, tmpl, memory{dir: from.ready.Dir}, identity(b.record(), true), took); err != nil {
 			if context.Cause(ctx) != nil {
 				return err
 			}
@@ -422,7 +423,8 @@ func (m *Manager) watch(b *box, vm vmm.VM, kill context.CancelCauseFunc) {
 	case <-m.life.Done():
 		return
 	}
-	kill(errdefs.Unavailable.Errorf("the vm of sandbox %s ended: %s", b.id, vm.Exit()))
+	exit := vm.Exit()
+	kill(errdefs.Unavailable.Errorf("the vm of sandbox %s ended: it %s", b.id, exit))
 	if m.life.Err() != nil || b.hold(m.life, "freed") != nil {
 		return // the next agent finds it
 	}
@@ -430,7 +432,11 @@ func (m *Manager) watch(b *box, vm vmm.VM, kill context.CancelCauseFunc) {
 	if s := b.state(); s != Running && s != Paused && !m.inPool(b) || b.vm != vm {
 		return
 	}
-	m.release(b, VMExited, vm.Exit().String()+m.lastWords(b.id))
+	reason := VMExited
+	if exit.Cause == vmm.OutOfMemory {
+		reason = OutOfMemory
+	}
+	m.release(b, reason, exit.String()+m.lastWords(b.id))
 }
 
 // bootFailed says why a guest did not come up: what the console said last
@@ -450,7 +456,7 @@ func (m *Manager) lastWords(id ID) string {
 		return ""
 	}
 	text := strings.Map(func(r rune) rune {
-		if r == '\n' || r >= ' ' && r != 0x7f {
+		if r == '\n' || unicode.IsGraphic(r) {
 			return r
 		}
 		return -1

@@ -181,7 +181,7 @@ func (m *Manager) develop(ctx context.Context, b *box, tmpl template.Template, p
 		if p.fork {
 			in.Env, in.DefaultUser = nil, ""
 		}
-		err := m.restore(ctx, b, tmpl, p.Dir, in, p.token, took)
+		err := m.restore(ctx, b, tmpl, memory{dir: p.Dir, token: p.token}, in, took)
 		if err == nil {
 			return nil
 		}

@@ -10,10 +10,12 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
@@ -92,7 +94,7 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 		}
 	}
 	began := time.Now()
-	err = m.store.takeSnapshot(b.id, func(dir string) error { return snapshotter.Snapshot(ctx, dir) })
+	err = m.store.takeSnapshot(ctx, b.id, func(dir string) error { return snapshotter.Snapshot(ctx, dir) })
 	if err == nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
@@ -178,6 +180,14 @@ func (m *Manager) awaken(ctx context.Context, b *box) (err error) {
 	if err := m.store.checkSnapshot(b.id); err != nil {
 		return fail(err)
 	}
+	// The snapshot is read while disk, network and VM are prepared from it. The
+	// VM runs only when all of it is what was written.
+	check, endCheck := context.WithCancel(ctx)
+	result := make(chan error, 1)
+	go func() { result <- m.store.verifySnapshot(check, b.id) }()
+	whole := sync.OnceValue(func() error { return <-result })
+	defer whole()
+	defer endCheck()
 	var took phases
 	took.begin()
 	if err := m.readmit(ctx, b, rec); err != nil {
@@ -201,7 +211,10 @@ func (m *Manager) awaken(ctx context.Context, b *box) (err error) {
 		}
 		took.begin()
 		in := guest.Init{AccessToken: rec.Token, Entropy: entropy(), Restored: true}
-		if err := m.restore(ctx, b, tmpl, dir, in, "", &took); err != nil {
+		if err := m.restore(ctx, b, tmpl, memory{dir: dir, whole: whole}, in, &took); err != nil {
+			if damage := whole(); errdefs.ClassOf(damage) == errdefs.Corrupt {
+				return damage // which is why the driver could not
+			}
 			return err
 		}
 		return m.move(b, Running, nil)
@@ -338,17 +351,10 @@ const (
 
 func (s store) snapshot(id ID) string { return s.path(id, "snapshot") }
 
-// snapshotMeta is the last file of a snapshot. The driver's own manifest has
-// the digest of the device state.
-type snapshotMeta struct {
-	Version int              `json:"version"`
-	Sizes   map[string]int64 `json:"sizes"`
-}
-
 // takeSnapshot publishes what write makes of memory and devices, together with
 // the disk, as the sandbox's snapshot. The VM stands still meanwhile. The disk
 // is the same file under a second name.
-func (s store) takeSnapshot(id ID, write func(dir string) error) (err error) {
+func (s store) takeSnapshot(ctx context.Context, id ID, write func(dir string) error) (err error) {
 	if err := s.dropSnapshots(id); err != nil { // of before the last resume
 		return err
 	}
@@ -366,34 +372,7 @@ func (s store) takeSnapshot(id ID, write func(dir string) error) (err error) {
 	if err := os.Link(s.overlay(id), filepath.Join(tmp, snapshotOverlay)); err != nil {
 		return fmt.Errorf("write snapshot: %w", err)
 	}
-	meta := snapshotMeta{Version: 1, Sizes: map[string]int64{}}
-	entries, err := os.ReadDir(tmp)
-	if err != nil {
-		return fmt.Errorf("write snapshot: %w", err)
-	}
-	for _, e := range entries {
-		f, err := os.Open(filepath.Join(tmp, e.Name()))
-		if err != nil {
-			return fmt.Errorf("write snapshot: %w", err)
-		}
-		info, err := f.Stat()
-		if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-			return fmt.Errorf("write snapshot: %w", err)
-		}
-		meta.Sizes[e.Name()] = info.Size()
-	}
-	data, err := json.MarshalIndent(meta, "", "  ")
-	if err != nil {
-		return fmt.Errorf("write snapshot: %w", err)
-	}
-	f, err := os.OpenFile(filepath.Join(tmp, snapshotManifest), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err == nil {
-		_, err = f.Write(append(data, '\n'))
-		err = errors.Join(err, f.Sync(), f.Close())
-	}
-	if err == nil {
-		err = syncDir(tmp)
-	}
+	err = template.SealState(ctx, tmp)
 	if err == nil {
 		err = os.Rename(tmp, s.snapshot(id))
 	}
@@ -409,27 +388,64 @@ func (s store) takeSnapshot(id ID, write func(dir string) error) (err error) {
 	return nil
 }
 
+// sizesManifest is the manifest of a snapshot that an earlier version wrote: it
+// has sizes and no digests.
+type sizesManifest struct {
+	Version int              `json:"version"`
+	Sizes   map[string]int64 `json:"sizes"`
+}
+
 // checkSnapshot says whether a sandbox's snapshot is there and complete.
 func (s store) checkSnapshot(id ID) error {
-	dir := s.snapshot(id)
-	data, err := os.ReadFile(filepath.Join(dir, snapshotManifest))
-	if errors.Is(err, fs.ErrNotExist) {
-		return errdefs.Corrupt.Errorf("the snapshot is incomplete: it has no manifest")
-	}
-	if err != nil {
-		return fmt.Errorf("read snapshot: %w", err)
-	}
-	var meta snapshotMeta
-	if err := json.Unmarshal(data, &meta); err != nil || meta.Version != 1 || meta.Sizes[snapshotOverlay] == 0 && len(meta.Sizes) == 0 {
-		return errdefs.Corrupt.Errorf("the snapshot's manifest is damaged")
-	}
-	for name, size := range meta.Sizes {
-		info, err := os.Lstat(filepath.Join(dir, name))
-		if err != nil || info.Size() != size {
-			return errdefs.Corrupt.Errorf("the snapshot is damaged: its %s is not %d bytes long", name, size)
+	if sizes, ok := s.oldManifest(id); ok {
+		for name, size := range sizes {
+			info, err := os.Lstat(filepath.Join(s.snapshot(id), name))
+			if err != nil || info.Size() != size {
+				return errdefs.Corrupt.Errorf("the snapshot is damaged: its %s is not %d bytes long", name, size)
+			}
 		}
+		return nil
+	}
+	if err := template.CheckState(s.snapshot(id)); err != nil {
+		return fmt.Errorf("the snapshot is damaged: %w", err)
 	}
 	return nil
+}
+
+// verifySnapshot reads all of a sandbox's snapshot: errdefs.Corrupt if it is not
+// what was written.
+func (s store) verifySnapshot(ctx context.Context, id ID) error {
+	if _, ok := s.oldManifest(id); ok {
+		return s.checkSnapshot(id)
+	}
+	if err := template.VerifyState(ctx, s.snapshot(id)); err != nil {
+		return fmt.Errorf("the snapshot is damaged: %w", err)
+	}
+	return nil
+}
+
+// snapshotBytes is the size of the snapshot's files; what cannot be seen counts
+// as nothing.
+func (s store) snapshotBytes(id ID) (n int64) {
+	entries, _ := os.ReadDir(s.snapshot(id))
+	for _, e := range entries {
+		if info, err := e.Info(); err == nil {
+			n += info.Size()
+		}
+	}
+	return n
+}
+
+func (s store) oldManifest(id ID) (sizes map[string]int64, ok bool) {
+	data, err := os.ReadFile(filepath.Join(s.snapshot(id), snapshotManifest))
+	if err != nil {
+		return nil, false
+	}
+	var meta sizesManifest
+	if json.Unmarshal(data, &meta) != nil || meta.Version != 1 || meta.Sizes[snapshotOverlay] == 0 {
+		return nil, false
+	}
+	return meta.Sizes, true
 }
 
 // dropSnapshots removes a sandbox's snapshot, and what is left of unfinished

@@ -1,6 +1,8 @@
 package sandbox
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -108,6 +110,114 @@ func TestIncompleteSnapshotIsRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.wantNothing()
+	})
+}
+
+// TestDamagedSnapshotIsRefused: one flipped bit anywhere in memory, devices or
+// disk of a hibernated sandbox is told, and the sandbox stays as it is. With the
+// bit flipped back it goes on.
+func TestDamagedSnapshotIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		if err := os.WriteFile(r.store.overlay(id), []byte("what the guest wrote"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Hibernate(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		entries, err := os.ReadDir(r.store.snapshot(id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		verify := func() (problem error) {
+			err := r.Verify(t.Context(), []string{string(id)}, func(v Verified) error {
+				problem = v.Err
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return problem
+		}
+		for _, e := range entries {
+			path := filepath.Join(r.store.snapshot(id), e.Name())
+			data, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e.Name() == snapshotManifest || len(data) == 0 {
+				continue
+			}
+			damaged := bytes.Clone(data)
+			damaged[len(damaged)/2] ^= 4
+			if err := os.WriteFile(path, damaged, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			wantClass(t, verify(), errdefs.Corrupt)
+			wantClass(t, r.Resume(t.Context(), id), errdefs.Corrupt)
+			r.wantState(id, Hibernated)
+			r.wantConsistent()
+			if err := os.WriteFile(path, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := verify(); err != nil {
+			t.Error(err)
+		}
+		wantClass(t, r.Verify(t.Context(), []string{"nothing"}, nil), errdefs.NotFound)
+		if err := r.Resume(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		r.wantState(id, Running)
+	})
+}
+
+// TestSnapshotWithoutDigests is one that an earlier version wrote. It is resumed
+// as it was then, by its sizes.
+func TestSnapshotWithoutDigests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		if err := os.WriteFile(r.store.overlay(id), []byte("what the guest wrote"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Hibernate(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		old := sizesManifest{Version: 1, Sizes: map[string]int64{}}
+		entries, err := os.ReadDir(r.store.snapshot(id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			info, err := e.Info()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if e.Name() != snapshotManifest {
+				old.Sizes[e.Name()] = info.Size()
+			}
+		}
+		data, err := json.Marshal(old)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(r.store.snapshot(id), snapshotManifest), data, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		overlay := filepath.Join(r.store.snapshot(id), snapshotOverlay)
+		if err := os.Truncate(overlay, 3); err != nil {
+			t.Fatal(err)
+		}
+		wantClass(t, r.Resume(t.Context(), id), errdefs.Corrupt)
+		if err := os.Truncate(overlay, old.Sizes[snapshotOverlay]); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Resume(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		r.wantState(id, Running)
 	})
 }
 

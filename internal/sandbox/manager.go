@@ -55,6 +55,7 @@ type Templates interface {
 	Snapshots() ([]template.Snapshot, error)
 	StageSnapshot(ctx context.Context, name string) (template.Stage, error)
 	DropSnapshot(name string) error
+	Verify(ctx context.Context, want func(kind template.Kind, name string) bool, fn func(template.Verified) error) error
 }
 
 // Guest is a running guest; *guest.Client is one.
@@ -367,6 +368,20 @@ func (m *Manager) Get(id ID) (Info, error) {
 	return b.info(), nil
 }
 
+// AccessToken returns what a sandbox's guest demands of its callers; empty once
+// the sandbox has ended. It never waits for an operation. Secret.
+func (m *Manager) AccessToken(id ID) (string, error) {
+	b, err := m.find(id)
+	if err != nil {
+		return "", err
+	}
+	rec := b.record()
+	if rec.State == Stopping || rec.State == Stopped {
+		return "", nil
+	}
+	return rec.Token, nil
+}
+
 // List returns all sandboxes, oldest first; stopped ones only on demand. It
 // never waits for an operation.
 func (m *Manager) List(stopped bool) []Info {
@@ -584,8 +599,30 @@ func (l *Lease) Context(ctx context.Context) (context.Context, context.CancelFun
 	return both(ctx, l.Alive)
 }
 
-// Release ends the lease; further calls do nothing.
-func (l *Lease) Release() { l.release() }
+// endedWithin is how long after its last connection a VM is seen to be gone.
+const endedWithin = time.Second
+
+// Ended says why this incarnation of the VM ended: a call to its guest broke off
+// for that reason. nil says that the VM lives. A connection breaks a moment
+// before the VM is seen to be gone, so it waits for that a little, within ctx.
+func (l *Lease) Ended(ctx context.Context) error {
+	timer := time.NewTimer(endedWithin)
+	defer timer.Stop()
+	select {
+	case <-l.Alive.Done():
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return context.Cause(l.Alive)
+}
+
+// Release ends the lease; further calls do nothing, nor does one on a lease that
+// no manager gave.
+func (l *Lease) Release() {
+	if l.release != nil {
+		l.release()
+	}
+}
 
 // Lease takes a lease on a running sandbox. It waits, within ctx, for an
 // operation in progress.
@@ -646,8 +683,10 @@ func (m *Manager) Exec(ctx context.Context, id ID, cmd Command) (Result, error) 
 	defer cancel()
 	result, err := lease.guest.Exec(ctx, cmd)
 	if err != nil {
-		if cause := context.Cause(lease.Alive); cause != nil {
-			err = cause
+		if errors.Is(err, errdefs.Unavailable) {
+			if ended := lease.Ended(ctx); ended != nil {
+				err = ended
+			}
 		}
 		return result, fmt.Errorf("exec in sandbox %s: %w", id, m.stillFull(id, err))
 	}

@@ -150,11 +150,21 @@ func (m *Manager) restoreVM(ctx context.Context, spec vmm.Spec, dir string) (vmm
 	return vm, err
 }
 
-// restore starts a sandbox's VM from a snapshot in dir, its disk in place, and
-// tells its guest in who it is now. token is what the guest knows as its own,
-// if it is not the sandbox's. Called with the op lock held.
-func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, dir string, in guest.Init, token string, took *phases) error {
-	if err := m.load(ctx, b, tmpl, dir, took); err != nil {
+// memory is what a VM is restored from.
+type memory struct {
+	// dir is the snapshot's.
+	dir string
+	// token is what the guest in it knows as its own; empty for the sandbox's.
+	token string
+	// whole, if not nil, waits until all of the snapshot has been read, and says
+	// whether it is what was written.
+	whole func() error
+}
+
+// restore starts a sandbox's VM from a snapshot, its disk in place, and tells
+// its guest in who it is now. Called with the op lock held.
+func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, from memory, in guest.Init, took *phases) error {
+	if err := m.load(ctx, b, tmpl, from, took); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, wakeTimeout,
@@ -164,8 +174,8 @@ func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, d
 	defer cancelBoth()
 	// No packet is lost before the guest runs: the first connection is the one.
 	g := b.guest
-	if token != "" {
-		g = m.cfg.Guests(b.record().HostIP, token)
+	if from.token != "" {
+		g = m.cfg.Guests(b.record().HostIP, from.token)
 		defer g.Close()
 	}
 	if err := g.Init(ctx, in); err != nil {
@@ -175,10 +185,10 @@ func (m *Manager) restore(ctx context.Context, b *box, tmpl template.Template, d
 	return nil
 }
 
-// load starts a sandbox's VM from a snapshot in dir and lets its guest run, which
-// has not been told who it is. Called with the op lock held.
-func (m *Manager) load(ctx context.Context, b *box, tmpl template.Template, dir string, took *phases) error {
-	vm, err := m.restoreVM(ctx, m.spec(b.record(), tmpl), dir)
+// load starts a sandbox's VM from a snapshot and lets its guest run, which has
+// not been told who it is. Called with the op lock held.
+func (m *Manager) load(ctx context.Context, b *box, tmpl template.Template, from memory, took *phases) error {
+	vm, err := m.restoreVM(ctx, m.spec(b.record(), tmpl), from.dir)
 	if err != nil {
 		return fmt.Errorf("restore vm: %w", err)
 	}
@@ -188,6 +198,12 @@ func (m *Manager) load(ctx context.Context, b *box, tmpl template.Template, dir 
 		return err
 	}
 	took.end("load")
+	if from.whole != nil {
+		if err := from.whole(); err != nil {
+			return err
+		}
+		took.end("check")
+	}
 	ctx, cancel := both(ctx, b.alive)
 	defer cancel()
 	if err := vm.Resume(ctx); err != nil {

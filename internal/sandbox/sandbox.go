@@ -111,7 +111,9 @@ const (
 	Expired      Reason = "expired"
 	CreateFailed Reason = "create_failed"
 	VMExited     Reason = "vm_exited"
-	Lost         Reason = "lost"
+	// OutOfMemory: the VMM needed more memory than its cgroup has.
+	OutOfMemory Reason = "out_of_memory"
+	Lost        Reason = "lost"
 	// NetworkLost: somebody took its network apart, beyond repair.
 	NetworkLost Reason = "network_lost"
 )
@@ -133,7 +135,7 @@ func Marks() []Reason { return []Reason{DiskFull, Unreachable} }
 
 // Reasons returns all reasons that a sandbox can have ended for.
 func Reasons() []Reason {
-	return []Reason{Destroyed, Expired, CreateFailed, VMExited, Lost, NetworkLost}
+	return []Reason{Destroyed, Expired, CreateFailed, VMExited, OutOfMemory, Lost, NetworkLost}
 }
 
 // Record is all that is known of a sandbox, as it is kept on disk.

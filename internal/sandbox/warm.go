@@ -330,7 +330,7 @@ func (m *Manager) warmUp(ctx context.Context, req CreateRequest, tmpl template.T
 	}
 	if err == nil {
 		took.begin()
-		err = m.load(ctx, b, tmpl, from.ready.Dir, &took)
+		err = m.load(ctx, b, tmpl, memory{dir: from.ready.Dir}, &took)
 	}
 	if err == nil {
 		// What it does for its sandbox first it has done once: translated code

@@ -15,7 +15,11 @@ import (
 type metrics struct {
 	manager *sandbox.Manager
 	slots   func() map[string]int
+	edge    func() Edge
 }
+
+// Edge counts what the agent's server has met since it started.
+type Edge struct{ Panics, RefusedConnections int64 }
 
 var (
 	sandboxesDesc = prometheus.NewDesc("wrenn_sandboxes", "Sandboxes by state.", []string{"state"}, nil)
@@ -27,6 +31,9 @@ var (
 	warmDesc      = prometheus.NewDesc("wrenn_warm", "Guests that wait for a sandbox to be: those that are ready, and those that are wanted.", []string{"state"}, nil)
 	slotsDesc     = prometheus.NewDesc("wrenn_network_slots", "Network slots: reserved (all that are not free), open (with something on the host), pool (built and waiting), fenced (not removed yet, kept from use).", []string{"state"}, nil)
 	fencedDesc    = prometheus.NewDesc("wrenn_cleanup_pending", "Sandboxes and slots that could not be freed yet.", nil, nil)
+	panicsDesc    = prometheus.NewDesc("wrenn_panics_total", "Requests whose handling panicked since the agent started.", nil, nil)
+	refusedDesc   = prometheus.NewDesc("wrenn_connections_refused_total",
+		"Connections closed since the agent started because there were too many.", nil, nil)
 )
 
 func (m metrics) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(m, ch) }
@@ -57,17 +64,20 @@ func (m metrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(warmDesc, stats.Warm, "ready")
 	gauge(warmDesc, stats.WarmWanted, "wanted")
 	gauge(fencedDesc, stats.Pending)
+	edge := m.edge()
+	ch <- prometheus.MustNewConstMetric(panicsDesc, prometheus.CounterValue, float64(edge.Panics))
+	ch <- prometheus.MustNewConstMetric(refusedDesc, prometheus.CounterValue, float64(edge.RefusedConnections))
 	for state, n := range m.slots() {
 		gauge(slotsDesc, n, state)
 	}
 }
 
 // Metrics answers GET /metrics in Prometheus' text format. slots counts the
-// network's slots by state.
-func Metrics(manager *sandbox.Manager, slots func() map[string]int) http.Handler {
+// network's slots by state, edge what the server has met.
+func Metrics(manager *sandbox.Manager, slots func() map[string]int, edge func() Edge) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
-		metrics{manager, slots},
+		metrics{manager, slots, edge},
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)

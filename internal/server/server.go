@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -45,14 +47,17 @@ type service struct {
 
 var _ hostagentv1connect.HostAgentServiceHandler = (*service)(nil)
 
-// New returns the path and the handler of the control plane.
-func New(manager *sandbox.Manager, version Version, log *slog.Logger) (string, http.Handler) {
+// New returns the path and the handler of the control plane; panics counts what
+// its methods panicked with.
+func New(manager *sandbox.Manager, version Version, panics *atomic.Int64, log *slog.Logger) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
 		&service{manager: manager, version: version, log: log},
 		connect.WithReadMaxBytes(maxMessageBytes),
+		withStrictCodecs(),
 		connect.WithInterceptors(mapErrors{log}),
-		connect.WithRecover(func(_ context.Context, spec connect.Spec, _ http.Header, p any) error {
-			return fmt.Errorf("panic: %v", p)
+		connect.WithRecover(func(_ context.Context, _ connect.Spec, _ http.Header, p any) error {
+			panics.Add(1)
+			return fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}),
 	)
 }
@@ -85,9 +90,13 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 	if err != nil {
 		return nil, err
 	}
+	token, err := s.manager.AccessToken(created.ID)
+	if err != nil {
+		return nil, err
+	}
 	resp := &hostagentv1.CreateSandboxResponse{
 		SandboxId: string(created.ID), Status: string(created.State), HostIp: created.HostIP.String(),
-		StartedFrom: created.From, Why: created.Why,
+		StartedFrom: created.From, Why: validText(created.Why), AccessToken: token,
 	}
 	for _, p := range created.Phases {
 		resp.Phases = append(resp.Phases, &hostagentv1.Phase{Name: p.Name, Ms: float64(p.Took.Microseconds()) / 1000})
@@ -285,13 +294,17 @@ func (s *service) ListSandboxes(ctx context.Context, req *connect.Request[hostag
 	return connect.NewResponse(resp), nil
 }
 
+// validText is text that may quote a VMM, whose log may be any bytes: one field
+// that is not UTF-8 would make an error of the whole answer.
+func validText(text string) string { return strings.ToValidUTF8(text, "\ufffd") }
+
 func sandboxInfo(info sandbox.Info) *hostagentv1.SandboxInfo {
 	pb := &hostagentv1.SandboxInfo{
 		SandboxId: string(info.ID), Status: string(info.State), Template: info.Template,
 		Vcpus: int32(info.VCPUs), MemoryMb: int32(info.MemMiB), OnTimeout: string(info.OnTimeout),
 		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
 		TimeoutSec: int32(info.Timeout / time.Second),
-		Reason:     string(info.Reason), Detail: info.Detail, Network: networkPolicy(info.Network),
+		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
 	}
 	if info.HostIP.IsValid() {
 		pb.HostIp = info.HostIP.String()
@@ -311,9 +324,13 @@ func (s *service) GetSandbox(ctx context.Context, req *connect.Request[hostagent
 	if err != nil {
 		return nil, err
 	}
+	token, err := s.manager.AccessToken(id)
+	if err != nil {
+		return nil, err
+	}
 	pb := sandboxInfo(info)
 	s.addTraffic(ctx, pb)
-	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: pb}), nil
+	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: pb, AccessToken: token}), nil
 }
 
 func (s *service) SetTimeout(ctx context.Context, req *connect.Request[hostagentv1.SetTimeoutRequest]) (*connect.Response[hostagentv1.SetTimeoutResponse], error) {
@@ -369,6 +386,20 @@ func (s *service) GetConsole(_ context.Context, req *connect.Request[hostagentv1
 		return nil, err
 	}
 	return connect.NewResponse(&hostagentv1.GetConsoleResponse{Console: console}), nil
+}
+
+func (s *service) Verify(ctx context.Context, req *connect.Request[hostagentv1.VerifyRequest], stream *connect.ServerStream[hostagentv1.VerifyResponse]) error {
+	return s.manager.Verify(ctx, req.Msg.Names, func(v sandbox.Verified) error {
+		resp := &hostagentv1.VerifyResponse{Kind: string(v.Kind), Name: v.Name, Bytes: v.Bytes}
+		switch {
+		case v.Err != nil && errdefs.ClassOf(v.Err) == nil:
+			s.log.Error("not verified", "kind", v.Kind, "name", v.Name, "err", v.Err)
+			resp.Problem = "it could not be read now; the agent's log says why"
+		case v.Err != nil:
+			resp.Problem = v.Err.Error()
+		}
+		return stream.Send(resp)
+	})
 }
 
 func (s *service) GetVersion(context.Context, *connect.Request[hostagentv1.GetVersionRequest]) (*connect.Response[hostagentv1.GetVersionResponse], error) {

@@ -5,8 +5,11 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 func TestCommandBounds(t *testing.T) {
@@ -27,6 +30,14 @@ func TestCommandBounds(t *testing.T) {
 	cmd, err := command(&hostagentv1.ExecRequest{Cmd: "a", Args: []string{"b"}})
 	if err != nil || cmd.Timeout != 30*time.Second || cmd.MaxOutput != maxOutputBytes {
 		t.Errorf("defaults: %+v, %v", cmd, err)
+	}
+}
+
+// A VMM's log may be any bytes: they must not make every list an error.
+func TestDetailOfAnyBytes(t *testing.T) {
+	pb := sandboxInfo(sandbox.Info{Detail: "qemu said \xff\x9b"})
+	if _, err := proto.Marshal(pb); err != nil || pb.Detail != "qemu said \ufffd" {
+		t.Errorf("%q: %v", pb.Detail, err)
 	}
 }
 

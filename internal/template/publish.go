@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
 var errLocked = errors.New("locked by another process")
@@ -96,26 +98,39 @@ func publish(tmp, dst, manifestName string, v any, m *manifest) error {
 // manifest v, whose common part is m, is written last: m.Files is filled with
 // every regular file in tmp, as hash sees it.
 func seal(tmp, manifestName string, v any, m *manifest, hash func(path string) (File, error)) error {
+	err := filepath.WalkDir(tmp, func(path string, d os.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir():
+			return errors.Join(os.Chmod(path, 0o755), flush(path))
+		case d.Type().IsRegular():
+			// Published is immutable. Whoever may enter the state directory,
+			// such as a VMM under its own user, may read it.
+			return os.Chmod(path, 0o444)
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return sealFiles(tmp, manifestName, v, m, hash)
+}
+
+// sealFiles is seal for files whose modes are as they are to be.
+func sealFiles(tmp, manifestName string, v any, m *manifest, hash func(path string) (File, error)) error {
 	m.Format = formatVersion
 	m.Files = map[string]File{}
 	err := filepath.WalkDir(tmp, func(path string, d os.DirEntry, err error) error {
-		if err == nil && d.IsDir() {
-			err = errors.Join(os.Chmod(path, 0o755), flush(path))
-		}
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
-		// Published is immutable. Whoever may enter the state directory,
-		// such as a VMM under its own user, may read it.
-		if err := os.Chmod(path, 0o444); err != nil {
-			return err
-		}
+		// The file goes to the disk while the CPU digests it. Both have ended
+		// before the manifest vouches for it.
+		flushed := make(chan error, 1)
+		go func() { flushed <- flush(path) }()
 		f, err := hash(path)
-		if err != nil {
-			return err
-		}
-		// On disk before the manifest vouches for it.
-		if err := flush(path); err != nil {
+		if err := errors.Join(err, <-flushed); err != nil {
 			return err
 		}
 		rel, err := filepath.Rel(tmp, path)
@@ -133,6 +148,72 @@ func seal(tmp, manifestName string, v any, m *manifest, hash func(path string) (
 		return err
 	}
 	return flush(tmp)
+}
+
+// SealState writes the manifest of a directory that holds the state of a
+// sandbox: the digest of each file. It returns when all of it is on the disk. The
+// modes of the files stay, for a disk in it may have another name.
+func SealState(ctx context.Context, dir string) error {
+	var m manifest
+	err := sealFiles(dir, readyManifest, &m, &m, func(path string) (File, error) { return digAndDigest(ctx, path) })
+	return noSpace("seal state", err)
+}
+
+// CheckState says whether the directory that SealState sealed has all its files
+// with their sizes: errdefs.Corrupt if not. Contents are VerifyState's.
+func CheckState(dir string) error {
+	_, err := readState(dir)
+	return err
+}
+
+func readState(dir string) (manifest, error) {
+	var m manifest
+	err := readManifest(dir, readyManifest, &m, &m)
+	return m, damage(err)
+}
+
+// VerifyState reads the whole directory that SealState sealed:
+// errdefs.Corrupt if a file is not what was written.
+func VerifyState(ctx context.Context, dir string) error {
+	m, err := readState(dir)
+	if err != nil {
+		return err
+	}
+	return m.verify(ctx, dir, digestPieces)
+}
+
+// damage is the class of an error of readManifest. What cannot be read now may
+// be read later and is not damaged.
+func damage(err error) error {
+	var path *fs.PathError
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, fs.ErrNotExist):
+		return errdefs.Corrupt.Errorf("it is incomplete: it has no manifest")
+	case errors.As(err, &path):
+		return err
+	}
+	return errdefs.Corrupt.Errorf("%w", err)
+}
+
+// verify compares the files in dir with their digests: errdefs.Corrupt if one is
+// not what was written. digest is that of files which have no other.
+func (m manifest) verify(ctx context.Context, dir string, digest func(context.Context, string) (File, error)) error {
+	for name, want := range m.Files {
+		of := digest
+		if want.Pieces != "" {
+			of = digestPieces
+		}
+		got, err := of(ctx, filepath.Join(dir, name))
+		if err != nil {
+			return err
+		}
+		if got != want {
+			return errdefs.Corrupt.Errorf("%s is not what was written", name)
+		}
+	}
+	return nil
 }
 
 // add makes the sealed directory tmp visible as dst; fs.ErrExist says that one

@@ -62,7 +62,7 @@ type Meta struct {
 }
 
 // snapshotManifest's digests are of what is in the files and not of their holes:
-// see hashSparse.
+// see digestPieces.
 type snapshotManifest struct {
 	manifest
 	Meta
@@ -145,14 +145,8 @@ func (s *Store) verify(ctx context.Context, dir string, m snapshotManifest) erro
 	if c.manifest != nil && os.SameFile(c.manifest, info) {
 		return nil
 	}
-	for name, want := range m.Files {
-		got, err := hashSparse(ctx, filepath.Join(dir, name))
-		if err != nil {
-			return err
-		}
-		if got != want {
-			return fmt.Errorf("%s is not what was written", name)
-		}
+	if err := m.verify(ctx, dir, hashSparse); err != nil {
+		return err
 	}
 	c.manifest = info
 	return nil
@@ -265,7 +259,7 @@ func (s *Store) stage(tmp string, l *lock, publish func(context.Context, Meta) e
 // publishSnapshot seals a snapshot and shows it as dst.
 func (s *Store) publishSnapshot(ctx context.Context, tmp, dst string, meta Meta, show func(tmp, dst string) error) error {
 	m := snapshotManifest{Meta: meta}
-	err := seal(tmp, readyManifest, &m, &m.manifest, func(path string) (File, error) { return hashSparse(ctx, path) })
+	err := seal(tmp, readyManifest, &m, &m.manifest, func(path string) (File, error) { return digAndDigest(ctx, path) })
 	if err != nil {
 		return err
 	}
@@ -328,9 +322,9 @@ func noSpace(what string, err error) error {
 	}
 }
 
-// hashSparse digests a file that is mostly holes: its size, and the number and
-// content of each 4 KiB page that is not all zero. A hole and zeros that are
-// written are the same to it, as they are to who reads the file.
+// hashSparse is the digest in the manifests of snapshots that an earlier version
+// made, which stay readable: that of the number and content of each 4 KiB page
+// that is not all zero.
 func hashSparse(ctx context.Context, path string) (File, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -210,10 +210,15 @@ func (s *Store) List() ([]Template, error) {
 	return list, nil
 }
 
-// File is what a manifest says about one published file.
+// File is what a manifest says about one published file, with one of the
+// digests.
 type File struct {
-	Size   int64  `json:"size"`
-	SHA256 string `json:"sha256"`
+	Size int64 `json:"size"`
+	// SHA256 is that of the contents, or in a snapshot that an earlier version
+	// made that of hashSparse.
+	SHA256 string `json:"sha256,omitempty"`
+	// Pieces is that of digestPieces.
+	Pieces string `json:"sha256_pieces,omitempty"`
 }
 
 const formatVersion = 1

@@ -173,6 +173,9 @@ func nft(add func(string, ...any)) error {
 			return fmt.Errorf("list nft sets: %w", err)
 		}
 		for _, s := range sets {
+			if s.Dynamic {
+				continue // the kernel fills and empties it
+			}
 			elems, err := c.GetSetElements(s)
 			if err != nil {
 				return fmt.Errorf("list nft set %s: %w", s.Name, err)

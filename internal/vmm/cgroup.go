@@ -304,3 +304,29 @@ func RemoveCgroup(ctx context.Context, name string) error {
 	}
 	return c.remove(ctx)
 }
+
+// oomKilled says whether the kernel has killed a process in a cgroup for want of
+// memory. Of a cgroup that cannot be read it is false.
+func oomKilled(name string) bool {
+	if name == "" {
+		return false
+	}
+	c, err := openCgroup(name)
+	if err != nil {
+		return false
+	}
+	file := filepath.Join(c.h.v2, name, "memory.events")
+	if dir := c.h.v1["memory"]; dir != "" {
+		file = filepath.Join(dir, name, "memory.oom_control")
+	}
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(data)) {
+		if n, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			return strings.TrimSpace(n) != "0"
+		}
+	}
+	return false
+}

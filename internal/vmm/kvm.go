@@ -3,12 +3,14 @@ package vmm
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"time"
 
@@ -18,24 +20,31 @@ import (
 )
 
 const (
-	// probeTimeout is what a guest under KVM gets to reach its userland; it
-	// needs a fraction of it.
-	probeTimeout = 10 * time.Second
-	probeMark    = "wrenn-probe-ok"
-	probeMemMiB  = 128
+	// probeTimeout is what a guest under KVM gets to reach its userland. It
+	// needs a fraction of it; one that needs more is no better than one without.
+	probeTimeout = 3 * time.Second
+	// slowKept is how long the verdict of a probe that timed out is believed: the
+	// host may just have been busy.
+	slowKept    = time.Hour
+	probeMark   = "wrenn-probe-ok"
+	probeMemMiB = 128
 	// probePoll is how often the probe guest's console is read.
 	probePoll = 5 * time.Millisecond
 )
 
 // Probe tells whether KVM runs guests of ours. A /dev/kvm that opens proves
 // nothing: there are hosts whose kernel offers one on which no ordinary guest
-// ever boots. So KVM works where the CPU has the extension and a guest of ours
-// has come up with it.
+// ever boots, or only slowly. Nor do the flags of the CPU, which a host that is
+// a guest itself may lack. So KVM works where a guest of ours has come up with it
+// in time.
 type Probe struct {
 	// CacheFile keeps what the probe guest showed, for as long as the host's
-	// kernel and the VMM stay the same; each driver has its own. Its directory
-	// exists. Empty to remember nothing.
+	// kernel, its kind of KVM, the VMM, and the guest's kernel and initrd stay the
+	// same; each driver has its own. Its directory exists. Empty to remember
+	// nothing.
 	CacheFile string
+	// Retry boots another guest where the last one was too slow.
+	Retry bool
 	// Kernel and Initrd are booted with "wrenn.probe=1"; the guest then prints
 	// "wrenn-probe-ok" on its console and ends.
 	Kernel, Initrd string
@@ -58,11 +67,7 @@ type Verdict struct {
 // earlier one has shown what comes of that. The verdict is on the VMM of that
 // name and version.
 func (p Probe) KVM(ctx context.Context, name, version string, start func(context.Context, Spec) (VM, error)) (Verdict, error) {
-	cpuinfo, err := os.ReadFile("/proc/cpuinfo")
-	if err != nil {
-		return Verdict{}, err
-	}
-	if obstacle := kvmObstacle(openKVM(), string(cpuinfo)); obstacle != "" {
+	if obstacle := kvmObstacle(openKVM()); obstacle != "" {
 		return Verdict{Why: obstacle, Final: true}, nil
 	}
 	if !isFile(p.Kernel) || !isFile(p.Initrd) {
@@ -80,17 +85,13 @@ func openKVM() error {
 	return f.Close()
 }
 
-var virtFlag = regexp.MustCompile(`(?m)^flags\s*:.*\s(vmx|svm)(\s|$)`)
-
 // kvmObstacle says in a sentence why KVM cannot work here, or nothing.
-func kvmObstacle(open error, cpuinfo string) string {
+func kvmObstacle(open error) string {
 	switch {
 	case errors.Is(open, os.ErrNotExist):
 		return "there is no /dev/kvm"
 	case open != nil:
 		return fmt.Sprintf("/dev/kvm does not open: %v", errors.Unwrap(open))
-	case !virtFlag.MatchString(cpuinfo):
-		return "/dev/kvm opens but the CPU shows neither vmx nor svm"
 	}
 	return ""
 }
@@ -98,10 +99,22 @@ func kvmObstacle(open error, cpuinfo string) string {
 // probeRecord is what a probe guest has shown, as the cache file keeps it.
 type probeRecord struct {
 	HostKernel string `json:"host_kernel"`
+	KVM        string `json:"kvm"`
 	VMM        string `json:"vmm"`
 	Version    string `json:"version"`
-	Works      bool   `json:"works"`
-	Why        string `json:"why"`
+	// Guest is the digest of its kernel and initrd.
+	Guest string `json:"guest"`
+
+	Works bool   `json:"works"`
+	Why   string `json:"why"`
+	// SlowAt is set if the guest was not up in time, and might be another time.
+	SlowAt time.Time `json:"slow_at,omitzero"`
+}
+
+// on is what the verdict is on.
+func (r probeRecord) on() probeRecord {
+	r.Works, r.Why, r.SlowAt = false, "", time.Time{}
+	return r
 }
 
 // probed boots the probe guest under KVM, or remembers what it showed.
@@ -110,16 +123,24 @@ func (p Probe) probed(ctx context.Context, name, version string, start func(cont
 	if err := unix.Uname(&uts); err != nil {
 		return Verdict{}, err
 	}
-	now := probeRecord{HostKernel: unix.ByteSliceToString(uts.Release[:]), VMM: name, Version: version}
+	guest, err := digestOf(p.Kernel, p.Initrd)
+	if err != nil {
+		return Verdict{}, fmt.Errorf("look at the probe guest: %w", err)
+	}
+	now := probeRecord{HostKernel: unix.ByteSliceToString(uts.Release[:]), KVM: KVMKind(), VMM: name, Version: version, Guest: guest}
 	var known probeRecord
-	if data, err := os.ReadFile(p.CacheFile); err == nil && json.Unmarshal(data, &known) == nil {
-		if known.HostKernel == now.HostKernel && known.VMM == name && known.Version == version {
+	if data, err := os.ReadFile(p.CacheFile); err == nil && json.Unmarshal(data, &known) == nil && known.on() == now {
+		age := time.Since(known.SlowAt)
+		if known.SlowAt.IsZero() || !p.Retry && age >= 0 && age < slowKept {
 			return Verdict{Works: known.Works, Why: known.Why, Final: true}, nil
 		}
 	}
 	took, err := p.Boot(ctx, start)
 	if ctx.Err() != nil {
 		return Verdict{}, context.Cause(ctx)
+	}
+	if errors.Is(err, errSlow) {
+		now.SlowAt = time.Now().UTC()
 	}
 	if err != nil {
 		now.Why = fmt.Sprintf("/dev/kvm opens but a probe guest does not come up with it: %v", err)
@@ -134,6 +155,41 @@ func (p Probe) probed(ctx context.Context, name, version string, start func(cont
 	return Verdict{Works: now.Works, Why: now.Why, Final: true}, nil
 }
 
+// digestOf is one digest of the contents of files; "" as a path stands for no
+// file.
+func digestOf(paths ...string) (string, error) {
+	all := sha256.New()
+	for _, path := range paths {
+		one := sha256.New()
+		if path != "" {
+			f, err := os.Open(path)
+			if err != nil {
+				return "", err
+			}
+			_, err = io.Copy(one, f)
+			if err := errors.Join(err, f.Close()); err != nil {
+				return "", err
+			}
+		}
+		all.Write(one.Sum(nil))
+	}
+	return hex.EncodeToString(all.Sum(nil)), nil
+}
+
+// KVMKind names the modules that KVM consists of on this host, such as
+// "kvm kvm_intel" or "kvm kvm_pvm". Memory that one kind wrote is not another's.
+func KVMKind() string {
+	paths, _ := filepath.Glob("/sys/module/kvm*") // a pattern that is right has no error
+	var names []string
+	for _, path := range paths {
+		names = append(names, filepath.Base(path))
+	}
+	return strings.Join(names, " ")
+}
+
+// errSlow is that the probe guest showed nothing in time.
+var errSlow = fmt.Errorf("nothing after %s", probeTimeout)
+
 // Boot boots the probe guest and waits for its sign of life.
 func (p Probe) Boot(ctx context.Context, start func(context.Context, Spec) (VM, error)) (took time.Duration, err error) {
 	dir, err := os.MkdirTemp("", "wrenn-probe-")
@@ -144,7 +200,7 @@ func (p Probe) Boot(ctx context.Context, start func(context.Context, Spec) (VM, 
 	defer func() { err = errors.Join(err, steps.Unwind(ctx)) }()
 	steps.Push("remove probe directory", func(context.Context) error { return os.RemoveAll(dir) })
 
-	ctx, cancel := context.WithTimeoutCause(ctx, probeTimeout, fmt.Errorf("nothing after %s", probeTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, probeTimeout, errSlow)
 	defer cancel()
 	began := time.Now()
 	console := filepath.Join(dir, "console.log")
@@ -193,13 +249,14 @@ func SaveJSON(path string, v any) error {
 	return os.Rename(tmp, path)
 }
 
-// HostCPU is what guests under KVM can see of this host's first CPU.
+// HostCPU is what guests under KVM can see of this host's first CPU, and the kind
+// of KVM that shows it to them.
 func HostCPU() (string, error) {
 	info, err := os.ReadFile("/proc/cpuinfo")
 	if err != nil {
 		return "", fmt.Errorf("look at the host's CPU: %w", err)
 	}
-	var seen []string
+	seen := []string{KVMKind()}
 	for line := range strings.Lines(string(info)) {
 		name, _, _ := strings.Cut(line, ":")
 		switch strings.TrimSpace(name) {

@@ -2,33 +2,30 @@ package vmm
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 func TestKVMObstacle(t *testing.T) {
-	const with, without = "processor: 0\nflags\t\t: fpu svm lm\n", "flags\t\t: fpu lm svm_lock\n"
 	for _, c := range []struct {
-		open    error
-		cpuinfo string
-		want    string
+		open error
+		want string
 	}{
-		{nil, with, ""},
-		{nil, "flags : fpu vmx\n", ""},
-		{nil, without, "neither vmx nor svm"},
-		{nil, "vmx flags\t: virtual vmx flags of another line\n", "neither vmx nor svm"},
-		{&fs.PathError{Op: "open", Path: "/dev/kvm", Err: unix.ENOENT}, with, "there is no /dev/kvm"},
-		{&fs.PathError{Op: "open", Path: "/dev/kvm", Err: unix.EACCES}, with, "does not open: permission denied"},
+		{nil, ""}, // whatever the CPU's flags are
+		{&fs.PathError{Op: "open", Path: "/dev/kvm", Err: unix.ENOENT}, "there is no /dev/kvm"},
+		{&fs.PathError{Op: "open", Path: "/dev/kvm", Err: unix.EACCES}, "does not open: permission denied"},
 	} {
-		got := kvmObstacle(c.open, c.cpuinfo)
+		got := kvmObstacle(c.open)
 		if (got == "") != (c.want == "") || !strings.Contains(got, c.want) {
-			t.Errorf("kvmObstacle(%v, %q) = %q, want %q", c.open, c.cpuinfo, got, c.want)
+			t.Errorf("kvmObstacle(%v) = %q, want %q", c.open, got, c.want)
 		}
 	}
 }
@@ -100,5 +97,70 @@ func TestProbeThatCannotStart(t *testing.T) {
 	}
 	if data, _ := os.ReadFile(p.CacheFile); strings.Contains(string(data), "1.2.4") {
 		t.Errorf("cache: %s", data)
+	}
+}
+
+// TestSlowProbe: a guest that comes up too late is a no, which is not kept for
+// good: an hour later, or at once for a caller that asks, another one is booted.
+func TestSlowProbe(t *testing.T) {
+	p := Probe{CacheFile: filepath.Join(t.TempDir(), "kvm.json")}
+	slow := func(ctx context.Context, _ Spec) (VM, error) { return nil, errSlow }
+	v, err := p.probed(t.Context(), "qemu", "1.2.3", slow)
+	if err != nil || v.Works || !strings.Contains(v.Why, "nothing after 3s") {
+		t.Fatalf("%+v, %v", v, err)
+	}
+	starts := 0
+	fast := guest(t, "echo wrenn-probe-ok", &starts)
+	if v, err := p.probed(t.Context(), "qemu", "1.2.3", fast); err != nil || v.Works || starts != 0 {
+		t.Errorf("at once: %+v, %v after %d starts", v, err, starts)
+	}
+	p.Retry = true
+	if v, err := p.probed(t.Context(), "qemu", "1.2.3", fast); err != nil || !v.Works || starts != 1 {
+		t.Errorf("asked again: %+v, %v after %d starts", v, err, starts)
+	}
+	p.Retry = false
+	for age, want := range map[time.Duration]bool{time.Minute: false, slowKept + time.Minute: true, -time.Hour: true} {
+		var known probeRecord
+		data, err := os.ReadFile(p.CacheFile)
+		if err == nil {
+			err = json.Unmarshal(data, &known)
+		}
+		known.Works, known.SlowAt = false, time.Now().Add(-age)
+		if err == nil {
+			err = SaveJSON(p.CacheFile, known)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v, err := p.probed(t.Context(), "qemu", "1.2.3", fast); err != nil || v.Works != want {
+			t.Errorf("%s later: %+v, %v", age, v, err)
+		}
+	}
+}
+
+// TestProbeOfAnotherGuest: another kernel or initrd has shown nothing yet.
+func TestProbeOfAnotherGuest(t *testing.T) {
+	dir := t.TempDir()
+	p := Probe{CacheFile: filepath.Join(dir, "kvm.json"), Kernel: filepath.Join(dir, "vmlinux"), Initrd: filepath.Join(dir, "initrd")}
+	starts := 0
+	for i, c := range []struct {
+		path, content string
+		want          int
+	}{
+		{p.Kernel, "a", 1}, {p.Kernel, "a", 1}, {p.Kernel, "b", 2}, {p.Initrd, "c", 3}, {p.Initrd, "", 2 + 2},
+	} {
+		for _, path := range []string{p.Kernel, p.Initrd} {
+			f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.Close()
+		}
+		if err := os.WriteFile(c.path, []byte(c.content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := p.probed(t.Context(), "qemu", "1", guest(t, "echo wrenn-probe-ok", &starts)); err != nil || starts != c.want {
+			t.Errorf("step %d: %v after %d starts, want %d", i, err, starts, c.want)
+		}
 	}
 }

@@ -376,12 +376,18 @@ func (p *Process) wait() {
 	if p.child {
 		reap(p.ref.PID, &p.exit)
 	}
+	oomKilled := oomKilled(p.ref.Cgroup) // which goes with the cgroup
 	p.cleanup = RemoveCgroup(context.Background(), p.ref.Cgroup)
 	p.trim()
 	if p.ref.Log != "" {
 		tail, _ := Tail(p.ref.Log, detailBytes)
 		p.exit.Detail = strings.TrimSpace(string(tail))
 	}
+	var console []byte
+	if p.ref.Console != "" {
+		console, _ = Tail(p.ref.Console, lastConsole) // or the guest has said nothing
+	}
+	p.exit.Cause = causeOf(p.exit, oomKilled, console)
 }
 
 // exitWithin waits for the exit, at most d.

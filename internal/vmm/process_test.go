@@ -52,9 +52,9 @@ func TestExit(t *testing.T) {
 		text   string
 	}{
 		{"exit 0", Exit{Code: 0}, "exited with status 0"},
-		{"exit 7", Exit{Code: 7}, "exited with status 7"},
-		{"kill -TERM $$", Exit{Code: -1, Signal: 15}, "killed by signal 15"},
-		{"echo out; echo err >&2; exit 1", Exit{Code: 1, Detail: "out\nerr"}, "exited with status 1"},
+		{"exit 7", Exit{Code: 7, Cause: VMMFailed}, "exited with status 7"},
+		{"kill -TERM $$", Exit{Code: -1, Signal: 15, Cause: Killed}, "killed by signal 15"},
+		{"echo out; echo err >&2; exit 1", Exit{Code: 1, Cause: VMMFailed, Detail: "out\nerr"}, "exited with status 1"},
 	} {
 		p := sh(c.script)
 		p.Log = filepath.Join(t.TempDir(), "log")

@@ -174,6 +174,24 @@ type Handle struct {
 	State json.RawMessage `json:"state"`
 }
 
+// Cause is what ended a VM. The set is closed.
+type Cause string
+
+const (
+	// Unknown: neither the guest nor the VMM said anything.
+	Unknown         Cause = ""
+	GuestPoweredOff Cause = "the guest powered off"
+	GuestRebooted   Cause = "the guest rebooted"
+	GuestPanicked   Cause = "the guest panicked"
+	// VMMFailed: the VMM gave up, with an error in its log or its exit status.
+	VMMFailed Cause = "the VMM failed"
+	// Killed: a signal ended the VMM.
+	Killed Cause = "the VMM was killed"
+	// OutOfMemory: the host's kernel killed the VMM, which needed more memory
+	// than its cgroup has.
+	OutOfMemory Cause = "the VMM was out of memory"
+)
+
 // Exit says how a VMM ended.
 type Exit struct {
 	At time.Time
@@ -182,19 +200,26 @@ type Exit struct {
 	Code int
 	// Signal that ended the VMM, 0 if none.
 	Signal int
+	// Cause is taken from the cgroup, the exit and the end of the console, in this
+	// order. What the guest's console says is the guest's word.
+	Cause Cause
 	// Detail is the end of the VMM's own diagnostics, for the log.
 	Detail string
 }
 
+// String says it as what the VMM did: "exited with status 1".
 func (e Exit) String() string {
+	how := "exited with unknown status"
 	switch {
 	case e.Signal != 0:
-		return fmt.Sprintf("killed by signal %d", e.Signal)
+		how = fmt.Sprintf("killed by signal %d", e.Signal)
 	case e.Code >= 0:
-		return fmt.Sprintf("exited with status %d", e.Code)
-	default:
-		return "exited with unknown status"
+		how = fmt.Sprintf("exited with status %d", e.Code)
 	}
+	if e.Cause == Unknown || e.Cause == Killed || e.Cause == VMMFailed && e.Code > 0 {
+		return how
+	}
+	return how + ": " + string(e.Cause)
 }
 
 // Report is what a driver's Check found.

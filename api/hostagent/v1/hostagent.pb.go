@@ -129,7 +129,11 @@ type CreateSandboxResponse struct {
 	Why string `protobuf:"bytes,5,opt,name=why,proto3" json:"why,omitempty"`
 	// What the create spent its time with, in this order; some of it at the same
 	// time.
-	Phases        []*Phase `protobuf:"bytes,6,rep,name=phases,proto3" json:"phases,omitempty"`
+	Phases []*Phase `protobuf:"bytes,6,rep,name=phases,proto3" json:"phases,omitempty"`
+	// What the sandbox's daemon demands of its callers in the header
+	// X-Access-Token. Secret: whoever has it commands the sandbox. It is the same
+	// for the sandbox's whole life.
+	AccessToken   string `protobuf:"bytes,7,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -206,6 +210,13 @@ func (x *CreateSandboxResponse) GetPhases() []*Phase {
 	return nil
 }
 
+func (x *CreateSandboxResponse) GetAccessToken() string {
+	if x != nil {
+		return x.AccessToken
+	}
+	return ""
+}
+
 // Phase is a part of an operation.
 type Phase struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -278,7 +289,8 @@ type NetworkPolicy struct {
 	OutBytesPerSec   int64 `protobuf:"varint,5,opt,name=out_bytes_per_sec,json=outBytesPerSec,proto3" json:"out_bytes_per_sec,omitempty"`
 	InPacketsPerSec  int64 `protobuf:"varint,6,opt,name=in_packets_per_sec,json=inPacketsPerSec,proto3" json:"in_packets_per_sec,omitempty"`
 	OutPacketsPerSec int64 `protobuf:"varint,7,opt,name=out_packets_per_sec,json=outPacketsPerSec,proto3" json:"out_packets_per_sec,omitempty"`
-	// Most connections at a time that it has begun.
+	// Most connections at a time that it has begun; the host's setting when zero.
+	// A 128th of the connections that the host tracks is the most in any case.
 	MaxConnections int32 `protobuf:"varint,8,opt,name=max_connections,json=maxConnections,proto3" json:"max_connections,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
@@ -1512,7 +1524,7 @@ type SandboxInfo struct {
 	// Seconds without activity after which the sandbox expires; 0 is never.
 	TimeoutSec int32 `protobuf:"varint,9,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
 	// Why the sandbox is stopping or stopped: destroyed, expired, create_failed,
-	// vm_exited, lost or network_lost; or why one that runs or is paused does not
+	// vm_exited, out_of_memory, lost or network_lost; or why one that runs or is paused does not
 	// work as it should: disk_full or unreachable. Empty otherwise.
 	Reason string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
 	// What is known about the reason, for a person.
@@ -1709,8 +1721,11 @@ func (x *GetSandboxRequest) GetSandboxId() string {
 }
 
 type GetSandboxResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sandbox       *SandboxInfo           `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox *SandboxInfo           `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	// As in CreateSandboxResponse; empty once the sandbox has ended. Lists and
+	// events do not have it.
+	AccessToken   string `protobuf:"bytes,2,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1750,6 +1765,13 @@ func (x *GetSandboxResponse) GetSandbox() *SandboxInfo {
 		return x.Sandbox
 	}
 	return nil
+}
+
+func (x *GetSandboxResponse) GetAccessToken() string {
+	if x != nil {
+		return x.AccessToken
+	}
+	return ""
 }
 
 type SetTimeoutRequest struct {
@@ -2145,6 +2167,124 @@ func (x *GetConsoleResponse) GetConsole() []byte {
 	return nil
 }
 
+type VerifyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Names of templates or snapshots, ids of hibernated sandboxes; all of them
+	// and the guest kernel when empty.
+	Names         []string `protobuf:"bytes,1,rep,name=names,proto3" json:"names,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyRequest) Reset() {
+	*x = VerifyRequest{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyRequest) ProtoMessage() {}
+
+func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
+func (*VerifyRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *VerifyRequest) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+type VerifyResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// kernel, template, boot snapshot, snapshot or sandbox.
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// A boot snapshot's name is its template's, a slash and its key.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Empty if every file is what was written.
+	Problem string `protobuf:"bytes,3,opt,name=problem,proto3" json:"problem,omitempty"`
+	// Size of its files, holes included.
+	Bytes         int64 `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyResponse) Reset() {
+	*x = VerifyResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyResponse) ProtoMessage() {}
+
+func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
+func (*VerifyResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *VerifyResponse) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *VerifyResponse) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *VerifyResponse) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+func (x *VerifyResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 type GetVersionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2153,7 +2293,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2165,7 +2305,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2178,7 +2318,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
 }
 
 type GetVersionResponse struct {
@@ -2195,7 +2335,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2207,7 +2347,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2220,7 +2360,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -2257,7 +2397,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"timeoutSec\x12\x1d\n" +
 	"\n" +
 	"on_timeout\x18\x05 \x01(\tR\tonTimeout\x125\n" +
-	"\anetwork\x18\x06 \x01(\v2\x1b.hostagent.v1.NetworkPolicyR\anetwork\"\xc9\x01\n" +
+	"\anetwork\x18\x06 \x01(\v2\x1b.hostagent.v1.NetworkPolicyR\anetwork\"\xec\x01\n" +
 	"\x15CreateSandboxResponse\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -2265,7 +2405,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\ahost_ip\x18\x03 \x01(\tR\x06hostIp\x12!\n" +
 	"\fstarted_from\x18\x04 \x01(\tR\vstartedFrom\x12\x10\n" +
 	"\x03why\x18\x05 \x01(\tR\x03why\x12+\n" +
-	"\x06phases\x18\x06 \x03(\v2\x13.hostagent.v1.PhaseR\x06phases\"+\n" +
+	"\x06phases\x18\x06 \x03(\v2\x13.hostagent.v1.PhaseR\x06phases\x12!\n" +
+	"\faccess_token\x18\a \x01(\tR\vaccessToken\"+\n" +
 	"\x05Phase\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02ms\x18\x02 \x01(\x01R\x02ms\"\xdf\x02\n" +
@@ -2373,9 +2514,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\atraffic\x18\x0f \x01(\v2\x1c.hostagent.v1.NetworkTrafficR\atraffic\"2\n" +
 	"\x11GetSandboxRequest\x12\x1d\n" +
 	"\n" +
-	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"I\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"l\n" +
 	"\x12GetSandboxResponse\x123\n" +
-	"\asandbox\x18\x01 \x01(\v2\x19.hostagent.v1.SandboxInfoR\asandbox\"S\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.hostagent.v1.SandboxInfoR\asandbox\x12!\n" +
+	"\faccess_token\x18\x02 \x01(\tR\vaccessToken\"S\n" +
 	"\x11SetTimeoutRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n" +
@@ -2405,14 +2547,20 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"tail_bytes\x18\x02 \x01(\x05R\ttailBytes\".\n" +
 	"\x12GetConsoleResponse\x12\x18\n" +
-	"\aconsole\x18\x01 \x01(\fR\aconsole\"\x13\n" +
+	"\aconsole\x18\x01 \x01(\fR\aconsole\"%\n" +
+	"\rVerifyRequest\x12\x14\n" +
+	"\x05names\x18\x01 \x03(\tR\x05names\"h\n" +
+	"\x0eVerifyResponse\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
+	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x14\n" +
+	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\"\x13\n" +
 	"\x11GetVersionRequest\"a\n" +
 	"\x12GetVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
 	"\x03vmm\x18\x02 \x01(\tR\x03vmm\x12\x1f\n" +
 	"\vvmm_version\x18\x03 \x01(\tR\n" +
-	"vmmVersion2\xf2\n" +
-	"\n" +
+	"vmmVersion2\xb9\v\n" +
 	"\x10HostAgentService\x12X\n" +
 	"\rCreateSandbox\x12\".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n" +
 	"\x0eDestroySandbox\x12#.hostagent.v1.DestroySandboxRequest\x1a$.hostagent.v1.DestroySandboxResponse\x12U\n" +
@@ -2431,7 +2579,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"SetTimeout\x12\x1f.hostagent.v1.SetTimeoutRequest\x1a .hostagent.v1.SetTimeoutResponse\x12T\n" +
 	"\vWatchEvents\x12 .hostagent.v1.WatchEventsRequest\x1a!.hostagent.v1.WatchEventsResponse0\x01\x12O\n" +
 	"\n" +
-	"GetConsole\x12\x1f.hostagent.v1.GetConsoleRequest\x1a .hostagent.v1.GetConsoleResponse\x12O\n" +
+	"GetConsole\x12\x1f.hostagent.v1.GetConsoleRequest\x1a .hostagent.v1.GetConsoleResponse\x12E\n" +
+	"\x06Verify\x12\x1b.hostagent.v1.VerifyRequest\x1a\x1c.hostagent.v1.VerifyResponse0\x01\x12O\n" +
 	"\n" +
 	"GetVersion\x12\x1f.hostagent.v1.GetVersionRequest\x1a .hostagent.v1.GetVersionResponseB:Z8git.omukk.dev/wrenn/sandbox/api/hostagent/v1;hostagentv1b\x06proto3"
 
@@ -2447,7 +2596,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 	return file_hostagent_v1_hostagent_proto_rawDescData
 }
 
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*CreateSandboxRequest)(nil),    // 0: hostagent.v1.CreateSandboxRequest
 	(*CreateSandboxResponse)(nil),   // 1: hostagent.v1.CreateSandboxResponse
@@ -2485,8 +2634,10 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*Event)(nil),                   // 33: hostagent.v1.Event
 	(*GetConsoleRequest)(nil),       // 34: hostagent.v1.GetConsoleRequest
 	(*GetConsoleResponse)(nil),      // 35: hostagent.v1.GetConsoleResponse
-	(*GetVersionRequest)(nil),       // 36: hostagent.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),      // 37: hostagent.v1.GetVersionResponse
+	(*VerifyRequest)(nil),           // 36: hostagent.v1.VerifyRequest
+	(*VerifyResponse)(nil),          // 37: hostagent.v1.VerifyResponse
+	(*GetVersionRequest)(nil),       // 38: hostagent.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),      // 39: hostagent.v1.GetVersionResponse
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	3,  // 0: hostagent.v1.CreateSandboxRequest.network:type_name -> hostagent.v1.NetworkPolicy
@@ -2515,25 +2666,27 @@ var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	29, // 23: hostagent.v1.HostAgentService.SetTimeout:input_type -> hostagent.v1.SetTimeoutRequest
 	31, // 24: hostagent.v1.HostAgentService.WatchEvents:input_type -> hostagent.v1.WatchEventsRequest
 	34, // 25: hostagent.v1.HostAgentService.GetConsole:input_type -> hostagent.v1.GetConsoleRequest
-	36, // 26: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
-	1,  // 27: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
-	6,  // 28: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
-	8,  // 29: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
-	10, // 30: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
-	12, // 31: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
-	14, // 32: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
-	17, // 33: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
-	19, // 34: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
-	21, // 35: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
-	23, // 36: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
-	25, // 37: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
-	28, // 38: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
-	30, // 39: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
-	32, // 40: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
-	35, // 41: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
-	37, // 42: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
-	27, // [27:43] is the sub-list for method output_type
-	11, // [11:27] is the sub-list for method input_type
+	36, // 26: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
+	38, // 27: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
+	1,  // 28: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
+	6,  // 29: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
+	8,  // 30: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
+	10, // 31: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
+	12, // 32: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
+	14, // 33: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
+	17, // 34: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
+	19, // 35: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
+	21, // 36: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
+	23, // 37: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
+	25, // 38: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
+	28, // 39: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
+	30, // 40: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
+	32, // 41: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
+	35, // 42: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
+	37, // 43: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
+	39, // 44: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
+	28, // [28:45] is the sub-list for method output_type
+	11, // [11:28] is the sub-list for method input_type
 	11, // [11:11] is the sub-list for extension type_name
 	11, // [11:11] is the sub-list for extension extendee
 	0,  // [0:11] is the sub-list for field type_name
@@ -2551,7 +2704,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   38,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,16 +1,17 @@
 // Drives a sandbox's data plane with E2B's published client, as its users do:
 //
-//     node drive.mjs GATEWAY SANDBOX run|paused
+//     node drive.mjs GATEWAY SANDBOX run|paused TOKEN
 //
 // It ends with status 0 if all is as the client promises.
 import assert from 'node:assert/strict'
 import { Sandbox, CommandExitError, NotFoundError } from 'e2b'
 
-const [gateway, sandboxId, what] = process.argv.slice(2)
+const [gateway, sandboxId, what, envdAccessToken] = process.argv.slice(2)
 const sandbox = new Sandbox({
   sandboxId,
   sandboxUrl: gateway,
   envdVersion: '0.6.5',
+  envdAccessToken,
   apiKey: 'e2b_' + '0'.repeat(40), // for the REST API, which is not called
 })
 

@@ -211,12 +211,22 @@ func TestContractOfTheRealOne(t *testing.T) {
 		if jailed {
 			cfg.Jailer = "jailer"
 		}
-		if _, err := New(cfg).Check(t.Context()); err != nil {
+		first := New(cfg)
+		report, err := first.Check(t.Context())
+		if err != nil {
 			t.Skip(err)
+		}
+		// One probe guest is enough for all of the contract.
+		known := func() vmm.Driver {
+			d := New(cfg)
+			d.kvm = func(context.Context, string, string, func(context.Context, vmm.Spec) (vmm.VM, error)) (vmm.Verdict, error) {
+				return vmm.Verdict{Works: true, Why: report.Why, Final: true}, nil
+			}
+			return d
 		}
 		vmmtest.Run(t, func(t *testing.T) vmmtest.Subject {
 			s := bareSubject(t)
-			s.Driver, s.Again = New(cfg), func() vmm.Driver { return New(cfg) }
+			s.Driver, s.Again = known(), known
 			// A kernel alone: it finds no root file system and panics.
 			s.Spec.Kernel, s.Spec.Initrd = filepath.Join(kernel, "vmlinux"), ""
 			s.Spec.Cmdline, s.Exiting = "quiet panic=0", "panic=-1"

@@ -1,7 +1,6 @@
 package firecracker
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -12,8 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-
-	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
@@ -115,9 +112,6 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 	if !isMemory(filepath.Join(dir, memoryName), m.MemoryBytes) {
 		return fmt.Errorf("firecracker wrote no memory of %d bytes", m.MemoryBytes)
 	}
-	if err := dig(ctx, filepath.Join(dir, memoryName)); err != nil {
-		return err
-	}
 	if m.StateBytes, m.StateSHA256, err = digest(filepath.Join(dir, stateName)); err != nil {
 		return err
 	}
@@ -160,54 +154,6 @@ func (v *vm) write(ctx context.Context, dir string) (err error) {
 func isMemory(path string, size int64) bool {
 	info, err := os.Lstat(path)
 	return err == nil && info.Mode().IsRegular() && info.Size() == size
-}
-
-const (
-	pageSize = 4096
-	digChunk = 1 << 20
-)
-
-// dig makes holes of the pages that are zero, which are most of a fresh guest's:
-// Firecracker writes every byte, and nobody should have to flush, keep or cache
-// those. A file system that has no holes keeps them.
-func dig(ctx context.Context, path string) error {
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	var zero [pageSize]byte
-	buf := make([]byte, digChunk)
-	for at := int64(0); ; {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		n, err := io.ReadFull(f, buf)
-		if n == 0 || err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-			if errors.Is(err, io.EOF) {
-				err = nil
-			}
-			return err
-		}
-		for from := 0; from+pageSize <= n; from += pageSize {
-			to := from
-			for to+pageSize <= n && bytes.Equal(buf[to:to+pageSize], zero[:]) {
-				to += pageSize
-			}
-			if to == from {
-				continue
-			}
-			err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at+int64(from), int64(to-from))
-			if errors.Is(err, unix.EOPNOTSUPP) {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			from = to
-		}
-		at += int64(n)
-	}
 }
 
 // digest reads a file that a VMM wrote; a link is none.

@@ -1,9 +1,6 @@
 package firecracker
 
 import (
-	"bytes"
-	"context"
-	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,39 +10,6 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
-
-// A snapshot's memory keeps its bytes, and takes disk only for those that are
-// not zero.
-func TestDig(t *testing.T) {
-	// Data, zeros beyond the borders of pages and chunks, data, zeros at the end.
-	data := make([]byte, 5*digChunk+pageSize)
-	for _, at := range []int{0, pageSize - 1, 3 * pageSize, digChunk - 1, 3*digChunk + 100} {
-		data[at] = 0xaa
-	}
-	path := filepath.Join(t.TempDir(), "mem")
-	if err := os.WriteFile(path, data, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := dig(t.Context(), path); err != nil {
-		t.Fatal(err)
-	}
-	got, err := os.ReadFile(path)
-	if err != nil || !bytes.Equal(got, data) {
-		t.Errorf("the content has changed, %v", err)
-	}
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		t.Fatal(err)
-	}
-	if kept := st.Blocks * 512; kept > 16*pageSize {
-		t.Errorf("%d bytes are kept for 4 pages", kept)
-	}
-	cancelled, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := dig(cancelled, path); !errors.Is(err, context.Canceled) {
-		t.Errorf("cancelled: %v", err)
-	}
-}
 
 // A snapshot with a link in the place of its memory, as a VMM that was taken
 // over might make one, shows nothing of the host to a clone.

@@ -79,6 +79,8 @@ const (
 	// HostAgentServiceGetConsoleProcedure is the fully-qualified name of the HostAgentService's
 	// GetConsole RPC.
 	HostAgentServiceGetConsoleProcedure = "/hostagent.v1.HostAgentService/GetConsole"
+	// HostAgentServiceVerifyProcedure is the fully-qualified name of the HostAgentService's Verify RPC.
+	HostAgentServiceVerifyProcedure = "/hostagent.v1.HostAgentService/Verify"
 	// HostAgentServiceGetVersionProcedure is the fully-qualified name of the HostAgentService's
 	// GetVersion RPC.
 	HostAgentServiceGetVersionProcedure = "/hostagent.v1.HostAgentService/GetVersion"
@@ -123,6 +125,10 @@ type HostAgentServiceClient interface {
 	WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest]) (*connect.ServerStreamForClient[v1.WatchEventsResponse], error)
 	// GetConsole answers with the end of a sandbox's serial console.
 	GetConsole(context.Context, *connect.Request[v1.GetConsoleRequest]) (*connect.Response[v1.GetConsoleResponse], error)
+	// Verify reads all that sandboxes start or go on from, compares it with the
+	// digests of when it was written, and streams what it finds, one by one. It
+	// changes nothing.
+	Verify(context.Context, *connect.Request[v1.VerifyRequest]) (*connect.ServerStreamForClient[v1.VerifyResponse], error)
 	// GetVersion answers with what this host agent is and drives.
 	GetVersion(context.Context, *connect.Request[v1.GetVersionRequest]) (*connect.Response[v1.GetVersionResponse], error)
 }
@@ -228,6 +234,12 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("GetConsole")),
 			connect.WithClientOptions(opts...),
 		),
+		verify: connect.NewClient[v1.VerifyRequest, v1.VerifyResponse](
+			httpClient,
+			baseURL+HostAgentServiceVerifyProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("Verify")),
+			connect.WithClientOptions(opts...),
+		),
 		getVersion: connect.NewClient[v1.GetVersionRequest, v1.GetVersionResponse](
 			httpClient,
 			baseURL+HostAgentServiceGetVersionProcedure,
@@ -254,6 +266,7 @@ type hostAgentServiceClient struct {
 	setTimeout      *connect.Client[v1.SetTimeoutRequest, v1.SetTimeoutResponse]
 	watchEvents     *connect.Client[v1.WatchEventsRequest, v1.WatchEventsResponse]
 	getConsole      *connect.Client[v1.GetConsoleRequest, v1.GetConsoleResponse]
+	verify          *connect.Client[v1.VerifyRequest, v1.VerifyResponse]
 	getVersion      *connect.Client[v1.GetVersionRequest, v1.GetVersionResponse]
 }
 
@@ -332,6 +345,11 @@ func (c *hostAgentServiceClient) GetConsole(ctx context.Context, req *connect.Re
 	return c.getConsole.CallUnary(ctx, req)
 }
 
+// Verify calls hostagent.v1.HostAgentService.Verify.
+func (c *hostAgentServiceClient) Verify(ctx context.Context, req *connect.Request[v1.VerifyRequest]) (*connect.ServerStreamForClient[v1.VerifyResponse], error) {
+	return c.verify.CallServerStream(ctx, req)
+}
+
 // GetVersion calls hostagent.v1.HostAgentService.GetVersion.
 func (c *hostAgentServiceClient) GetVersion(ctx context.Context, req *connect.Request[v1.GetVersionRequest]) (*connect.Response[v1.GetVersionResponse], error) {
 	return c.getVersion.CallUnary(ctx, req)
@@ -376,6 +394,10 @@ type HostAgentServiceHandler interface {
 	WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest], *connect.ServerStream[v1.WatchEventsResponse]) error
 	// GetConsole answers with the end of a sandbox's serial console.
 	GetConsole(context.Context, *connect.Request[v1.GetConsoleRequest]) (*connect.Response[v1.GetConsoleResponse], error)
+	// Verify reads all that sandboxes start or go on from, compares it with the
+	// digests of when it was written, and streams what it finds, one by one. It
+	// changes nothing.
+	Verify(context.Context, *connect.Request[v1.VerifyRequest], *connect.ServerStream[v1.VerifyResponse]) error
 	// GetVersion answers with what this host agent is and drives.
 	GetVersion(context.Context, *connect.Request[v1.GetVersionRequest]) (*connect.Response[v1.GetVersionResponse], error)
 }
@@ -477,6 +499,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		connect.WithSchema(hostAgentServiceMethods.ByName("GetConsole")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentServiceVerifyHandler := connect.NewServerStreamHandler(
+		HostAgentServiceVerifyProcedure,
+		svc.Verify,
+		connect.WithSchema(hostAgentServiceMethods.ByName("Verify")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentServiceGetVersionHandler := connect.NewUnaryHandler(
 		HostAgentServiceGetVersionProcedure,
 		svc.GetVersion,
@@ -515,6 +543,8 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServiceWatchEventsHandler.ServeHTTP(w, r)
 		case HostAgentServiceGetConsoleProcedure:
 			hostAgentServiceGetConsoleHandler.ServeHTTP(w, r)
+		case HostAgentServiceVerifyProcedure:
+			hostAgentServiceVerifyHandler.ServeHTTP(w, r)
 		case HostAgentServiceGetVersionProcedure:
 			hostAgentServiceGetVersionHandler.ServeHTTP(w, r)
 		default:
@@ -584,6 +614,10 @@ func (UnimplementedHostAgentServiceHandler) WatchEvents(context.Context, *connec
 
 func (UnimplementedHostAgentServiceHandler) GetConsole(context.Context, *connect.Request[v1.GetConsoleRequest]) (*connect.Response[v1.GetConsoleResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.GetConsole is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) Verify(context.Context, *connect.Request[v1.VerifyRequest], *connect.ServerStream[v1.VerifyResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.Verify is not implemented"))
 }
 
 func (UnimplementedHostAgentServiceHandler) GetVersion(context.Context, *connect.Request[v1.GetVersionRequest]) (*connect.Response[v1.GetVersionResponse], error) {

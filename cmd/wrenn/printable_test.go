@@ -1,0 +1,323 @@
+package main
+
+import (
+	"archive/tar"
+	"encoding/json"
+	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"unicode"
+	"unicode/utf8"
+
+	"connectrpc.com/connect"
+	"github.com/creack/pty"
+	gocmp "github.com/google/go-cmp/cmp"
+)
+
+func TestPrintable(t *testing.T) {
+	for in, want := range map[string]string{
+		"plain, \tÄ 漢 e\u0301 🙂\n":          "plain, \tÄ 漢 e\u0301 🙂\n",
+		"\x1b]52;c;ZXZpbA==\a":              `\u001b]52;c;ZXZpbA==\u0007`,
+		"\x1b[2J\x1b[1;1H":                  `\u001b[2J\u001b[1;1H`,
+		"\x9b2J":                            `\x9b2J`,
+		"\u009b2J\u009d52;c;x\u009c":        `\u009b2J\u009d52;c;x\u009c`,
+		"secret\b\b\b\x7f":                  `secret\u0008\u0008\u0008\u007f`,
+		"over\rwritten":                     `over\u000dwritten`,
+		"line\r\nline\r\r\n":                "line\nline\n",
+		"end\r":                             `end\u000d`,
+		"a\u202eb\u202d\u2066c\u2069\u200f": `a\u202eb\u202d\u2066c\u2069\u200f`,
+		"\x00\v\f\x0e\x0f":                  `\u0000\u000b\u000c\u000e\u000f`,
+		"\u200b\ufeff\u2028\u2029":          `\u200b\ufeff\u2028\u2029`,
+		"tag \U000e0041":                    `tag \udb40\udc41`,
+		"cut \xe6\xbc":                      `cut \xe6\xbc`,
+		"\xed\xa0\x80":                      `\xed\xa0\x80`,
+	} {
+		if got := printable(in); got != want {
+			t.Errorf("%q: %q, want %q", in, got, want)
+		}
+	}
+	if got := printableLine("a\n\tb\r\n"); got != `a\u000a\u0009b\u000d\u000a` {
+		t.Errorf("a line: %q", got)
+	}
+	for r := rune(0); r <= unicode.MaxRune; r++ {
+		if r == 0x10000 {
+			r = 0xe0000 // tags: invisible, as nothing in between is
+		} else if r == 0xe1000 {
+			break
+		}
+		if got := printable(string(r)); unsafeRune(got) >= 0 {
+			t.Fatalf("%U is shown as %q", r, got)
+		}
+	}
+}
+
+// unsafeRune is where text has what a terminal may obey, or -1.
+func unsafeRune(text string) int {
+	for i, r := range text {
+		if r == utf8.RuneError && !strings.HasPrefix(text[i:], "\ufffd") || r != '\n' && r != '\t' && !unicode.IsGraphic(r) {
+			return i
+		}
+	}
+	return -1
+}
+
+// evil is what a guest would have a terminal obey: it writes the clipboard,
+// clears the screen in two ways, rings, goes back, turns the writing and forges
+// a message. mark shows that it got as far as being printed.
+const (
+	mark = "MARK"
+	evil = mark + "\x1b]52;c;ZXZpbA==\a\x1b[2J\u009b2J\b\r\x7f\u202e\nwrenn: all is well\n"
+)
+
+// Whatever a guest says, and wherever a command prints it, a terminal is given
+// nothing to obey.
+func TestTerminalIsGivenNothingToObey(t *testing.T) {
+	quoted, err := json.Marshal(evil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refusal := strings.Trim(string(quoted), `"`)
+	failing := func(code connect.Code) *hostile { return &hostile{fail: connect.NewError(code, errors.New(evil))} }
+	target := t.TempDir()
+	for name, c := range map[string]struct {
+		guest *hostile
+		args  []string
+	}{
+		"logs":              {&hostile{console: []byte(evil + "\x9b2J\xff")}, []string{"logs", hostileID}},
+		"ps":                {&hostile{text: evil}, []string{"ps"}},
+		"ps --json":         {&hostile{text: evil}, []string{"ps", "--json"}},
+		"inspect":           {&hostile{text: evil}, []string{"inspect", hostileID}},
+		"events":            {&hostile{text: evil}, []string{"events", "--no-follow"}},
+		"events --json":     {&hostile{text: evil}, []string{"events", "--no-follow", "--json"}},
+		"snapshots":         {&hostile{text: evil}, []string{"snapshots"}},
+		"top":               {&hostile{text: evil}, []string{"top", hostileID}},
+		"top's error":       {&hostile{refusal: refusal}, []string{"top", hostileID}},
+		"top --json":        {&hostile{text: evil}, []string{"top", hostileID, "--json"}},
+		"version":           {&hostile{text: evil}, []string{"version"}},
+		"version --json":    {&hostile{text: evil}, []string{"version", "--json"}},
+		"verify":            {&hostile{text: evil}, []string{"verify"}},
+		"verify --json":     {&hostile{text: evil}, []string{"verify", "--json"}},
+		"create":            {&hostile{text: evil}, []string{"create", "-v"}},
+		"run":               {&hostile{text: evil}, []string{"run", "--", "true"}},
+		"rm":                {&hostile{text: evil}, []string{"rm", hostileID}},
+		"several":           {&hostile{text: evil}, []string{"pause", hostileID, hostileID}},
+		"exec":              {failing(connect.CodeInternal), []string{"exec", hostileID, "--", "true"}},
+		"exec of nothing":   {failing(connect.CodeNotFound), []string{"exec", hostileID, "--", "true"}},
+		"shell":             {failing(connect.CodeUnavailable), []string{"shell", hostileID}},
+		"port":              {&hostile{status: "paused", text: evil}, []string{"port", hostileID, "80"}},
+		"cp of a file":      {&hostile{refusal: refusal, entry: fileEntry(0o644)}, []string{"cp", hostileID + ":/x", target}},
+		"cp to stdout":      {&hostile{refusal: refusal, entry: fileEntry(0o644)}, []string{"cp", hostileID + ":/x", "-"}},
+		"cp in":             {&hostile{refusal: refusal, entry: fileEntry(0o644)}, []string{"cp", "/proc/self/comm", hostileID + ":/x"}},
+		"cp of a directory": {&hostile{stderr: evil, exit: 1, entry: dirEntry("/x")}, []string{"cp", hostileID + ":/x", target}},
+		"cp without tar":    {&hostile{fail: connect.NewError(connect.CodeAborted, errors.New(evil)), entry: dirEntry("/x")}, []string{"cp", hostileID + ":/x", target}},
+		"cp of odd things":  {&hostile{archive: archiveOf(t, tar.Header{Name: evil, Typeflag: tar.TypeFifo}), entry: dirEntry("/x")}, []string{"cp", hostileID + ":/x", target}},
+		"cp of what leads out": {&hostile{archive: archiveOf(t, tar.Header{Name: "../" + evil, Typeflag: tar.TypeFifo}), entry: dirEntry("/x")},
+			[]string{"cp", hostileID + ":/x", target}},
+		"cp of a path": {&hostile{entry: dirEntry(evil)},
+			[]string{"cp", hostileID + ":/x", "-"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			stdout, stderr, _ := wrenn(t, c.guest.serve(t), c.args...)
+			if all := stdout + stderr; !strings.Contains(all, mark) {
+				t.Errorf("what the guest says is not shown at all:\n%s\n%s", stdout, stderr)
+			}
+			for stream, text := range map[string]string{"stdout": stdout, "stderr": stderr} {
+				if at := unsafeRune(text); at >= 0 {
+					t.Errorf("%s has %q", stream, text[at:min(len(text), at+20)])
+				}
+				if name != "logs" && strings.Contains(text, "\nwrenn: all is well") {
+					t.Errorf("%s has a forged message:\n%s", stream, text)
+				}
+			}
+			if strings.Contains(name, "json") || name == "inspect" {
+				if !json.Valid([]byte(stdout)) {
+					t.Errorf("no JSON:\n%s", stdout)
+				} else if !holds(t, stdout, evil) {
+					t.Errorf("the JSON does not mean what it stands for:\n%s", stdout)
+				}
+			}
+		})
+	}
+}
+
+// What shows progress moves the cursor itself, on a terminal, and says between
+// that what a guest has said.
+func TestProgressOnATerminal(t *testing.T) {
+	own := regexp.MustCompile(`\x1b\[[HJK]|\r`)
+	for name, c := range map[string]struct {
+		guest *hostile
+		args  []string
+	}{
+		"top":      {&hostile{text: evil}, []string{"top", hostileID}},
+		"top ends": {&hostile{refusal: `MARK\u001b]52;c;x\u0007`}, []string{"top", hostileID}},
+		"cp": {&hostile{archive: archiveOf(t, tar.Header{Name: evil, Typeflag: tar.TypeFifo}), entry: dirEntry("/x")},
+			[]string{"cp", hostileID + ":/x/.", t.TempDir()}},
+		"create": {&hostile{text: evil}, []string{"create", "-v"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			file, tty, err := pty.Open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			cmd := program(t, c.guest.serve(t), c.args...)
+			cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			tty.Close()
+			var shown strings.Builder
+			buf := make([]byte, 4096)
+			for err == nil {
+				var n int
+				n, err = file.Read(buf)
+				shown.Write(buf[:n])
+				if name == "top" && strings.Contains(shown.String(), "COMMAND") && strings.Contains(shown.String(), "\x1b[J") {
+					break
+				}
+			}
+			_ = cmd.Process.Signal(os.Interrupt)
+			_ = cmd.Wait()
+			text := own.ReplaceAllString(shown.String(), "")
+			if at := unsafeRune(text); at >= 0 || !strings.Contains(text, mark) {
+				t.Errorf("the terminal was given %q", shown.String())
+			}
+		})
+	}
+}
+
+// holds reports whether a JSON document has a text somewhere.
+func holds(t *testing.T, document, text string) bool {
+	t.Helper()
+	var v any
+	if err := json.Unmarshal([]byte(document), &v); err != nil {
+		t.Fatal(err)
+	}
+	var in func(v any) bool
+	in = func(v any) bool {
+		switch v := v.(type) {
+		case string:
+			return v == text
+		case []any:
+			for _, e := range v {
+				if in(e) {
+					return true
+				}
+			}
+		case map[string]any:
+			for _, e := range v {
+				if in(e) {
+					return true
+				}
+			}
+		}
+		return false
+	}
+	return in(v)
+}
+
+func TestMessageIsBounded(t *testing.T) {
+	h := &hostile{fail: connect.NewError(connect.CodeInternal, errors.New(strings.Repeat("ä", 100_000)))}
+	_, stderr, _ := wrenn(t, h.serve(t), "exec", hostileID, "--", "true")
+	if len(stderr) < 1000 || len(stderr) > 5000 || unsafeRune(stderr) >= 0 {
+		t.Errorf("%d bytes of message", len(stderr))
+	}
+}
+
+// A command's own stream is what it wrote, and so is a console with --raw.
+func TestOwnStreamsAreRaw(t *testing.T) {
+	const bytes = evil + "\x9b2J\xff\r\n"
+	for name, c := range map[string]struct {
+		guest *hostile
+		args  []string
+	}{
+		"exec":       {&hostile{archive: []byte(bytes)}, []string{"exec", hostileID, "--", "true"}},
+		"cp":         {&hostile{file: []byte(bytes), entry: fileEntry(0o644)}, []string{"cp", hostileID + ":/x", "-"}},
+		"logs --raw": {&hostile{console: []byte(bytes)}, []string{"logs", "--raw", hostileID}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			stdout, stderr, status := wrenn(t, c.guest.serve(t), c.args...)
+			if stdout != bytes || stderr != "" || status != 0 {
+				t.Errorf("got %q, %q, %d", stdout, stderr, status)
+			}
+		})
+	}
+}
+
+// The agent's log, in both forms, has guests' texts in it.
+func TestLogIsPrintable(t *testing.T) {
+	for _, format := range []string{"text", "json"} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := os.Stderr
+		os.Stderr = w
+		(&serveConfig{logFormat: format}).logger().Error(evil, "detail", evil, "err", errors.New(evil))
+		os.Stderr = before
+		w.Close()
+		got, err := io.ReadAll(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if at := unsafeRune(string(got)); at >= 0 || strings.Count(string(got), mark) != 3 || strings.Count(string(got), "\n") != 1 {
+			t.Errorf("%s: %q", format, got)
+		}
+		if format == "json" && !holds(t, string(got), evil) {
+			t.Errorf("not what it stands for: %s", got)
+		}
+	}
+}
+
+// What goes to the terminal past the printer is known: a command's own streams,
+// and what says itself how a cursor moves.
+func TestWhoWritesToTheTerminal(t *testing.T) {
+	want := map[string]bool{
+		"main.go newRoot": true, "printable.go complain": true, // the printer itself
+		"run.go session": true, "copy.go download": true, "client.go newLogs": true, // own streams, --raw
+		"client.go spin": true, "copy.go startMeter": true, "copy.go show": true, // progress
+		"top.go newTop": true, "setup.go newSetup": true, "serve.go logger": true,
+	}
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]bool{}
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, decl := range parsed.Decls {
+			ast.Inspect(decl, func(n ast.Node) bool {
+				s, ok := n.(*ast.SelectorExpr)
+				if !ok {
+					return true
+				}
+				pkg, ok := s.X.(*ast.Ident)
+				if ok && (pkg.Name == "os" && (s.Sel.Name == "Stdout" || s.Sel.Name == "Stderr") || pkg.Name == "fmt" && strings.HasPrefix(s.Sel.Name, "Print")) {
+					where := file
+					if f, ok := decl.(*ast.FuncDecl); ok {
+						where += " " + f.Name.Name
+					}
+					got[where] = true
+				}
+				return true
+			})
+		}
+	}
+	if diff := gocmp.Diff(want, got); diff != "" {
+		t.Errorf("print to the command's OutOrStdout and ErrOrStderr, or with complain; what cannot is listed here: %s", diff)
+	}
+}

@@ -1,0 +1,344 @@
+package main
+
+import (
+	"archive/tar"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+const (
+	// maxEntries and maxDepth bound the tree that a sandbox's archive may lay
+	// out here; each level of it is an open file.
+	maxEntries = 1 << 20
+	maxDepth   = 200
+	// maxTold bounds the words about what is not copied.
+	maxTold = 20
+)
+
+// spot is where a copy out of a sandbox goes: a name in a directory or, where
+// it is empty, the directory itself.
+type spot struct {
+	dir  *os.Root
+	name string
+}
+
+// landing is the spot that a copy's target names. The target is the caller's
+// word: links that lead to its directory are followed. What stands in that
+// directory may come from an earlier copy: nothing is followed from there on.
+func landing(from, to string, fromDir bool) (spot, error) {
+	if to == "" {
+		return spot{}, errors.New("DST is empty")
+	}
+	if info, err := os.Stat(to); err == nil && info.IsDir() {
+		// The name, too, is the caller's word, not the guest's.
+		name := path.Base(path.Clean("/" + from))
+		if name == "/" || strings.HasSuffix(from, "/.") || from == "." {
+			name = ""
+		}
+		dir, err := os.OpenRoot(to)
+		return spot{dir, name}, err
+	}
+	if strings.HasSuffix(to, "/") && !fromDir {
+		return spot{}, fmt.Errorf("%s is not a directory", to)
+	}
+	to = filepath.Clean(to)
+	info, err := os.Lstat(to)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return spot{}, err
+	case fromDir:
+		return spot{}, fmt.Errorf("%s is %s, not a directory", to, kindOf(info))
+	case !info.Mode().IsRegular():
+		return spot{}, fmt.Errorf("%s is %s, and only a file is replaced: give another name, or copy to - and redirect that", to, kindOf(info))
+	}
+	dir, err := os.OpenRoot(filepath.Dir(to))
+	return spot{dir, filepath.Base(to)}, err
+}
+
+// kindOf names what a path leads to.
+func kindOf(info fs.FileInfo) string {
+	switch info.Mode().Type() {
+	case 0:
+		return "a file"
+	case fs.ModeDir:
+		return "a directory"
+	case fs.ModeSymlink:
+		return "a symbolic link"
+	case fs.ModeNamedPipe:
+		return "a pipe"
+	case fs.ModeSocket:
+		return "a socket"
+	default:
+		return "a device"
+	}
+}
+
+// layFile makes content that of the file name in dir, which shows nothing of it
+// before all is there. What has that name is replaced, never written to, be it
+// a link, a pipe or a device; only a directory is in the way.
+func layFile(dir *os.Root, name string, mode fs.FileMode, content io.Reader) (info fs.FileInfo, err error) {
+	if info, err := dir.Lstat(name); err == nil && info.IsDir() {
+		return nil, fmt.Errorf("%s is a directory here and a file in the sandbox", name)
+	}
+	part := ".wrenn-" + rand.Text() + ".part"
+	f, err := dir.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode&fs.ModePerm|0o200)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		f.Close()
+		if err != nil {
+			_ = dir.Remove(part)
+		}
+	}()
+	if _, err := io.Copy(f, content); err != nil {
+		return nil, err
+	}
+	if info, err = f.Stat(); err != nil {
+		return nil, err
+	}
+	if err := f.Close(); err != nil {
+		return nil, err
+	}
+	return info, dir.Rename(part, name)
+}
+
+// clearName removes what has a name in dir, so that something else can have
+// it. Only a directory stays.
+func clearName(dir *os.Root, name string) error {
+	info, err := dir.Lstat(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case info.IsDir():
+		return fmt.Errorf("%s is a directory here and none in the sandbox", name)
+	}
+	return dir.Remove(name)
+}
+
+// openDir opens the directory name in parent, which is made with mode if
+// nothing is there. A link is not followed, wherever it leads.
+func openDir(parent *os.Root, name string, mode fs.FileMode) (*os.Root, error) {
+	info, err := parent.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = parent.Mkdir(name, mode&fs.ModePerm|0o700); err == nil {
+			info, err = parent.Lstat(name)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if !info.IsDir() {
+		return nil, fmt.Errorf("%s is %s here and a directory in the sandbox", name, kindOf(info))
+	}
+	dir, err := parent.OpenRoot(name)
+	if err != nil {
+		return nil, err
+	}
+	if opened, err := dir.Stat("."); err != nil || !os.SameFile(info, opened) {
+		dir.Close()
+		return nil, fmt.Errorf("%s was replaced while it was opened", name)
+	}
+	return dir, nil
+}
+
+// tree is what an archive lays out below a directory.
+type tree struct {
+	top  *os.Root
+	most int // entries
+	// open are the directories that lead to where the last entry went.
+	open []level
+	// made are the files of this archive.
+	made map[inode]bool
+	// passed counts what is not copied.
+	passed int
+	note   *meter
+}
+
+type level struct {
+	name string
+	dir  *os.Root
+}
+
+type inode struct{ dev, ino uint64 }
+
+func inodeOf(info fs.FileInfo) inode {
+	st := info.Sys().(*syscall.Stat_t)
+	return inode{uint64(st.Dev), st.Ino}
+}
+
+// unpack lays an archive out below top. Its content is the guest's word, which
+// is not believed: nothing outside of top is written, read or linked to, and
+// nothing is made but files, directories and links, without the bits that lend
+// rights.
+func unpack(r io.Reader, top *os.Root, p *meter) error {
+	t := &tree{top: top, most: maxEntries, made: make(map[inode]bool), note: p}
+	return t.layAll(p.reader(r))
+}
+
+func (t *tree) layAll(r io.Reader) error {
+	defer t.leave(0)
+	archive := tar.NewReader(r)
+	for n := 0; ; n++ {
+		h, err := archive.Next()
+		if err == io.EOF {
+			if more := t.passed - maxTold; more > 0 {
+				t.note.say("%d more are not copied", more)
+			}
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read the archive: %w", err)
+		}
+		if n == t.most {
+			return fmt.Errorf("the sandbox's archive has more than %d entries", t.most)
+		}
+		if err := t.lay(h, archive); err != nil {
+			return fmt.Errorf("copy %q: %w", h.Name, err)
+		}
+	}
+}
+
+// lay lays out one entry.
+func (t *tree) lay(h *tar.Header, content io.Reader) error {
+	parts, err := split(h.Name)
+	if err != nil {
+		return err
+	}
+	if len(parts) == 0 || h.Typeflag == tar.TypeXGlobalHeader {
+		return nil // the top itself, or nothing
+	}
+	if h.Typeflag == tar.TypeDir {
+		_, err := t.enter(parts, fs.FileMode(h.Mode))
+		return err
+	}
+	if sparse(h) {
+		// A few bytes of it are a disk full of zeros.
+		return errors.New("it is a sparse file, which this copy does not take")
+	}
+	name := parts[len(parts)-1]
+	switch h.Typeflag {
+	case tar.TypeReg, tar.TypeSymlink, tar.TypeLink:
+	default:
+		if t.passed++; t.passed <= maxTold {
+			t.note.say("%q is not copied: it is neither a file, a directory nor a link", h.Name)
+		}
+		return nil
+	}
+	dir, err := t.enter(parts[:len(parts)-1], 0o755)
+	if err != nil {
+		return err
+	}
+	switch h.Typeflag {
+	case tar.TypeReg:
+		info, err := layFile(dir, name, fs.FileMode(h.Mode), content)
+		if err != nil {
+			return err
+		}
+		t.made[inodeOf(info)] = true
+		return nil
+	case tar.TypeSymlink:
+		if err := clearName(dir, name); err != nil {
+			return err
+		}
+		return dir.Symlink(h.Linkname, name)
+	default:
+		return t.link(h.Linkname, dir, parts)
+	}
+}
+
+// link makes another name of a file of this archive. A file that was here
+// before is not given one: it would go where the guest likes.
+func (t *tree) link(to string, dir *os.Root, parts []string) error {
+	source, err := split(to)
+	if err != nil {
+		return err
+	}
+	old := path.Join(source...)
+	info, err := t.top.Lstat(old)
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || !t.made[inodeOf(info)] {
+		return fmt.Errorf("it is a link to %q, which is no file of this copy", to)
+	}
+	name := parts[len(parts)-1]
+	if there, err := dir.Lstat(name); err == nil && os.SameFile(info, there) {
+		return nil
+	}
+	if err := clearName(dir, name); err != nil {
+		return err
+	}
+	return t.top.Link(old, path.Join(parts...))
+}
+
+// enter opens a directory below the top, level by level, and makes what is
+// missing; mode is the last one's.
+func (t *tree) enter(parts []string, mode fs.FileMode) (*os.Root, error) {
+	n := 0
+	for n < len(parts) && n < len(t.open) && t.open[n].name == parts[n] {
+		n++
+	}
+	t.leave(n)
+	here := t.top
+	if n > 0 {
+		here = t.open[n-1].dir
+	}
+	for i := n; i < len(parts); i++ {
+		perm := fs.FileMode(0o755)
+		if i == len(parts)-1 {
+			perm = mode
+		}
+		dir, err := openDir(here, parts[i], perm)
+		if err != nil {
+			return nil, err
+		}
+		t.open = append(t.open, level{parts[i], dir})
+		here = dir
+	}
+	return here, nil
+}
+
+// leave closes all but the first n levels.
+func (t *tree) leave(n int) {
+	for _, l := range t.open[n:] {
+		l.dir.Close()
+	}
+	t.open = t.open[:n]
+}
+
+// split makes the levels of an archive's name, of which the top has none.
+func split(name string) ([]string, error) {
+	clean := path.Clean(name)
+	if clean == "." && name != "" {
+		return nil, nil
+	}
+	if !filepath.IsLocal(clean) || strings.ContainsRune(name, 0) || name == "" {
+		return nil, errors.New("the name leads out of the directory that is copied")
+	}
+	parts := strings.Split(clean, "/")
+	if len(parts) > maxDepth {
+		return nil, fmt.Errorf("it is more than %d directories deep", maxDepth)
+	}
+	return parts, nil
+}
+
+func sparse(h *tar.Header) bool {
+	for key := range h.PAXRecords {
+		if strings.HasPrefix(key, "GNU.sparse.") {
+			return true
+		}
+	}
+	return h.Typeflag == tar.TypeGNUSparse
+}

@@ -1,0 +1,78 @@
+package gateway
+
+import (
+	"mime"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+// door tells requests of those who may command the agent from requests that a
+// web page made somebody's browser send.
+type door struct {
+	// names are the host names of this agent beside localhost, in lower case.
+	names []string
+}
+
+// check returns an errdefs.Denied that says what is wrong with a request to the
+// agent itself, or to a sandbox that its headers name.
+func (d door) check(r *http.Request) error {
+	if !d.ours(r) {
+		return errdefs.Denied.Errorf("%.100q is no name of this host agent: use its address or localhost, "+
+			"or give it that name with --allow-host", hostOf(r.Host))
+	}
+	// A page of ours does not exist, but one that a browser takes for ours may
+	// be read.
+	for _, origin := range r.Header.Values("Origin") {
+		if !strings.EqualFold(origin, "http://"+r.Host) {
+			return errdefs.Denied.Errorf("a web page of %.100q may not use this host agent", origin)
+		}
+	}
+	for _, site := range r.Header.Values("Sec-Fetch-Site") {
+		if site != "same-origin" && site != "none" {
+			return errdefs.Denied.Errorf("a web page of another site (%.20q) may not use this host agent", site)
+		}
+	}
+	return nil
+}
+
+// checkType refuses bodies of the types that browsers send anywhere without
+// asking first. What names a sandbox by a header is asked for in any case.
+func (d door) checkType(r *http.Request) error {
+	if r.Method == http.MethodGet || r.Method == http.MethodHead {
+		return nil
+	}
+	kind, _, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	if err == nil && strings.HasPrefix(kind, "application/") && kind != "application/x-www-form-urlencoded" {
+		return nil
+	}
+	return errdefs.Denied.Errorf("the content type %.50q is not taken: send JSON as application/json", r.Header.Get("Content-Type"))
+}
+
+// ours reports whether a request was sent to a name of this agent: an address
+// is one if the connection came to it.
+func (d door) ours(r *http.Request) bool {
+	name := strings.ToLower(strings.TrimSuffix(hostOf(r.Host), "."))
+	ip, err := netip.ParseAddr(name)
+	if err != nil {
+		return name == "localhost" || slices.Contains(d.names, name)
+	}
+	ip = ip.Unmap().WithZone("")
+	if ip.IsLoopback() || slices.Contains(d.names, ip.String()) {
+		return true
+	}
+	local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr)
+	return ok && ip == local.AddrPort().Addr().Unmap().WithZone("")
+}
+
+// hostOf is a Host header without its port.
+func hostOf(host string) string {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		return name
+	}
+	return strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+}

@@ -1,0 +1,144 @@
+package template
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// Kind names what Verify reads.
+type Kind string
+
+const (
+	KindKernel       Kind = "kernel"
+	KindTemplate     Kind = "template"
+	KindBootSnapshot Kind = "boot snapshot"
+	KindSnapshot     Kind = "snapshot"
+)
+
+// Verified is what Verify found of one directory.
+type Verified struct {
+	Kind Kind
+	// Name is that of a template or snapshot; a boot snapshot's is its
+	// template's, a slash and its key.
+	Name string
+	// Bytes is the size of its files.
+	Bytes int64
+	// Err is nil if all files are what was written, errdefs.Corrupt if not.
+	Err error
+}
+
+// Verify reads every file of the store that has a digest, of the directories
+// that want names, and hands what it finds to fn, one directory after the other.
+// What is damaged is left as it is; a snapshot is checked again at its next use.
+// An error is fn's, or one of listing the store.
+func (s *Store) Verify(ctx context.Context, want func(Kind, string) bool, fn func(Verified) error) error {
+	look := func(kind Kind, name, dir string, check func() (manifest, error)) error {
+		if !want(kind, name) {
+			return nil
+		}
+		m, err := check()
+		if errors.Is(err, fs.ErrNotExist) && missing(dir) {
+			return nil // removed since it was listed
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		v := Verified{Kind: kind, Name: name, Err: err}
+		for _, f := range m.Files {
+			v.Bytes += f.Size
+		}
+		return fn(v)
+	}
+	plain := func(_ context.Context, path string) (File, error) { return hashFile(path) }
+	kernel := filepath.Join(s.kernels(), kernelName)
+	err := look(KindKernel, kernelName, kernel, func() (manifest, error) {
+		m, err := s.kernelManifest()
+		return m.manifest, firstOf(damage(err), func() error { return m.verify(ctx, kernel, plain) })
+	})
+	if err != nil {
+		return err
+	}
+	templates, err := directories(s.templates())
+	if err != nil {
+		return err
+	}
+	for _, name := range templates {
+		dir := filepath.Join(s.templates(), name)
+		err := look(KindTemplate, name, dir, func() (manifest, error) {
+			var m templateManifest
+			err := readManifest(dir, "template.json", &m, &m.manifest)
+			return m.manifest, firstOf(damage(err), func() error { return m.verify(ctx, dir, plain) })
+		})
+		if err != nil {
+			return err
+		}
+		keys, err := directories(s.readyDir(name))
+		if err != nil {
+			return err
+		}
+		for _, key := range keys {
+			dir := filepath.Join(s.readyDir(name), key)
+			if err := look(KindBootSnapshot, name+"/"+key, dir, func() (manifest, error) { return s.verifyAgain(ctx, dir) }); err != nil {
+				return err
+			}
+		}
+	}
+	snapshots, err := directories(s.snapshots())
+	if err != nil {
+		return err
+	}
+	for _, name := range snapshots {
+		dir := s.snapshotDir(name)
+		if err := look(KindSnapshot, name, dir, func() (manifest, error) { return s.verifyAgain(ctx, dir) }); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// verifyAgain reads a snapshot whether or not it was read before.
+func (s *Store) verifyAgain(ctx context.Context, dir string) (manifest, error) {
+	m, err := readSnapshot(dir)
+	if err != nil {
+		return m.manifest, damage(err)
+	}
+	c := s.checkOf(dir)
+	c.mu.Lock()
+	c.manifest = nil
+	c.mu.Unlock()
+	return m.manifest, s.verify(ctx, dir, m)
+}
+
+// directories lists the published directories in dir, in order of their names.
+func directories(dir string) (names []string, err error) {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list %s: %w", filepath.Base(dir), err)
+	}
+	for _, e := range entries {
+		if _, err := ParseName(e.Name()); err == nil && e.IsDir() {
+			names = append(names, e.Name())
+		}
+	}
+	return names, nil
+}
+
+func missing(dir string) bool {
+	_, err := os.Lstat(dir)
+	return errors.Is(err, fs.ErrNotExist)
+}
+
+// firstOf returns err or, if that is nil, what then returns.
+func firstOf(err error, then func() error) error {
+	if err != nil {
+		return err
+	}
+	return then()
+}

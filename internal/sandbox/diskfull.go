@@ -29,7 +29,8 @@ const (
 	fastWriter = 4 << 30
 	// stallLook is how often all VMs are asked whether they stand still, stallLookSoon
 	// while room is scarce or one of them does.
-	stallLook     = time.Minute
+	// Not a multiple of what else is looked at, so that nothing finds a sandbox busy.
+	stallLook     = 47 * time.Second
 	stallLookSoon = time.Second
 	// stallAsk bounds such a question, and asksAtOnce how many are under way.
 	stallAsk   = 2 * time.Second

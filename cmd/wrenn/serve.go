@@ -196,7 +196,9 @@ adopts those that run.`,
 	f.IntVar(&c.capacity.VCPUs, "max-vcpus", 32*cpus, "most virtual CPUs of all sandboxes together")
 	f.IntVar(&c.capacity.MemMiB, "max-memory", machineMemMiB()*9/10, "most memory of all sandboxes together, in MiB")
 	f.IntVar(&c.capacity.DiskMiB, "max-disk", 0, "most disk of all sandboxes together, in MiB of their full sizes; 0 is 16 times what is free, since disks take only what is written")
-	f.IntVar(&c.capacity.FreeDiskMiB, "keep-free", 512, "MiB that stay free on the state directory's file system: with less, no sandbox is made")
+	f.IntVar(&c.capacity.FreeDiskMiB, "keep-free", 512,
+		"MiB that stay free on the state directory's file system: "+
+			"with less, nothing new is made, and sandboxes that write more than their share stand still")
 	f.IntVar(&c.capacity.Starts, "max-starts", max(2, cpus), "most VMs starting at a time; others wait")
 	f.DurationVar(&c.capacity.StartQueue, "start-queue", 2*time.Minute, "how long a create waits for its turn to start")
 	f.DurationVar(&c.boot, "boot-timeout", 2*time.Minute, "how long a guest may take to come up")

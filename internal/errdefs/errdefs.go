@@ -89,3 +89,26 @@ func CannotRead(err error) bool {
 	var errno syscall.Errno
 	return errors.As(err, &errno) && !slices.Contains(aboutTheFile, errno)
 }
+
+// full hides its cause, which names files of the host, from all but errors.Is
+// and errors.As.
+type full struct{ cause error }
+
+func (e *full) Error() string { return "the host's disk is full" }
+func (e *full) Unwrap() error { return e.cause }
+
+// IsDiskFull reports whether an error says that a disk, or a quota on it, has no
+// room.
+func IsDiskFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// DiskFull returns an error of class Exhausted in place of one without a class
+// that IsDiskFull, and any other as it is. It is for errors about the host's disk,
+// where they are made: what has no room may be something else elsewhere.
+func DiskFull(err error) error {
+	if err == nil || ClassOf(err) != nil || !IsDiskFull(err) {
+		return err
+	}
+	return &classed{class: Exhausted, err: &full{err}}
+}

@@ -4,6 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"strings"
+	"syscall"
 	"testing"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -34,5 +37,24 @@ func TestOutermostClassWins(t *testing.T) {
 func TestUnclassed(t *testing.T) {
 	if got := errdefs.ClassOf(io.EOF); got != nil {
 		t.Errorf("ClassOf(io.EOF) = %v, want nil", got)
+	}
+}
+
+func TestDiskFull(t *testing.T) {
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT} {
+		raw := fmt.Errorf("write record: %w", errors.Join(nil, &os.PathError{Op: "write", Path: "/secret/path", Err: errno}))
+		err := fmt.Errorf("save: %w", errdefs.DiskFull(raw))
+		if errdefs.ClassOf(err) != errdefs.Exhausted || !errors.Is(err, errno) {
+			t.Errorf("%v: class %v", err, errdefs.ClassOf(err))
+		}
+		if !strings.Contains(err.Error(), "the host's disk is full") || strings.Contains(err.Error(), "/secret") {
+			t.Errorf("text = %q", err)
+		}
+	}
+	corrupt := errdefs.Corrupt.Errorf("read: %w", syscall.ENOSPC)
+	for _, err := range []error{nil, io.EOF, corrupt} {
+		if got := errdefs.DiskFull(err); got != err {
+			t.Errorf("DiskFull(%v) = %v", err, got)
+		}
 	}
 }

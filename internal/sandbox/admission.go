@@ -16,7 +16,7 @@ type Resources struct {
 	MemMiB int
 	// DiskMiB counts each disk's full size, of which it takes only what is
 	// written: a host may well have less. As a limit, 0 is diskOvercommit
-	// times what is free when the manager opens.
+	// times the most that was free since the manager opened.
 	DiskMiB int
 }
 
@@ -37,7 +37,8 @@ func (r Resources) within(limit Resources) bool {
 // Capacity is what all sandboxes of the host together may take.
 type Capacity struct {
 	Resources
-	// FreeDiskMiB must remain free on the state directory's file system.
+	// FreeDiskMiB must remain free on the state directory's file system: with
+	// less, nothing new is made, and no sandbox writes more than its share.
 	FreeDiskMiB int
 	// Starts is how many VMs may be starting at once; more wait their turn,
 	// StartQueue at most.
@@ -109,7 +110,7 @@ func (m *Manager) admit(need Resources) error {
 	case used.DiskMiB > limit.DiskMiB:
 		return errdefs.Exhausted.Errorf("not enough disk: %d MiB asked, %d of %d MiB free", need.DiskMiB, free.DiskMiB, limit.DiskMiB)
 	}
-	if now := m.store.freeMiB(); now < limit.FreeDiskMiB {
+	if now := m.freeBytes() >> 20; now < int64(limit.FreeDiskMiB) {
 		return errdefs.Exhausted.Errorf("not enough disk: %d MiB are free on the host, %d must remain", now, limit.FreeDiskMiB)
 	}
 	m.used = used

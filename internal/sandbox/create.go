@@ -130,6 +130,9 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Created, error
 		return Created{}, err
 	}
 	req.Login = req.Login.Over(tmpl.Defaults.Login)
+	if _, err := m.room(0); err != nil {
+		return Created{}, fmt.Errorf("create sandbox: %w", err)
+	}
 	if created, ok, err := m.createWarm(ctx, req, tmpl); ok || err != nil {
 		return created, err
 	}
@@ -155,6 +158,7 @@ func (m *Manager) make(ctx context.Context, req CreateRequest, base string, star
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
+		err = errdefs.DiskFull(err)
 		reason := CreateFailed
 		if errors.Is(err, errDestroyed) {
 			reason = Destroyed
@@ -207,7 +211,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 		id = newID()
 	}
 	if err != nil {
-		return nil, fmt.Errorf("reserve id: %w", err)
+		return nil, fmt.Errorf("reserve id: %w", errdefs.DiskFull(err))
 	}
 	temp.Push("record", func(context.Context) error { return m.store.forget(id) })
 
@@ -353,6 +357,12 @@ func (m *Manager) prepare(ctx context.Context, b *box, from *origin, took *phase
 	})
 	var made error
 	if from.ready.Dir != "" {
+		copied, err := m.room(takenBytes(from.ready.Overlay))
+		if err != nil {
+			wg.Wait()
+			return err
+		}
+		defer copied()
 		made = m.cfg.Templates.CloneOverlay(ctx, m.store.overlay(b.id), from.ready.Overlay)
 		if errors.Is(made, fs.ErrNotExist) {
 			from.ready, from.why = template.Ready{}, "the ready snapshot was removed meanwhile"
@@ -372,7 +382,7 @@ func (m *Manager) prepare(ctx context.Context, b *box, from *origin, took *phase
 	}
 	dir := m.runDir(b.id)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("make run directory: %w", err)
+		return fmt.Errorf("make run directory: %w", errdefs.DiskFull(err))
 	}
 	return nil
 }
@@ -446,7 +456,7 @@ func (m *Manager) bootFailed(b *box, verb string, err error) error {
 	if cause := context.Cause(b.alive); cause != nil {
 		err = cause
 	}
-	return fmt.Errorf("%s: %w%s", verb, err, m.lastWords(b.id))
+	return fmt.Errorf("%s: %w%s", verb, m.whyStill(b, err), m.lastWords(b.id))
 }
 
 // lastWords is the end of the guest's console, for an error's text.

@@ -147,6 +147,10 @@ func (v hookedVM) Resume(ctx context.Context) error {
 	return v.do(ctx, "resume", func() error { return v.VM.Resume(ctx) })
 }
 
+func (v hookedVM) Stalled(ctx context.Context) (why, err error) {
+	return v.VM.(vmm.Staller).Stalled(ctx)
+}
+
 func (v hookedVM) Kill(ctx context.Context) error {
 	return v.do(ctx, "kill", func() error { return v.VM.Kill(ctx) })
 }

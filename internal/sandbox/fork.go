@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
-	"syscall"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -36,10 +35,22 @@ func (m *Manager) Fork(ctx context.Context, id ID, count int) (Forked, error) {
 	if count < 1 || count > MaxForks {
 		return Forked{}, errdefs.InvalidArgument.Errorf("count is %d, must be 1 to %d", count, MaxForks)
 	}
+	b, err := m.find(id)
+	if err != nil {
+		return Forked{}, err
+	}
+	if err := b.full(OpFork); err != nil {
+		return Forked{}, err
+	}
+	copied, err := m.room(int64(b.record().MemMiB)<<20 + m.store.takenBytes(id))
+	if err != nil {
+		return Forked{}, fmt.Errorf("fork sandbox %s: %w", id, err)
+	}
+	defer copied()
 	// Garbage to the next agent.
 	dir, err := os.MkdirTemp(m.store.dir, ".fork-")
 	if err != nil {
-		return Forked{}, fmt.Errorf("fork sandbox %s: %w", id, err)
+		return Forked{}, fmt.Errorf("fork sandbox %s: %w", id, errdefs.DiskFull(err))
 	}
 	// Whoever runs from it has it open.
 	defer os.RemoveAll(dir)
@@ -103,7 +114,7 @@ func (m *Manager) photograph(ctx context.Context, id ID, op Operation, doing, di
 		if source.State == Paused {
 			return source, 0, m.backTo(ctx, b, string(op), back, err)
 		}
-		return source, 0, fmt.Errorf("%s sandbox %s: %w", op, id, err)
+		return source, 0, fmt.Errorf("%s sandbox %s: %w", op, id, m.whyStill(b, err))
 	}
 	began := stopped
 	if source.State == Paused {
@@ -119,9 +130,6 @@ func (m *Manager) photograph(ctx context.Context, id ID, op Operation, doing, di
 		err = snapshotter.Snapshot(ctx, dir)
 		wg.Wait()
 		err = errors.Join(err, disk)
-	}
-	if errors.Is(err, syscall.ENOSPC) {
-		err = errdefs.Exhausted.Errorf("the host's disk is full")
 	}
 	if err != nil {
 		return source, 0, m.backTo(ctx, b, string(op), back, err)

@@ -74,6 +74,14 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 	if !ok {
 		return errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", m.cfg.Driver.Name())
 	}
+	if err := b.full(OpHibernate); err != nil {
+		return err
+	}
+	copied, err := m.room(int64(was.MemMiB) << 20)
+	if err != nil {
+		return fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
+	}
+	defer copied()
 	back := func(context.Context) error { return nil }
 	unsynced := ""
 	if was.State == Running {
@@ -86,6 +94,9 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 					return fmt.Errorf("hibernate sandbox %s: %w", b.id, cause)
 				}
 			}
+			if stalled(m.life, b.vm) != nil {
+				return fmt.Errorf("hibernate sandbox %s: %w", b.id, errDiskFull(b.id))
+			}
 			unsynced = "hibernated without the guest's help, its disk by itself may lack the last writes: " + m.told(err)
 			m.log.Warn("guest does not sync its disk, it is hibernated all the same", "sandbox", b.id, "err", err)
 		}
@@ -95,7 +106,7 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 		}
 	}
 	began := time.Now()
-	err := m.store.takeSnapshot(ctx, b.id, func(dir string) error { return snapshotter.Snapshot(ctx, dir) })
+	err = m.store.takeSnapshot(ctx, b.id, func(dir string) error { return snapshotter.Snapshot(ctx, dir) })
 	if err == nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
@@ -131,6 +142,7 @@ func (m *Manager) quiesce(ctx context.Context, b *box) error {
 // believe; as long as that cannot be changed the VM stands still, so that both are
 // the same. Called with the op lock held.
 func (m *Manager) unhibernate(ctx context.Context, b *box, back func(context.Context) error, err error) error {
+	err = errdefs.DiskFull(err)
 	derr := m.store.dropSnapshots(b.id)
 	if serr := m.save(b, func(*Record) {}); derr != nil && serr != nil {
 		err = fmt.Errorf("hibernate sandbox %s: %w", b.id, err)
@@ -190,7 +202,7 @@ func (m *Manager) letGo(b *box) error {
 // runs: on error it is hibernated as before. Called with the op lock held.
 func (m *Manager) awaken(ctx context.Context, b *box) (err error) {
 	rec := b.record()
-	fail := func(err error) error { return fmt.Errorf("resume sandbox %s: %w", b.id, err) }
+	fail := func(err error) error { return fmt.Errorf("resume sandbox %s: %w", b.id, errdefs.DiskFull(err)) }
 	if rec.Slot != 0 || b.vm != nil {
 		if err := m.letGo(b); err != nil {
 			return err

@@ -122,6 +122,8 @@ type Config struct {
 	warmCalm time.Duration
 	// storeHook is tests': see store.hook.
 	storeHook func(step string) error
+	// freeDisk is tests': it stands for what is free on the host's disk.
+	freeDisk func() int64
 }
 
 // Manager owns the sandboxes of a host. It is safe for concurrent use; values
@@ -136,6 +138,7 @@ type Manager struct {
 	lock   *dirLock
 	events *eventLog
 	starts chan struct{}
+	disk   disk
 
 	// life ends at Shutdown; what hangs off it is counted in wg.
 	life context.Context
@@ -187,6 +190,10 @@ type box struct {
 	lookAt time.Time
 	// far: its VM answers, and its guest does not.
 	far bool
+	// stalls counts the times in a row that it stood still for want of room,
+	// wokenAt is when it went on after that, wakeAt when that may be tried.
+	stalls          int
+	wokenAt, wakeAt time.Time
 }
 
 func newBox(rec Record) *box {
@@ -321,7 +328,8 @@ func (m *Manager) move(b *box, to State, change func(*Record)) error {
 
 // mark notes on a sandbox, whose state stays, why it does not work as it
 // should, or with an empty reason that it does again. A mark that is there
-// already is not told again. Called with the op lock held.
+// already is not told again. The error concerns the record on disk alone: until
+// the agent ends the mark stands all the same. Called with the op lock held.
 func (m *Manager) mark(b *box, reason Reason, detail string) error {
 	rec := b.record()
 	if rec.Reason == reason && rec.Detail == detail {
@@ -426,14 +434,26 @@ type Stats struct {
 	Pending int
 	// Warm guests wait for a sandbox to be; WarmWanted are meant to.
 	Warm, WarmWanted int
+	// Marked counts those that run or are paused and do not work as they
+	// should.
+	Marked map[Reason]int
+	// DiskFree and DiskKept are what is free on the host's disk, and what is
+	// kept so, in bytes.
+	DiskFree, DiskKept int64
 }
 
 // Stats returns the manager's numbers. It never waits for an operation.
 func (m *Manager) Stats() Stats {
-	s := Stats{States: map[State]int{}, Ended: map[Reason]int{}}
+	s := Stats{States: map[State]int{}, Ended: map[Reason]int{}, Marked: map[Reason]int{}}
 	for _, info := range m.List(true) {
 		s.States[info.State]++
+		if info.Reason.passes() {
+			s.Marked[info.Reason]++
+		}
 	}
+	m.disk.mu.Lock()
+	s.DiskFree, s.DiskKept = m.disk.free, m.disk.keep
+	m.disk.mu.Unlock()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	maps.Copy(s.Ended, m.ends)
@@ -487,6 +507,9 @@ func (m *Manager) Resume(ctx context.Context, id ID) error {
 		return m.awaken(ctx, b)
 	}
 
+	if err := m.mayGoOn(b); err != nil {
+		return err
+	}
 	err = b.vm.Resume(ctx)
 	if err == nil {
 		err = b.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: b.record().Token})
@@ -509,6 +532,9 @@ func (m *Manager) backTo(ctx context.Context, b *box, op string, back func(conte
 			err = cause
 			break
 		}
+	}
+	if !errors.Is(err, errDestroyed) {
+		err = m.whyStill(b, err)
 	}
 	err = fmt.Errorf("%s sandbox %s: %w", op, b.id, err)
 	if errors.Is(err, errDestroyed) {
@@ -539,6 +565,9 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 	}
 	rec := b.record()
 	err = check(id, op, rec.State)
+	if err == nil {
+		err = b.full(op)
+	}
 	if err == nil && b.vm == nil && (rec.State == Running || rec.State == Paused) && slices.Contains(opsOnVM, op) {
 		err = unreached(rec)
 	}
@@ -640,6 +669,9 @@ func (m *Manager) Lease(ctx context.Context, id ID) (*Lease, error) {
 		return nil, err
 	}
 	defer b.unhold()
+	if err := b.full(OpCall); err != nil {
+		return nil, err
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if err := check(id, OpCall, b.rec.State); err != nil {
@@ -699,7 +731,7 @@ func (m *Manager) Exec(ctx context.Context, id ID, cmd Command) (Result, error) 
 				err = ended
 			}
 		}
-		return result, fmt.Errorf("exec in sandbox %s: %w", id, err)
+		return result, fmt.Errorf("exec in sandbox %s: %w", id, m.stillFull(id, err))
 	}
 	return result, nil
 }

@@ -43,7 +43,7 @@ func (m *Manager) reach(ctx context.Context, b *box) error {
 	// The host's settings may be other ones now, and what an agent did for a
 	// policy ended with it.
 	err := errors.Join(attached, m.setNetwork(ctx, rec))
-	if err != nil || rec.Reason == DiskFull { // it stands still until there is room
+	if err != nil {
 		return err
 	}
 	if rec.State == Paused {
@@ -51,6 +51,9 @@ func (m *Manager) reach(ctx context.Context, b *box) error {
 			return fmt.Errorf("keep vm paused: %w", err)
 		}
 		return nil
+	}
+	if m.leaveStalled(b) {
+		return nil // it goes on when there is room
 	}
 	if err := b.vm.Resume(ctx); err != nil {
 		return fmt.Errorf("keep vm running: %w", err)

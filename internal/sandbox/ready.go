@@ -254,7 +254,11 @@ func (m *Manager) saveReady(ctx context.Context, b *box, tmpl template.Template,
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	began := time.Now()
-	err := m.picture(ctx, b, o.stage)
+	copied, err := m.room(int64(rec.MemMiB)<<20 + m.store.takenBytes(b.id))
+	if err == nil {
+		defer copied()
+		err = m.picture(ctx, b, o.stage)
+	}
 	if err == nil {
 		err = o.stage.Publish(ctx, template.Meta{Key: o.key, Shape: o.shape})
 	}

@@ -54,6 +54,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		ends:   map[Reason]int{},
 		held:   map[network.Slot]bool{},
 	}
+	m.disk.keep = int64(cfg.Capacity.FreeDiskMiB) << 20
 	m.life, m.end = context.WithCancel(context.Background())
 	found, err := m.recover(ctx)
 	if err != nil {
@@ -65,6 +66,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	}
 	m.goes("janitor", m.janitor)
 	m.goes("reconciler", m.reconciler)
+	m.goes("disk", m.watchDisk)
 	m.goes("read ahead", m.readAhead)
 	if cfg.Warm > 0 {
 		m.goes("warm pool", m.keepWarm)
@@ -77,9 +79,8 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 		return found, err
 	}
 	m.store.hook = m.cfg.storeHook
-	if m.cfg.Capacity.DiskMiB == 0 {
-		m.cfg.Capacity.DiskMiB = diskOvercommit * m.store.freeMiB()
-	}
+	m.disk.grows = m.cfg.Capacity.DiskMiB == 0
+	m.growCapacity(m.freeBytes())
 	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl"), m.log); err != nil {
 		return found, err
 	}

@@ -147,7 +147,10 @@ const (
 )
 
 // passes says whether a sandbox with this reason still has its VM.
-func (r Reason) passes() bool { return r == DiskFull || r == Unreachable }
+func (r Reason) passes() bool { return slices.Contains(Marks(), r) }
+
+// Marks returns the reasons that pass.
+func Marks() []Reason { return []Reason{DiskFull, Unreachable} }
 
 // Reasons returns all reasons that a sandbox can have ended for.
 func Reasons() []Reason {

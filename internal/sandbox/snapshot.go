@@ -61,15 +61,20 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 	case rec.CloneKey == "":
 		return fail(errdefs.Unsupported.Errorf("it was made by an older agent, which did not prepare it for that"))
 	}
-	if need, free := rec.MemMiB+m.store.takenMiB(id), m.store.freeMiB(); free-need < m.cfg.Capacity.FreeDiskMiB {
-		return fail(errdefs.Exhausted.Errorf("not enough disk: it may take %d MiB, %d are free on the host, %d must remain", need, free, m.cfg.Capacity.FreeDiskMiB))
+	if err := b.full(OpSnapshot); err != nil {
+		return Snapshotted{}, err
 	}
+	copied, err := m.room(int64(rec.MemMiB)<<20 + m.store.takenBytes(id))
+	if err != nil {
+		return fail(err)
+	}
+	defer copied()
 	if name == "" {
 		name = newSnapshotName()
 	}
 	stage, err := m.cfg.Templates.StageSnapshot(ctx, name)
 	if err != nil {
-		return fail(err)
+		return fail(errdefs.DiskFull(err))
 	}
 	defer stage.Discard()
 	began := time.Now()
@@ -94,7 +99,7 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 		err = errors.Join(context.Cause(ctx), m.cfg.Templates.DropSnapshot(name))
 	}
 	if err != nil {
-		return fail(err)
+		return fail(errdefs.DiskFull(err))
 	}
 	m.log.Info("snapshot made", "snapshot", name, "sandbox", id, "paused", paused.Round(time.Millisecond), "took", time.Since(began).Round(time.Millisecond))
 	made, err := m.cfg.Templates.Snapshot(ctx, name)

@@ -307,7 +307,7 @@ func TestSnapshotNeedsRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		id := r.create()
-		r.cfg.Capacity.FreeDiskMiB = r.store.freeMiB() - 1
+		r.cfg.Capacity.FreeDiskMiB = int(r.store.freeBytes()>>20) - 1
 		_, err := r.Snapshot(t.Context(), id, "snap")
 		wantClass(t, err, errdefs.Exhausted)
 		r.wantState(id, Running)

@@ -6,12 +6,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -57,12 +55,13 @@ func (s store) reserve(id ID) error {
 	if err := s.at("reserve"); err != nil {
 		return err
 	}
-	return os.Mkdir(s.path(id), 0o700)
+	return errdefs.DiskFull(os.Mkdir(s.path(id), 0o700))
 }
 
 // save replaces the record atomically and durably. The one before is kept beside
 // it.
-func (s store) save(r Record) error {
+func (s store) save(r Record) (err error) {
+	defer func() { err = errdefs.DiskFull(err) }()
 	data, err := json.MarshalIndent(r, "", "  ")
 	if err == nil {
 		err = s.at("save " + string(r.State))
@@ -271,26 +270,6 @@ func pathless(err error) string {
 		text = strings.ReplaceAll(text, of.Error(), of.Err.Error())
 	}
 	return text
-}
-
-// freeMiB is what is free on the store's file system; not knowing counts as
-// plenty.
-func (s store) freeMiB() int {
-	var st syscall.Statfs_t
-	if err := syscall.Statfs(s.dir, &st); err != nil {
-		return math.MaxInt
-	}
-	return int(st.Bavail * uint64(st.Bsize) >> 20)
-}
-
-// takenMiB is what a sandbox's disk takes on the host's; not knowing counts as
-// nothing.
-func (s store) takenMiB(id ID) int {
-	var st syscall.Stat_t
-	if err := syscall.Stat(s.overlay(id), &st); err != nil {
-		return 0
-	}
-	return int(st.Blocks * 512 >> 20)
 }
 
 // forget removes all of a sandbox's files. The rename comes first, so that a

@@ -178,7 +178,7 @@ func (m *Manager) giveUpWarm(ctx context.Context, need Resources) bool {
 	m.stir()
 	m.mu.Lock()
 	making, stop := m.pool.making, m.pool.stop
-	used := m.used.plus(need)
+	used, limit := m.used.plus(need), m.cfg.Capacity.Resources
 	for _, b := range m.boxes {
 		if b.waits() {
 			used = used.minus(b.record().takes())
@@ -194,7 +194,7 @@ func (m *Manager) giveUpWarm(ctx context.Context, need Resources) bool {
 			return false
 		}
 	}
-	if !used.within(m.cfg.Capacity.Resources) {
+	if !used.within(limit) {
 		return false
 	}
 	b := m.takeOut("given up", nil, func(Record) bool { return true })

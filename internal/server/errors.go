@@ -68,6 +68,10 @@ func connectError(log *slog.Logger, procedure string, err error) error {
 	case errors.Is(err, context.DeadlineExceeded):
 		return connect.NewError(connect.CodeDeadlineExceeded, errors.New("the caller's deadline has passed"))
 	}
+	if errdefs.IsDiskFull(err) {
+		log.Error("the host's disk is full", "procedure", procedure, "err", err)
+		return connect.NewError(connect.CodeResourceExhausted, errors.New("the host's disk is full"))
+	}
 	ref := rand.Text()[:8]
 	log.Error("internal error", "procedure", procedure, "ref", ref, "err", err)
 	return connect.NewError(connect.CodeInternal, errors.New("internal error; the host's log has it under "+ref))

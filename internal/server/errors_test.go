@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"strings"
+	"syscall"
 	"testing"
 
 	"connectrpc.com/connect"
@@ -51,6 +53,18 @@ func TestUnclassedTextStaysInTheLog(t *testing.T) {
 	ref := err.Error()[strings.LastIndex(err.Error(), " ")+1:]
 	if !strings.Contains(log.String(), ref) {
 		t.Errorf("the log does not have the reference %s: %s", ref, log.String())
+	}
+}
+
+func TestFullDiskIsTold(t *testing.T) {
+	var log strings.Builder
+	full := &os.PathError{Op: "write", Path: "/var/lib/secret", Err: syscall.ENOSPC}
+	err := connectError(slog.New(slog.NewTextHandler(&log, nil)), "p", full)
+	if got := connect.CodeOf(err); got != connect.CodeResourceExhausted || strings.Contains(err.Error(), "secret") {
+		t.Errorf("the answer is %v", err)
+	}
+	if !strings.Contains(log.String(), "/var/lib/secret") {
+		t.Errorf("the log does not have the text: %s", log.String())
 	}
 }
 

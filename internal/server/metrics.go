@@ -26,6 +26,8 @@ var (
 	endedDesc     = prometheus.NewDesc("wrenn_sandboxes_ended_total", "Sandboxes that ended since the agent started, by reason.", []string{"reason"}, nil)
 	usedDesc      = prometheus.NewDesc("wrenn_reserved", "What sandboxes have reserved of the host: sandboxes, vcpus, memory_mib, disk_mib.", []string{"resource"}, nil)
 	limitDesc     = prometheus.NewDesc("wrenn_limit", "What sandboxes may reserve of the host.", []string{"resource"}, nil)
+	markedDesc    = prometheus.NewDesc("wrenn_sandboxes_marked", "Sandboxes that run or are paused but do not work as they should, by reason.", []string{"reason"}, nil)
+	diskDesc      = prometheus.NewDesc("wrenn_disk_bytes", "What is free on the file system of the state directory, and what of it is kept free.", []string{"what"}, nil)
 	warmDesc      = prometheus.NewDesc("wrenn_warm", "Guests that wait for a sandbox to be: those that are ready, and those that are wanted.", []string{"state"}, nil)
 	slotsDesc     = prometheus.NewDesc("wrenn_network_slots", "Network slots: reserved (all that are not free), open (with something on the host), pool (built and waiting), fenced (not removed yet, kept from use).", []string{"state"}, nil)
 	fencedDesc    = prometheus.NewDesc("wrenn_cleanup_pending", "Sandboxes and slots that could not be freed yet.", nil, nil)
@@ -52,6 +54,12 @@ func (m metrics) Collect(ch chan<- prometheus.Metric) {
 		gauge(desc, r.VCPUs, "vcpus")
 		gauge(desc, r.MemMiB, "memory_mib")
 		gauge(desc, r.DiskMiB, "disk_mib")
+	}
+	for _, reason := range sandbox.Marks() {
+		gauge(markedDesc, stats.Marked[reason], string(reason))
+	}
+	for what, bytes := range map[string]int64{"free": stats.DiskFree, "kept": stats.DiskKept} {
+		ch <- prometheus.MustNewConstMetric(diskDesc, prometheus.GaugeValue, float64(bytes), what)
 	}
 	gauge(warmDesc, stats.Warm, "ready")
 	gauge(warmDesc, stats.WarmWanted, "wanted")

@@ -2,7 +2,6 @@ package template
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -33,13 +32,10 @@ func (s *Store) NewOverlay(ctx context.Context, path string, sizeMiB int) error 
 		return errdefs.InvalidArgument.Errorf("overlay of %d MiB: want %d to %d", sizeMiB, MinOverlayMiB, MaxOverlayMiB)
 	}
 	if _, err := s.ensureSeed(ctx, sizeMiB); err != nil {
-		return fmt.Errorf("make overlay: %w", err)
+		return fmt.Errorf("make overlay: %w", errdefs.DiskFull(err))
 	}
 	if err := cloneSparse(ctx, path, s.seedPath(sizeMiB)); err != nil {
-		if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-			return errdefs.Exhausted.Errorf("make overlay: the host's disk is full")
-		}
-		return fmt.Errorf("make overlay: %w", err)
+		return fmt.Errorf("make overlay: %w", errdefs.DiskFull(err))
 	}
 	return nil
 }

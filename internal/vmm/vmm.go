@@ -89,6 +89,17 @@ type Snapshotter interface {
 	Snapshot(ctx context.Context, dir string) error
 }
 
+// Staller is a VM that its VMM stops by itself when the host takes no more of
+// what the guest writes to its disks. No write is lost: Resume tries it again, and
+// Pause keeps it for a later Resume and for a snapshot. A driver without it tells
+// the guest of an I/O error instead.
+type Staller interface {
+	// Stalled says why the VM stands still although nobody paused it, nil if it
+	// does not: errdefs.Exhausted if the host's disk is full, another error if
+	// it failed to write otherwise. An err means that it could not be asked.
+	Stalled(ctx context.Context) (why, err error)
+}
+
 // Restorer is a Driver that can start a VM from a snapshot.
 type Restorer interface {
 	// Restore is Start from a snapshot that a VM of the same driver wrote into

@@ -142,7 +142,12 @@ func (v *vm) write(ctx context.Context, dir string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, v.process.Unmount(snapshotPath)) }()
-	return v.api.call(ctx, moveLimit(v.state.Shape.MemMiB), create(), nil)
+	err = v.api.call(ctx, moveLimit(v.state.Shape.MemMiB), create(), nil)
+	var said *fault
+	if errors.As(err, &said) && (strings.Contains(said.Message, "os error 28)") || strings.Contains(said.Message, "os error 122)")) {
+		return errdefs.Exhausted.Errorf("the host's disk is full") // ENOSPC, EDQUOT
+	}
+	return err
 }
 
 // isMemory reports whether a file of that size is there, and no link to one.

@@ -106,13 +106,15 @@ func argv(m machine) []string {
 		file = "driver=throttle,throttle-group=disks,file.driver=raw,file.file.driver=file,file.file.filename="
 	}
 	for i, d := range s.Disks {
+		// A write that the host does not take stops the VM, and is tried again
+		// when it goes on: a guest that is told of an error loses data.
 		mode := "read-only=off,discard=unmap"
 		if d.ReadOnly {
 			mode = "read-only=on"
 		}
 		args = append(args,
 			"-blockdev", fmt.Sprintf("node-name=disk%d,%s,%s%s", i, mode, file, value(d.Path)),
-			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,addr=0x%x", i, 0x10+i))
+			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,werror=stop,addr=0x%x", i, 0x10+i))
 	}
 	return args
 }

@@ -4,8 +4,11 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
@@ -54,5 +57,34 @@ func TestDisksAfterSnapshot(t *testing.T) {
 		if err != nil || !bytes.Equal(data[4096:4608], bytes.Repeat([]byte{0x5a}, 512)) {
 			t.Errorf("%s: the disk does not take a write: %q, %v", name, said, err)
 		}
+	}
+}
+
+// A snapshot that finds no room, for the devices' state or for the memory, says so.
+func TestSnapshotWithoutRoom(t *testing.T) {
+	s := subject(t)
+	v := start(t, s)
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []string{"8k", "1m"} {
+		dir := t.TempDir()
+		if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
+			t.Fatal(err)
+		}
+		err := v.Snapshot(t.Context(), dir)
+		if errdefs.ClassOf(errdefs.DiskFull(err)) != errdefs.Exhausted || strings.Contains(errdefs.DiskFull(err).Error(), dir) {
+			t.Errorf("%s: %v", size, err)
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("%s: left %v, %v", size, left, err)
+		}
+		// A stopped QEMU keeps the descriptor that it was passed.
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := v.Snapshot(t.Context(), t.TempDir()); err != nil {
+		t.Error(err)
 	}
 }

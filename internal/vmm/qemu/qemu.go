@@ -227,7 +227,7 @@ func (v *vm) change(ctx context.Context, what, command, want string) error {
 			return err
 		}
 		status, err := m.status()
-		if err == nil && status != want {
+		if err == nil && !is(status, want) {
 			err = errdefs.WrongState.Errorf("vm is %s", status)
 		}
 		return err
@@ -237,7 +237,7 @@ func (v *vm) change(ctx context.Context, what, command, want string) error {
 	}
 	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBack)
 	defer cancel()
-	if status, e := v.status(back); e == nil && status == want {
+	if status, e := v.status(back); e == nil && is(status, want) {
 		return nil
 	}
 	err = vmm.Cancelled(ctx, err)
@@ -253,6 +253,40 @@ func (v *vm) status(ctx context.Context) (status string, err error) {
 		return err
 	})
 	return status, err
+}
+
+// is reports whether a VM is in the wanted state. One that QEMU stopped is as good
+// as paused, and stays so until it is resumed; one that it stopped again as soon as
+// it was resumed has been resumed.
+func is(status, want string) bool {
+	return status == want || status == statusIOError
+}
+
+// Stalled implements vmm.Staller.
+func (v *vm) Stalled(ctx context.Context) (why, err error) {
+	err = v.with(ctx, callTimeout, func(m *monitor) error {
+		status, err := m.status()
+		if err != nil || status != statusIOError {
+			return err
+		}
+		var disks []struct {
+			IOStatus string `json:"io-status"`
+		}
+		if err := m.call("query-block", nil, &disks); err != nil {
+			return err
+		}
+		why = errdefs.Unavailable.Errorf("the host cannot write the disk")
+		for _, d := range disks {
+			if d.IOStatus == "nospace" {
+				why = errdefs.Exhausted.Errorf("the host's disk is full")
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("ask vm: %w", err)
+	}
+	return why, nil
 }
 
 // with runs f on a connection of its own, and nobody else's meanwhile.

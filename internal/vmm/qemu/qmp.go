@@ -35,6 +35,8 @@ const (
 	statusRunning   = "running"
 	statusPaused    = "paused"
 	statusInMigrate = "inmigrate"
+	// statusIOError is a VM that QEMU stopped because a disk took no more.
+	statusIOError = "io-error"
 )
 
 // refusal is QEMU's own no: the call has had no effect.

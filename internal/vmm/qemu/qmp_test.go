@@ -122,6 +122,40 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+func TestStalled(t *testing.T) {
+	for _, c := range []struct {
+		name, status, disks string
+		class               *errdefs.Class
+	}{
+		{"running", "running", "", nil},
+		{"paused", "paused", "", nil},
+		{"full", "io-error", `[{"io-status": "ok"}, {"io-status": "nospace"}]`, errdefs.Exhausted},
+		{"failed", "io-error", `[{"io-status": "failed"}, {}]`, errdefs.Unavailable},
+	} {
+		path := monitorOf(t, greeting, func(command string) string {
+			switch command {
+			case "query-status":
+				return fmt.Sprintf(`{"return": {"status": %q}}`, c.status)
+			case "query-block":
+				return `{"return": ` + c.disks + `}`
+			}
+			return `{"return": {}}`
+		})
+		v := vmAt(t, path)
+		why, err := v.Stalled(t.Context())
+		if err != nil || errdefs.ClassOf(why) != c.class {
+			t.Errorf("%s: %v, %v", c.name, why, err)
+		}
+		if c.status != "io-error" {
+			continue
+		}
+		// It is as good as paused, and what stops it again has let it go on.
+		if err := errors.Join(v.Pause(t.Context()), v.Resume(t.Context())); err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+}
+
 // More callers than the socket's queue has room for wait for their turn.
 func TestManyCallers(t *testing.T) {
 	s := subject(t)

@@ -44,6 +44,7 @@ const (
 var (
 	_ vmm.Restorer    = (*Driver)(nil)
 	_ vmm.Snapshotter = (*vm)(nil)
+	_ vmm.Staller     = (*vm)(nil)
 )
 
 // shape is what a VM and one restored from its snapshot have in common: the
@@ -106,7 +107,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 		if err != nil {
 			return err
 		}
-		if status != statusPaused {
+		if !is(status, statusPaused) {
 			return errdefs.WrongState.Errorf("vm is %s, not paused", status)
 		}
 		if err := m.saveDevicesTo(filepath.Join(dir, stateName)); err != nil {
@@ -156,7 +157,14 @@ func (m *monitor) saveDevicesTo(path string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.dropFile(fdSet)) }()
-	return m.saveDevices(inside)
+	if err := m.saveDevices(inside); err != nil {
+		// QEMU says that it could not write, and not why: the next write tells.
+		if _, full := f.Write(make([]byte, copyChunk)); errdefs.IsDiskFull(full) {
+			return errdefs.DiskFull(full)
+		}
+		return err
+	}
+	return nil
 }
 
 // copyMemory writes the guest's memory, which must not change, to a sparse

@@ -72,8 +72,11 @@ type machine struct {
 	pid    int
 	spec   vmm.Spec
 	paused bool
-	done   chan struct{}
-	exit   vmm.Exit
+	// stall, if set, stops it whenever it runs; stalled says that it has.
+	stall   error
+	stalled bool
+	done    chan struct{}
+	exit    vmm.Exit
 }
 
 // NewHost returns a machine without VMs.
@@ -125,6 +128,31 @@ func (h *Host) Die(id string) {
 			h.end(m, vmm.Exit{Code: -1, Signal: 9})
 		}
 	}
+}
+
+// Stall lets the VM with that id stand still for a reason, as if it wrote to a
+// disk that takes no more; nil ends that, and it goes on at its next Resume.
+func (h *Host) Stall(id string, why error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.vms {
+		if m.spec.ID == id {
+			m.stall = why
+			m.stalled = m.stalled || why != nil
+		}
+	}
+}
+
+// Stalled reports whether the VM with that id stands still for such a reason.
+func (h *Host) Stalled(id string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range h.vms {
+		if m.spec.ID == id {
+			return m.stalled
+		}
+	}
+	return false
 }
 
 // Exit ends every VM with that id, as if its guest had powered off.
@@ -194,6 +222,7 @@ var (
 	_ vmm.Driver      = (*Fake)(nil)
 	_ vmm.Restorer    = (*Fake)(nil)
 	_ vmm.Snapshotter = (*fakeVM)(nil)
+	_ vmm.Staller     = (*fakeVM)(nil)
 )
 
 // NewFake returns a driver of VMs on the host.
@@ -443,8 +472,25 @@ func (v *fakeVM) set(ctx context.Context, op Op, paused bool) error {
 			return errdefs.Unavailable.Errorf("%s vm: its VMM %s", op, v.m.exit)
 		}
 		v.m.paused = paused
+		v.m.stalled = v.m.stall != nil
 		return nil
 	})
+}
+
+// Stalled implements vmm.Staller.
+func (v *fakeVM) Stalled(context.Context) (why, err error) {
+	h := v.fake.host
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.vms[v.m.pid] == nil:
+		return nil, errdefs.Unavailable.Errorf("ask vm: its VMM %s", v.m.exit)
+	case !v.m.stalled:
+		return nil, nil
+	case v.m.stall == nil:
+		return errdefs.Exhausted.Errorf("the host's disk is full"), nil
+	}
+	return v.m.stall, nil
 }
 
 func (v *fakeVM) Kill(ctx context.Context) error {

@@ -475,10 +475,10 @@ func (f *fake) create(body []byte) error {
 		return err
 	}
 	if err := os.WriteFile(s.State, state, 0o644); err != nil {
-		return fmt.Errorf("Create snapshot error: Cannot perform open on the snapshot backing file: %v", err)
+		return fmt.Errorf("Create snapshot error: Cannot perform open on the snapshot backing file: %s", told(err))
 	}
 	if err := os.WriteFile(s.Memory, []byte(content.Memory), 0o644); err != nil {
-		return fmt.Errorf("Create snapshot error: Cannot perform open on the memory backing file: %v", err)
+		return fmt.Errorf("Create snapshot error: Cannot perform open on the memory backing file: %s", told(err))
 	}
 	return os.Truncate(s.Memory, int64(*f.config.Machine.MemMiB)<<20)
 }
@@ -571,4 +571,12 @@ func (f *fake) since(major, minor int) bool {
 	var x, y int
 	fmt.Sscanf(f.set.Version, "%d.%d", &x, &y)
 	return x > major || x == major && y >= minor
+}
+
+// told is an error of the system as Rust prints it.
+func told(err error) string {
+	if errors.Is(err, unix.ENOSPC) {
+		return "No space left on device (os error 28)"
+	}
+	return err.Error()
 }

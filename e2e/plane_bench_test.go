@@ -45,7 +45,7 @@ func (b *sandbox) ways() (agent, direct *way) {
 	newWay := func(base string) *way {
 		t := &http.Transport{MaxIdleConnsPerHost: manyExecs, DisableCompression: true}
 		b.t.Cleanup(t.CloseIdleConnections)
-		w := &way{base, http.Header{}, &http.Client{Transport: t}}
+		w := &way{base, http.Header{}, &http.Client{Transport: t, CheckRedirect: guest.NoRedirect}}
 		b.address(w.header)
 		return w
 	}

@@ -32,7 +32,7 @@ func (b *sandbox) put(path, content string) {
 	if err != nil {
 		b.t.Fatal(err)
 	}
-	req.Header.Set("E2b-Sandbox-Id", b.id)
+	b.address(req.Header)
 	req.Header.Set("Content-Type", form.FormDataContentType())
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {

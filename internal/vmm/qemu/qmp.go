@@ -2,6 +2,7 @@ package qemu
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -133,10 +134,13 @@ func (m *monitor) call(command string, arguments, result any) error {
 
 // callWith passes descriptors along with the command.
 func (m *monitor) callWith(command string, arguments, result any, rights []byte) error {
+	// A command whose connection broke off may be answered on the next one.
+	id := rand.Text()
 	request, err := json.Marshal(struct {
 		Execute   string `json:"execute"`
 		Arguments any    `json:"arguments,omitempty"`
-	}{command, arguments})
+		ID        string `json:"id"`
+	}{command, arguments, id})
 	if err != nil {
 		return fmt.Errorf("qmp %s: %w", command, err)
 	}
@@ -149,6 +153,7 @@ func (m *monitor) callWith(command string, arguments, result any, rights []byte)
 			Event  string          `json:"event"`
 			Return json.RawMessage `json:"return"`
 			Error  *refusal        `json:"error"`
+			ID     string          `json:"id"`
 		}
 		if err := m.dec.Decode(&reply); err != nil {
 			return fmt.Errorf("qmp %s: %w", command, m.broken(err))
@@ -156,6 +161,8 @@ func (m *monitor) callWith(command string, arguments, result any, rights []byte)
 		switch {
 		case reply.Event != "":
 			continue // nobody waits for one here
+		case reply.ID != "" && reply.ID != id:
+			continue // another command's
 		case reply.Error != nil:
 			return fmt.Errorf("qmp %s: %w", command, reply.Error)
 		case result != nil:

@@ -181,3 +181,15 @@ func TestManyCallers(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestAnswerToAnother: the answer to a command whose connection broke off comes on
+// the next one, and is not taken for that of the command which is waited for.
+func TestAnswerToAnother(t *testing.T) {
+	v := vmAt(t, monitorOf(t, greeting, func(string) string {
+		return `{"return": {}, "id": "of-before"}` + "\n" + `{"error": {"class": "GenericError", "desc": "no"}, "id": "of-before"}` + "\n" +
+			`{"return": {"status": "paused"}}`
+	}))
+	if status, err := v.status(t.Context()); err != nil || status != statusPaused {
+		t.Errorf("status %q, %v", status, err)
+	}
+}

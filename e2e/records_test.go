@@ -3,6 +3,10 @@ package e2e_test
 import (
 	"bytes"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,6 +16,8 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
@@ -76,6 +82,74 @@ func TestStandingVMMOutlivesTheAgent(t *testing.T) {
 	}
 	if n := b.next(); n != 2 {
 		t.Errorf("the counter is at %d, want 2", n)
+	}
+}
+
+// TestGuestsOutOfReachOutliveTheAgent: a guest that took its network down and a
+// route on the host that leads elsewhere end nothing at an agent's start. That the
+// fault is the host's is said once, and what can be reached again goes on.
+func TestGuestsOutOfReachOutliveTheAgent(t *testing.T) {
+	a := startAgent(t, "--on-shutdown=leave")
+	down, astray := a.create(t, nil), a.create(t, nil)
+	astray.count()
+	if n := astray.next(); n != 1 {
+		t.Fatalf("the counter is at %d", n)
+	}
+	pids := []int{down.vmmPID(), astray.vmmPID()}
+	down.exec("sh", "-c", "(sleep 0.2; ip link set eth0 down) >/dev/null 2>&1 &")
+	time.Sleep(500 * time.Millisecond)
+	addr, err := netip.ParseAddr(astray.info().HostIp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A rule: an agent refuses to start where a route leads elsewhere.
+	rule := netlink.NewRule()
+	rule.Dst = &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(32, 32)}
+	rule.Type, rule.Priority = unix.FR_ACT_BLACKHOLE, 99
+	if err := netlink.RuleAdd(rule); err != nil {
+		t.Fatal(err)
+	}
+	mended := false
+	defer func() {
+		if !mended {
+			_ = netlink.RuleDel(rule)
+		}
+	}()
+	if err := a.signal(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.start("--on-shutdown=leave"); err != nil {
+		t.Fatal(err)
+	}
+	for i, b := range []*sandbox{down, astray} {
+		if s := b.info(); s == nil || s.Status != "running" || s.Reason != "unreachable" || b.vmmPID() != pids[i] {
+			t.Errorf("it is %v", s)
+		}
+	}
+	resp, err := http.Get(a.url + "/readyz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, _ := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusServiceUnavailable || !strings.Contains(string(text), "none of the 2 guests can be reached") {
+		t.Errorf("readyz: %s %s", resp.Status, text)
+	}
+	if err := netlink.RuleDel(rule); err != nil {
+		t.Fatal(err)
+	}
+	mended = true
+	if out, err := a.cli(t, "recover", astray.id); err != nil {
+		t.Fatalf("recover: %v: %s", err, out)
+	}
+	if n := astray.next(); n != 2 {
+		t.Errorf("the counter is at %d, want 2", n)
+	}
+	if s := down.info(); s.Status != "running" || s.Reason != "unreachable" {
+		t.Errorf("the one without a network is %v", s)
+	}
+	if _, err := a.DestroySandbox(t.Context(), connect.NewRequest(&hostagentv1.DestroySandboxRequest{SandboxId: down.id})); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -21,13 +21,15 @@ import (
 const (
 	// inputSize is how much of stdin travels at once.
 	inputSize = 32 << 10
+	// startGraces is how many times termGrace a guest gets to start a command
+	// after an interrupt, so that it can be ended.
+	startGraces = 5
 	// Statuses as shells give them.
 	notFoundStatus      = 127
 	notExecutableStatus = 126
 )
 
-// termGrace is what a command gets between SIGTERM and SIGKILL, and a guest to
-// start one after an interrupt. Tests shorten it.
+// termGrace is what a command gets between SIGTERM and SIGKILL. Tests shorten it.
 var termGrace = 2 * time.Second
 
 // session is one command in a sandbox and what it is connected to here.
@@ -60,15 +62,17 @@ func (c *client) run(ctx context.Context, id string, s *session) (int, error) {
 	if s.tied {
 		req.Header().Set("Wrenn-Process-Lifetime", "stream")
 	}
-	// What a guest does not start cannot be asked to end.
-	unstarted := context.AfterFunc(ctx, func() {
+	// What a guest has not started yet cannot be asked to end. It gets some time
+	// to start it, so that nothing runs on that nobody asked for any more.
+	begun := make(chan struct{})
+	defer context.AfterFunc(ctx, func() {
 		select {
 		case <-life.Done():
-		case <-time.After(termGrace):
+		case <-begun:
+		case <-time.After(startGraces * termGrace):
 			hangUp()
 		}
-	})
-	defer unstarted()
+	})()
 	events, err := guest.Start(life, req)
 	if err != nil {
 		return 0, err
@@ -83,7 +87,7 @@ func (c *client) run(ctx context.Context, id string, s *session) (int, error) {
 				continue
 			}
 			started = true
-			unstarted()
+			close(begun)
 			self := &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: event.Start.Pid}}
 			if s.terminal != nil {
 				restore, err := rawTerminal(s.terminal)

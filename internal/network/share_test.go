@@ -267,7 +267,12 @@ func TestFloodOfManySandboxes(t *testing.T) {
 			g.tap.Write(udpFrame(gw, mac, GuestAddr.Addr(), nowhere, uint16(i), "x"))
 		}
 	}
-	if got := tracked(t, here) - base; got < 64 || got > 96+8 {
+	// The last frames may be on their way.
+	got := 0
+	for deadline := time.Now().Add(timeout); got < 64 && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		got = tracked(t, here) - base
+	}
+	if got < 64 || got > 96+8 {
 		t.Errorf("three sandboxes took %d of the host's table, want up to 96", got)
 	}
 }
@@ -283,7 +288,12 @@ func TestBeginningsOfAll(t *testing.T) {
 	for i := range 900 {
 		g.tap.Write(udpFrame(gw, mac, GuestAddr.Addr(), netip.MustParseAddr("198.51.100.9"), uint16(i+1), "x"))
 	}
-	got, most := tracked(t, here)-base, 200+int(time.Since(begin).Seconds()*100)+10
+	// The last frames may be on their way.
+	got := 0
+	for deadline := begin.Add(timeout); got < 190 && time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		got = tracked(t, here) - base
+	}
+	most := 200 + int(time.Since(begin).Seconds()*100) + 10
 	if got < 190 || got > most {
 		t.Errorf("%d connections at once, want up to %d", got, most)
 	}

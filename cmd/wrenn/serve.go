@@ -30,6 +30,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/firecracker"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 )
 
@@ -109,8 +110,8 @@ func (c *hostConfig) plan() (network.Plan, error) {
 // the last time.
 func (c *hostConfig) drivers(retry bool) []vmm.Driver {
 	kernel := filepath.Join(c.stateDir, "kernels", "default")
-	probe := func(name string) vmm.Probe {
-		return vmm.Probe{
+	probe := func(name string) kvm.Probe {
+		return kvm.Probe{
 			CacheFile: filepath.Join(c.stateDir, "kvm-probe-"+name+".json"),
 			Kernel:    filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"),
 			UID: probeUID, GID: probeUID,

@@ -87,10 +87,10 @@ type Config struct {
 	Guests func(addr netip.Addr, token string) Guest
 	// KillStrays ends the VMs with a directory under runRoot or a cgroup
 	// under parent whose name keep refuses, and returns those names;
-	// vmm.KillStrays is one.
+	// launch.KillStrays is one.
 	KillStrays func(ctx context.Context, runRoot, parent string, keep func(name string) bool) ([]string, error)
 	// NetNSOf returns which of the network namespaces the VM of that name under
-	// runRoot is in; vmm.NetNSOf is one.
+	// runRoot is in; launch.NetNSOf is one.
 	NetNSOf func(runRoot, name string, paths []string) (string, error)
 
 	Capacity   Capacity

@@ -1,133 +1,13 @@
 package vmm
 
 import (
-	"bytes"
-	"errors"
-	"fmt"
 	"io"
 	"os"
-	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // MaxConsoleBytes bounds the files that hold what a VM prints: the guest's
 // console and the VMM's own diagnostics. A larger one is cut to its last half.
 const MaxConsoleBytes = 1 << 20
-
-const (
-	// pipeSuffix is added to a file's name for the pipe that leads to it.
-	pipeSuffix = ".pipe"
-	// outletBytes is how much is taken out of a pipe at a time.
-	outletBytes = 64 << 10
-	// outletPace is the time between two reads, and floodPace that after one
-	// that found as much as it could take: a guest that prints without end
-	// costs the agent 1.3 MB/s and no more.
-	outletPace = 5 * time.Millisecond
-	floodPace  = 50 * time.Millisecond
-)
-
-// outlet carries what a program prints from a named pipe into a file, and keeps
-// that file within its bound. A program cannot fill a disk that way: while no
-// agent reads, what it prints is lost, but for the 64 KiB that the pipe holds,
-// and it does not wait for a reader.
-type outlet struct {
-	file *os.File
-	pipe *os.File
-	quit chan struct{} // closed by close
-	done chan struct{} // closed when nothing is carried any more
-}
-
-// makeOutlet makes the pipe and returns the end that the program writes to,
-// which the caller closes.
-func makeOutlet(pipe, path string) (*outlet, *os.File, error) {
-	if err := os.Remove(pipe); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, nil, err
-	}
-	if err := unix.Mkfifo(pipe, 0o600); err != nil {
-		return nil, nil, fmt.Errorf("make pipe: %w", err)
-	}
-	o, err := openOutlet(pipe, path)
-	if err != nil {
-		return nil, nil, errors.Join(err, os.Remove(pipe))
-	}
-	// Non-blocking for the program, too.
-	fd, err := unix.Open(pipe, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("open pipe: %w", err), o.pipe.Close(), o.file.Close(), os.Remove(pipe))
-	}
-	go o.carry() // a pipe without a writer would be at its end
-	return o, os.NewFile(uintptr(fd), pipe), nil
-}
-
-// takeOutlet carries on from the pipe of a program that runs.
-func takeOutlet(pipe, path string) (*outlet, error) {
-	o, err := openOutlet(pipe, path)
-	if err != nil {
-		return nil, err
-	}
-	go o.carry()
-	return o, nil
-}
-
-func openOutlet(pipe, path string) (*outlet, error) {
-	file, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	in, err := os.OpenFile(pipe, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open pipe: %w", err), file.Close())
-	}
-	return &outlet{file: file, pipe: in, quit: make(chan struct{}), done: make(chan struct{})}, nil
-}
-
-// carry ends when the program has, or by close.
-func (o *outlet) carry() {
-	defer close(o.done)
-	defer o.pipe.Close()
-	defer o.file.Close()
-	pace := time.NewTimer(0)
-	defer pace.Stop()
-	buf := make([]byte, outletBytes)
-	for {
-		select {
-		case <-pace.C:
-		case <-o.quit:
-			return
-		}
-		n, err := o.pipe.Read(buf)
-		if n > 0 {
-			// What the disk does not take is lost, as without an agent.
-			_, _ = o.file.Write(buf[:n])
-			_ = trim(o.file.Name(), MaxConsoleBytes)
-		}
-		if err != nil {
-			return
-		}
-		if n == len(buf) {
-			pace.Reset(floodPace)
-		} else {
-			pace.Reset(outletPace)
-		}
-	}
-}
-
-// drain returns when all that a program printed that has ended is in the file.
-func (o *outlet) drain() {
-	// Its end is the pipe's, unless something else has it open.
-	_ = o.pipe.SetReadDeadline(time.Now().Add(time.Second))
-	<-o.done
-}
-
-// close leaves the rest to the next agent.
-func (o *outlet) close() {
-	close(o.quit)
-	_ = o.pipe.SetReadDeadline(time.Unix(1, 0))
-	<-o.done
-}
-
-const trimmedMarker = "[earlier output was cut]\n"
 
 // Tail returns at most the last n bytes of a file.
 func Tail(path string, n int64) ([]byte, error) {
@@ -136,44 +16,10 @@ func Tail(path string, n int64) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	return tail(f, n)
-}
-
-func tail(f *os.File, n int64) ([]byte, error) {
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
 	}
 	from := max(info.Size()-n, 0)
 	return io.ReadAll(io.NewSectionReader(f, from, n))
-}
-
-// trim cuts a file that has grown beyond limit to its last half, from a line's
-// beginning where there is one. Whoever appends to it (O_APPEND) goes on
-// undisturbed; what it writes during the cut may be lost, or stand before what
-// was kept. No file is no error.
-func trim(path string, limit int64) error {
-	info, err := os.Stat(path)
-	if errors.Is(err, os.ErrNotExist) || err == nil && info.Size() <= limit {
-		return nil
-	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND, 0)
-	if err != nil {
-		return fmt.Errorf("trim: %w", err)
-	}
-	defer f.Close()
-	kept, err := tail(f, limit/2)
-	if err != nil {
-		return fmt.Errorf("trim: %w", err)
-	}
-	if i := bytes.IndexByte(kept[:min(len(kept), 4096)], '\n'); i >= 0 {
-		kept = kept[i+1:]
-	}
-	if err := f.Truncate(0); err != nil {
-		return fmt.Errorf("trim: %w", err)
-	}
-	if _, err := f.Write(append([]byte(trimmedMarker), kept...)); err != nil {
-		return fmt.Errorf("trim: %w", err)
-	}
-	return nil
 }

@@ -24,8 +24,9 @@ const (
 )
 
 var (
-	specID  = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
-	tapName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,14}$`)
+	specID     = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
+	cgroupName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*(/[a-zA-Z0-9][a-zA-Z0-9_.-]*)*$`)
+	tapName    = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,14}$`)
 )
 
 // Validate says whether a driver can take the spec: every number within its
@@ -50,7 +51,7 @@ func (s Spec) Validate() error {
 		return bad("uid %d, gid %d: want none below 0", s.UID, s.GID)
 	}
 	if s.Cgroup != "" {
-		if _, err := openCgroup(s.Cgroup); err != nil {
+		if err := ValidateCgroup(s.Cgroup); err != nil {
 			return err
 		}
 	}
@@ -86,6 +87,15 @@ func (s Spec) Validate() error {
 		if mac, err := net.ParseMAC(s.NIC.MAC); err != nil || len(mac) != 6 {
 			return bad("MAC %.80q: not a MAC", s.NIC.MAC)
 		}
+	}
+	return nil
+}
+
+// ValidateCgroup says whether a name can be that of a cgroup. Errors are
+// errdefs.InvalidArgument.
+func ValidateCgroup(name string) error {
+	if len(name) > 200 || !cgroupName.MatchString(name) {
+		return errdefs.InvalidArgument.Errorf("cgroup %.80q: want names of letters, digits and ._- between slashes", name)
 	}
 	return nil
 }

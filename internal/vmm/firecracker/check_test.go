@@ -10,6 +10,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
 )
 
 func TestCheck(t *testing.T) {
@@ -63,7 +64,7 @@ func TestProbe(t *testing.T) {
 	testenv.Root(t)
 	testenv.NoLeaks(t, "wrenn-probe-")
 	dir := t.TempDir()
-	p := vmm.Probe{Kernel: filepath.Join(dir, "vmlinux"), Initrd: filepath.Join(dir, "initrd.img"), UID: uid, GID: gid}
+	p := kvm.Probe{Kernel: filepath.Join(dir, "vmlinux"), Initrd: filepath.Join(dir, "initrd.img"), UID: uid, GID: gid}
 	for _, path := range []string{p.Kernel, p.Initrd} {
 		if err := os.WriteFile(path, []byte("\x7fELF"), 0o600); err != nil {
 			t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 // The calls of a boot of subject's VM, counted as the fake does.
@@ -108,7 +109,7 @@ func startAndLook(t *testing.T, spec vmm.Spec, live func() int, fault string, co
 		t.Errorf("%d VMM processes are left", n)
 	}
 	left, err := os.ReadDir(spec.RunDir)
-	if err != nil || len(left) > 1 || len(left) == 1 && left[0].Name() != vmm.LogName {
+	if err != nil || len(left) > 1 || len(left) == 1 && left[0].Name() != launch.LogName {
 		t.Errorf("left in the run directory: %v, %v", left, err)
 	}
 }

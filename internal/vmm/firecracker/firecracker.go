@@ -12,6 +12,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 // Name is the driver's name in handles and settings.
@@ -34,14 +36,14 @@ type Config struct {
 	// do without one that is not there; "none" to do without in any case.
 	Jailer string
 	// Probe tells whether KVM works.
-	Probe vmm.Probe
+	Probe kvm.Probe
 }
 
 // Driver implements vmm.Driver.
 type Driver struct {
 	cfg Config
 	// kvm is cfg.Probe's, or what a test has in its place.
-	kvm func(ctx context.Context, name, version string, start func(context.Context, vmm.Spec) (vmm.VM, error)) (vmm.Verdict, error)
+	kvm func(ctx context.Context, name, version string, start func(context.Context, vmm.Spec) (vmm.VM, error)) (kvm.Verdict, error)
 
 	checking chan struct{} // held by the one that probes
 	checked  *found        // guarded by checking
@@ -110,7 +112,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, bin programs, from s
 			return nil, err
 		}
 	}
-	process, err := vmm.Launch(program(bin, spec, from))
+	process, err := launch.Start(program(bin, spec, from))
 	if err != nil {
 		return nil, err
 	}
@@ -222,7 +224,7 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 	if err := json.Unmarshal(h.State, &st); err != nil {
 		return nil, errdefs.InvalidArgument.Errorf("attach: malformed handle: %w", err)
 	}
-	process, err := vmm.Adopt(ctx, st.Process)
+	process, err := launch.Adopt(ctx, st.Process)
 	if err != nil {
 		return nil, fmt.Errorf("attach: %w", err)
 	}
@@ -243,9 +245,9 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 
 // state is the driver's part of a handle.
 type state struct {
-	Process vmm.Ref `json:"process"`
-	ID      string  `json:"id"`
-	Socket  string  `json:"socket"`
+	Process launch.Ref `json:"process"`
+	ID      string     `json:"id"`
+	Socket  string     `json:"socket"`
 	// UID and GID are what the VMM runs as.
 	UID   int   `json:"uid"`
 	GID   int   `json:"gid"`
@@ -254,7 +256,7 @@ type state struct {
 
 // vm implements vmm.VM.
 type vm struct {
-	process *vmm.Process
+	process *launch.Process
 	version string
 	state   state
 	api     *client
@@ -262,7 +264,7 @@ type vm struct {
 	writing chan struct{}
 }
 
-func newVM(p *vmm.Process, version string, st state) *vm {
+func newVM(p *launch.Process, version string, st state) *vm {
 	return &vm{process: p, version: version, state: st, api: newClient(st.Socket), writing: make(chan struct{}, 1)}
 }
 

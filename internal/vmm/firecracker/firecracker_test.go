@@ -20,6 +20,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
@@ -79,8 +81,8 @@ func install(t testing.TB, set fakeSettings, jailed bool) Config {
 // driver is one for which KVM works.
 func driver(cfg Config) *Driver {
 	d := New(cfg)
-	d.kvm = func(context.Context, string, string, func(context.Context, vmm.Spec) (vmm.VM, error)) (vmm.Verdict, error) {
-		return vmm.Verdict{Works: true, Why: "a test says so", Final: true}, nil
+	d.kvm = func(context.Context, string, string, func(context.Context, vmm.Spec) (vmm.VM, error)) (kvm.Verdict, error) {
+		return kvm.Verdict{Works: true, Why: "a test says so", Final: true}, nil
 	}
 	return d
 }
@@ -205,7 +207,7 @@ func TestContractOfTheRealOne(t *testing.T) {
 	}
 	kernel := filepath.Join(testenv.StateDir(t), "kernels", "default")
 	bothWays(t, func(t *testing.T, jailed bool) {
-		cfg := Config{Jailer: "none", Probe: vmm.Probe{
+		cfg := Config{Jailer: "none", Probe: kvm.Probe{
 			Kernel: filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"), UID: uid, GID: gid,
 		}}
 		if jailed {
@@ -219,8 +221,8 @@ func TestContractOfTheRealOne(t *testing.T) {
 		// One probe guest is enough for all of the contract.
 		known := func() vmm.Driver {
 			d := New(cfg)
-			d.kvm = func(context.Context, string, string, func(context.Context, vmm.Spec) (vmm.VM, error)) (vmm.Verdict, error) {
-				return vmm.Verdict{Works: true, Why: report.Why, Final: true}, nil
+			d.kvm = func(context.Context, string, string, func(context.Context, vmm.Spec) (vmm.VM, error)) (kvm.Verdict, error) {
+				return kvm.Verdict{Works: true, Why: report.Why, Final: true}, nil
 			}
 			return d
 		}
@@ -458,7 +460,7 @@ func TestStraysAreFound(t *testing.T) {
 		kept.Spec = s.Clone()
 		other := boot(t, kept)
 		root := filepath.Dir(s.Spec.RunDir)
-		gone, err := vmm.KillStrays(t.Context(), root, "wrenn-vmmtest-none", func(name string) bool { return name == filepath.Base(kept.Spec.RunDir) })
+		gone, err := launch.KillStrays(t.Context(), root, "wrenn-vmmtest-none", func(name string) bool { return name == filepath.Base(kept.Spec.RunDir) })
 		if err != nil || len(gone) != 1 || gone[0] != filepath.Base(s.Spec.RunDir) {
 			t.Errorf("killed %v, %v", gone, err)
 		}

@@ -5,6 +5,7 @@ import (
 	"strconv"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 // programs are the two that come with a release of Firecracker.
@@ -27,7 +28,7 @@ type place struct{ runDir string }
 // VMM and the agent see.
 func (p place) socketDir() string { return filepath.Join(p.runDir, "api") }
 func (p place) socket() string    { return filepath.Join(p.socketDir(), "sock") }
-func (p place) log() string       { return filepath.Join(p.runDir, vmm.LogName) }
+func (p place) log() string       { return filepath.Join(p.runDir, launch.LogName) }
 
 // jails is the directory that the VMM's root is made in. It stays empty: what is
 // mounted on it, nobody but the VMM sees.
@@ -41,10 +42,10 @@ func (p place) jails() string { return filepath.Join(p.runDir, "jail") }
 // which the launcher has to know to free them, and which work on hosts with both
 // versions of cgroups; so the jailer's own options for them are not used, nor
 // those by which it would leave our session or become another process.
-func program(bin programs, s vmm.Spec, from string) vmm.Program {
+func program(bin programs, s vmm.Spec, from string) launch.Program {
 	at := place{s.RunDir}
 	args := []string{"--api-sock", apiPath + "/sock", "--level", "Error"}
-	p := vmm.Program{
+	p := launch.Program{
 		NetNS:   s.NetNS,
 		RunDir:  s.RunDir,
 		Log:     at.log(),
@@ -68,14 +69,14 @@ func program(bin programs, s vmm.Spec, from string) vmm.Program {
 		p.Root, p.UID, p.GID = root, s.UID, s.GID
 	}
 
-	p.Mounts = []vmm.Mount{{Target: at.jails()}}
+	p.Mounts = []launch.Mount{{Target: at.jails()}}
 	add := func(source, name string, readOnly bool) {
-		p.Mounts = append(p.Mounts, vmm.Mount{
+		p.Mounts = append(p.Mounts, launch.Mount{
 			Source: source, Target: filepath.Join(root, name), ReadOnly: readOnly, UID: s.UID, GID: s.GID,
 		})
 	}
 	if bin.jailer == "" { // which does this itself
-		p.Mounts = append(p.Mounts, vmm.Mount{Source: bin.firecracker, Target: filepath.Join(root, "firecracker"), ReadOnly: true})
+		p.Mounts = append(p.Mounts, launch.Mount{Source: bin.firecracker, Target: filepath.Join(root, "firecracker"), ReadOnly: true})
 		for _, device := range bin.devices {
 			add(device, device, false)
 		}
@@ -83,9 +84,9 @@ func program(bin programs, s vmm.Spec, from string) vmm.Program {
 	// The socket's directory belongs to the VMM on disk, too: /run need not be a
 	// file system that can lend it.
 	p.Mounts = append(p.Mounts,
-		vmm.Mount{Source: at.socketDir(), Target: filepath.Join(root, apiPath)},
+		launch.Mount{Source: at.socketDir(), Target: filepath.Join(root, apiPath)},
 		// An empty one waits here for the directory of a snapshot.
-		vmm.Mount{Target: filepath.Join(root, snapshotPath)})
+		launch.Mount{Target: filepath.Join(root, snapshotPath)})
 	if from == "" {
 		add(s.Kernel, kernelPath, true)
 		if s.Initrd != "" {

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden files")
@@ -78,7 +79,7 @@ func TestProgram(t *testing.T) {
 	jailed := programs{firecracker: "/opt/firecracker-v1.12.1", jailer: "/opt/jailer", version: "1.12.1", devices: []string{"/dev/kvm", "/dev/net/tun"}}
 	plain := jailed
 	plain.jailer = ""
-	for name, p := range map[string]vmm.Program{
+	for name, p := range map[string]launch.Program{
 		"program-jailed":         program(jailed, full, ""),
 		"program-jailed-restore": program(jailed, full, "/t/ready/1"),
 		"program-plain":          program(plain, full, ""),

@@ -15,6 +15,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 // The files of a snapshot. The last one is written last and tells what the
@@ -138,7 +140,7 @@ func (v *vm) write(ctx context.Context, dir string) (err error) {
 	if now.State != statePaused {
 		return errdefs.WrongState.Errorf("vm is %s, not paused", strings.ToLower(now.State))
 	}
-	if err := v.process.Mount(vmm.Mount{Source: dir, Target: snapshotPath, UID: v.state.UID, GID: v.state.GID}); err != nil {
+	if err := v.process.Mount(launch.Mount{Source: dir, Target: snapshotPath, UID: v.state.UID, GID: v.state.GID}); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, v.process.Unmount(snapshotPath)) }()
@@ -240,7 +242,7 @@ func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error)
 	if err != nil {
 		return "", err
 	}
-	cpu, err := vmm.HostCPU()
+	cpu, err := kvm.HostCPU()
 	if err != nil {
 		return "", err
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 // The descriptors that QEMU inherits.
@@ -151,4 +152,4 @@ func value(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
 func qmpSocket(runDir string) string { return filepath.Join(runDir, "qmp.sock") }
 func jail(runDir string) string      { return filepath.Join(runDir, "empty") }
-func vmmLog(runDir string) string    { return filepath.Join(runDir, vmm.LogName) }
+func vmmLog(runDir string) string    { return filepath.Join(runDir, launch.LogName) }

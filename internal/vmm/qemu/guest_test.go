@@ -22,6 +22,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
@@ -419,7 +420,7 @@ func TestConsoleIsBounded(t *testing.T) {
 func TestProbe(t *testing.T) {
 	s := subject(t)
 	withGuest(t, &s, "")
-	p := vmm.Probe{Kernel: s.Spec.Kernel, Initrd: s.Spec.Initrd}
+	p := kvm.Probe{Kernel: s.Spec.Kernel, Initrd: s.Spec.Initrd}
 	took, err := p.Boot(t.Context(), func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 		return New(Config{}).launch(ctx, spec, vmm.Report{Version: "7.2.0", Accel: "tcg"}, nil)
 	})

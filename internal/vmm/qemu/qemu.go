@@ -13,6 +13,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 // Name is the driver's name in handles and settings.
@@ -30,7 +32,7 @@ type Config struct {
 	// name.
 	Binary string
 	// Probe tells whether KVM works. As long as it cannot, KVM is not used.
-	Probe vmm.Probe
+	Probe kvm.Probe
 }
 
 // Driver implements vmm.Driver.
@@ -104,7 +106,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		m.memory = from.memory()
 		files, want = append(files, from.state), statusPaused
 	}
-	process, err := vmm.Launch(vmm.Program{
+	process, err := launch.Start(launch.Program{
 		Args:    argv(m),
 		Files:   files,
 		NetNS:   spec.NetNS,
@@ -170,7 +172,7 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 	if err := json.Unmarshal(h.State, &v.state); err != nil {
 		return nil, errdefs.InvalidArgument.Errorf("attach: malformed handle: %w", err)
 	}
-	process, err := vmm.Adopt(ctx, v.state.Process)
+	process, err := launch.Adopt(ctx, v.state.Process)
 	if err != nil {
 		return nil, fmt.Errorf("attach: %w", err)
 	}
@@ -187,14 +189,14 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 
 // state is the driver's part of a handle.
 type state struct {
-	Process vmm.Ref `json:"process"`
-	QMP     string  `json:"qmp"`
-	Shape   shape   `json:"shape"`
+	Process launch.Ref `json:"process"`
+	QMP     string     `json:"qmp"`
+	Shape   shape      `json:"shape"`
 }
 
 // vm implements vmm.VM.
 type vm struct {
-	process *vmm.Process
+	process *launch.Process
 	version string
 	state   state
 }

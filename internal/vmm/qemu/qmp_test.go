@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 const greeting = `{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}`
@@ -61,7 +61,7 @@ func monitorOf(t *testing.T, hello string, answer func(command string) string) (
 // vmAt is a VM behind a monitor of the test's; its process only sleeps.
 func vmAt(t *testing.T, path string) *vm {
 	t.Helper()
-	process, err := vmm.Launch(vmm.Program{Args: []string{"/bin/sleep", "60"}})
+	process, err := launch.Start(launch.Program{Args: []string{"/bin/sleep", "60"}})
 	if err != nil {
 		t.Fatal(err)
 	}

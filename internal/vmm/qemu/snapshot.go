@@ -20,6 +20,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
 )
 
 // The files of a snapshot. The last one is written last and tells what the
@@ -472,7 +473,7 @@ func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error)
 	args := argv(machine{version: report.Version, accel: report.Accel, spec: spec})
 	args = append(args, Name, report.Version, report.Accel)
 	if report.Accel == "kvm" { // whose guests see the host's CPU
-		cpu, err := vmm.HostCPU()
+		cpu, err := kvm.HostCPU()
 		if err != nil {
 			return "", err
 		}

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 // intruder is the argument that makes this test's program one that tries what a
@@ -146,8 +146,8 @@ func TestIntruderIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	log := filepath.Join(t.TempDir(), vmm.LogName)
-	p, err := vmm.Launch(vmm.Program{Args: []string{self, intruder}, Log: log, Private: true, Syscalls: calls})
+	log := filepath.Join(t.TempDir(), launch.LogName)
+	p, err := launch.Start(launch.Program{Args: []string{self, intruder}, Log: log, Private: true, Syscalls: calls})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,5 @@
-package vmm
+// Package kvm finds out whether KVM runs guests on this host.
+package kvm
 
 import (
 	"bytes"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 const (
@@ -66,7 +68,7 @@ type Verdict struct {
 // KVM looks for obstacles, then lets start boot a probe guest, unless an
 // earlier one has shown what comes of that. The verdict is on the VMM of that
 // name and version.
-func (p Probe) KVM(ctx context.Context, name, version string, start func(context.Context, Spec) (VM, error)) (Verdict, error) {
+func (p Probe) KVM(ctx context.Context, name, version string, start func(context.Context, vmm.Spec) (vmm.VM, error)) (Verdict, error) {
 	if obstacle := kvmObstacle(openKVM()); obstacle != "" {
 		return Verdict{Why: obstacle, Final: true}, nil
 	}
@@ -118,7 +120,7 @@ func (r probeRecord) on() probeRecord {
 }
 
 // probed boots the probe guest under KVM, or remembers what it showed.
-func (p Probe) probed(ctx context.Context, name, version string, start func(context.Context, Spec) (VM, error)) (Verdict, error) {
+func (p Probe) probed(ctx context.Context, name, version string, start func(context.Context, vmm.Spec) (vmm.VM, error)) (Verdict, error) {
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
 		return Verdict{}, err
@@ -127,7 +129,7 @@ func (p Probe) probed(ctx context.Context, name, version string, start func(cont
 	if err != nil {
 		return Verdict{}, fmt.Errorf("look at the probe guest: %w", err)
 	}
-	now := probeRecord{HostKernel: unix.ByteSliceToString(uts.Release[:]), KVM: KVMKind(), VMM: name, Version: version, Guest: guest}
+	now := probeRecord{HostKernel: unix.ByteSliceToString(uts.Release[:]), KVM: Kind(), VMM: name, Version: version, Guest: guest}
 	var known probeRecord
 	if data, err := os.ReadFile(p.CacheFile); err == nil && json.Unmarshal(data, &known) == nil && known.on() == now {
 		age := time.Since(known.SlowAt)
@@ -150,7 +152,7 @@ func (p Probe) probed(ctx context.Context, name, version string, start func(cont
 		now.Works, now.Why = true, fmt.Sprintf("a probe guest came up under KVM in %s", took.Round(time.Millisecond))
 	}
 	if p.CacheFile != "" {
-		if err := SaveJSON(p.CacheFile, now); err != nil {
+		if err := vmm.SaveJSON(p.CacheFile, now); err != nil {
 			return Verdict{}, err
 		}
 	}
@@ -178,9 +180,9 @@ func digestOf(paths ...string) (string, error) {
 	return hex.EncodeToString(all.Sum(nil)), nil
 }
 
-// KVMKind names the modules that KVM consists of on this host, such as
+// Kind names the modules that KVM consists of on this host, such as
 // "kvm kvm_intel" or "kvm kvm_pvm". Memory that one kind wrote is not another's.
-func KVMKind() string {
+func Kind() string {
 	paths, _ := filepath.Glob("/sys/module/kvm*") // a pattern that is right has no error
 	var names []string
 	for _, path := range paths {
@@ -193,7 +195,7 @@ func KVMKind() string {
 var errSlow = fmt.Errorf("nothing after %s", probeTimeout)
 
 // Boot boots the probe guest and waits, within ctx, for its sign of life.
-func (p Probe) Boot(ctx context.Context, start func(context.Context, Spec) (VM, error)) (took time.Duration, err error) {
+func (p Probe) Boot(ctx context.Context, start func(context.Context, vmm.Spec) (vmm.VM, error)) (took time.Duration, err error) {
 	dir, err := os.MkdirTemp("", "wrenn-probe-")
 	if err != nil {
 		return 0, err
@@ -204,7 +206,7 @@ func (p Probe) Boot(ctx context.Context, start func(context.Context, Spec) (VM, 
 
 	began := time.Now()
 	console := filepath.Join(dir, "console.log")
-	v, err := start(ctx, Spec{
+	v, err := start(ctx, vmm.Spec{
 		ID: "probe", RunDir: dir, VCPUs: 1, MemMiB: probeMemMiB,
 		Kernel: p.Kernel, Initrd: p.Initrd, Cmdline: "quiet wrenn.probe=1",
 		Console: console, UID: p.UID, GID: p.GID,
@@ -216,7 +218,7 @@ func (p Probe) Boot(ctx context.Context, start func(context.Context, Spec) (VM, 
 	tick := time.NewTicker(probePoll)
 	defer tick.Stop()
 	for ended := false; ; {
-		text, err := Tail(console, 64<<10)
+		text, err := vmm.Tail(console, 64<<10)
 		if err != nil {
 			return 0, err
 		}
@@ -236,19 +238,6 @@ func (p Probe) Boot(ctx context.Context, start func(context.Context, Spec) (VM, 
 	}
 }
 
-// SaveJSON replaces a file at once, so that nobody ever reads half of it.
-func SaveJSON(path string, v any) error {
-	data, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return err
-	}
-	tmp := path + ".tmp"
-	if err := os.WriteFile(tmp, append(data, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
-}
-
 // HostCPU is what guests under KVM can see of this host's first CPU, and the kind
 // of KVM that shows it to them.
 func HostCPU() (string, error) {
@@ -256,7 +245,7 @@ func HostCPU() (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("look at the host's CPU: %w", err)
 	}
-	seen := []string{KVMKind()}
+	seen := []string{Kind()}
 	for line := range strings.Lines(string(info)) {
 		name, _, _ := strings.Cut(line, ":")
 		switch strings.TrimSpace(name) {
@@ -267,4 +256,9 @@ func HostCPU() (string, error) {
 		}
 	}
 	return strings.Join(seen, "\n"), nil
+}
+
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && filepath.IsAbs(path) && !info.IsDir()
 }

@@ -1,4 +1,6 @@
-package vmm
+// Package launch starts VMMs as confined processes, watches them until they
+// exit, and takes up those of an earlier agent.
+package launch
 
 import (
 	"cmp"
@@ -19,6 +21,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // LogName is the file in a run directory that holds what the VMM prints. With a
@@ -49,7 +52,7 @@ type Program struct {
 	// RunDir marks the program as ours for KillStrays; empty for no mark.
 	RunDir string
 	// Log receives what the program prints to standard error, and Console what
-	// it prints to standard output; both are kept below MaxConsoleBytes, whether
+	// it prints to standard output; both are kept below vmm.MaxConsoleBytes, whether
 	// an agent runs or not. Without Console all is the log's, without either it
 	// is thrown away.
 	Log, Console string
@@ -57,7 +60,7 @@ type Program struct {
 	// born, and removed with everything in it when the program has ended;
 	// empty for ours.
 	Cgroup string
-	Limits Limits
+	Limits vmm.Limits
 	// Private gives the program mount, process, IPC and UTS namespaces of its
 	// own. It is process 1 of its own, and ends with all that it starts; of the
 	// others it sees none, and signals that it does not handle it does not get,
@@ -121,17 +124,17 @@ type Process struct {
 
 	ended   chan struct{} // closed when the watcher has ended
 	done    chan struct{}
-	exit    Exit  // valid once done is closed
-	cleanup error // what could not be freed after the exit; likewise
+	exit    vmm.Exit // valid once done is closed
+	cleanup error    // what could not be freed after the exit; likewise
 }
 
 // maxFiles bounds the descriptors of a VMM.
 const maxFiles = 1024
 
-// Launch starts the program and returns when it runs. Its standard input is
+// Start starts the program and returns when it runs. Its standard input is
 // empty, it gains no privileges by whatever it executes, it dumps no core. It
 // is watched until it has exited. On error nothing is left but the log.
-func Launch(p Program) (_ *Process, err error) {
+func Start(p Program) (_ *Process, err error) {
 	var steps undo.Stack
 	defer func() {
 		if err != nil {
@@ -213,7 +216,7 @@ func Launch(p Program) (_ *Process, err error) {
 	}
 	// It is not reaped before it is watched, so the number is its own.
 	steps.Push("kill", func(context.Context) error {
-		return errors.Join(unix.Kill(pid, unix.SIGKILL), reap(pid, &Exit{}))
+		return errors.Join(unix.Kill(pid, unix.SIGKILL), reap(pid, &vmm.Exit{}))
 	})
 	if !sys.UseCgroupFD {
 		if err := group.enter(pid); err != nil {
@@ -457,7 +460,7 @@ func (p *Process) wait() {
 	if p.opener != nil {
 		p.opener.close()
 	}
-	p.exit = Exit{At: time.Now().UTC(), Code: -1}
+	p.exit = vmm.Exit{At: time.Now().UTC(), Code: -1}
 	if p.child {
 		reap(p.ref.PID, &p.exit)
 	}
@@ -473,12 +476,12 @@ func (p *Process) wait() {
 	}
 	p.trim()
 	if p.ref.Log != "" {
-		tail, _ := Tail(p.ref.Log, detailBytes)
+		tail, _ := vmm.Tail(p.ref.Log, detailBytes)
 		p.exit.Detail = strings.TrimSpace(string(tail))
 	}
 	var console []byte
 	if p.ref.Console != "" {
-		console, _ = Tail(p.ref.Console, lastConsole) // or the guest has said nothing
+		console, _ = vmm.Tail(p.ref.Console, lastConsole) // or the guest has said nothing
 	}
 	p.exit.Cause = causeOf(p.exit, oomKilled, console)
 }
@@ -516,7 +519,7 @@ func (p *Process) Release() {
 func (p *Process) trim() {
 	for _, to := range p.ref.prints() {
 		if to.pipe == "" && to.path != "" {
-			trim(to.path, MaxConsoleBytes) // it is tried again soon
+			trim(to.path, vmm.MaxConsoleBytes) // it is tried again soon
 		}
 	}
 }
@@ -528,20 +531,20 @@ func (p *Process) Ref() Ref { return p.ref }
 func (p *Process) Done() <-chan struct{} { return p.done }
 
 // Exit says how the process ended; valid once Done is closed.
-func (p *Process) Exit() Exit {
+func (p *Process) Exit() vmm.Exit {
 	select {
 	case <-p.done:
 		return p.exit
 	default:
-		return Exit{Code: -1}
+		return vmm.Exit{Code: -1}
 	}
 }
 
 // EndedBy reports how the process has ended, if that is why a call to it came
 // back with err.
-func (p *Process) EndedBy(err error) (Exit, bool) {
+func (p *Process) EndedBy(err error) (vmm.Exit, bool) {
 	if !errors.Is(err, errdefs.Unavailable) {
-		return Exit{}, false
+		return vmm.Exit{}, false
 	}
 	// The connection breaks a moment before the process is seen to be gone.
 	timer := time.NewTimer(50 * time.Millisecond)
@@ -550,7 +553,7 @@ func (p *Process) EndedBy(err error) (Exit, bool) {
 	case <-p.done:
 		return p.exit, true
 	case <-timer.C:
-		return Exit{}, false
+		return vmm.Exit{}, false
 	}
 }
 
@@ -655,7 +658,7 @@ func exited(pidfd int) bool {
 }
 
 // reap collects the status of our child, which has exited or is about to.
-func reap(pid int, exit *Exit) error {
+func reap(pid int, exit *vmm.Exit) error {
 	var status unix.WaitStatus
 	for {
 		_, err := unix.Wait4(pid, &status, 0, nil)

@@ -1,4 +1,4 @@
-package vmm
+package launch
 
 import (
 	"context"
@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 func TestKillStrays(t *testing.T) {
@@ -23,7 +24,7 @@ func TestKillStrays(t *testing.T) {
 		if os.Geteuid() == 0 && filepath.Dir(dir) == root {
 			program.Cgroup = parent + "/" + filepath.Base(dir)
 		}
-		p, err := Launch(program)
+		p, err := Start(program)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -33,7 +34,7 @@ func TestKillStrays(t *testing.T) {
 	if os.Geteuid() == 0 { // a cgroup whose process is gone, too
 		group, err := openCgroup(parent + "/sb-0")
 		if err == nil {
-			err = group.create(Limits{})
+			err = group.create(vmm.Limits{})
 		}
 		if err != nil {
 			t.Fatal(err)
@@ -65,7 +66,7 @@ func TestKillStrays(t *testing.T) {
 
 func TestNetNSOf(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "run")
-	p, err := Launch(Program{Args: []string{"/bin/sleep", "60"}, RunDir: filepath.Join(root, "sb-1")})
+	p, err := Start(Program{Args: []string{"/bin/sleep", "60"}, RunDir: filepath.Join(root, "sb-1")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,7 +95,7 @@ func TestNetNSOf(t *testing.T) {
 // proof that it has ended.
 func TestWithoutDescriptorsNothingIsProven(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "run")
-	p, err := Launch(Program{Args: []string{"/bin/sleep", "60"}, RunDir: filepath.Join(root, "sb-1")})
+	p, err := Start(Program{Args: []string{"/bin/sleep", "60"}, RunDir: filepath.Join(root, "sb-1")})
 	if err != nil {
 		t.Fatal(err)
 	}

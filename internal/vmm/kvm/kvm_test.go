@@ -1,4 +1,4 @@
-package vmm
+package kvm
 
 import (
 	"context"
@@ -12,6 +12,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 func TestKVMObstacle(t *testing.T) {
@@ -31,22 +34,22 @@ func TestKVMObstacle(t *testing.T) {
 }
 
 // probeVM is a VM that consists of its process.
-type probeVM struct{ *Process }
+type probeVM struct{ *launch.Process }
 
-func (probeVM) Handle() Handle               { return Handle{} }
+func (probeVM) Handle() vmm.Handle           { return vmm.Handle{} }
 func (probeVM) Pause(context.Context) error  { return nil }
 func (probeVM) Resume(context.Context) error { return nil }
 
 // guest is a VMM whose guest does what a script says; it counts the starts.
-func guest(t *testing.T, script string, starts *int) func(context.Context, Spec) (VM, error) {
-	return func(_ context.Context, spec Spec) (VM, error) {
+func guest(t *testing.T, script string, starts *int) func(context.Context, vmm.Spec) (vmm.VM, error) {
+	return func(_ context.Context, spec vmm.Spec) (vmm.VM, error) {
 		*starts++
 		if !strings.Contains(spec.Cmdline, "wrenn.probe=1") {
 			t.Errorf("command line %q", spec.Cmdline)
 		}
-		p := sh(script)
+		p := launch.Program{Args: []string{"/bin/sh", "-c", script}}
 		p.Console = spec.Console
-		process, err := Launch(p)
+		process, err := launch.Start(p)
 		return probeVM{process}, err
 	}
 }
@@ -82,7 +85,7 @@ func TestProbe(t *testing.T) {
 
 func TestProbeThatCannotStart(t *testing.T) {
 	p := Probe{CacheFile: filepath.Join(t.TempDir(), "kvm.json")}
-	v, err := p.probed(t.Context(), "qemu", "1.2.3", func(context.Context, Spec) (VM, error) { return nil, errors.New("no such luck") })
+	v, err := p.probed(t.Context(), "qemu", "1.2.3", func(context.Context, vmm.Spec) (vmm.VM, error) { return nil, errors.New("no such luck") })
 	if err != nil || v.Works || !strings.Contains(v.Why, "no such luck") {
 		t.Errorf("%+v, %v", v, err)
 	}
@@ -92,7 +95,7 @@ func TestProbeThatCannotStart(t *testing.T) {
 	// Who asked gave up: that says nothing about KVM.
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := p.probed(ctx, "qemu", "1.2.4", func(ctx context.Context, _ Spec) (VM, error) { return nil, ctx.Err() }); !errors.Is(err, context.Canceled) {
+	if _, err := p.probed(ctx, "qemu", "1.2.4", func(ctx context.Context, _ vmm.Spec) (vmm.VM, error) { return nil, ctx.Err() }); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 	if data, _ := os.ReadFile(p.CacheFile); strings.Contains(string(data), "1.2.4") {
@@ -104,7 +107,7 @@ func TestProbeThatCannotStart(t *testing.T) {
 // good: an hour later, or at once for a caller that asks, another one is booted.
 func TestSlowProbe(t *testing.T) {
 	p := Probe{CacheFile: filepath.Join(t.TempDir(), "kvm.json")}
-	slow := func(ctx context.Context, _ Spec) (VM, error) { return nil, errSlow }
+	slow := func(ctx context.Context, _ vmm.Spec) (vmm.VM, error) { return nil, errSlow }
 	v, err := p.probed(t.Context(), "qemu", "1.2.3", slow)
 	if err != nil || v.Works || !strings.Contains(v.Why, "nothing after 3s") {
 		t.Fatalf("%+v, %v", v, err)
@@ -127,7 +130,7 @@ func TestSlowProbe(t *testing.T) {
 		}
 		known.Works, known.SlowAt = false, time.Now().Add(-age)
 		if err == nil {
-			err = SaveJSON(p.CacheFile, known)
+			err = vmm.SaveJSON(p.CacheFile, known)
 		}
 		if err != nil {
 			t.Fatal(err)

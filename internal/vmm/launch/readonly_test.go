@@ -1,4 +1,4 @@
-package vmm
+package launch
 
 import (
 	"os"
@@ -88,7 +88,7 @@ func TestReadOnlyFile(t *testing.T) {
 		t.Error("a program that never opened its file for writing passes")
 	}
 	p.ReadOnly = filepath.Join(dir, "nothing")
-	if process, err := Launch(p); err == nil {
+	if process, err := Start(p); err == nil {
 		process.Kill(t.Context())
 		t.Error("launched with a file that is not there")
 	}

@@ -1,4 +1,4 @@
-package vmm
+package launch
 
 import (
 	"context"
@@ -15,17 +15,18 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 func TestSettings(t *testing.T) {
-	all := Limits{CPUMilli: 1500, MemMiB: 256, PIDs: 64}
+	all := vmm.Limits{CPUMilli: 1500, MemMiB: 256, PIDs: 64}
 	for _, c := range []struct {
-		limits  Limits
+		limits  vmm.Limits
 		version int
 		want    []setting
 	}{
-		{Limits{}, 1, nil},
-		{Limits{}, 2, nil},
+		{vmm.Limits{}, 1, nil},
+		{vmm.Limits{}, 2, nil},
 		{all, 2, []setting{{"cpu", "cpu.max", "150000 100000"}, {"memory", "memory.max", "268435456"}, {"pids", "pids.max", "64"}}},
 		{all, 1, []setting{
 			{"cpu", "cpu.cfs_period_us", "100000"}, {"cpu", "cpu.cfs_quota_us", "150000"},
@@ -84,7 +85,7 @@ func TestCgroup(t *testing.T) {
 	dirs := cgroupDirs(t)
 	p := sh("sleep 60 & sleep 60 & setsid sleep 60 & wait")
 	p.Cgroup = testCgroup
-	p.Limits = Limits{CPUMilli: 500, MemMiB: 64, PIDs: 10}
+	p.Limits = vmm.Limits{CPUMilli: 500, MemMiB: 64, PIDs: 10}
 	process := launch(t, p)
 	if got := exist(dirs); len(got) != len(dirs) {
 		t.Errorf("made %v of %v", got, dirs)
@@ -134,10 +135,10 @@ func TestCgroupOfAFailedLaunch(t *testing.T) {
 	testenv.Root(t)
 	testenv.NoLeaks(t, "wrenn-vmmtest")
 	cgroupDirs(t)
-	if _, err := Launch(Program{Args: []string{"/nonexistent"}, Cgroup: testCgroup}); err == nil {
+	if _, err := Start(Program{Args: []string{"/nonexistent"}, Cgroup: testCgroup}); err == nil {
 		t.Error("no error")
 	}
-	if _, err := Launch(Program{Args: []string{"/bin/true"}, Cgroup: "../etc"}); !errors.Is(err, errdefs.InvalidArgument) {
+	if _, err := Start(Program{Args: []string{"/bin/true"}, Cgroup: "../etc"}); !errors.Is(err, errdefs.InvalidArgument) {
 		t.Errorf("%v", err)
 	}
 }
@@ -175,7 +176,7 @@ func TestCgroupsBesideEachOther(t *testing.T) {
 			for range 10 {
 				p := sh("true")
 				p.Cgroup = "wrenn-vmmtest/" + itoa(i)
-				process, err := Launch(p)
+				process, err := Start(p)
 				if err != nil {
 					t.Error(err)
 					return

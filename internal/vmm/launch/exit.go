@@ -1,9 +1,11 @@
-package vmm
+package launch
 
 import (
 	"bytes"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // lastConsole is how much of a console's end is searched for the guest's last
@@ -15,16 +17,16 @@ const lastConsole = 16 << 10
 // may be followed by a restart, too.
 var words = []struct {
 	text  string
-	cause Cause
+	cause vmm.Cause
 }{
-	{"Kernel panic - not syncing", GuestPanicked},
-	{`msg="powering off"`, GuestPoweredOff},
-	{"reboot: Power down", GuestPoweredOff},
-	{"reboot: System halted", GuestPoweredOff},
-	{"sysrq: Power Off", GuestPoweredOff},
-	{"reboot: Restarting system", GuestRebooted},
-	{"reboot: machine restart", GuestRebooted},
-	{"sysrq: Resetting", GuestRebooted},
+	{"Kernel panic - not syncing", vmm.GuestPanicked},
+	{`msg="powering off"`, vmm.GuestPoweredOff},
+	{"reboot: Power down", vmm.GuestPoweredOff},
+	{"reboot: System halted", vmm.GuestPoweredOff},
+	{"sysrq: Power Off", vmm.GuestPoweredOff},
+	{"reboot: Restarting system", vmm.GuestRebooted},
+	{"reboot: machine restart", vmm.GuestRebooted},
+	{"sysrq: Resetting", vmm.GuestRebooted},
 }
 
 // vmmError marks an error in Firecracker's log. It is the only VMM that ends with
@@ -33,14 +35,14 @@ const vmmError = ":ERROR:"
 
 // causeOf says what ended a VMM: oomKilled is whether the kernel has killed
 // something in its cgroup for want of memory.
-func causeOf(e Exit, oomKilled bool, console []byte) Cause {
+func causeOf(e vmm.Exit, oomKilled bool, console []byte) vmm.Cause {
 	switch {
 	case oomKilled && (e.Signal == int(unix.SIGKILL) || e.Signal == 0 && e.Code < 0):
-		return OutOfMemory
+		return vmm.OutOfMemory
 	case e.Signal != 0:
-		return Killed
+		return vmm.Killed
 	case e.Code > 0:
-		return VMMFailed
+		return vmm.VMMFailed
 	}
 	for _, w := range words {
 		if bytes.Contains(console, []byte(w.text)) {
@@ -48,7 +50,7 @@ func causeOf(e Exit, oomKilled bool, console []byte) Cause {
 		}
 	}
 	if bytes.Contains([]byte(e.Detail), []byte(vmmError)) {
-		return VMMFailed
+		return vmm.VMMFailed
 	}
-	return Unknown
+	return vmm.Unknown
 }

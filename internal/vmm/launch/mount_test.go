@@ -1,4 +1,4 @@
-package vmm
+package launch
 
 import (
 	"context"
@@ -115,7 +115,7 @@ func TestMountOfRoots(t *testing.T) {
 func TestMountOfNothing(t *testing.T) {
 	p, root, files := room(t, "true")
 	p.Mounts = append(p.Mounts, Mount{Source: files + "/absent", Target: root + "/in"})
-	_, err := Launch(p)
+	_, err := Start(p)
 	if !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("launch: %v", err)
 	}
@@ -126,13 +126,13 @@ func TestMountOfNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.Mounts = append(p.Mounts, Mount{Source: files + "/in", Target: root + "/in", UID: testUID, GID: testGID})
-	if _, err := Launch(p); err == nil || !strings.Contains(err.Error(), "mount in: it is a link") {
+	if _, err := Start(p); err == nil || !strings.Contains(err.Error(), "mount in: it is a link") {
 		t.Errorf("launch: %v", err)
 	}
 	// /proc cannot be lent, which is explained without its path.
 	p, root, _ = room(t, "true")
 	p.Mounts = append(p.Mounts, Mount{Source: "/proc", Target: root + "/p", UID: testUID, GID: testGID})
-	if _, err := Launch(p); !errors.Is(err, errdefs.Unsupported) || !strings.Contains(err.Error(), "mount p: its file system cannot lend root's files") {
+	if _, err := Start(p); !errors.Is(err, errdefs.Unsupported) || !strings.Contains(err.Error(), "mount p: its file system cannot lend root's files") {
 		t.Errorf("launch: %v", err)
 	}
 }

@@ -1,4 +1,4 @@
-package vmm
+package launch
 
 import (
 	"context"
@@ -17,6 +17,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // sh is a program that a shell script stands for; in tests only.
@@ -24,7 +25,7 @@ func sh(script string) Program { return Program{Args: []string{"/bin/sh", "-c", 
 
 func launch(t *testing.T, p Program) *Process {
 	t.Helper()
-	process, err := Launch(p)
+	process, err := Start(p)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -36,7 +37,7 @@ func launch(t *testing.T, p Program) *Process {
 	return process
 }
 
-func wait(t *testing.T, p *Process) Exit {
+func wait(t *testing.T, p *Process) vmm.Exit {
 	t.Helper()
 	select {
 	case <-p.Done():
@@ -49,13 +50,13 @@ func wait(t *testing.T, p *Process) Exit {
 func TestExit(t *testing.T) {
 	for _, c := range []struct {
 		script string
-		want   Exit
+		want   vmm.Exit
 		text   string
 	}{
-		{"exit 0", Exit{Code: 0}, "exited with status 0"},
-		{"exit 7", Exit{Code: 7, Cause: VMMFailed}, "exited with status 7"},
-		{"kill -TERM $$", Exit{Code: -1, Signal: 15, Cause: Killed}, "killed by signal 15"},
-		{"echo out; echo err >&2; exit 1", Exit{Code: 1, Cause: VMMFailed, Detail: "out\nerr"}, "exited with status 1"},
+		{"exit 0", vmm.Exit{Code: 0}, "exited with status 0"},
+		{"exit 7", vmm.Exit{Code: 7, Cause: vmm.VMMFailed}, "exited with status 7"},
+		{"kill -TERM $$", vmm.Exit{Code: -1, Signal: 15, Cause: vmm.Killed}, "killed by signal 15"},
+		{"echo out; echo err >&2; exit 1", vmm.Exit{Code: 1, Cause: vmm.VMMFailed, Detail: "out\nerr"}, "exited with status 1"},
 	} {
 		p := sh(c.script)
 		p.Log = filepath.Join(t.TempDir(), "log")
@@ -68,7 +69,7 @@ func TestExit(t *testing.T) {
 			t.Errorf("%s: %+v (%s), want %+v (%s)", c.script, got, got, c.want, c.text)
 		}
 	}
-	if _, err := Launch(Program{Args: []string{"/nonexistent"}}); !errors.Is(err, os.ErrNotExist) {
+	if _, err := Start(Program{Args: []string{"/nonexistent"}}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("launch of nothing: %v", err)
 	}
 }
@@ -152,7 +153,7 @@ func TestNetNS(t *testing.T) {
 	}
 	p := sh("true")
 	p.NetNS = "/proc/self/status"
-	if _, err := Launch(p); err == nil {
+	if _, err := Start(p); err == nil {
 		t.Error("launch in a namespace that is none: no error")
 	}
 }
@@ -257,7 +258,7 @@ func TestAdopt(t *testing.T) {
 	prog := sh("echo hello; exec sleep 60")
 	prog.Log = log
 	p := launch(t, prog)
-	for text, _ := Tail(log, 100); len(text) == 0; text, _ = Tail(log, 100) {
+	for text, _ := vmm.Tail(log, 100); len(text) == 0; text, _ = vmm.Tail(log, 100) {
 		runtime.Gosched()
 	}
 	adopted, err := Adopt(t.Context(), p.Ref())

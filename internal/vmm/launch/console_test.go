@@ -1,4 +1,4 @@
-package vmm
+package launch
 
 import (
 	"bytes"
@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 func TestTrim(t *testing.T) {
@@ -54,7 +56,7 @@ func TestTail(t *testing.T) {
 		t.Fatal(err)
 	}
 	for n, want := range map[int64]string{0: "", 3: "789", 10: "0123456789", 99: "0123456789"} {
-		if got, err := Tail(path, n); err != nil || string(got) != want {
+		if got, err := vmm.Tail(path, n); err != nil || string(got) != want {
 			t.Errorf("Tail %d = %q, %v", n, got, err)
 		}
 	}
@@ -94,7 +96,7 @@ func TestOutputIsBounded(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if n = max(n, info.Size()); info.Size() > MaxConsoleBytes+outletBytes {
+			if n = max(n, info.Size()); info.Size() > vmm.MaxConsoleBytes+outletBytes {
 				t.Fatalf("%s has %d bytes", filepath.Base(path), info.Size())
 			}
 		}

@@ -1,4 +1,4 @@
-package vmm
+package launch
 
 import (
 	"bytes"
@@ -18,7 +18,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
-// runDirEnv is in the environment of every program that Launch starts with a
+// runDirEnv is in the environment of every program that Start starts with a
 // run directory, and so in that of its children. It shows whose a process is
 // when no record does.
 const runDirEnv = "WRENN_RUN_DIR"

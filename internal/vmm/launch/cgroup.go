@@ -1,4 +1,4 @@
-package vmm
+package launch
 
 import (
 	"context"
@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 const (
@@ -27,8 +27,6 @@ const (
 	// with its last child only if it has it.
 	cgroupMark = "wrenn"
 )
-
-var cgroupName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_.-]*(/[a-zA-Z0-9][a-zA-Z0-9_.-]*)*$`)
 
 // hierarchies are the cgroup trees of this host. A host has one v2 tree with
 // all controllers, or a v1 tree for each and perhaps a v2 tree without any.
@@ -73,8 +71,8 @@ type cgroup struct {
 }
 
 func openCgroup(name string) (cgroup, error) {
-	if len(name) > 200 || !cgroupName.MatchString(name) {
-		return cgroup{}, errdefs.InvalidArgument.Errorf("cgroup %.80q: want names of letters, digits and ._- between slashes", name)
+	if err := vmm.ValidateCgroup(name); err != nil {
+		return cgroup{}, err
 	}
 	return cgroup{name: name, h: findHierarchies(cgroupRoot)}, nil
 }
@@ -95,7 +93,7 @@ func (c cgroup) dirs() []string {
 type setting struct{ controller, file, value string }
 
 // settings renders limits for a hierarchy of the given version.
-func settings(l Limits, version int) []setting {
+func settings(l vmm.Limits, version int) []setting {
 	var out []setting
 	add := func(controller, file string, value int64) {
 		out = append(out, setting{controller, file, strconv.FormatInt(value, 10)})
@@ -123,7 +121,7 @@ func settings(l Limits, version int) []setting {
 }
 
 // create makes the group with its limits. On error nothing is left.
-func (c cgroup) create(l Limits) (err error) {
+func (c cgroup) create(l vmm.Limits) (err error) {
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("make cgroup: %w", err), c.remove(context.Background()))

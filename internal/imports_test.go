@@ -24,6 +24,7 @@ var rooms = map[string][]string{
 	"api/...": {"api/..."},
 
 	"internal/errdefs":         {},
+	"internal/errdefs/errhttp": {"internal/errdefs"},
 	"internal/undo":            {},
 	"internal/vmm":             {"internal/errdefs"},
 	"internal/vmm/launch":      {"internal/vmm", "internal/errdefs", "internal/undo"},
@@ -38,8 +39,8 @@ var rooms = map[string][]string{
 	"internal/envd":            {"api/..."},
 	"internal/sandbox":         {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/errdefs", "internal/undo"},
 	"internal/host":            {"internal/vmm", "internal/network", "internal/template", "internal/errdefs"},
-	"internal/server":          {"internal/sandbox", "api/...", "internal/errdefs"},
-	"internal/gateway":         {"internal/sandbox", "internal/errdefs"},
+	"internal/server":          {"internal/sandbox", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/gateway":         {"internal/sandbox", "internal/errdefs", "internal/errdefs/errhttp"},
 	"internal/testenv":         {},
 	"internal/testenv/liar":    {"api/..."},
 }

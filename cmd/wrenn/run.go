@@ -21,6 +21,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 )
 
@@ -166,7 +167,7 @@ func (r refusals) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil || !strings.HasPrefix(resp.Header.Get("Content-Type"), "application/json") {
 		return resp, err
 	}
-	code, ok := refusalCodes[resp.StatusCode]
+	row, ok := errhttp.OfStatus(resp.StatusCode)
 	if !ok {
 		return resp, nil
 	}
@@ -180,23 +181,14 @@ func (r refusals) RoundTrip(req *http.Request) (*http.Response, error) {
 		err = json.Unmarshal(data, &refusal)
 	}
 	if err != nil || refusal.Message == "" {
-		return nil, connect.NewError(code, fmt.Errorf("the host answered %s", errdefs.Foreign(resp.Status)))
+		return nil, connect.NewError(row.Code, fmt.Errorf("the host answered %s", errdefs.Foreign(resp.Status)))
 	}
 	if bytes.HasPrefix(refusal.Code, []byte(`"`)) {
 		// A code with a name is the guest's own error in Connect's form.
 		resp.Body = io.NopCloser(bytes.NewReader(data))
 		return resp, nil
 	}
-	return nil, connect.NewError(code, errors.New(errdefs.Foreign(refusal.Message)))
-}
-
-var refusalCodes = map[int]connect.Code{
-	http.StatusBadRequest:         connect.CodeInvalidArgument,
-	http.StatusUnauthorized:       connect.CodeUnauthenticated,
-	http.StatusNotFound:           connect.CodeNotFound,
-	http.StatusConflict:           connect.CodeFailedPrecondition,
-	http.StatusBadGateway:         connect.CodeUnavailable,
-	http.StatusServiceUnavailable: connect.CodeUnavailable,
+	return nil, connect.NewError(row.Code, errors.New(errdefs.Foreign(refusal.Message)))
 }
 
 func newExec(c *client) *cobra.Command {

@@ -16,6 +16,8 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
 )
 
 const (
@@ -24,10 +26,10 @@ const (
 	// startGraces is how many times termGrace a guest gets to start a command
 	// after an interrupt, so that it can be ended.
 	startGraces = 5
-	// Statuses as shells give them.
-	notFoundStatus      = 127
-	notExecutableStatus = 126
 )
+
+// notFoundStatus is the exit status for a command that the sandbox does not have.
+var notFoundStatus = errhttp.OfClass(errdefs.NotFound).NotStarted
 
 // termGrace is what a command gets between SIGTERM and SIGKILL. Tests shorten it.
 var termGrace = 2 * time.Second
@@ -128,11 +130,8 @@ func (c *client) run(ctx context.Context, id string, s *session) (int, error) {
 		return 0, err
 	}
 	// The guest's own word on why it did not start.
-	switch connect.CodeOf(err) {
-	case connect.CodeNotFound:
-		return 0, &statusError{notFoundStatus, err}
-	case connect.CodePermissionDenied:
-		return 0, &statusError{notExecutableStatus, err}
+	if status := errhttp.OfCode(connect.CodeOf(err)).NotStarted; status != 1 {
+		return 0, &statusError{status, err}
 	}
 	return 0, err
 }

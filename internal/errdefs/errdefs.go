@@ -18,7 +18,7 @@ type Class struct{ name string }
 
 func (c *Class) Error() string { return c.name }
 
-// The classes. One table in internal/server maps them to Connect codes.
+// The classes. The table in errhttp says what each is to a caller.
 var (
 	// InvalidArgument: the request is wrong whatever the state.
 	InvalidArgument = &Class{"invalid argument"}

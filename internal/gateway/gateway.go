@@ -25,6 +25,7 @@ import (
 	"connectrpc.com/connect"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
@@ -223,15 +224,13 @@ func (g *Gateway) serveControl(w http.ResponseWriter, r *http.Request) {
 	if err == nil {
 		err = g.door.checkType(r)
 	}
-	code := connect.CodePermissionDenied
 	all := load{kind: toAgent}
 	if err == nil && !g.enter(all) {
-		code = connect.CodeResourceExhausted
-		err = fmt.Errorf("%d requests to this host agent are under way, which is the most", maxControl)
+		err = errdefs.Exhausted.Errorf("%d requests to this host agent are under way, which is the most", maxControl)
 	}
 	if err != nil {
 		w.Header().Set("X-Content-Type-Options", "nosniff")
-		_ = g.errors.Write(w, r, connect.NewError(code, err))
+		_ = g.errors.Write(w, r, connect.NewError(errhttp.OfClass(errdefs.ClassOf(err)).Code, err))
 		return
 	}
 	defer g.leave(all)
@@ -377,15 +376,14 @@ func (g *Gateway) leave(l load) {
 	}
 }
 
-// status is the HTTP status of an error of the manager.
+// status is the HTTP status for a sandbox that cannot be asked: that of the error
+// where its caller can act on it, otherwise that of a host that cannot serve now.
 func status(err error) int {
-	switch {
-	case errors.Is(err, errdefs.NotFound):
-		return http.StatusNotFound
-	case errors.Is(err, errdefs.WrongState):
-		return http.StatusConflict
+	switch class := errdefs.ClassOf(err); class {
+	case errdefs.NotFound, errdefs.WrongState:
+		return errhttp.OfClass(class).Status
 	default:
-		return http.StatusServiceUnavailable
+		return errhttp.OfClass(errdefs.Unavailable).Status
 	}
 }
 

@@ -27,6 +27,7 @@ import (
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
@@ -444,8 +445,8 @@ func (b *sandbox) token() string {
 // its envd.
 func (b *sandbox) address(h http.Header) {
 	b.t.Helper()
-	h.Set("E2b-Sandbox-Id", b.id)
-	h.Set("X-Access-Token", b.token())
+	h.Set(guestapi.HeaderSandboxID, b.id)
+	h.Set(guestapi.HeaderToken, b.token())
 }
 
 func (b *sandbox) info() *hostagentv1.SandboxInfo {

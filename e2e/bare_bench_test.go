@@ -20,13 +20,14 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 )
 
 // direct is a client of the sandbox's envd without the agent between.
 func (b *sandbox) direct() *guest.Client {
 	b.t.Helper()
-	return guest.New(netip.AddrPortFrom(b.addrs().HostIP, guest.Port), b.record().Token)
+	return guest.New(netip.AddrPortFrom(b.addrs().HostIP, guestapi.Port), b.record().Token)
 }
 
 // bareHost runs VMs as a shell script would: the arguments are those of the
@@ -302,7 +303,7 @@ func (h *bareHost) start(p *place, argv []string, state *os.File) (*bareVM, erro
 	if err != nil {
 		return nil, err
 	}
-	v := &bareVM{guest: guest.New(netip.AddrPortFrom(p.addrs.HostIP, guest.Port), h.token)}
+	v := &bareVM{guest: guest.New(netip.AddrPortFrom(p.addrs.HostIP, guestapi.Port), h.token)}
 	own := strings.NewReplacer(placeDir, p.dir, savedMemory, filepath.Join(h.saved, "mem"))
 	args := []string{"--net=" + p.addrs.NetNSPath}
 	for _, arg := range argv {

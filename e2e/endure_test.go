@@ -16,6 +16,7 @@ import (
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 // residentKiB is the resident memory in a process's status.
@@ -61,7 +62,7 @@ func (b *sandbox) start(ctx context.Context, script string) *connect.ServerStrea
 	b.t.Helper()
 	req := connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "sh", Args: []string{"-c", script}}, Stdin: new(bool)})
 	b.address(req.Header())
-	req.Header().Set("Wrenn-Process-Lifetime", "stream")
+	req.Header().Set(guestapi.HeaderLifetime, guestapi.LifetimeStream)
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	stream, err := processconnect.NewProcessClient(client, b.a.url).Start(ctx, req)
 	if err != nil {

@@ -22,7 +22,7 @@ import (
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
-	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 // viaHeaders and viaHost are the two ways to name a sandbox and a port.
@@ -32,11 +32,11 @@ func viaHeaders(t testing.TB, b *sandbox, port int, method, path string) *http.R
 	if err != nil {
 		t.Fatal(err)
 	}
-	req.Header.Set("E2b-Sandbox-Id", b.id)
+	req.Header.Set(guestapi.HeaderSandboxID, b.id)
 	if port != 0 {
-		req.Header.Set("E2b-Sandbox-Port", fmt.Sprint(port))
+		req.Header.Set(guestapi.HeaderSandboxPort, fmt.Sprint(port))
 	}
-	if port == 0 || port == guest.Port {
+	if port == 0 || port == guestapi.Port {
 		b.address(req.Header)
 	}
 	return req
@@ -49,7 +49,7 @@ func viaHost(t testing.TB, b *sandbox, port int, method, path string) *http.Requ
 		t.Fatal(err)
 	}
 	req.Host = fmt.Sprintf("%d-%s.sandboxes.example", port, b.id)
-	if port == guest.Port {
+	if port == guestapi.Port {
 		b.address(req.Header)
 	}
 	return req
@@ -130,17 +130,17 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 				"/init", "/freeze", "/unfreeze", "/fsfreeze", "/fsthaw", "/collapse", "/upgrade",
 				"//init", "/./init", "/x/../init", "/%69nit", "/%2finit", "/%2e/init", "/init/", "/init//", "/init?x=y", "/../init",
 			} {
-				wantRefusal(t, via(t, b, 49983, "POST", path), 404, "reserved")
+				wantRefusal(t, via(t, b, guestapi.Port, "POST", path), 404, "reserved")
 			}
-			if status, body, _ := answer(t, via(t, b, 49983, "GET", "/health")); status != 204 {
+			if status, body, _ := answer(t, via(t, b, guestapi.Port, "GET", "/health")); status != 204 {
 				t.Errorf("envd's health: HTTP %d %s", status, body)
 			}
 			if err := b.pause(); err != nil {
 				t.Fatal(err)
 			}
 			wantRefusal(t, via(t, b, port, "GET", "/"), 409, "paused")
-			wantRefusal(t, via(t, b, 49983, "GET", "/envs"), 409, "paused")
-			wantRefusal(t, via(t, b, 49983, "GET", "/health"), 502, "paused")
+			wantRefusal(t, via(t, b, guestapi.Port, "GET", "/envs"), 409, "paused")
+			wantRefusal(t, via(t, b, guestapi.Port, "GET", "/health"), 502, "paused")
 			if err := b.resume(); err != nil {
 				t.Fatal(err)
 			}
@@ -156,15 +156,15 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 	}
 	for _, bad := range []string{"0", "-1", "65536", "http", "99999999999999999999"} {
 		req := viaHeaders(t, b, 0, "GET", "/")
-		req.Header.Set("E2b-Sandbox-Port", bad)
+		req.Header.Set(guestapi.HeaderSandboxPort, bad)
 		wantRefusal(t, req, 400, "port")
 	}
 	wantRefusal(t, viaHeaders(t, &sandbox{t, b.a, "../../etc/passwd"}, 80, "GET", "/"), 404)
 	// The caller's token is what counts, and nobody adds one.
 	for token, want := range map[string]int{b.token(): 200, "wrong": 401, "": 401} {
-		for name, req := range map[string]*http.Request{"headers": viaHeaders(t, b, 49983, "GET", "/envs"), "host": viaHost(t, b, 49983, "GET", "/envs")} {
-			if req.Header.Set("X-Access-Token", token); token == "" {
-				req.Header.Del("X-Access-Token")
+		for name, req := range map[string]*http.Request{"headers": viaHeaders(t, b, guestapi.Port, "GET", "/envs"), "host": viaHost(t, b, guestapi.Port, "GET", "/envs")} {
+			if req.Header.Set(guestapi.HeaderToken, token); token == "" {
+				req.Header.Del(guestapi.HeaderToken)
 			}
 			if status, body, _ := answer(t, req); status != want {
 				t.Errorf("%s, the token %q: HTTP %d %s, want %d", name, token, status, body, want)
@@ -436,7 +436,7 @@ func TestWebPagesStayOutside(t *testing.T) {
 		return req
 	}
 	const create, page = "/hostagent.v1.HostAgentService/CreateSandbox", "http://page.example"
-	envd := fmt.Sprintf("%d-%s.localhost", guest.Port, b.id)
+	envd := fmt.Sprintf("%d-%s.localhost", guestapi.Port, b.id)
 	form := "--x\r\nContent-Disposition: form-data; name=\"file\"; filename=\"f\"\r\n\r\nx\r\n--x--\r\n"
 	multipart := "multipart/form-data; boundary=x"
 	for name, c := range map[string]struct {
@@ -450,12 +450,12 @@ func TestWebPagesStayOutside(t *testing.T) {
 		"a form":               {request("POST", "", create, "{}", "Content-Type", "text/plain"), 403},
 		"an image":             {request("GET", "", "/metrics", "", "Sec-Fetch-Site", "cross-site"), 403},
 		"an unknown field":     {request("POST", "", create, `{"colour":"blue"}`, "Content-Type", "application/json"), 400},
-		"by header, rebinding": {request("GET", "evil.example", "/health", "", "E2b-Sandbox-Id", b.id), 403},
-		"another by header":    {request("GET", "8000-sb-0123456789abcdef.localhost", "/health", "", "E2b-Sandbox-Id", b.id), 400},
+		"by header, rebinding": {request("GET", "evil.example", "/health", "", guestapi.HeaderSandboxID, b.id), 403},
+		"another by header":    {request("GET", "8000-sb-0123456789abcdef.localhost", "/health", "", guestapi.HeaderSandboxID, b.id), 400},
 		"files without token":  {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page), 401},
 		"processes without":    {request("POST", envd, "/process.Process/List", "{}", "Content-Type", "application/json", "Origin", page), 401},
 		"health without":       {request("GET", envd, "/health", "", "Origin", page), 204},
-		"files with token":     {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page, "X-Access-Token", b.token()), 200},
+		"files with token":     {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page, guestapi.HeaderToken, b.token()), 200},
 		"a question of a browser's": {request("OPTIONS", envd, "/process.Process/Start", "", "Origin", page,
 			"Access-Control-Request-Method", "POST", "Access-Control-Request-Headers", "x-access-token,content-type"), 204},
 	} {
@@ -463,7 +463,7 @@ func TestWebPagesStayOutside(t *testing.T) {
 		if status != c.want {
 			t.Errorf("%s: HTTP %d %s, want %d", name, status, body, c.want)
 		}
-		if open := header.Get("Access-Control-Allow-Origin"); open != "" && !strings.HasPrefix(c.req.Host, fmt.Sprint(guest.Port)) {
+		if open := header.Get("Access-Control-Allow-Origin"); open != "" && !strings.HasPrefix(c.req.Host, fmt.Sprint(guestapi.Port)) {
 			t.Errorf("%s: pages of %s may read it", name, open)
 		}
 	}

@@ -22,6 +22,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 const (
@@ -49,7 +50,7 @@ func (b *sandbox) ways() (agent, direct *way) {
 		b.address(w.header)
 		return w
 	}
-	return newWay(b.a.url), newWay(fmt.Sprintf("http://%s:%d", b.record().HostIP, guest.Port))
+	return newWay(b.a.url), newWay(fmt.Sprintf("http://%s:%d", b.record().HostIP, guestapi.Port))
 }
 
 // run runs true to its end.

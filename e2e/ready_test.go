@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 // record reads what the agent keeps of a sandbox.
@@ -50,13 +52,13 @@ func (b *sandbox) clockError() (off, known time.Duration) {
 	for range 20 {
 		body := fmt.Sprintf(`{"accessToken":%q,"timestamp":"2020-01-01T00:00:00Z"}`, rec.Token) // old news, which change nothing
 		sent := time.Now()
-		resp, err := client.Post("http://"+rec.HostIP+":49983/init", "application/json", strings.NewReader(body))
+		resp, err := client.Post(fmt.Sprintf("http://%s:%d%s", rec.HostIP, guestapi.Port, guestapi.PathInit), "application/json", strings.NewReader(body))
 		if err != nil {
 			b.t.Fatal(err)
 		}
 		trip := time.Since(sent)
 		resp.Body.Close()
-		ns, err := strconv.ParseInt(resp.Header.Get("Wrenn-Guest-Clock"), 10, 64)
+		ns, err := strconv.ParseInt(resp.Header.Get(guestapi.HeaderClock), 10, 64)
 		if err != nil {
 			b.t.Fatal(err)
 		}
@@ -133,8 +135,8 @@ func wantDifferent(t *testing.T, boxes []*sandbox) {
 			t.Errorf("clock is off by %s (± %s), want less than 50 ms", off, known)
 		}
 		// The other's token opens nothing.
-		req, _ := http.NewRequest(http.MethodGet, "http://"+b.record().HostIP+":49983/envs", nil)
-		req.Header.Set("X-Access-Token", boxes[1-i].record().Token)
+		req, _ := http.NewRequest(http.MethodGet, fmt.Sprintf("http://%s:%d%s", b.record().HostIP, guestapi.Port, guestapi.PathEnvs), nil)
+		req.Header.Set(guestapi.HeaderToken, boxes[1-i].record().Token)
 		resp, err := http.DefaultClient.Do(req)
 		if err != nil {
 			t.Fatal(err)

@@ -19,36 +19,38 @@ const module = "git.omukk.dev/wrenn/sandbox/"
 // of a room covers the packages below it. "*" is everything.
 var rooms = map[string][]string{
 	"cmd/wrenn": {"*"},
-	"cmd/envd":  {"internal/envd"},
+	"cmd/envd":  {"internal/envd", "internal/guestapi"},
 
 	"api/...": {"api/..."},
 
 	"internal/errdefs":         {},
 	"internal/errdefs/errhttp": {"internal/errdefs"},
 	"internal/undo":            {},
-	"internal/vmm":             {"internal/errdefs"},
+	"internal/guestapi":        {},
+	"internal/vmm":             {"internal/guestapi", "internal/errdefs"},
 	"internal/vmm/launch":      {"internal/vmm", "internal/errdefs", "internal/undo"},
-	"internal/vmm/kvm":         {"internal/vmm", "internal/undo"},
+	"internal/vmm/kvm":         {"internal/vmm", "internal/guestapi", "internal/undo"},
 	"internal/vmm/qemu":        {"internal/vmm", "internal/vmm/launch", "internal/vmm/kvm", "internal/errdefs", "internal/undo"},
 	"internal/vmm/firecracker": {"internal/vmm", "internal/vmm/launch", "internal/vmm/kvm", "internal/errdefs", "internal/undo"},
 	"internal/vmm/vmmtest":     {"internal/vmm", "internal/errdefs"},
 	"internal/egress":          {"internal/errdefs"},
 	"internal/network":         {"internal/egress", "internal/errdefs", "internal/undo"},
 	"internal/template":        {"internal/vmm", "internal/errdefs", "internal/undo"},
-	"internal/guest":           {"api/...", "internal/errdefs"},
-	"internal/envd":            {"api/..."},
-	"internal/sandbox":         {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/errdefs", "internal/undo"},
+	"internal/guest":           {"api/...", "internal/guestapi", "internal/errdefs"},
+	"internal/envd":            {"api/...", "internal/guestapi"},
+	"internal/sandbox":         {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/undo"},
 	"internal/host":            {"internal/vmm", "internal/network", "internal/template", "internal/errdefs"},
 	"internal/server":          {"internal/sandbox", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
-	"internal/gateway":         {"internal/sandbox", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/gateway":         {"internal/sandbox", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp"},
 	"internal/testenv":         {},
 	"internal/testenv/liar":    {"api/..."},
 }
 
 // foreign are packages that a room must not import, though they are not ours.
 var foreign = map[string][]string{
-	"internal/sandbox": {"net/http", "connectrpc.com/connect"},
-	"internal/network": {"os/exec"},
+	"internal/sandbox":  {"net/http", "connectrpc.com/connect"},
+	"internal/network":  {"os/exec"},
+	"internal/guestapi": {"net/http", "encoding/json"},
 }
 
 type pkg struct {

@@ -15,6 +15,7 @@ import (
 	"syscall"
 
 	"git.omukk.dev/wrenn/sandbox/internal/envd"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 func main() {
@@ -33,7 +34,7 @@ func guest() {
 	params, err := envd.Boot(log)
 	switch {
 	case errors.Is(err, envd.ErrProbe):
-		fmt.Println(envd.ProbeSign)
+		fmt.Println(guestapi.ProbeSign)
 	case err != nil:
 		log.Error("boot", "err", err)
 	default:
@@ -41,7 +42,7 @@ func guest() {
 		go server.ReapOrphans(context.Background())
 		log.Info("booted", "hostname", params.Hostname, "uptime", envd.Uptime())
 		failed := make(chan error, 1)
-		go func() { failed <- serve(context.Background(), server, fmt.Sprintf(":%d", envd.Port)) }()
+		go func() { failed <- serve(context.Background(), server, fmt.Sprintf(":%d", guestapi.Port)) }()
 		select {
 		case err := <-failed:
 			log.Error("end", "err", err)
@@ -54,7 +55,7 @@ func guest() {
 
 // host serves on the machine as it is.
 func host() error {
-	listen := flag.String("listen", "127.0.0.1:49983", "address to serve on")
+	listen := flag.String("listen", fmt.Sprintf("127.0.0.1:%d", guestapi.Port), "address to serve on")
 	cgroup := flag.String("cgroup", "", "directory in the cgroup2 hierarchy for the processes' cgroups")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)

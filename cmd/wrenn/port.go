@@ -20,7 +20,7 @@ import (
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 func newPort(c *client) *cobra.Command {
@@ -54,7 +54,7 @@ alone and not forwarded.`,
 			if p := base.Port(); p != "" {
 				name += ":" + p
 			}
-			if listen != "" && port == guest.Port {
+			if listen != "" && port == guestapi.Port {
 				return fmt.Errorf("port %d is the sandbox's daemon, which is not forwarded; it is served as HTTP at %s://%s/", port, base.Scheme, name)
 			}
 			if err := c.mustRun(cmd.Context(), id); err != nil {

@@ -12,6 +12,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/host"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
@@ -26,7 +27,7 @@ func (c *hostConfig) managerConfig(plan network.Plan, uids int, chosen host.Choi
 		Driver: chosen.Driver, Others: chosen.Others,
 		Network: network.New(plan, network.Options{BaseUID: uids, RangesFile: c.rangesFile(), Log: log}), Templates: templates, KillStrays: launch.KillStrays, NetNSOf: launch.NetNSOf,
 		Guests: func(addr netip.Addr, token string) sandbox.Guest {
-			return guest.New(netip.AddrPortFrom(addr, guest.Port), token)
+			return guest.New(netip.AddrPortFrom(addr, guestapi.Port), token)
 		},
 		OverlayMiB: template.DefaultOverlayMiB, DNS: network.Resolvers(),
 		BaseUID: uids, BootTimeout: 2 * time.Minute, KeepStopped: time.Hour, Log: log,

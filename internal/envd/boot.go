@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 const (
@@ -31,17 +33,14 @@ const (
 )
 
 // ErrProbe is returned by Boot when the command line asks for a sign of life
-// only. The caller prints ProbeSign and powers off.
+// only. The caller prints guestapi.ProbeSign and powers off.
 var ErrProbe = errors.New("probe guest")
-
-// ProbeSign is the line by which the host knows that a probe guest came up.
-const ProbeSign = "wrenn-probe-ok"
 
 // Boot turns a bare kernel, with envd as the /init of its initrd, into a
 // guest: modules, root filesystem, mounts, network, names. It must be called
 // by PID 1, once, before anything else. An error means that the guest is of no
 // use; what it can do without is logged and passed over.
-func Boot(log *slog.Logger) (BootParams, error) {
+func Boot(log *slog.Logger) (guestapi.Boot, error) {
 	b := &booter{log: log, grouped: make(chan struct{})}
 	unix.Umask(0o022)
 	for _, m := range []mount{
@@ -50,16 +49,16 @@ func Boot(log *slog.Logger) (BootParams, error) {
 		{"devtmpfs", "/dev", "devtmpfs", unix.MS_NOSUID, "mode=0755"},
 	} {
 		if err := m.do(); err != nil {
-			return BootParams{}, err
+			return guestapi.Boot{}, err
 		}
 	}
 	cmdline, err := os.ReadFile("/proc/cmdline")
 	if err != nil {
-		return BootParams{}, fmt.Errorf("read the command line: %w", err)
+		return guestapi.Boot{}, fmt.Errorf("read the command line: %w", err)
 	}
-	p, err := ParseCmdline(string(cmdline))
+	p, disks, err := guestapi.ParseCmdline(string(cmdline))
 	if err != nil {
-		return BootParams{}, err
+		return guestapi.Boot{}, err
 	}
 	if p.Probe {
 		return p, ErrProbe
@@ -74,7 +73,7 @@ func Boot(log *slog.Logger) (BootParams, error) {
 	// come; the loopback keeps its own. A kernel without IPv6 is as good.
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0o644)
 	if err := loadModules("/modules"); err != nil {
-		return BootParams{}, err
+		return guestapi.Boot{}, err
 	}
 
 	// The address is announced when the link comes up: a host that waits for
@@ -85,9 +84,9 @@ func Boot(log *slog.Logger) (BootParams, error) {
 	// too: a guest that nobody reaches is of no use.
 	netErr := make(chan error, 1)
 	go func() { netErr <- b.network(p) }()
-	rootErr := b.root(p)
+	rootErr := b.root(disks)
 	if err := errors.Join(rootErr, <-netErr); err != nil {
-		return BootParams{}, err
+		return guestapi.Boot{}, err
 	}
 	b.names(p)
 	b.limits()
@@ -107,7 +106,7 @@ func (b *booter) optional(step string, err error) {
 	}
 }
 
-func (b *booter) network(p BootParams) error {
+func (b *booter) network(p guestapi.Boot) error {
 	b.optional("loopback", upLoopback())
 	if !p.Addr.IsValid() {
 		return nil
@@ -116,11 +115,11 @@ func (b *booter) network(p BootParams) error {
 }
 
 // root lays the overlay over the base and makes the result the root.
-func (b *booter) root(p BootParams) error {
+func (b *booter) root(d guestapi.Disks) error {
 	const base, over, root = "/base", "/overlay", "/newroot"
 	disks := []mount{
-		{"/dev/" + p.Base, base, "ext4", unix.MS_RDONLY | unix.MS_NOATIME, ""},
-		{"/dev/" + p.Overlay, over, "ext4", unix.MS_NOATIME, ""},
+		{"/dev/" + d.Base, base, "ext4", unix.MS_RDONLY | unix.MS_NOATIME, ""},
+		{"/dev/" + d.Overlay, over, "ext4", unix.MS_NOATIME, ""},
 	}
 	errs := make([]error, len(disks))
 	var wg sync.WaitGroup
@@ -217,7 +216,7 @@ func (b *booter) mounts() {
 }
 
 // names writes what the system is called and whom it asks for names.
-func (b *booter) names(p BootParams) {
+func (b *booter) names(p guestapi.Boot) {
 	b.optional("set the host name", setHostname(p.Hostname, p.Addr.Addr()))
 	if len(p.DNS) == 0 {
 		return

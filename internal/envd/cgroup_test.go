@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
@@ -56,7 +57,7 @@ func TestCgroupCatchesWhoeverLeftTheSession(t *testing.T) {
 	dir := cgroupDir(t)
 	s, url := serve(t, Config{CgroupRoot: dir})
 	msg := bySh(`trap '' TERM; cat /proc/self/cgroup; setsid sh -c 'trap "" TERM; echo away $$; exec sleep 100' & wait`)
-	e, _ := start(t, processClient(url), msg, "Connect-Timeout-Ms", "500", lifetimeHeader, lifetimeStream)
+	e, _ := start(t, processClient(url), msg, "Connect-Timeout-Ms", "500", guestapi.HeaderLifetime, guestapi.LifetimeStream)
 	got := readUntil(t, e, "away ")
 	if !strings.Contains(got, "0::"+strings.TrimPrefix(strings.TrimPrefix(dir, "/sys/fs/cgroup"), "/unified")+"/p1\n") {
 		t.Errorf("in the cgroups %s", got)

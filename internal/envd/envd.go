@@ -23,10 +23,8 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/api/filesystem/filesystemconnect"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
-
-// Port is the TCP port that envd serves on in a guest.
-const Port = 49983
 
 const (
 	// maxMessage bounds one request message, unpacked.
@@ -97,15 +95,15 @@ func New(c Config) *Server {
 	// host.
 	options := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxMessage), connect.WithCompressMinBytes(math.MaxInt))
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /health", s.health)
-	mux.HandleFunc("POST /init", s.init)
-	mux.HandleFunc("POST /quiesce", s.quiesce)
-	mux.HandleFunc("POST /freeze", s.freeze)
-	mux.HandleFunc("GET /metrics", s.metrics)
-	mux.HandleFunc("GET /envs", s.envs)
-	mux.HandleFunc("GET /files", s.download)
-	mux.HandleFunc("POST /files", s.upload)
-	mux.HandleFunc("POST /files/compose", s.compose)
+	mux.HandleFunc("GET "+guestapi.PathHealth, s.health)
+	mux.HandleFunc("POST "+guestapi.PathInit, s.init)
+	mux.HandleFunc("POST "+guestapi.PathQuiesce, s.quiesce)
+	mux.HandleFunc("POST "+guestapi.PathFreeze, s.freeze)
+	mux.HandleFunc("GET "+guestapi.PathMetrics, s.metrics)
+	mux.HandleFunc("GET "+guestapi.PathEnvs, s.envs)
+	mux.HandleFunc("GET "+guestapi.PathFiles, s.download)
+	mux.HandleFunc("POST "+guestapi.PathFiles, s.upload)
+	mux.HandleFunc("POST "+guestapi.PathCompose, s.compose)
 	mux.Handle(processconnect.NewProcessHandler(processService{s}, options))
 	mux.Handle(filesystemconnect.NewFilesystemHandler(filesystemService{s}, options))
 	s.handler = cors(s.guard(s.tunnels(mux)))
@@ -161,7 +159,7 @@ func (s *Server) health(w http.ResponseWriter, _ *http.Request) {
 func (s *Server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
-		case "/health", "/init":
+		case guestapi.PathHealth, guestapi.PathInit:
 			next.ServeHTTP(w, r)
 			return
 		}
@@ -169,9 +167,9 @@ func (s *Server) guard(next http.Handler) http.Handler {
 		ready, token := s.state.done || !s.guest, s.state.token
 		s.mu.Unlock()
 		switch {
-		case !ready && r.URL.Path != "/quiesce":
+		case !ready && r.URL.Path != guestapi.PathQuiesce:
 			writeError(w, http.StatusServiceUnavailable, "the guest is not initialised yet")
-		case r.URL.Path != "/files" && !tokenMatches(token, r.Header.Get(tokenHeader)):
+		case r.URL.Path != guestapi.PathFiles && !tokenMatches(token, r.Header.Get(guestapi.HeaderToken)):
 			writeError(w, http.StatusUnauthorized,
 				"unauthorized access, please provide a valid access token or method signing if supported")
 		default:
@@ -179,8 +177,6 @@ func (s *Server) guard(next http.Handler) http.Handler {
 		}
 	})
 }
-
-const tokenHeader = "X-Access-Token"
 
 // tokenMatches compares in a time that depends on neither token.
 func tokenMatches(want *[sha256.Size]byte, got string) bool {
@@ -197,10 +193,7 @@ func writeError(w http.ResponseWriter, status int, message string) {
 	h.Set("Content-Type", "application/json; charset=utf-8")
 	h.Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(status)
-	_ = json.NewEncoder(w).Encode(struct {
-		Code    int    `json:"code"`
-		Message string `json:"message"`
-	}{status, message})
+	_ = json.NewEncoder(w).Encode(guestapi.Error{Code: status, Message: message})
 }
 
 // defaults returns what the last initialisation said.

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 func TestMain(m *testing.M) {
@@ -140,6 +141,10 @@ func TestInitTokens(t *testing.T) {
 			{"no variable", "POST", "/init", "a", `{"accessToken":"b","envVars":{"A=B":""}}`, 400},
 			{"still the first", "POST", list, "a", "{}", 200},
 		},
+		"what a newer host says besides is passed over": {
+			{"set", "POST", "/init", "", `{"accessToken":"a","later":{"x":[1]}}`, 204},
+			{"set it is", "POST", list, "a", "{}", 200},
+		},
 		"a clone's key opens what was restored, once": {
 			{"set", "POST", "/init", "", `{"accessToken":"a","cloneKey":"` + digest("key") + `"}`, 204},
 			{"as a token", "POST", list, "key", "{}", 401},
@@ -176,7 +181,7 @@ func TestInitTokens(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s, _ := serve(t, Config{})
 			for i, st := range steps {
-				w := request(t, s, st.method, st.path, st.body, "Content-Type", "application/json", tokenHeader, st.header)
+				w := request(t, s, st.method, st.path, st.body, "Content-Type", "application/json", guestapi.HeaderToken, st.header)
 				if w.Code != st.code {
 					t.Fatalf("step %d, %s: %d %s, want %d", i, st.name, w.Code, w.Body, st.code)
 				}

@@ -19,6 +19,8 @@ import (
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 const (
@@ -71,7 +73,7 @@ func answer(w http.ResponseWriter, err error) {
 func (s *Server) fileUser(r *http.Request, operation string) (account, error) {
 	state := s.defaults()
 	q := r.URL.Query()
-	if err := checkSignature(state, r.Header.Get(tokenHeader), q, operation); err != nil {
+	if err := checkSignature(state, r.Header.Get(guestapi.HeaderToken), q, operation); err != nil {
 		return account{}, err
 	}
 	name := q.Get("username")

@@ -21,6 +21,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 func filesURL(path string, more ...string) string {
@@ -81,7 +83,7 @@ func TestFilesNeedTokenOrSignature(t *testing.T) {
 		{"expiration left out", filesURL(path, "username", "root", "signature", sign(signRead, before)), "", 401, "invalid signature"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			w := request(t, s, "GET", tt.target, "", tokenHeader, tt.token)
+			w := request(t, s, "GET", tt.target, "", guestapi.HeaderToken, tt.token)
 			if w.Code != tt.code || tt.text != "" && message(t, w) != tt.text {
 				t.Errorf("got %d %s, want %d %s", w.Code, w.Body, tt.code, tt.text)
 			}
@@ -449,7 +451,7 @@ func TestEnvsAndMetrics(t *testing.T) {
 		t.Errorf("variables of before are left: %s", w.Body)
 	}
 	w = request(t, s, "GET", "/metrics", "")
-	var m metrics
+	var m guestapi.Metrics
 	if err := json.Unmarshal(w.Body.Bytes(), &m); err != nil {
 		t.Fatal(err)
 	}

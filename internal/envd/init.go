@@ -13,51 +13,19 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 const (
-	// Protocol is the version of what host and guest agree on beside E2B's
-	// protocol; the host refuses a guest whose version it does not know.
-	Protocol       = "1"
-	protocolHeader = "Wrenn-Guest-Protocol"
-	// clockHeader tells what time it is here, in nanoseconds since 1970.
-	clockHeader = "Wrenn-Guest-Clock"
-	// missingHeader says what a refused initialisation asked for in vain.
-	missingHeader = "Wrenn-Missing"
-	// e2bVersion is the version of E2B's daemon whose protocol this is.
-	e2bVersion = "0.6.4"
-
 	maxInit = 1 << 20
-	// maxEntropy bounds what one initialisation can credit.
-	maxEntropy = 4096
 	// A clock that is off by less is left alone: jumps disturb programs.
 	clockBehind = 5 * time.Millisecond
 	clockAhead  = 5 * time.Second
 )
 
-// initRequest is the body of POST /init. The fields from Hostname on are ours,
-// the others E2B's.
-type initRequest struct {
-	EnvVars        map[string]string `json:"envVars"`
-	AccessToken    string            `json:"accessToken"`
-	Timestamp      *time.Time        `json:"timestamp"`
-	DefaultUser    string            `json:"defaultUser"`
-	DefaultWorkdir string            `json:"defaultWorkdir"`
-	CABundle       string            `json:"caBundle"`
-
-	Hostname  string `json:"hostname"`
-	SandboxID string `json:"sandboxId"`
-	Entropy   []byte `json:"entropy"`
-	// Restored says that the guest went on from a snapshot: whoever was
-	// connected to it then is connected no more, and its clock stood still.
-	Restored bool `json:"restored"`
-	// NewBootID says that the guest goes on as another machine than it was.
-	NewBootID bool `json:"newBootId"`
-	// CloneKey is the digest of what the host shows, in the token's place, to
-	// guests that will be restored from a snapshot of this one: what they were
-	// told before, and may remember, opens none of them.
-	CloneKey []byte `json:"cloneKey"`
-}
+// initRequest is the body of POST /init.
+type initRequest guestapi.InitRequest
 
 // init tells the guest who it is and what time it is: after its boot, and
 // after every restore. Whoever shows the current token may do it, or anybody
@@ -78,25 +46,25 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	state := s.defaults()
 	if err := req.check(s.accounts, state.user); err != nil {
 		if errors.Is(err, errNoAccount) {
-			w.Header().Set(missingHeader, "user")
+			w.Header().Set(guestapi.HeaderMissing, guestapi.MissingUser)
 		}
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
-	shown := r.Header.Get(tokenHeader)
+	shown := r.Header.Get(guestapi.HeaderToken)
 	clone := req.Restored && state.cloneKey != nil && tokenMatches(state.cloneKey, shown)
 	if !clone && !tokenMatches(state.token, req.AccessToken) && !tokenMatches(state.token, shown) {
 		http.Error(w, "access token mismatch", http.StatusUnauthorized)
 		return
 	}
 	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Envd-Version", e2bVersion)
-	w.Header().Set(protocolHeader, Protocol)
+	w.Header().Set(guestapi.HeaderE2BVersion, guestapi.E2BVersion)
+	w.Header().Set(guestapi.HeaderProtocol, guestapi.Protocol)
 	if !req.Restored && req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
 		// A late copy of a request: newer data is in place. A clone has none, even
 		// of a host whose clock was set back.
 		s.thaw(false)
-		w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
+		w.Header().Set(guestapi.HeaderClock, strconv.FormatInt(time.Now().UnixNano(), 10))
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
@@ -115,7 +83,7 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	s.mu.Unlock()
 	s.thaw(req.Restored)
 	// No word on the console, a slow device: the host knows.
-	w.Header().Set(clockHeader, strconv.FormatInt(time.Now().UnixNano(), 10))
+	w.Header().Set(guestapi.HeaderClock, strconv.FormatInt(time.Now().UnixNano(), 10))
 	w.WriteHeader(http.StatusNoContent)
 }
 
@@ -134,7 +102,7 @@ func (req initRequest) check(a accounts, user string) error {
 			return fmt.Errorf("default user '%s': %w", req.DefaultUser, err)
 		}
 	}
-	if req.Hostname != "" && !validHostname(req.Hostname) {
+	if req.Hostname != "" && !guestapi.ValidHostname(req.Hostname) {
 		return fmt.Errorf("invalid host name %q", req.Hostname)
 	}
 	if req.CABundle != "" {
@@ -145,8 +113,8 @@ func (req initRequest) check(a accounts, user string) error {
 	if n := len(req.CloneKey); n != 0 && n != sha256.Size {
 		return fmt.Errorf("a clone key of %d bytes is no digest", n)
 	}
-	if len(req.Entropy) > maxEntropy {
-		return fmt.Errorf("more than %d bytes of entropy", maxEntropy)
+	if len(req.Entropy) > guestapi.MaxEntropy {
+		return fmt.Errorf("more than %d bytes of entropy", guestapi.MaxEntropy)
 	}
 	if err := checkStrings(command{env: req.EnvVars}); err != nil {
 		return errors.New("an environment variable has no proper name or contains a NUL byte")
@@ -246,7 +214,7 @@ func addEntropy(data []byte) error {
 	// struct rand_pool_info: bits, bytes, data.
 	var info struct {
 		bits, size int32
-		data       [maxEntropy]byte
+		data       [guestapi.MaxEntropy]byte
 	}
 	info.bits, info.size = int32(8*len(data)), int32(len(data))
 	copy(info.data[:], data)

@@ -12,22 +12,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// metrics is what GET /metrics answers; sizes are in bytes where the name
-// does not say otherwise.
-type metrics struct {
-	Timestamp   int64   `json:"ts"`
-	CPUCount    int     `json:"cpu_count"`
-	CPUUsedPct  float64 `json:"cpu_used_pct"`
-	MemTotalMiB uint64  `json:"mem_total_mib"`
-	MemUsedMiB  uint64  `json:"mem_used_mib"`
-	MemTotal    uint64  `json:"mem_total"`
-	MemUsed     uint64  `json:"mem_used"`
-	MemCache    uint64  `json:"mem_cache"`
-	DiskUsed    uint64  `json:"disk_used"`
-	DiskTotal   uint64  `json:"disk_total"`
-}
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
+)
 
 // meter measures the CPU between one look and the next. Safe for concurrent
 // use.
@@ -39,7 +26,7 @@ type meter struct {
 }
 
 func (s *Server) metrics(w http.ResponseWriter, _ *http.Request) {
-	m := metrics{Timestamp: time.Now().Unix(), CPUCount: runtime.NumCPU(), CPUUsedPct: s.meter.look()}
+	m := guestapi.Metrics{Timestamp: time.Now().Unix(), CPUCount: runtime.NumCPU(), CPUUsedPct: s.meter.look()}
 	info := memInfo()
 	m.MemTotal = info["MemTotal"]
 	m.MemUsed = m.MemTotal - min(m.MemTotal, info["MemAvailable"])

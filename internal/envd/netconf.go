@@ -8,6 +8,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 // upLoopback brings lo up; the kernel gives it its addresses.
@@ -24,7 +26,7 @@ func upLoopback() error {
 
 // upEthernet gives eth0 its address and the default route. It uses no
 // paths: the root changes under it.
-func upEthernet(p BootParams) error {
+func upEthernet(p guestapi.Boot) error {
 	eth, err := waitLink("eth0", deviceTimeout)
 	if err != nil {
 		return err

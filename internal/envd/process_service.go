@@ -15,23 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	processv1 "git.omukk.dev/wrenn/sandbox/api/process"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
-const (
-	keepaliveHeader  = "Keepalive-Ping-Interval"
-	keepaliveDefault = 90 * time.Second
-
-	// lifetimeHeader on a Start with the value lifetimeStream binds the
-	// process with all its descendants to the stream: they end with it,
-	// whether by its time limit, its client's leaving or its client's death.
-	lifetimeHeader = "Wrenn-Process-Lifetime"
-	lifetimeStream = "stream"
-
-	// offsetHeader on a Connect says how many bytes of each stream the client
-	// has seen, as in "stdout=120,stderr=0". It then gets the rest, as far as
-	// that is still held, instead of what is new only.
-	offsetHeader = "Wrenn-Output-Offset"
-)
+const keepaliveDefault = 90 * time.Second
 
 // processService serves process.Process.
 type processService struct{ *Server }
@@ -56,7 +43,7 @@ func (s processService) Start(ctx context.Context, req *connect.Request[processv
 	c := command{
 		config: config, tag: req.Msg.Tag, as: as,
 		stdin:  req.Msg.Stdin == nil || *req.Msg.Stdin,
-		gentle: req.Header().Get(lifetimeHeader) == lifetimeStream,
+		gentle: req.Header().Get(guestapi.HeaderLifetime) == guestapi.LifetimeStream,
 	}
 	if pty := req.Msg.GetPty(); pty != nil {
 		c.size = pty.GetSize()
@@ -112,7 +99,7 @@ func (s processService) Connect(ctx context.Context, req *connect.Request[proces
 		return err
 	}
 	var sub *subscriber
-	if text := req.Header().Get(offsetHeader); text == "" {
+	if text := req.Header().Get(guestapi.HeaderOffset); text == "" {
 		sub = p.out.subscribe()
 	} else if seen, err := parseOffsets(text); err != nil {
 		return connect.NewError(connect.CodeInvalidArgument, err)
@@ -191,7 +178,7 @@ func (s processService) SendSignal(ctx context.Context, req *connect.Request[pro
 
 // keepalive returns the interval that a client asks for, in seconds.
 func keepalive(h http.Header) time.Duration {
-	n, err := strconv.Atoi(h.Get(keepaliveHeader))
+	n, err := strconv.Atoi(h.Get(guestapi.HeaderKeepalive))
 	if err != nil || n <= 0 || n > 24*60*60 {
 		return keepaliveDefault
 	}
@@ -323,7 +310,7 @@ func (s processService) running(sel *processv1.ProcessSelector) (*process, error
 	return p, nil
 }
 
-// parseOffsets reads an offsetHeader. A stream that it does not name was not
+// parseOffsets reads an guestapi.HeaderOffset. A stream that it does not name was not
 // seen at all.
 func parseOffsets(text string) (seen [streams]int64, err error) {
 	names := map[string]stream{"stdout": stdout, "stderr": stderr, "pty": terminal}
@@ -332,7 +319,7 @@ func parseOffsets(text string) (seen [streams]int64, err error) {
 		st, ok := names[name]
 		n, err := strconv.ParseInt(value, 10, 64)
 		if !ok || err != nil || n < 0 {
-			return seen, fmt.Errorf("%s: cannot read %q", offsetHeader, item)
+			return seen, fmt.Errorf("%s: cannot read %q", guestapi.HeaderOffset, item)
 		}
 		seen[st] = n
 	}

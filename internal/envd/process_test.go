@@ -21,6 +21,7 @@ import (
 
 	processv1 "git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 // events is what Start and Connect streams have in common.
@@ -487,7 +488,7 @@ func TestSignals(t *testing.T) {
 func TestKeepalive(t *testing.T) {
 	_, url := serve(t, Config{})
 	c := processClient(url)
-	e, _ := start(t, c, bySh("exec sleep 100"), keepaliveHeader, "1")
+	e, _ := start(t, c, bySh("exec sleep 100"), guestapi.HeaderKeepalive, "1")
 	began := time.Now()
 	if !e.Receive() || e.event().GetKeepalive() == nil {
 		t.Errorf("got %v, %v", e.event(), e.Err())
@@ -502,7 +503,7 @@ func TestKeepaliveInterval(t *testing.T) {
 		"": keepaliveDefault, "x": keepaliveDefault, "0": keepaliveDefault, "-1": keepaliveDefault,
 		"99999999999": keepaliveDefault, "50": 50 * time.Second,
 	} {
-		if got := keepalive(http.Header{keepaliveHeader: {text}}); got != want {
+		if got := keepalive(http.Header{guestapi.HeaderKeepalive: {text}}); got != want {
 			t.Errorf("%q: %v, want %v", text, got, want)
 		}
 	}
@@ -609,7 +610,7 @@ func TestTimeLimitIsNoEndOfItsOwn(t *testing.T) {
 	_, url := serve(t, Config{})
 	c := processClient(url)
 	for range 20 {
-		e, _ := start(t, c, bySh("exec yes"), "Connect-Timeout-Ms", "20", lifetimeHeader, lifetimeStream)
+		e, _ := start(t, c, bySh("exec yes"), "Connect-Timeout-Ms", "20", guestapi.HeaderLifetime, guestapi.LifetimeStream)
 		for e.Receive() {
 			if end := e.event().GetEnd(); end != nil {
 				t.Fatalf("end event: %v", end)

@@ -25,6 +25,7 @@ import (
 
 	processv1 "git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 const (
@@ -39,7 +40,7 @@ const (
 // quiesce brings what is written to the disk, before the host takes a picture
 // of it. With ?quiet=1 it waits, too, until the guest has nothing to do.
 func (s *Server) quiesce(w http.ResponseWriter, r *http.Request) {
-	if r.URL.Query().Get("quiet") != "" && s.guest {
+	if r.URL.Query().Get(guestapi.QueryQuiet) != "" && s.guest {
 		s.rehearse(r.Context())
 		waitQuiet(r.Context())
 	}
@@ -92,7 +93,7 @@ func (s *Server) playOnce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := ask(ctx, l.Addr(), "/init", "application/json", body); err != nil {
+	if err := ask(ctx, l.Addr(), guestapi.PathInit, "application/json", body); err != nil {
 		return err
 	}
 	// Shells and programs come from the disk the first time.
@@ -130,8 +131,8 @@ func ask(ctx context.Context, addr net.Addr, path, kind string, body []byte) err
 	req.Header.Set("Content-Type", kind)
 	req.Header.Set("Connect-Protocol-Version", "1")
 	req.Header.Set("Connect-Timeout-Ms", "5000")
-	req.Header.Set(lifetimeHeader, lifetimeStream)
-	req.Header.Set(tokenHeader, "rehearsal")
+	req.Header.Set(guestapi.HeaderLifetime, guestapi.LifetimeStream)
+	req.Header.Set(guestapi.HeaderToken, "rehearsal")
 	if err := req.Write(conn); err != nil {
 		return err
 	}

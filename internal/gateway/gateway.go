@@ -26,16 +26,11 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 const (
-	headerID   = "E2b-Sandbox-Id"
-	headerPort = "E2b-Sandbox-Port"
-	// headerToken is what envd demands of its callers.
-	headerToken = "X-Access-Token"
-	envdPort    = 49983
-
 	// maxPerSandbox bounds the requests of each kind under way to one sandbox,
 	// maxControl those to the agent itself.
 	maxPerSandbox = 1024
@@ -69,7 +64,7 @@ type load struct {
 }
 
 // reserved are envd's endpoints for the host agent alone.
-var reserved = []string{"/init", "/quiesce", "/freeze", "/unfreeze", "/fsfreeze", "/fsthaw", "/collapse", "/upgrade"}
+var reserved = guestapi.HostOnly()
 
 // hostPattern is <port>-<sandbox id>.<anything>.
 var hostPattern = regexp.MustCompile(`^([0-9]{1,5})-(sb-[0-9a-f]+)\.`)
@@ -146,14 +141,14 @@ type place struct {
 // placeOf returns what a request names; nil where that is no sandbox. An error
 // is that it names two.
 func placeOf(r *http.Request) (*place, error) {
-	ids, ports := r.Header.Values(headerID), r.Header.Values(headerPort)
+	ids, ports := r.Header.Values(guestapi.HeaderSandboxID), r.Header.Values(guestapi.HeaderSandboxPort)
 	p := &place{}
 	if m := hostPattern.FindStringSubmatch(r.Host); m != nil {
 		p.id, p.port, p.byName = m[2], m[1], true
 	} else if len(ids) == 0 || ids[0] == "" {
 		return nil, nil
 	} else {
-		p.id, p.port = ids[0], strconv.Itoa(envdPort)
+		p.id, p.port = ids[0], strconv.Itoa(guestapi.Port)
 		if len(ports) > 0 && ports[0] != "" {
 			p.port = ports[0]
 		}
@@ -251,7 +246,7 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 			return
 		}
 	}
-	if port == envdPort && (r.Method == http.MethodConnect || isReserved(r.URL.Path)) {
+	if port == guestapi.Port && (r.Method == http.MethodConnect || isReserved(r.URL.Path)) {
 		refuse(w, refusal{http.StatusNotFound, "this endpoint is reserved for the host agent", place.id, port})
 		return
 	}
@@ -288,7 +283,7 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 	fail := func(w http.ResponseWriter, err error) {
 		g.log.Debug("data plane request failed", "sandbox", id, "port", port, "err", err)
 		var why string
-		if port == envdPort || lease.Alive.Err() != nil {
+		if port == guestapi.Port || lease.Alive.Err() != nil {
 			why = ended(caller, lease)
 		}
 		switch {
@@ -308,17 +303,17 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 		g.tunnel(w, r, link, addr, fail)
 		return
 	}
-	g.forward(w, r, link.transport(r, port == envdPort), addr, fail, func() string { return ended(caller, lease) })
+	g.forward(w, r, link.transport(r, port == guestapi.Port), addr, fail, func() string { return ended(caller, lease) })
 }
 
 // kindOf is what a request counts as. Of a sandbox that does not exist, it does
 // not matter.
 func (g *Gateway) kindOf(r *http.Request, id sandbox.ID, port uint16) kind {
-	if port != envdPort {
+	if port != guestapi.Port {
 		return toPort
 	}
 	token, err := g.sandboxes.AccessToken(id)
-	if err == nil && token != "" && subtle.ConstantTimeCompare([]byte(token), []byte(r.Header.Get(headerToken))) == 1 {
+	if err == nil && token != "" && subtle.ConstantTimeCompare([]byte(token), []byte(r.Header.Get(guestapi.HeaderToken))) == 1 {
 		return ofOwner
 	}
 	return ofOthers
@@ -333,8 +328,8 @@ func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, transport http
 		Rewrite: func(p *httputil.ProxyRequest) {
 			p.Out.URL.Scheme, p.Out.URL.Host = "http", addr
 			p.Out.Host = p.In.Host
-			p.Out.Header.Del(headerID)
-			p.Out.Header.Del(headerPort)
+			p.Out.Header.Del(guestapi.HeaderSandboxID)
+			p.Out.Header.Del(guestapi.HeaderSandboxPort)
 			p.SetXForwarded()
 		},
 		Transport: transport,
@@ -391,7 +386,7 @@ func status(err error) int {
 // it is always that of a gateway with nothing behind it, which is how E2B's
 // clients learn that a sandbox does not run.
 func absent(r *http.Request, port uint16, status int) int {
-	if port == envdPort && r.URL.Path == "/health" {
+	if port == guestapi.Port && r.URL.Path == guestapi.PathHealth {
 		return http.StatusBadGateway
 	}
 	return status

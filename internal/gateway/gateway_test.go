@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
@@ -194,7 +195,7 @@ func TestPlaceOf(t *testing.T) {
 		{host: "80-sb-0a.x", ports: []string{"49983"}, id: "sb-0a", port: "80", refused: true},
 		{host: "80-sb-0a"}, {host: "80-sb-0A.x"}, {host: "x.80-sb-0a.x"}, {host: "123456-sb-0a.x"},
 	} {
-		p, err := placeOf(&http.Request{Host: c.host, Header: http.Header{headerID: c.ids, headerPort: c.ports}})
+		p, err := placeOf(&http.Request{Host: c.host, Header: http.Header{guestapi.HeaderSandboxID: c.ids, guestapi.HeaderSandboxPort: c.ports}})
 		var id, port string
 		if p != nil {
 			id, port = p.id, p.port
@@ -366,7 +367,7 @@ func TestDoor(t *testing.T) {
 		if status, body := e.ask(t, text); status != c.want || !strings.Contains(body, c.body) {
 			t.Errorf("%q:\nHTTP %d %s, want %d and %q", text, status, body, c.want, c.body)
 		}
-		if h, ok := reached.Swap(http.Header(nil)).(http.Header); ok && h.Get(headerToken) != "" {
+		if h, ok := reached.Swap(http.Header(nil)).(http.Header); ok && h.Get(guestapi.HeaderToken) != "" {
 			t.Errorf("%q: the guest got a token that was not sent", text)
 		}
 	}
@@ -809,7 +810,7 @@ func TestHeadersPassThrough(t *testing.T) {
 		"Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: x-access-token\r\nX-Access-Token: mine\r\n\r\n")
 	mu.Lock()
 	defer mu.Unlock()
-	if status != http.StatusNoContent || got.Get("Origin") != "http://app.example" || got.Get("Access-Control-Request-Headers") != "x-access-token" || got.Get(headerToken) != "mine" {
+	if status != http.StatusNoContent || got.Get("Origin") != "http://app.example" || got.Get("Access-Control-Request-Headers") != "x-access-token" || got.Get(guestapi.HeaderToken) != "mine" {
 		t.Errorf("HTTP %d, the guest got %v", status, got)
 	}
 }

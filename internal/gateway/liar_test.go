@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv/liar"
 )
@@ -30,7 +31,7 @@ func passer(t *testing.T, addr netip.AddrPort) (*link, *httptest.Server) {
 		proxy := httputil.ReverseProxy{
 			Rewrite: func(p *httputil.ProxyRequest) {
 				p.Out.URL.Scheme, p.Out.URL.Host = "http", addr.String()
-				p.Out.Header.Set(headerToken, liar.Token)
+				p.Out.Header.Set(guestapi.HeaderToken, liar.Token)
 			},
 			Transport: l.transport(r, true), BufferPool: buffers,
 			ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) {
@@ -125,7 +126,7 @@ func TestLiarsInside(t *testing.T) {
 			continue
 		}
 		t.Run(strings.ReplaceAll(lie.Name, " ", "_"), func(t *testing.T) {
-			g := liar.Start(t, lie, net.JoinHostPort(addr, fmt.Sprint(envdPort)))
+			g := liar.Start(t, lie, net.JoinHostPort(addr, fmt.Sprint(guestapi.Port)))
 			l, _ := passer(t, g.Addr())
 			var err error
 			grew := liar.Growth(func() {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
@@ -182,10 +183,10 @@ func (l *link) dialTCP(ctx context.Context, addr string) (net.Conn, error) {
 
 // dialInside asks envd to connect to a port of the guest's loopback.
 func (l *link) dialInside(ctx context.Context, port uint16) (_ net.Conn, err error) {
-	if port == envdPort {
+	if port == guestapi.Port {
 		return nil, errNotOpen
 	}
-	conn, err := l.dialTCP(ctx, netip.AddrPortFrom(l.lease.Addr, envdPort).String())
+	conn, err := l.dialTCP(ctx, netip.AddrPortFrom(l.lease.Addr, guestapi.Port).String())
 	if err != nil {
 		return nil, err
 	}
@@ -199,7 +200,7 @@ func (l *link) dialInside(ctx context.Context, port uint16) (_ net.Conn, err err
 	}
 	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
 	target := net.JoinHostPort("localhost", strconv.Itoa(int(port)))
-	if _, err := fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s: %s\r\n\r\n", target, target, headerToken, l.lease.Token); err != nil {
+	if _, err := fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s: %s\r\n\r\n", target, target, guestapi.HeaderToken, l.lease.Token); err != nil {
 		return nil, err
 	}
 	// A header that is not to end does not reach memory; what follows it is the

@@ -13,6 +13,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 const (
@@ -77,7 +78,7 @@ func (c *Client) Exec(ctx context.Context, cmd Command) (Result, error) {
 	if cmd.Cwd != "" {
 		req.Msg.Process.Cwd = &cmd.Cwd
 	}
-	req.Header().Set("Wrenn-Process-Lifetime", "stream")
+	req.Header().Set(guestapi.HeaderLifetime, guestapi.LifetimeStream)
 	if cmd.User != "" {
 		req.Header().Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(cmd.User+":")))
 	}

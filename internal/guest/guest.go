@@ -13,29 +13,16 @@ import (
 	"net/http"
 	"net/netip"
 	"strconv"
-	"strings"
 	"time"
 
 	"connectrpc.com/connect"
 
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
-// Port is the TCP port that envd serves on in a guest.
-const Port = 49983
-
 const (
-	tokenHeader = "X-Access-Token"
-
-	// protocol is the version of envd's protocol that this package speaks. A
-	// guest restored from an old snapshot may speak another.
-	protocol       = "1"
-	protocolHeader = "Wrenn-Guest-Protocol"
-	// clockHeader is the guest's time, in nanoseconds since 1970.
-	clockHeader = "Wrenn-Guest-Clock"
-	// missingHeader is what a refused Init asked for in vain.
-	missingHeader = "Wrenn-Missing"
 	// maxClockError is by how much a restored guest's clock may be off, the way
 	// of its answer included.
 	maxClockError = 20 * time.Millisecond
@@ -104,7 +91,7 @@ type withToken struct {
 func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 	if t.token != "" {
 		r = r.Clone(r.Context())
-		r.Header.Set(tokenHeader, t.token)
+		r.Header.Set(guestapi.HeaderToken, t.token)
 	}
 	return t.next.RoundTrip(r)
 }
@@ -134,7 +121,7 @@ func (c *Client) WaitReady(ctx context.Context) error {
 }
 
 func (c *Client) health(ctx context.Context, client *http.Client) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/health", nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+guestapi.PathHealth, nil)
 	if err != nil {
 		return err
 	}
@@ -188,20 +175,20 @@ type Init struct {
 func (c *Client) Init(ctx context.Context, in Init) error {
 	ctx, cancel := context.WithTimeout(ctx, initTimeout)
 	defer cancel()
-	stamp := in.Time.UTC().Format(stampFormat)
+	stamp := in.Time.UTC()
 	if in.Time.IsZero() {
-		stamp = stampFormat // stands for the time until it is known
+		stamp = placeholder
 	}
-	body, err := json.Marshal(map[string]any{
-		"accessToken": in.AccessToken, "timestamp": stamp, "envVars": in.Env,
-		"defaultUser": in.DefaultUser, "defaultWorkdir": in.DefaultWorkdir,
-		"hostname": in.Hostname, "sandboxId": in.SandboxID, "entropy": in.Entropy,
-		"restored": in.Restored, "newBootId": in.NewBootID, "cloneKey": digest(in.CloneKey),
+	body, err := json.Marshal(guestapi.InitRequest{
+		Timestamp: &stamp, EnvVars: in.Env, AccessToken: in.AccessToken,
+		DefaultUser: in.DefaultUser, DefaultWorkdir: in.DefaultWorkdir,
+		Hostname: in.Hostname, SandboxID: in.SandboxID, Entropy: in.Entropy,
+		Restored: in.Restored, NewBootID: in.NewBootID, CloneKey: digest(in.CloneKey),
 	})
 	if err != nil {
 		return fmt.Errorf("initialise the guest: %w", err)
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+"/init", bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+guestapi.PathInit, bytes.NewReader(body))
 	if err != nil {
 		return fmt.Errorf("initialise the guest: %w", err)
 	}
@@ -219,15 +206,15 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	}
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxReason))
-	if resp.StatusCode == http.StatusBadRequest && resp.Header.Get(missingHeader) == "user" {
+	if resp.StatusCode == http.StatusBadRequest && resp.Header.Get(guestapi.HeaderMissing) == guestapi.MissingUser {
 		return errdefs.NotFound.Errorf("initialise the guest: it has no user %q", in.DefaultUser)
 	}
 	switch reason := errdefs.Foreign(string(text)); resp.StatusCode {
 	case http.StatusNoContent:
-		if version := resp.Header.Get(protocolHeader); version != protocol {
-			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q", errdefs.Foreign(version), protocol)
+		if version := resp.Header.Get(guestapi.HeaderProtocol); version != guestapi.Protocol {
+			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q", errdefs.Foreign(version), guestapi.Protocol)
 		}
-		return c.adjust(ctx, in, resp.Header.Get(clockHeader))
+		return c.adjust(ctx, in, resp.Header.Get(guestapi.HeaderClock))
 	case http.StatusUnauthorized:
 		return errdefs.Unauthenticated.Errorf("initialise the guest: %s", reason)
 	case http.StatusBadRequest:
@@ -257,11 +244,15 @@ func (c *Client) adjust(ctx context.Context, in Init, clock string) error {
 	return c.Init(ctx, Init{AccessToken: in.AccessToken, Restored: true, again: in.again + 1})
 }
 
-// stampFormat is RFC 3339 with a fraction of fixed length.
-const stampFormat = "2006-01-02T15:04:05.000000000Z07:00"
+// stampFormat is RFC 3339 in UTC with a fraction of fixed length.
+const stampFormat = "2006-01-02T15:04:05.000000000Z"
 
-// stamped is a body in which the present time takes the place of stampFormat
-// when it is first read.
+// placeholder stands in a body for the present time, and is as long in JSON.
+var placeholder = time.Date(9999, 12, 31, 23, 59, 59, 999_999_999, time.UTC)
+
+// stamped is a body in which the present time replaces placeholder when the
+// body is first read. The time is the first field of a body, so that no text of
+// a user's that looks like placeholder is replaced in its stead.
 type stamped struct {
 	body   []byte
 	reader *bytes.Reader
@@ -270,8 +261,7 @@ type stamped struct {
 func (s *stamped) Read(p []byte) (int, error) {
 	if s.reader == nil {
 		now := time.Now().UTC().Format(stampFormat)
-		now += strings.Repeat(" ", len(stampFormat)-len(now))
-		s.reader = bytes.NewReader(bytes.Replace(s.body, []byte(`"`+stampFormat+`"`), []byte(`"`+strings.TrimSpace(now)+`"`+now[len(strings.TrimSpace(now)):]), 1))
+		s.reader = bytes.NewReader(bytes.Replace(s.body, []byte(placeholder.Format(stampFormat)), []byte(now), 1))
 	}
 	return s.reader.Read(p)
 }
@@ -283,9 +273,9 @@ func (s *stamped) Close() error { return nil }
 // seconds from then. No connection is open afterwards, at the guest's end either.
 func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 	if quiet {
-		return c.still(ctx, "/quiesce?quiet=1")
+		return c.still(ctx, guestapi.PathQuiesce+"?"+guestapi.QueryQuiet+"=1")
 	}
-	return c.still(ctx, "/quiesce")
+	return c.still(ctx, guestapi.PathQuiesce)
 }
 
 // Freeze stops the programs in the guest until its next Init, which has to come,
@@ -296,7 +286,7 @@ func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 func (c *Client) Freeze(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
 	defer cancel()
-	return c.still(ctx, "/freeze")
+	return c.still(ctx, guestapi.PathFreeze)
 }
 
 // still sends a request over a connection of its own and returns when the

@@ -3,43 +3,68 @@ package guest_test
 import (
 	"bufio"
 	"context"
+	"crypto/sha256"
+	"encoding/json"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
 	"os"
+	"reflect"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	"git.omukk.dev/wrenn/sandbox/internal/envd"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
-func TestCmdline(t *testing.T) {
-	boot := guest.Boot{
-		Addr:     netip.MustParsePrefix("169.254.0.21/30"),
-		Gateway:  netip.MustParseAddr("169.254.0.22"),
-		DNS:      []netip.Addr{netip.MustParseAddr("1.1.1.1"), netip.MustParseAddr("8.8.8.8")},
-		Hostname: "sb-0123456789abcdef",
+// TestInitBody: the guest is told the time at which the body is sent, and a
+// user's variable that looks like the stand-in for it stays as it is.
+func TestInitBody(t *testing.T) {
+	var got guestapi.InitRequest
+	var took time.Duration
+	var length int64
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		dec := json.NewDecoder(r.Body)
+		dec.DisallowUnknownFields()
+		if err := dec.Decode(&got); err != nil {
+			t.Error(err)
+		}
+		took, length = time.Since(*got.Timestamp), r.ContentLength
+		w.Header().Set(guestapi.HeaderProtocol, guestapi.Protocol)
+		w.WriteHeader(http.StatusNoContent)
+	}))
+	defer server.Close()
+	c := guest.New(netip.MustParseAddrPort(server.Listener.Addr().String()), "")
+	defer c.Close()
+	in := guest.Init{
+		AccessToken: "a", Env: map[string]string{"A": "9999-12-31T23:59:59.999999999Z"}, DefaultUser: "u", DefaultWorkdir: "/w",
+		Hostname: "h", SandboxID: "sb-1", Entropy: []byte("e"), Restored: true, NewBootID: true, CloneKey: "key",
 	}
-	const want = "wrenn.ip=169.254.0.21/30 wrenn.gw=169.254.0.22 wrenn.hostname=sb-0123456789abcdef " +
-		"wrenn.dns=1.1.1.1,8.8.8.8 wrenn.base=vda wrenn.overlay=vdb GODEBUG=asyncpreemptoff=1"
-	got := guest.Cmdline(boot)
-	if got != want {
-		t.Errorf("got  %s\nwant %s", got, want)
+	if err := c.Init(t.Context(), in); err != nil {
+		t.Fatal(err)
 	}
-	// The guest reads what the host wrote.
-	p, err := envd.ParseCmdline("console=ttyS0 " + got + " panic=1")
-	if err != nil || p.Addr != boot.Addr || p.Gateway != boot.Gateway || len(p.DNS) != 2 || p.Hostname != boot.Hostname {
-		t.Errorf("read back %+v, %v", p, err)
+	if took < 0 || took > 5*time.Second || length <= 0 {
+		t.Errorf("the body is %v old and %d bytes long", took, length)
 	}
-	if got, want := guest.Cmdline(guest.Boot{}), "wrenn.base=vda wrenn.overlay=vdb GODEBUG=asyncpreemptoff=1"; got != want {
-		t.Errorf("got %s, want %s", got, want)
+	key := sha256.Sum256([]byte("key"))
+	want := guestapi.InitRequest{
+		Timestamp: got.Timestamp, AccessToken: "a", EnvVars: in.Env, DefaultUser: "u", DefaultWorkdir: "/w",
+		Hostname: "h", SandboxID: "sb-1", Entropy: []byte("e"), Restored: true, NewBootID: true, CloneKey: key[:],
+	}
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
+	// A given time goes as it is; a user that is not told any variables keeps them.
+	at := time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)
+	got = guestapi.InitRequest{}
+	if err := c.Init(t.Context(), guest.Init{Time: at}); err != nil || !got.Timestamp.Equal(at) || got.EnvVars != nil {
+		t.Errorf("got %v, %v, %v", got.Timestamp, got.EnvVars, err)
 	}
 }
 
@@ -103,7 +128,7 @@ func TestInit(t *testing.T) {
 	if err := withToken.Init(t.Context(), in); err != nil {
 		t.Errorf("init with the token: %v", err)
 	}
-	resp, err := c.HTTPClient().Get(c.URL() + "/health")
+	resp, err := c.HTTPClient().Get(c.URL() + guestapi.PathHealth)
 	if err != nil || resp.StatusCode != http.StatusNoContent || resp.Header.Get("Cache-Control") != "no-store" {
 		t.Errorf("health: %v, %v", resp, err)
 	}
@@ -137,7 +162,7 @@ func TestInitOfAClone(t *testing.T) {
 func TestInitRefusesAnotherProtocol(t *testing.T) {
 	for _, version := range []string{"", "0", "2"} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Wrenn-Guest-Protocol", version)
+			w.Header().Set(guestapi.HeaderProtocol, version)
 			w.WriteHeader(http.StatusNoContent)
 		}))
 		c := guest.New(netip.MustParseAddrPort(server.Listener.Addr().String()), "")
@@ -213,7 +238,7 @@ func TestFreezeAnswers(t *testing.T) {
 		http.StatusNotFound: errdefs.Unsupported, http.StatusOK: errdefs.Unavailable,
 	} {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if r.URL.Path != "/freeze" {
+			if r.URL.Path != guestapi.PathFreeze {
 				status = http.StatusTeapot
 			}
 			w.Header().Set("Connection", "close")

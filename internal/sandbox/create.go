@@ -14,7 +14,7 @@ import (
 	"unicode"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
@@ -393,9 +393,9 @@ func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
 		ID: string(rec.ID), RunDir: m.runDir(rec.ID), NetNS: m.cfg.Network.Plan().Addrs(rec.Slot).NetNSPath,
 		VCPUs: rec.VCPUs, MemMiB: rec.MemMiB,
 		Kernel: tmpl.Kernel, Initrd: tmpl.Initrd,
-		Cmdline: guest.Cmdline(guest.Boot{
+		Cmdline: guestapi.Cmdline(guestapi.Boot{
 			Addr: network.GuestAddr, Gateway: network.GuestGateway, DNS: m.cfg.DNS, Hostname: bootName,
-		}),
+		}, guestapi.Disks{Base: "vda", Overlay: "vdb"}),
 		Disks:   []vmm.Disk{{Path: tmpl.Base, ReadOnly: true}, {Path: m.store.overlay(rec.ID)}},
 		NIC:     &vmm.NIC{Tap: network.Tap, MAC: network.GuestMAC},
 		Console: m.store.console(rec.ID),

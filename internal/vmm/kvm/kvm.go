@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
@@ -28,7 +29,6 @@ const (
 	// slowKept is how long the verdict of a probe that timed out is believed: the
 	// host may just have been busy.
 	slowKept    = time.Hour
-	probeMark   = "wrenn-probe-ok"
 	probeMemMiB = 128
 	// probePoll is how often the probe guest's console is read.
 	probePoll = 5 * time.Millisecond
@@ -47,8 +47,7 @@ type Probe struct {
 	CacheFile string
 	// Retry boots another guest where the last one was too slow.
 	Retry bool
-	// Kernel and Initrd are booted with "wrenn.probe=1"; the guest then prints
-	// "wrenn-probe-ok" on its console and ends.
+	// Kernel and Initrd are booted as guestapi.Boot.Probe says.
 	Kernel, Initrd string
 	// UID and GID are what the VMM runs as meanwhile: as sandboxes' do, so that
 	// the proof is one for them.
@@ -208,7 +207,7 @@ func (p Probe) Boot(ctx context.Context, start func(context.Context, vmm.Spec) (
 	console := filepath.Join(dir, "console.log")
 	v, err := start(ctx, vmm.Spec{
 		ID: "probe", RunDir: dir, VCPUs: 1, MemMiB: probeMemMiB,
-		Kernel: p.Kernel, Initrd: p.Initrd, Cmdline: "quiet wrenn.probe=1",
+		Kernel: p.Kernel, Initrd: p.Initrd, Cmdline: "quiet " + guestapi.Cmdline(guestapi.Boot{Probe: true}, guestapi.Disks{}),
 		Console: console, UID: p.UID, GID: p.GID,
 	})
 	if err != nil {
@@ -222,7 +221,7 @@ func (p Probe) Boot(ctx context.Context, start func(context.Context, vmm.Spec) (
 		if err != nil {
 			return 0, err
 		}
-		if bytes.Contains(text, []byte(probeMark)) {
+		if bytes.Contains(text, []byte(guestapi.ProbeSign)) {
 			return time.Since(began), nil
 		}
 		if ended {

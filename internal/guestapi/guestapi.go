@@ -1,0 +1,144 @@
+// Package guestapi is the contract between the host and a guest's envd: port,
+// paths, headers, bodies and the kernel command line. Both sides build on it,
+// so that none of these is written twice.
+//
+// Host and guest are of different ages: a guest that was restored from a
+// snapshot runs the envd of the agent that took it. Each side therefore passes
+// over what it does not know: fields of bodies, headers, keys of the command
+// line. A change that an older guest must not pass over raises Protocol, and
+// the host then refuses guests of another version.
+package guestapi
+
+import "time"
+
+// Port is the TCP port that envd serves on in a guest.
+const Port = 49983
+
+// Protocol is the version of what host and guest agree on besides E2B's
+// protocol. The guest states it in HeaderProtocol of each answer to an
+// initialisation; the host refuses a guest of another version.
+const Protocol = "1"
+
+// E2BVersion is the version of E2B's daemon whose protocol envd speaks.
+const E2BVersion = "0.6.4"
+
+// Paths of envd's plain HTTP endpoints.
+const (
+	// PathHealth answers 204 as soon as envd serves, without a token.
+	PathHealth = "/health"
+	// PathInit, PathQuiesce and PathFreeze are the host's alone. The body of
+	// PathInit is an InitRequest; the other two have none. All answer 204.
+	PathInit    = "/init"
+	PathQuiesce = "/quiesce"
+	PathFreeze  = "/freeze"
+
+	// PathMetrics answers with Metrics, PathEnvs with the variables of every
+	// process as a JSON object.
+	PathMetrics = "/metrics"
+	PathEnvs    = "/envs"
+	// PathFiles reads and writes files, PathCompose joins some into one.
+	PathFiles   = "/files"
+	PathCompose = "/files/compose"
+)
+
+// QueryQuiet makes PathQuiesce wait until the guest has nothing to do: "?quiet=1".
+const QueryQuiet = "quiet"
+
+// HostOnly returns the paths that a guest serves for the host agent alone, and
+// those that E2B's daemon keeps for its own host.
+func HostOnly() []string {
+	return []string{PathInit, PathQuiesce, PathFreeze, "/unfreeze", "/fsfreeze", "/fsthaw", "/collapse", "/upgrade"}
+}
+
+// Headers of requests, in canonical form.
+const (
+	// HeaderToken shows the sandbox's access token.
+	HeaderToken = "X-Access-Token"
+	// HeaderLifetime on a Start with the value LifetimeStream binds the process
+	// and all its descendants to the stream: they end with it, whether a time
+	// limit, the client's leaving or the client's death ends it.
+	HeaderLifetime = "Wrenn-Process-Lifetime"
+	LifetimeStream = "stream"
+	// HeaderOffset on a Connect says how many bytes of each stream the client
+	// has seen, as in "stdout=120,stderr=0".
+	HeaderOffset = "Wrenn-Output-Offset"
+	// HeaderKeepalive is the interval, in seconds, of keepalive messages on a
+	// stream of output.
+	HeaderKeepalive = "Keepalive-Ping-Interval"
+)
+
+// Headers that name a sandbox, and a port in it, to the host's data plane.
+// Without HeaderSandboxPort the request is for Port.
+const (
+	HeaderSandboxID   = "E2b-Sandbox-Id"
+	HeaderSandboxPort = "E2b-Sandbox-Port"
+)
+
+// Headers of the answer to an initialisation, in canonical form.
+const (
+	HeaderProtocol   = "Wrenn-Guest-Protocol"
+	HeaderE2BVersion = "X-Envd-Version"
+	// HeaderClock is the guest's time, in nanoseconds since 1970.
+	HeaderClock = "Wrenn-Guest-Clock"
+	// HeaderMissing says what a refused initialisation asked for in vain:
+	// MissingUser.
+	HeaderMissing = "Wrenn-Missing"
+	MissingUser   = "user"
+)
+
+// MaxEntropy bounds the bytes of InitRequest.Entropy.
+const MaxEntropy = 4096
+
+// InitRequest is the body of PathInit. Fields up to CABundle are E2B's, the
+// others ours. A guest passes over fields that it does not know.
+type InitRequest struct {
+	// Timestamp is the wall clock. A request whose Timestamp is not later than
+	// that of the last one changes nothing, unless it says Restored.
+	Timestamp *time.Time `json:"timestamp"`
+	// EnvVars are variables for every process; null keeps the previous ones.
+	EnvVars map[string]string `json:"envVars"`
+	// AccessToken is what every later request must show; empty for none.
+	AccessToken string `json:"accessToken"`
+	// DefaultUser and DefaultWorkdir are for requests that name none; empty
+	// keeps the previous ones.
+	DefaultUser    string `json:"defaultUser"`
+	DefaultWorkdir string `json:"defaultWorkdir"`
+	// CABundle holds certificates in PEM that the guest trusts from then on.
+	CABundle string `json:"caBundle,omitempty"`
+
+	Hostname  string `json:"hostname"`
+	SandboxID string `json:"sandboxId"`
+	// Entropy is credited to the guest's random generator.
+	Entropy []byte `json:"entropy"`
+	// Restored says that the guest was restored from a snapshot: it drops the
+	// connections of before, and sets its clock however little it is off.
+	Restored bool `json:"restored"`
+	// NewBootID gives the guest another boot id, because another machine may
+	// have read the one in the snapshot.
+	NewBootID bool `json:"newBootId"`
+	// CloneKey is the SHA-256 of the key that opens, in the token's place, the
+	// first initialisation of a guest restored from a snapshot of this one.
+	// Empty keeps the previous one.
+	CloneKey []byte `json:"cloneKey"`
+}
+
+// Metrics is the answer of PathMetrics. Sizes are in bytes where the name does
+// not say otherwise.
+type Metrics struct {
+	Timestamp   int64   `json:"ts"`
+	CPUCount    int     `json:"cpu_count"`
+	CPUUsedPct  float64 `json:"cpu_used_pct"`
+	MemTotalMiB uint64  `json:"mem_total_mib"`
+	MemUsedMiB  uint64  `json:"mem_used_mib"`
+	MemTotal    uint64  `json:"mem_total"`
+	MemUsed     uint64  `json:"mem_used"`
+	MemCache    uint64  `json:"mem_cache"`
+	DiskUsed    uint64  `json:"disk_used"`
+	DiskTotal   uint64  `json:"disk_total"`
+}
+
+// Error is the body of a refusal by envd's plain HTTP endpoints.
+type Error struct {
+	Code    int    `json:"code"`
+	Message string `json:"message"`
+}

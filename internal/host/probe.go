@@ -2,34 +2,30 @@ package host
 
 import (
 	"fmt"
-	"runtime"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
-// probeNetwork makes a network namespace and a table with a masquerading
-// chain in it. Both end with the thread that they were made on: it is locked
-// and never given back.
-func probeNetwork() networkProbe {
-	result := make(chan networkProbe)
-	go func() {
-		runtime.LockOSThread()
-		var p networkProbe
+// probeNetwork makes a network namespace and a table with a masquerading chain
+// in it. Both end with the thread that made them.
+func probeNetwork() (p networkProbe) {
+	p.netns = osthread.Do(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			p.netns = fmt.Errorf("make network namespace: %w", err)
-		} else {
-			p.nft = probeNFT()
+			return fmt.Errorf("make network namespace: %w", err)
 		}
-		result <- p
-	}()
-	return <-result
+		p.nft = probeNFT()
+		return nil
+	})
+	return p
 }
 
 func probeNFT() error {
-	// The socket belongs to the namespace of the thread that opens it, so it
-	// is opened here and not at the first use.
+	// A socket belongs to the namespace of the thread that opens it. A lasting
+	// connection opens its socket here, and not at the first use.
 	c, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return fmt.Errorf("talk to nftables: %w", err)

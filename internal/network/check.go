@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
 // Check says what of an open slot, or of the host's part that all slots share,
@@ -54,7 +55,7 @@ func (n *Network) CheckAll(ctx context.Context, slots []Slot) (Findings, error) 
 		return found, fmt.Errorf("check networks: %w", err)
 	}
 	found.Host = v.host
-	err = onThread(func() error {
+	err = osthread.Do(func() error {
 		for _, s := range slots {
 			if err := ctx.Err(); err != nil {
 				return err
@@ -451,7 +452,7 @@ func (n *Network) rebuild(ctx context.Context, s Slot, rules bool) error {
 		return fmt.Errorf("open namespace: %w", err)
 	}
 	defer ns.Close()
-	if err := onThread(func() error {
+	if err := osthread.Do(func() error {
 		if err := netns.Set(ns); err != nil {
 			return fmt.Errorf("enter namespace: %w", err)
 		}

@@ -32,6 +32,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
 // The internet of the tests with names: two owners and a resolver, which also
@@ -540,7 +541,7 @@ func TestGateIsNobodyElses(t *testing.T) {
 	ns, err := netns.GetFromPath(a.NetNSPath)
 	must(t, err)
 	defer ns.Close()
-	must(t, onThread(func() error {
+	must(t, osthread.Do(func() error {
 		if err := netns.Set(ns); err != nil {
 			return err
 		}

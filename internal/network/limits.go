@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
 // Limits are how much of the network a sandbox may use, seen from the sandbox:
@@ -257,7 +258,7 @@ func limitBytes(h *netlink.Handle, name string, now, rate int64) error {
 // tryShaping says whether the kernel can limit bytes, in a namespace that goes
 // at once: an agent that promises to should not find out with each sandbox.
 func tryShaping() error {
-	return onThread(func() error {
+	return osthread.Do(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("make namespace: %w", err)
 		}

@@ -5,10 +5,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
 // shareDir makes the directory of namespaces a shared mount of its own, just as
@@ -65,7 +66,7 @@ func makeNS(path string, fn func(ns netns.NsHandle) error) error {
 	}
 	f.Close()
 	pinned := false
-	err = onThread(func() error {
+	err = osthread.Do(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return fmt.Errorf("make namespace: %w", err)
 		}
@@ -98,36 +99,6 @@ func removeNS(path string) error {
 		return fmt.Errorf("remove namespace: %w", err)
 	}
 	return nil
-}
-
-// onThread calls fn on a thread that fn may move to another network
-// namespace. A thread that cannot return is never used for anything else: its
-// goroutine ends locked to it, so the runtime ends the thread too.
-func onThread(fn func() error) error {
-	done := make(chan error, 1)
-	go func() {
-		// Last of all, so that nothing is left when onThread returns, even if
-		// fn ends the goroutine, as a failing test does.
-		defer close(done)
-		runtime.LockOSThread()
-		home, err := netns.Get()
-		if err != nil {
-			runtime.UnlockOSThread()
-			done <- fmt.Errorf("find own namespace: %w", err)
-			return
-		}
-		defer home.Close()
-		err = fn()
-		if back := netns.Set(home); back != nil {
-			done <- errors.Join(err, fmt.Errorf("leave namespace: %w", back))
-			return
-		}
-		runtime.UnlockOSThread()
-		done <- err
-	}()
-	err := <-done
-	<-done
-	return err
 }
 
 // makeTap makes a persistent tap in the calling thread's namespace. A process

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
 var here = netns.None() // the host's namespace, for serve and ask
@@ -315,7 +316,7 @@ func TestTapBelongsToItsUser(t *testing.T) {
 	must(t, err)
 	defer ns.Close()
 	attach := func(uid int) error {
-		return onThread(func() error {
+		return osthread.Do(func() error {
 			if err := netns.Set(ns); err != nil {
 				return err
 			}

@@ -18,6 +18,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
 // Mode is what a sandbox reaches when no list says otherwise.
@@ -485,7 +486,7 @@ func inNS(path string, fn func() error) error {
 		return fmt.Errorf("open namespace: %w", err)
 	}
 	defer ns.Close()
-	return onThread(func() error {
+	return osthread.Do(func() error {
 		if err := netns.Set(ns); err != nil {
 			return fmt.Errorf("enter namespace: %w", err)
 		}

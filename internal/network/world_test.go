@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
@@ -121,7 +122,7 @@ func must(t testing.TB, err error) {
 // newNS makes a namespace without a name, for as long as the process lives.
 func newNS(t testing.TB) (ns netns.NsHandle) {
 	t.Helper()
-	must(t, onThread(func() (err error) {
+	must(t, osthread.Do(func() (err error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return err
 		}
@@ -134,7 +135,7 @@ func newNS(t testing.TB) (ns netns.NsHandle) {
 // in runs fn in a namespace. fn must not start goroutines that open sockets.
 func in(t testing.TB, ns netns.NsHandle, fn func()) {
 	t.Helper()
-	must(t, onThread(func() error {
+	must(t, osthread.Do(func() error {
 		if err := netns.Set(ns); err != nil {
 			return err
 		}

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
 // memoryMountSize bounds what a program can put into a file system in memory.
@@ -194,7 +195,7 @@ func userNS(uid, gid int) (*os.File, error) {
 // Mount makes a mount in the namespace of the running program, at a name
 // directly below its root, where a directory waits for it.
 func (p *Process) Mount(m Mount) error {
-	err := onSpareThread(func() error {
+	err := osthread.Do(func() error {
 		var owners owners
 		defer owners.close()
 		tree, err := m.open(&owners)
@@ -215,7 +216,7 @@ func (p *Process) Mount(m Mount) error {
 
 // Unmount takes back what Mount made. A program that is gone has no mounts.
 func (p *Process) Unmount(target string) error {
-	err := onSpareThread(func() error {
+	err := osthread.Do(func() error {
 		if err := p.enterMounts(); err != nil {
 			return err
 		}

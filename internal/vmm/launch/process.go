@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
@@ -204,7 +205,7 @@ func Start(p Program) (_ *Process, err error) {
 		return nil, err
 	}
 	var pid int
-	err = onSpareThread(func() error {
+	err = osthread.Do(func() error {
 		if err := p.enter(group, o, filter); err != nil {
 			return err
 		}
@@ -362,7 +363,7 @@ func userOf(pid int) (uid, gid int, err error) {
 
 // asUser runs f on a thread that is that user's, and ends.
 func asUser(uid, gid int, f func() error) error {
-	return onSpareThread(func() error {
+	return osthread.Do(func() error {
 		// The system calls themselves: the library's mean every thread.
 		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)); errno != 0 {
 			return errno
@@ -588,23 +589,6 @@ func (p *Process) signal(sig unix.Signal) error {
 		return nil
 	}
 	return sent
-}
-
-// onSpareThread runs f on a thread that ends with it, so that f may move the
-// thread into other namespaces and never has to come back.
-func onSpareThread(f func() error) error {
-	errc := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() == unix.Getpid() {
-			// The main thread cannot end. Hold it while another one works.
-			defer runtime.UnlockOSThread()
-			errc <- onSpareThread(f)
-			return
-		}
-		errc <- f() // still locked: the thread ends here
-	}()
-	return <-errc
 }
 
 func enterNetNS(path string) error {

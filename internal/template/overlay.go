@@ -3,14 +3,12 @@ package template
 import (
 	"context"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strconv"
 
-	"golang.org/x/sys/unix"
-
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
 // Sizes of overlay disks, in MiB. They are sparse: an overlay takes up what
@@ -34,7 +32,7 @@ func (s *Store) NewOverlay(ctx context.Context, path string, sizeMiB int) error 
 	if _, err := s.ensureSeed(ctx, sizeMiB); err != nil {
 		return fmt.Errorf("make overlay: %w", errdefs.DiskFull(err))
 	}
-	if err := cloneSparse(ctx, path, s.seedPath(sizeMiB)); err != nil {
+	if err := copyDisk(ctx, path, s.seedPath(sizeMiB)); err != nil {
 		return fmt.Errorf("make overlay: %w", errdefs.DiskFull(err))
 	}
 	return nil
@@ -116,55 +114,8 @@ const (
 	fakeTime  = "1700000000"
 )
 
-// cloneSparse makes the new file dst a copy of src, which must not change
-// meanwhile: by reference if the file system can do that, else by copying
-// what is not a hole.
-func cloneSparse(ctx context.Context, dst, src string) (err error) {
-	in, err := os.Open(src)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	out, err := os.OpenFile(dst, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(dst)
-		}
-	}()
-	defer out.Close()
-	err = unix.IoctlFileClone(int(out.Fd()), int(in.Fd()))
-	if err == nil {
-		return out.Close()
-	}
-	fi, err := in.Stat()
-	if err != nil {
-		return err
-	}
-	if err := out.Truncate(fi.Size()); err != nil {
-		return err
-	}
-	for off := int64(0); off < fi.Size(); {
-		if err := context.Cause(ctx); err != nil {
-			return err
-		}
-		begin, err := unix.Seek(int(in.Fd()), off, unix.SEEK_DATA)
-		if err == unix.ENXIO {
-			break // only a hole is left
-		}
-		if err != nil {
-			return fmt.Errorf("seek data: %w", err)
-		}
-		end, err := unix.Seek(int(in.Fd()), begin, unix.SEEK_HOLE)
-		if err != nil {
-			return fmt.Errorf("seek hole: %w", err)
-		}
-		if _, err := io.Copy(io.NewOffsetWriter(out, begin), io.NewSectionReader(in, begin, end-begin)); err != nil {
-			return err
-		}
-		off = end
-	}
-	return out.Close()
+// copyDisk makes the new file dst a copy of the disk src.
+func copyDisk(ctx context.Context, dst, src string) error {
+	_, err := snapfile.Copy(ctx, dst, src)
+	return err
 }

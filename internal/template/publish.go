@@ -4,22 +4,22 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/digest"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
 var errLocked = errors.New("locked by another process")
@@ -119,26 +119,36 @@ func seal(tmp, manifestName string, v any, m *manifest, hash func(path string) (
 
 // sealFiles is seal for files whose modes are as they are to be.
 func sealFiles(tmp, manifestName string, v any, m *manifest, hash func(path string) (File, error)) error {
-	m.Format = formatVersion
-	m.Files = map[string]File{}
+	var paths []string
 	err := filepath.WalkDir(tmp, func(path string, d os.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() {
-			return err
+		if err == nil && d.Type().IsRegular() {
+			paths = append(paths, path)
 		}
-		// The file goes to the disk while the CPU digests it. Both have ended
-		// before the manifest vouches for it.
-		flushed := make(chan error, 1)
-		go func() { flushed <- flush(path) }()
-		f, err := hash(path)
-		if err := errors.Join(err, <-flushed); err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(tmp, path)
-		m.Files[rel] = f
 		return err
 	})
 	if err != nil {
 		return err
+	}
+	// All files go to the disk while the CPUs digest them. The manifest is written
+	// when both have ended for each.
+	var wg sync.WaitGroup
+	files, errs := make([]File, len(paths)), make([]error, 2*len(paths))
+	for i, path := range paths {
+		wg.Go(func() { errs[2*i] = flush(path) })
+		wg.Go(func() { files[i], errs[2*i+1] = hash(path) })
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	m.Format = formatVersion
+	m.Files = map[string]File{}
+	for i, path := range paths {
+		rel, err := filepath.Rel(tmp, path)
+		if err != nil {
+			return err
+		}
+		m.Files[rel] = files[i]
 	}
 	b, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
@@ -155,8 +165,19 @@ func sealFiles(tmp, manifestName string, v any, m *manifest, hash func(path stri
 // modes of the files stay, for a disk in it may have another name.
 func SealState(ctx context.Context, dir string) error {
 	var m manifest
-	err := sealFiles(dir, readyManifest, &m, &m, func(path string) (File, error) { return digAndDigest(ctx, path) })
+	err := sealFiles(dir, readyManifest, &m, &m, func(path string) (File, error) { return digestState(ctx, path) })
 	return noSpace("seal state", err)
+}
+
+// digestState returns the digest of a file of a sandbox's state. The file becomes
+// as small as it can. Memory that its driver has digested is not read again.
+func digestState(ctx context.Context, path string) (File, error) {
+	if dir, name := filepath.Split(path); name == snapfile.MemoryName {
+		if f, ok := snapfile.MemoryDigest(dir); ok {
+			return f, nil
+		}
+	}
+	return snapfile.Dig(ctx, path)
 }
 
 // CheckState says whether the directory that SealState sealed has all its files
@@ -179,7 +200,7 @@ func VerifyState(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	return m.verify(ctx, dir, digestPieces)
+	return m.verify(ctx, dir, snapfile.Digest)
 }
 
 // damage is the class of an error of readManifest. What cannot be read now may
@@ -197,12 +218,13 @@ func damage(err error) error {
 }
 
 // verify compares the files in dir with their digests: errdefs.Corrupt if one is
-// not what was written. digest is that of files which have no other.
-func (m manifest) verify(ctx context.Context, dir string, digest func(context.Context, string) (File, error)) error {
+// not what was written. other computes the digests of files that have no digest of
+// their pieces.
+func (m manifest) verify(ctx context.Context, dir string, other func(context.Context, string) (File, error)) error {
 	for name, want := range m.Files {
-		of := digest
+		of := other
 		if want.Pieces != "" {
-			of = digestPieces
+			of = snapfile.Digest
 		}
 		got, err := of(ctx, filepath.Join(dir, name))
 		if err != nil {
@@ -314,17 +336,8 @@ func unescapeMount(s string) string {
 }
 
 func hashFile(path string) (File, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return File{}, err
-	}
-	defer f.Close()
-	h := sha256.New()
-	n, err := io.Copy(h, f)
-	if err != nil {
-		return File{}, fmt.Errorf("hash %s: %w", path, err)
-	}
-	return File{Size: n, SHA256: hex.EncodeToString(h.Sum(nil))}, nil
+	size, sum, err := digest.File(path)
+	return File{Size: size, SHA256: sum}, err
 }
 
 func writeSynced(path string, b []byte) error {

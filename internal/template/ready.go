@@ -2,12 +2,8 @@ package template
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -19,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
 // The files of a ready snapshot beside those that the VMM's driver wrote.
@@ -62,7 +59,7 @@ type Meta struct {
 }
 
 // snapshotManifest's digests are of what is in the files and not of their holes:
-// see digestPieces.
+// see snapfile.Digest.
 type snapshotManifest struct {
 	manifest
 	Meta
@@ -148,7 +145,7 @@ func (s *Store) verify(ctx context.Context, dir string, m snapshotManifest) erro
 	if c.manifest != nil && os.SameFile(c.manifest, info) {
 		return nil
 	}
-	if err := m.verify(ctx, dir, hashSparse); err != nil {
+	if err := m.verify(ctx, dir, snapfile.OldDigest); err != nil {
 		return err
 	}
 	c.manifest = info
@@ -231,12 +228,12 @@ func (s *Store) StageReady(ctx context.Context, name string) (Stage, error) {
 		l.unlock()
 		return Stage{}, fmt.Errorf("begin ready snapshot: %w", err)
 	}
-	return s.stage(tmp, l, func(ctx context.Context, m Meta) error {
+	return s.stage(tmp, l, func(ctx context.Context, m Meta, disk File) error {
 		if !readyKey.MatchString(m.Key) {
 			return fmt.Errorf("key %.80q is malformed", m.Key)
 		}
 		// What is there is damaged, or nobody would make another.
-		if err := s.publishSnapshot(ctx, tmp, filepath.Join(parent, m.Key), m, replace); err != nil {
+		if err := s.publishSnapshot(ctx, tmp, filepath.Join(parent, m.Key), m, disk, replace); err != nil {
 			return err
 		}
 		return s.removeOldReady(parent, m.Key, m.Shape)
@@ -244,14 +241,17 @@ func (s *Store) StageReady(ctx context.Context, name string) (Stage, error) {
 }
 
 // stage is the part that all stages have in common: they are made in tmp, as
-// long as l is held.
-func (s *Store) stage(tmp string, l *lock, publish func(context.Context, Meta) error) Stage {
+// long as l is held. disk has the digest of the overlay that was added, if the
+// copy of it computed one.
+func (s *Store) stage(tmp string, l *lock, publish func(ctx context.Context, m Meta, disk File) error) Stage {
+	var disk File
 	return Stage{
 		Dir: tmp,
-		AddOverlay: func(ctx context.Context, disk string) error {
-			return s.CloneOverlay(ctx, filepath.Join(tmp, readyOverlay), disk)
+		AddOverlay: func(ctx context.Context, from string) (err error) {
+			disk, err = snapfile.Copy(ctx, filepath.Join(tmp, readyOverlay), from)
+			return noSpace("clone overlay", err)
 		},
-		Publish: func(ctx context.Context, m Meta) error { return noSpace("publish snapshot", publish(ctx, m)) },
+		Publish: func(ctx context.Context, m Meta) error { return noSpace("publish snapshot", publish(ctx, m, disk)) },
 		Discard: func() {
 			os.RemoveAll(tmp) // or it is garbage for the next one
 			l.unlock()
@@ -260,9 +260,14 @@ func (s *Store) stage(tmp string, l *lock, publish func(context.Context, Meta) e
 }
 
 // publishSnapshot seals a snapshot and shows it as dst.
-func (s *Store) publishSnapshot(ctx context.Context, tmp, dst string, meta Meta, show func(tmp, dst string) error) error {
+func (s *Store) publishSnapshot(ctx context.Context, tmp, dst string, meta Meta, disk File, show func(tmp, dst string) error) error {
 	m := snapshotManifest{Meta: meta}
-	err := seal(tmp, readyManifest, &m, &m.manifest, func(path string) (File, error) { return digAndDigest(ctx, path) })
+	err := seal(tmp, readyManifest, &m, &m.manifest, func(path string) (File, error) {
+		if disk.Pieces != "" && filepath.Base(path) == readyOverlay {
+			return disk, nil
+		}
+		return digestState(ctx, path)
+	})
 	if err != nil {
 		return err
 	}
@@ -315,7 +320,7 @@ func (s *Store) removeOldReady(parent, key string, shape Shape) error {
 // CloneOverlay makes the new file path a copy of the overlay from, for the
 // caller to own; see NewOverlay.
 func (s *Store) CloneOverlay(ctx context.Context, path, from string) error {
-	return noSpace("clone overlay", cloneSparse(ctx, path, from))
+	return noSpace("clone overlay", copyDisk(ctx, path, from))
 }
 
 func noSpace(what string, err error) error {
@@ -327,52 +332,4 @@ func noSpace(what string, err error) error {
 	default:
 		return fmt.Errorf("%s: %w", what, err)
 	}
-}
-
-// hashSparse is the digest in the manifests of snapshots that an earlier version
-// made, which stay readable: that of the number and content of each 4 KiB page
-// that is not all zero.
-func hashSparse(ctx context.Context, path string) (File, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return File{}, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return File{}, err
-	}
-	const page = 4096
-	var zero [page]byte
-	var number [8]byte
-	h := sha256.New()
-	buf := make([]byte, 1<<20)
-	for at := int64(0); at < info.Size(); {
-		begin, err := unix.Seek(int(f.Fd()), at, unix.SEEK_DATA)
-		if err == unix.ENXIO {
-			break // only a hole is left
-		}
-		if err != nil {
-			return File{}, fmt.Errorf("hash %s: %w", filepath.Base(path), err)
-		}
-		if ctx.Err() != nil {
-			return File{}, context.Cause(ctx)
-		}
-		begin -= begin % page
-		n, err := io.ReadFull(io.NewSectionReader(f, begin, int64(len(buf))), buf)
-		if err != nil && err != io.ErrUnexpectedEOF {
-			return File{}, fmt.Errorf("hash %s: %w", filepath.Base(path), err)
-		}
-		for i := 0; i < n; i += page {
-			part := buf[i:min(i+page, n)]
-			if string(part) == string(zero[:len(part)]) {
-				continue
-			}
-			binary.BigEndian.PutUint64(number[:], uint64(begin+int64(i))/page)
-			h.Write(number[:])
-			h.Write(part)
-		}
-		at = begin + int64(n)
-	}
-	return File{Size: info.Size(), SHA256: hex.EncodeToString(h.Sum(nil))}, nil
 }

@@ -181,11 +181,11 @@ func (s *Store) StageSnapshot(ctx context.Context, name string) (Stage, error) {
 		l.unlock()
 		return Stage{}, noSpace("begin snapshot", err)
 	}
-	return s.stage(tmp, l, func(ctx context.Context, m Meta) error {
+	return s.stage(tmp, l, func(ctx context.Context, m Meta, disk File) error {
 		if m.Source == nil {
 			return errors.New("the snapshot has no source")
 		}
-		err := s.publishSnapshot(ctx, tmp, dir, m, add)
+		err := s.publishSnapshot(ctx, tmp, dir, m, disk, add)
 		if errors.Is(err, fs.ErrExist) {
 			return taken
 		}

@@ -18,6 +18,7 @@ import (
 	"syscall"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
 // DefaultName is the template that a sandbox gets when none is named.
@@ -239,16 +240,9 @@ func (s *Store) List() ([]Template, error) {
 	return list, nil
 }
 
-// File is what a manifest says about one published file, with one of the
-// digests.
-type File struct {
-	Size int64 `json:"size"`
-	// SHA256 is that of the contents, or in a snapshot that an earlier version
-	// made that of hashSparse.
-	SHA256 string `json:"sha256,omitempty"`
-	// Pieces is that of digestPieces.
-	Pieces string `json:"sha256_pieces,omitempty"`
-}
+// File is what a manifest says about one published file. That of a snapshot has
+// the digest of the file's pieces, every other one that of the whole contents.
+type File = snapfile.File
 
 const formatVersion = 1
 

@@ -22,6 +22,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
@@ -310,7 +311,7 @@ func TestFilesStayRoots(t *testing.T) {
 			t.Fatal(err)
 		}
 		files := []string{s.Spec.Kernel, s.Spec.Initrd, s.Spec.Console, s.Spec.Disks[1].Path}
-		for _, name := range []string{memoryName, stateName, manifestName} {
+		for _, name := range []string{snapfile.MemoryName, snapfile.StateName, snapfile.ManifestName} {
 			files = append(files, filepath.Join(dir, name))
 		}
 		for _, path := range files {

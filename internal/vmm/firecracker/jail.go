@@ -6,6 +6,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
 // programs are the two that come with a release of Firecracker.
@@ -93,8 +94,8 @@ func program(bin programs, s vmm.Spec, from string) launch.Program {
 			add(s.Initrd, initrdPath, true)
 		}
 	} else {
-		add(filepath.Join(from, memoryName), memoryPath, true)
-		add(filepath.Join(from, stateName), statePath, true)
+		add(filepath.Join(from, snapfile.MemoryName), memoryPath, true)
+		add(filepath.Join(from, snapfile.StateName), statePath, true)
 	}
 	for i, d := range s.Disks {
 		add(d.Path, diskPath(i), d.ReadOnly)

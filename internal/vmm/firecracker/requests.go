@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
 // The names of the files inside the VMM's root. They are the same for every VM,
@@ -155,7 +156,7 @@ func load(s vmm.Spec, version string) request {
 // create renders the call that writes a paused VM.
 func create() request {
 	return request{http.MethodPut, "/snapshot/create", snapshotCreate{
-		Type: "Full", State: snapshotPath + "/" + stateName, Memory: snapshotPath + "/" + memoryName,
+		Type: "Full", State: snapshotPath + "/" + snapfile.StateName, Memory: snapshotPath + "/" + snapfile.MemoryName,
 	}}
 }
 

@@ -4,10 +4,8 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,14 +15,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
-)
-
-// The files of a snapshot. The last one is written last and tells what the
-// others are.
-const (
-	memoryName   = "mem"
-	stateName    = "state"
-	manifestName = "vm.json"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
 var (
@@ -59,17 +50,6 @@ func shapeOf(s vmm.Spec) shape {
 	return sh
 }
 
-// manifest is a snapshot's last file.
-type manifest struct {
-	Version string `json:"firecracker_version"`
-	Shape   shape  `json:"shape"`
-	// Sizes in bytes. The state's digest is checked too; the memory is too
-	// large for that on the way to a guest that is to answer in milliseconds.
-	MemoryBytes int64  `json:"memory_bytes"`
-	StateBytes  int64  `json:"state_bytes"`
-	StateSHA256 string `json:"state_sha256"`
-}
-
 // Snapshot implements vmm.Snapshotter.
 func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 	var steps undo.Stack
@@ -84,7 +64,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	for _, name := range []string{memoryName, stateName, manifestName} {
+	for _, name := range snapfile.Names() {
 		path := filepath.Join(dir, name)
 		if _, err := os.Lstat(path); err == nil {
 			return errdefs.AlreadyExists.Errorf("the directory holds a %s", name)
@@ -105,24 +85,27 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	for _, name := range []string{memoryName, stateName} {
+	for _, name := range []string{snapfile.MemoryName, snapfile.StateName} {
 		if err := os.Rename(filepath.Join(scratch, name), filepath.Join(dir, name)); err != nil {
 			return err
 		}
 	}
-	m := manifest{Version: v.version, Shape: v.state.Shape, MemoryBytes: int64(v.state.Shape.MemMiB) << 20}
-	if !isMemory(filepath.Join(dir, memoryName), m.MemoryBytes) {
-		return fmt.Errorf("firecracker wrote no memory of %d bytes", m.MemoryBytes)
+	size := int64(v.state.Shape.MemMiB) << 20
+	if !snapfile.IsFile(filepath.Join(dir, snapfile.MemoryName), size) {
+		return fmt.Errorf("firecracker wrote no memory of %d bytes", size)
 	}
-	if m.StateBytes, m.StateSHA256, err = digest(filepath.Join(dir, stateName)); err != nil {
+	state, err := snapfile.StateFile(dir)
+	if err != nil {
 		return err
 	}
-	for _, name := range []string{memoryName, stateName} {
+	for _, name := range []string{snapfile.MemoryName, snapfile.StateName} {
 		if err := os.Chmod(filepath.Join(dir, name), 0o600); err != nil {
 			return err
 		}
 	}
-	if err := vmm.SaveJSON(filepath.Join(dir, manifestName), m); err != nil {
+	// The memory has no digest yet: the VM need not stand still for it.
+	m := snapfile.Manifest[shape]{Driver: Name, Version: v.version, Shape: v.state.Shape, Memory: snapfile.File{Size: size}, State: state}
+	if err := m.Write(dir); err != nil {
 		return err
 	}
 	steps.Keep()
@@ -152,69 +135,17 @@ func (v *vm) write(ctx context.Context, dir string) (err error) {
 	return err
 }
 
-// isMemory reports whether a file of that size is there, and no link to one.
-func isMemory(path string, size int64) bool {
-	info, err := os.Lstat(path)
-	return err == nil && info.Mode().IsRegular() && info.Size() == size
-}
-
-// digest reads a file that a VMM wrote; a link is none.
-func digest(path string) (size int64, sum string, err error) {
-	info, err := os.Lstat(path)
-	if err != nil {
-		return 0, "", err
-	}
-	if !info.Mode().IsRegular() {
-		return 0, "", fmt.Errorf("%s is no file", filepath.Base(path))
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		return 0, "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	size, err = io.Copy(h, f)
-	return size, hex.EncodeToString(h.Sum(nil)), err
-}
-
-// fits checks that a snapshot is whole and of such a VM.
+// fits checks that a snapshot is complete and of such a VM.
 func fits(dir, version string, want shape) error {
-	corrupt := errdefs.Corrupt.Errorf
-	data, err := os.ReadFile(filepath.Join(dir, manifestName))
-	if errors.Is(err, os.ErrNotExist) {
-		return corrupt("snapshot is incomplete: it has no %s", manifestName)
+	var forget func(*shape)
+	if since(version, overridesMajor, overridesMinor) {
+		forget = func(s *shape) { s.Tap = "" }
 	}
+	state, err := snapfile.Open(dir, Name, version, want, forget)
 	if err != nil {
 		return err
 	}
-	var m manifest
-	if err := json.Unmarshal(data, &m); err != nil {
-		return corrupt("snapshot's %s: %w", manifestName, err)
-	}
-	if m.Version != version {
-		was := "firecracker " + m.Version
-		if m.Version == "" {
-			was = "another VMM"
-		}
-		return errdefs.Unsupported.Errorf("snapshot is of %s, here is firecracker %s", was, version)
-	}
-	if since(version, overridesMajor, overridesMinor) {
-		m.Shape.Tap = want.Tap
-	}
-	if m.Shape != want {
-		return errdefs.InvalidArgument.Errorf("snapshot is of a vm with %+v, not %+v", m.Shape, want)
-	}
-	if !isMemory(filepath.Join(dir, memoryName), m.MemoryBytes) {
-		return corrupt("snapshot's memory is not %d bytes long", m.MemoryBytes)
-	}
-	size, sum, err := digest(filepath.Join(dir, stateName))
-	if errors.Is(err, os.ErrNotExist) {
-		return corrupt("snapshot has no device state")
-	}
-	if err == nil && (size != m.StateBytes || sum != m.StateSHA256) {
-		err = corrupt("snapshot's device state is not what was written")
-	}
-	return err
+	return state.Close()
 }
 
 // Restore implements vmm.Restorer.

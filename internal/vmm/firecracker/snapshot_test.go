@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
 // A snapshot with a link in the place of its memory, as a VMM that was taken
@@ -23,7 +24,7 @@ func TestSnapshotWithALink(t *testing.T) {
 	if err := v.Snapshot(t.Context(), dir); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{memoryName, stateName} {
+	for _, name := range []string{snapfile.MemoryName, snapfile.StateName} {
 		path := filepath.Join(dir, name)
 		if err := os.Rename(path, path+".real"); err != nil {
 			t.Fatal(err)

@@ -23,6 +23,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
@@ -222,7 +223,7 @@ func TestClonesShareMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	var st unix.Stat_t
-	if err := unix.Stat(filepath.Join(dir, memoryName), &st); err != nil {
+	if err := unix.Stat(filepath.Join(dir, snapfile.MemoryName), &st); err != nil {
 		t.Fatal(err)
 	}
 	if st.Blocks*512 > st.Size*9/10 {
@@ -266,7 +267,7 @@ func TestSnapshotCannotBeWritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { restored.Kill(t.Context()) })
-	path := filepath.Join(dir, memoryName)
+	path := filepath.Join(dir, snapfile.MemoryName)
 	if err := os.Chmod(path, 0o444); err != nil { // as published ones are
 		t.Fatal(err)
 	}
@@ -570,11 +571,11 @@ func BenchmarkSnapshotCycle(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			state, err := os.Open(filepath.Join(dir, stateName))
+			state, err := os.Open(filepath.Join(dir, snapfile.StateName))
 			if err != nil {
 				b.Fatal(err)
 			}
-			args := argv(machine{binary: binary, version: report.Version, accel: report.Accel, spec: spec, memory: filepath.Join(dir, memoryName)})
+			args := argv(machine{binary: binary, version: report.Version, accel: report.Accel, spec: spec, memory: filepath.Join(dir, snapfile.MemoryName)})
 			cmd := exec.Command(args[0], args[1:]...)
 			cmd.ExtraFiles = []*os.File{socket, state}
 			if err := cmd.Start(); err != nil {

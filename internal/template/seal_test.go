@@ -2,7 +2,6 @@ package template
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -13,87 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
-
-func digestOf(t testing.TB, path string) File {
-	t.Helper()
-	f, err := digestPieces(t.Context(), path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return f
-}
-
-// TestDigestPieces: the digest tells every change of a byte and of the size, and
-// does not tell a hole from zeros.
-func TestDigestPieces(t *testing.T) {
-	dir := t.TempDir()
-	write := func(name string, size int64, parts map[int64][]byte) string {
-		path := filepath.Join(dir, name)
-		f, err := os.Create(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		if err := f.Truncate(size); err != nil {
-			t.Fatal(err)
-		}
-		for at, data := range parts {
-			if _, err := f.WriteAt(data, at); err != nil {
-				t.Fatal(err)
-			}
-		}
-		return path
-	}
-	page := bytes.Repeat([]byte{7}, pageBytes)
-	zeros := make([]byte, 3*pieceBytes)
-	seen := map[File]string{}
-	for _, tt := range []struct {
-		name string
-		size int64
-		at   map[int64][]byte
-	}{
-		{"empty", 0, nil},
-		{"a hole", 8 * pieceBytes, nil},
-		{"a longer hole", 8*pieceBytes + 1, nil},
-		{"one byte", 1, map[int64][]byte{0: {1}}},
-		{"the last byte", 8*pieceBytes + 1, map[int64][]byte{8 * pieceBytes: {1}}},
-		{"a page", 8 * pieceBytes, map[int64][]byte{pageBytes: page}},
-		{"the page after it", 8 * pieceBytes, map[int64][]byte{2 * pageBytes: page}},
-		{"both", 8 * pieceBytes, map[int64][]byte{pageBytes: page, 2 * pageBytes: page}},
-		{"the same page of the next piece", 8 * pieceBytes, map[int64][]byte{pieceBytes + pageBytes: page}},
-		{"across two pieces", 8 * pieceBytes, map[int64][]byte{pieceBytes - pageBytes: append(page[:pageBytes:pageBytes], page...)}},
-		{"a page with a gap", 8 * pieceBytes, map[int64][]byte{pageBytes: page, 3 * pageBytes: page}},
-	} {
-		got := digestOf(t, write("f", tt.size, tt.at))
-		if got.Size != tt.size || got.SHA256 != "" || len(got.Pieces) != 64 {
-			t.Errorf("%s: %+v", tt.name, got)
-		}
-		if other, ok := seen[got]; ok {
-			t.Errorf("%s and %s have one digest", tt.name, other)
-		}
-		seen[got] = tt.name
-		os.Remove(filepath.Join(dir, "f"))
-	}
-	holes := write("holes", 8*pieceBytes, map[int64][]byte{5 * pieceBytes: page})
-	full := write("full", 8*pieceBytes, map[int64][]byte{0: zeros, 3*pieceBytes - 7: zeros[:pieceBytes], 5 * pieceBytes: page})
-	if digestOf(t, holes) != digestOf(t, full) {
-		t.Error("zeros that were written and a hole differ")
-	}
-	ctx, cancel := context.WithCancelCause(t.Context())
-	gone := errors.New("gone")
-	cancel(gone)
-	if _, err := digestPieces(ctx, full); !errors.Is(err, gone) {
-		t.Errorf("cancelled: %v", err)
-	}
-}
 
 // TestSealDigs: a sealed file keeps its bytes, and takes disk only for those that
 // are not zero.
 func TestSealDigs(t *testing.T) {
 	// Data, zeros beyond the borders of pages and pieces, data, zeros at the end.
-	data := make([]byte, 5*pieceBytes+pageBytes)
-	for _, at := range []int{0, pageBytes - 1, 3 * pageBytes, pieceBytes - 1, 3*pieceBytes + 100} {
+	data := make([]byte, 5*snapfile.PieceBytes+snapfile.PageBytes)
+	for _, at := range []int{0, snapfile.PageBytes - 1, 3 * snapfile.PageBytes, snapfile.PieceBytes - 1, 3*snapfile.PieceBytes + 100} {
 		data[at] = 0xaa
 	}
 	dir := t.TempDir()
@@ -101,7 +28,15 @@ func TestSealDigs(t *testing.T) {
 	if err := os.WriteFile(path, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	before := digestOf(t, path)
+	digestOf := func() File {
+		t.Helper()
+		f, err := snapfile.Digest(t.Context(), path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	before := digestOf()
 	if err := SealState(t.Context(), dir); err != nil {
 		t.Fatal(err)
 	}
@@ -113,10 +48,10 @@ func TestSealDigs(t *testing.T) {
 	if err := unix.Stat(path, &st); err != nil {
 		t.Fatal(err)
 	}
-	if kept := st.Blocks * 512; kept > 16*pageBytes {
+	if kept := st.Blocks * 512; kept > 16*snapfile.PageBytes {
 		t.Errorf("%d bytes are kept for 4 pages", kept)
 	}
-	if after := digestOf(t, path); after != before {
+	if after := digestOf(); after != before {
 		t.Errorf("the digest was %+v and is %+v", before, after)
 	}
 	if err := VerifyState(t.Context(), dir); err != nil {
@@ -135,11 +70,11 @@ func TestStateIsVerified(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := f.Truncate(int64(i+1) * 3 * pieceBytes); err != nil {
+		if err := f.Truncate(int64(i+1) * 3 * snapfile.PieceBytes); err != nil {
 			t.Fatal(err)
 		}
 		for range 20 {
-			if _, err := f.WriteAt([]byte("something"), rnd.Int64N(3*pieceBytes-9)); err != nil {
+			if _, err := f.WriteAt([]byte("something"), rnd.Int64N(3*snapfile.PieceBytes-9)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -208,7 +143,7 @@ func TestSnapshotOfAnEarlierVersion(t *testing.T) {
 		}
 	}
 	m := snapshotManifest{Meta: Meta{Key: keyA, Source: &Source{Sandbox: "sb-1"}}}
-	err = seal(stage.Dir, readyManifest, &m, &m.manifest, func(path string) (File, error) { return hashSparse(t.Context(), path) })
+	err = seal(stage.Dir, readyManifest, &m, &m.manifest, func(path string) (File, error) { return snapfile.OldDigest(t.Context(), path) })
 	if err == nil {
 		err = add(stage.Dir, s.snapshotDir("old"))
 	}
@@ -234,26 +169,5 @@ func TestSnapshotOfAnEarlierVersion(t *testing.T) {
 	}
 	if _, err := s.Snapshot(t.Context(), "old"); errdefs.ClassOf(err) != errdefs.Corrupt {
 		t.Errorf("damaged after it was read once: %v", err)
-	}
-}
-
-func BenchmarkDigest(b *testing.B) {
-	path := filepath.Join(b.TempDir(), "mem")
-	data := make([]byte, 128<<20)
-	for i := range data {
-		data[i] = byte(i * i >> 7)
-	}
-	if err := os.WriteFile(path, data, 0o600); err != nil {
-		b.Fatal(err)
-	}
-	for name, digest := range map[string]func(context.Context, string) (File, error){"pieces": digestPieces, "one after the other": hashSparse} {
-		b.Run(name, func(b *testing.B) {
-			b.SetBytes(int64(len(data)))
-			for b.Loop() {
-				if _, err := digest(b.Context(), path); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
 	}
 }

@@ -1,0 +1,151 @@
+package snapfile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// writeBackBytes is how much is written to a file before its write-back to the
+// disk is started: a later fsync then finds little to do.
+const writeBackBytes = 8 << 20
+
+// Source is contents of Size bytes that do not change while they are copied.
+type Source struct {
+	Size int64
+	// Pieces are the numbers of the pieces that may be other than zero.
+	Pieces []int64
+	// ReadAt reads a part of a piece, or all of it. It is called from several
+	// goroutines. none says that the part is all zero and p has no meaning.
+	ReadAt func(p []byte, at int64) (none bool, err error)
+}
+
+// FileSource is the contents of f.
+func FileSource(f *os.File) (Source, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return Source{}, err
+	}
+	numbers, err := piecesWithData(f, info.Size())
+	return Source{Size: info.Size(), Pieces: numbers, ReadAt: func(p []byte, at int64) (bool, error) {
+		_, err := f.ReadAt(p, at)
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		return false, err
+	}}, err
+}
+
+// Write writes a source to out, which is empty, and leaves holes where the source
+// is zero. It returns the digest of what it wrote, as Digest computes it, and has
+// started the write-back to the disk. The CPUs share the pieces.
+func Write(ctx context.Context, out *os.File, from Source) (File, error) {
+	if err := out.Truncate(from.Size); err != nil {
+		return File{}, err
+	}
+	back, err := startWriteBack(out)
+	if err != nil {
+		return File{}, err
+	}
+	defer back.end()
+	sum, err := digestPieces(ctx, from.Pieces, func(at int64, buf []byte) (*sum256, error) {
+		piece := buf[:min(PieceBytes, from.Size-at)]
+		none, err := from.ReadAt(piece, at)
+		if none || err != nil {
+			return nil, err
+		}
+		return digestPiece(piece, func(begin, end int, empty bool) error {
+			if empty {
+				return nil
+			}
+			_, err := out.WriteAt(piece[begin:end], at+int64(begin))
+			back.wrote(end - begin)
+			return err
+		})
+	})
+	if err != nil {
+		return File{}, fmt.Errorf("write %s: %w", filepath.Base(out.Name()), err)
+	}
+	return File{Size: from.Size, Pieces: sum}, nil
+}
+
+// writeBack has the kernel write a file to the disk while more is written to it.
+type writeBack struct {
+	since atomic.Int64
+	kick  chan struct{}
+}
+
+func startWriteBack(f *os.File) (*writeBack, error) {
+	// On a slow disk a start of the write-back takes long. No caller waits for it,
+	// so it needs a descriptor of its own.
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	b := &writeBack{kick: make(chan struct{}, 1)}
+	go func() {
+		defer unix.Close(fd)
+		for range b.kick {
+			_ = unix.SyncFileRange(fd, 0, 0, unix.SYNC_FILE_RANGE_WRITE) // an error shows at the fsync
+		}
+	}()
+	return b, nil
+}
+
+func (b *writeBack) wrote(n int) {
+	if b.since.Add(int64(n)) < writeBackBytes {
+		return
+	}
+	b.since.Store(0)
+	b.wake()
+}
+
+func (b *writeBack) wake() {
+	select {
+	case b.kick <- struct{}{}:
+	default: // it has been told and not yet begun
+	}
+}
+
+func (b *writeBack) end() {
+	b.wake()
+	close(b.kick)
+}
+
+// Copy makes the new file dst a copy of src, which must not change until Copy
+// returns: a clone where the file system can, otherwise a copy without the holes.
+// On error, a cancelled ctx included, dst does not exist. The digest is zero for a
+// clone, which reads nothing.
+func Copy(ctx context.Context, dst, src string) (_ File, err error) {
+	in, err := os.Open(src)
+	if err != nil {
+		return File{}, err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(dst, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return File{}, err
+	}
+	defer func() {
+		if err = errors.Join(err, out.Close()); err != nil {
+			os.Remove(dst)
+		}
+	}()
+	if Clone(out, in) == nil {
+		return File{}, nil
+	}
+	from, err := FileSource(in)
+	if err != nil {
+		return File{}, err
+	}
+	return Write(ctx, out, from)
+}
+
+// Clone makes out share the contents of in, where the file system can.
+func Clone(out, in *os.File) error { return unix.IoctlFileClone(int(out.Fd()), int(in.Fd())) }

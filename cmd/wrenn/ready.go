@@ -15,6 +15,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/host"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/progress"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
@@ -36,20 +37,20 @@ func (c *hostConfig) managerConfig(plan network.Plan, uids int, chosen host.Choi
 
 // prepareReady makes the ready snapshot that a create without wishes starts
 // from. Where it cannot be made, no sandbox can.
-func (c *hostConfig) prepareReady(ctx context.Context, plan network.Plan, templates *template.Store, progress template.Progress) error {
+func (c *hostConfig) prepareReady(ctx context.Context, plan network.Plan, templates *template.Store, report progress.Func) error {
 	const step = "ready snapshot"
-	progress(template.Event{Step: step, Phase: template.Began, Detail: "booting a guest to start others from"})
+	report(progress.Event{Step: step, Phase: progress.Began, Detail: "booting a guest to start others from"})
 	made, err := c.makeReady(ctx, plan, templates)
 	switch {
 	case errors.Is(err, errdefs.Busy):
-		progress(template.Event{Step: step, Phase: template.Kept, Detail: "left to the host agent, which is running;"})
+		report(progress.Event{Step: step, Phase: progress.Kept, Detail: "left to the host agent, which is running;"})
 	case err != nil:
 		return fmt.Errorf("not ready: all is in %s but the ready snapshot, and a sandbox could not start either: %w; "+
 			"`wrenn doctor --state-dir %s` says what this host lacks, then run `wrenn setup` again", c.stateDir, err, c.stateDir)
 	case made:
-		progress(template.Event{Step: step, Phase: template.Did, Detail: "1 vCPU, 512 MiB"})
+		report(progress.Event{Step: step, Phase: progress.Did, Detail: "1 vCPU, 512 MiB"})
 	default:
-		progress(template.Event{Step: step, Phase: template.Kept, Detail: "1 vCPU, 512 MiB"})
+		report(progress.Event{Step: step, Phase: progress.Kept, Detail: "1 vCPU, 512 MiB"})
 	}
 	return nil
 }

@@ -15,6 +15,8 @@ import (
 	"golang.org/x/term"
 
 	"git.omukk.dev/wrenn/sandbox/internal/host"
+	"git.omukk.dev/wrenn/sandbox/internal/progress"
+	"git.omukk.dev/wrenn/sandbox/internal/setup"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
 
@@ -29,7 +31,7 @@ func envdPath() string {
 
 func newSetup() *cobra.Command {
 	var c hostConfig
-	var o template.Options
+	var o setup.Options
 	cmd := &cobra.Command{
 		Use:   "setup",
 		Short: "Install and prepare what the host needs",
@@ -53,14 +55,14 @@ It needs root.`,
 			}
 			p := newProgress(os.Stderr)
 			defer p.end()
-			if err := host.InstallMissing(cmd.Context(), p.show); err != nil {
+			if err := setup.InstallMissing(cmd.Context(), p.show); err != nil {
 				return err
 			}
 			store, err := template.Open(c.stateDir, slog.New(slog.DiscardHandler))
 			if err != nil {
 				return err
 			}
-			if err := template.Setup(cmd.Context(), store, o, p.show); err != nil {
+			if err := setup.Run(cmd.Context(), store, o, p.show); err != nil {
 				return err
 			}
 			if err := c.prepareReady(cmd.Context(), plan, store, p.show); err != nil {
@@ -82,9 +84,9 @@ It needs root.`,
 	return cmd
 }
 
-// progress shows what setup does: one line a step, which a terminal sees
+// progressLine shows what setup does: one line a step, which a terminal sees
 // change.
-type progress struct {
+type progressLine struct {
 	w       io.Writer
 	tty     bool
 	current string
@@ -92,19 +94,19 @@ type progress struct {
 	shown   time.Time
 }
 
-func newProgress(w io.Writer) *progress {
+func newProgress(w io.Writer) *progressLine {
 	f, ok := w.(*os.File)
-	return &progress{w: w, tty: ok && term.IsTerminal(int(f.Fd()))}
+	return &progressLine{w: w, tty: ok && term.IsTerminal(int(f.Fd()))}
 }
 
-func (p *progress) show(e template.Event) {
+func (p *progressLine) show(e progress.Event) {
 	now := time.Now()
 	switch e.Phase {
-	case template.Began:
+	case progress.Began:
 		p.end()
 		p.current, p.began = e.Step, now
 		p.line(e, "")
-	case template.Going:
+	case progress.Going:
 		// A log is not a terminal: a line every few seconds tells enough.
 		every := 5 * time.Second
 		if p.tty {
@@ -113,16 +115,16 @@ func (p *progress) show(e template.Event) {
 		if now.Sub(p.shown) >= every {
 			p.line(e, "")
 		}
-	case template.Did:
+	case progress.Did:
 		p.line(e, fmt.Sprintf("done in %.1fs", now.Sub(p.began).Seconds()))
 		p.current = ""
-	case template.Kept:
+	case progress.Kept:
 		p.line(e, "already there")
 		p.current = ""
 	}
 }
 
-func (p *progress) line(e template.Event, outcome string) {
+func (p *progressLine) line(e progress.Event, outcome string) {
 	p.shown = time.Now()
 	text := fmt.Sprintf("%-14s", e.Step)
 	if e.Total > 0 && outcome == "" {
@@ -136,7 +138,7 @@ func (p *progress) line(e template.Event, outcome string) {
 		}
 	}
 	switch {
-	case !p.tty && e.Phase == template.Began:
+	case !p.tty && e.Phase == progress.Began:
 		return // what follows says as much
 	case !p.tty:
 		fmt.Fprintln(p.w, strings.TrimRight(text, " "))
@@ -153,7 +155,7 @@ func (p *progress) line(e template.Event, outcome string) {
 }
 
 // end closes the line of a step that did not come to its end.
-func (p *progress) end() {
+func (p *progressLine) end() {
 	if p.current != "" && p.tty {
 		fmt.Fprintln(p.w)
 	}

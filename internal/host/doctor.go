@@ -1,3 +1,5 @@
+// Package host knows what a machine needs to run sandboxes: it checks for it and
+// says how to mend it.
 package host
 
 import (
@@ -15,10 +17,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 
+	"git.omukk.dev/wrenn/sandbox/internal/diskfree"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/setup"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
@@ -72,7 +75,7 @@ func Doctor(ctx context.Context, o Options) []Check {
 	m := machine{
 		fsRoot:  "/",
 		root:    os.Geteuid() == 0,
-		missing: Missing,
+		missing: setup.Missing,
 		probe:   probeNetwork,
 		statfs:  freeMiB,
 
@@ -86,7 +89,7 @@ func Doctor(ctx context.Context, o Options) []Check {
 type machine struct {
 	fsRoot  string // where /proc, /sys and /dev are found
 	root    bool
-	missing func() []Package
+	missing func() []setup.Package
 	probe   func() networkProbe
 	statfs  func(path string) (freeMiB int64, err error)
 
@@ -127,7 +130,7 @@ func (m machine) packages() Check {
 		why = append(why, p.Name+" ("+p.Why+")")
 	}
 	c.Found = "missing: " + strings.Join(why, ", ")
-	c.Fix = "sudo " + installCommand(want)
+	c.Fix = "sudo " + setup.InstallCommand(want)
 	return c
 }
 
@@ -532,11 +535,8 @@ var wantControllers = []string{"cpu", "memory", "pids"}
 func (m machine) path(p string) string { return filepath.Join(m.fsRoot, p) }
 
 func freeMiB(path string) (int64, error) {
-	var st syscall.Statfs_t
-	if err := syscall.Statfs(path, &st); err != nil {
-		return 0, &fs.PathError{Op: "statfs", Path: path, Err: err}
-	}
-	return int64(st.Bavail) * st.Bsize >> 20, nil
+	free, err := diskfree.Bytes(path)
+	return free >> 20, err
 }
 
 func fileMiB(path string) int64 {

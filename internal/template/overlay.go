@@ -8,6 +8,7 @@ import (
 	"strconv"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/tool"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
@@ -29,7 +30,7 @@ func (s *Store) NewOverlay(ctx context.Context, path string, sizeMiB int) error 
 	if sizeMiB < MinOverlayMiB || sizeMiB > MaxOverlayMiB {
 		return errdefs.InvalidArgument.Errorf("overlay of %d MiB: want %d to %d", sizeMiB, MinOverlayMiB, MaxOverlayMiB)
 	}
-	if _, err := s.ensureSeed(ctx, sizeMiB); err != nil {
+	if _, err := s.EnsureSeed(ctx, sizeMiB); err != nil {
 		return fmt.Errorf("make overlay: %w", errdefs.DiskFull(err))
 	}
 	if err := copyDisk(ctx, path, s.seedPath(sizeMiB)); err != nil {
@@ -42,8 +43,8 @@ func (s *Store) seedPath(sizeMiB int) string {
 	return filepath.Join(s.seeds(), "overlay-"+strconv.Itoa(sizeMiB)+".ext4")
 }
 
-// ensureSeed formats the seed of that size unless it is there.
-func (s *Store) ensureSeed(ctx context.Context, sizeMiB int) (made bool, err error) {
+// EnsureSeed formats the seed of that size unless it is there.
+func (s *Store) EnsureSeed(ctx context.Context, sizeMiB int) (made bool, err error) {
 	dst := s.seedPath(sizeMiB)
 	there := func() bool {
 		fi, err := os.Stat(dst)
@@ -100,18 +101,19 @@ func formatExt4(ctx context.Context, file string, inodes int64, root string) err
 	if root != "" {
 		args = append(args, "-d", root)
 	}
-	return command{
-		name: "mke2fs",
-		args: append(args, file),
-		env:  []string{"MKE2FS_CONFIG=/dev/null", "E2FSPROGS_FAKE_TIME=" + fakeTime},
-	}.run(ctx)
+	return tool.Command{
+		Name: "mke2fs",
+		Args: append(args, file),
+		Env:  []string{"MKE2FS_CONFIG=/dev/null", "E2FSPROGS_FAKE_TIME=" + BuildTime},
+	}.Run(ctx)
 }
 
 // What would differ from one making to the next is fixed: images are told
 // apart by their digests.
 const (
 	fixedUUID = "77726e6e-0000-4000-8000-000000000001"
-	fakeTime  = "1700000000"
+	// BuildTime is what images are dated from, in seconds since 1970.
+	BuildTime = "1700000000"
 )
 
 // copyDisk makes the new file dst a copy of the disk src.

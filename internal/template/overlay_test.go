@@ -15,6 +15,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+	"git.omukk.dev/wrenn/sandbox/internal/tool"
 )
 
 // used is what the file takes up on disk, in bytes.
@@ -42,12 +43,12 @@ func TestNewOverlay(t *testing.T) {
 		if got, limit := used(t, path), int64(512<<10+mib*128); got > limit {
 			t.Errorf("%d MiB: takes up %d bytes, more than %d", mib, got, limit)
 		}
-		if err := (command{name: "e2fsck", args: []string{"-fn", path}}).run(context.Background()); err != nil {
+		if err := (tool.Command{Name: "e2fsck", Args: []string{"-fn", path}}).Run(context.Background()); err != nil {
 			t.Errorf("%d MiB: %v", mib, err)
 		}
 		// Inode tables that were not written must not be zeroed by the guest
 		// either: that would fill in the holes.
-		out, err := command{name: "dumpe2fs", args: []string{path}}.output(context.Background())
+		out, err := tool.Command{Name: "dumpe2fs", Args: []string{path}}.Output(context.Background())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -24,8 +24,13 @@ import (
 // DefaultName is the template that a sandbox gets when none is named.
 const DefaultName = "minimal"
 
-// kernelName is the one guest kernel that templates boot with.
-const kernelName = "default"
+const (
+	// kernelName is the one guest kernel that templates boot with.
+	kernelName = "default"
+	// baseImage and templateManifestFile are the files of a template.
+	baseImage            = "base.ext4"
+	templateManifestFile = "template.json"
+)
 
 // Store is the directory of kernels, templates and overlay seeds. What is in
 // it is complete: everything is made under a name with a leading dot and
@@ -173,7 +178,7 @@ func (s *Store) Get(name string) (Template, error) {
 	}
 	dir := filepath.Join(s.templates(), name)
 	var m templateManifest
-	switch err := readManifest(dir, "template.json", &m, &m.manifest); {
+	switch err := readManifest(dir, templateManifestFile, &m, &m.manifest); {
 	case errors.Is(err, fs.ErrNotExist):
 		return Template{}, errdefs.NotFound.Errorf("template %q does not exist", name)
 	case errdefs.CannotRead(err):
@@ -188,8 +193,8 @@ func (s *Store) Get(name string) (Template, error) {
 	return Template{
 		Name:       name,
 		Boot:       boot,
-		Base:       filepath.Join(dir, "base.ext4"),
-		BaseSHA256: m.Files["base.ext4"].SHA256,
+		Base:       filepath.Join(dir, baseImage),
+		BaseSHA256: m.Files[baseImage].SHA256,
 		Defaults:   m.Defaults,
 	}, nil
 }
@@ -254,20 +259,12 @@ type manifest struct {
 
 type kernelManifest struct {
 	manifest
-	Release    string `json:"release,omitempty"`
-	Source     string `json:"source"`
-	EnvdSHA256 string `json:"envd_sha256"`
-	// Modules are files in modules/, in load order.
-	Modules []string `json:"modules"`
-	// InitrdFormat tells initrds apart that other code made of the same parts.
-	InitrdFormat int `json:"initrd_format"`
+	Kernel
 }
 
 type templateManifest struct {
 	manifest
-	// Recipe is the digest of what the image was made by.
-	Recipe   string   `json:"recipe"`
-	Defaults Defaults `json:"defaults"`
+	Making
 }
 
 func (s *Store) kernelManifest() (kernelManifest, error) {

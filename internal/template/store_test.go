@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -37,7 +36,7 @@ func put(t *testing.T, s *Store, name, image string) {
 	}
 	defer os.RemoveAll(tmp)
 	write(t, filepath.Join(tmp, "base.ext4"), image)
-	m := templateManifest{Recipe: image, Defaults: Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: 4096}}
+	m := templateManifest{Making: Making{Recipe: image, Defaults: Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: 4096}}}
 	if err := publish(tmp, filepath.Join(s.templates(), name), "template.json", &m, &m.manifest); err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +50,7 @@ func put(t *testing.T, s *Store, name, image string) {
 	defer os.RemoveAll(tmp)
 	write(t, filepath.Join(tmp, "vmlinux"), "kernel")
 	write(t, filepath.Join(tmp, "initrd.img"), "initrd")
-	k := kernelManifest{Release: "6.1", Source: "test", EnvdSHA256: "abc"}
+	k := kernelManifest{Kernel: Kernel{Release: "6.1", Source: "test", EnvdSHA256: "abc"}}
 	if err := publish(tmp, filepath.Join(s.kernels(), kernelName), "kernel.json", &k, &k.manifest); err != nil {
 		t.Fatal(err)
 	}
@@ -291,51 +290,4 @@ func TestWaitLockObeysContext(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.unlock()
-}
-
-func TestCommand(t *testing.T) {
-	ctx := context.Background()
-	var lines []string
-	out, err := command{name: "sh", args: []string{"-c", "echo one; echo two >&2; echo three >&3"},
-		onLine: func(string) {}, onStatus: func(l string) { lines = append(lines, l) }}.output(ctx)
-	if err != nil || out != "one\n" || len(lines) != 1 || lines[0] != "three" {
-		t.Errorf("output = %q, %v, status %q", out, err, lines)
-	}
-	err = command{name: "sh", args: []string{"-c", "echo reason >&2; exit 3"}}.run(ctx)
-	if err == nil || !strings.Contains(err.Error(), "reason") {
-		t.Errorf("a failing command says %v", err)
-	}
-	err = command{name: "sh", args: []string{"-c", "echo 'x: No space left on device' >&2; exit 1"}}.run(ctx)
-	if !errors.Is(err, errdefs.Exhausted) {
-		t.Errorf("a full disk is %v", err)
-	}
-	if err = (command{name: "wrenn-no-such-tool"}).run(ctx); !errors.Is(err, errdefs.Unavailable) {
-		t.Errorf("a missing tool is %v", err)
-	}
-}
-
-// A cancelled command takes its children with it, also those that left its
-// session.
-func TestCommandDiesWithItsChildren(t *testing.T) {
-	testenv.Root(t)
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	// The child holds a FIFO open: it reads as ended when all are gone.
-	fifo := filepath.Join(t.TempDir(), "fifo")
-	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	read := make(chan error, 1)
-	go func() { _, err := os.ReadFile(fifo); read <- err }()
-	err := command{
-		name:   "sh",
-		args:   []string{"-c", `exec 5>"$0"; setsid sleep 1000 & echo up; wait`, fifo},
-		onLine: func(string) { cancel() },
-	}.run(ctx)
-	if !errors.Is(err, context.Canceled) {
-		t.Errorf("run = %v", err)
-	}
-	if err := <-read; err != nil {
-		t.Error(err)
-	}
 }

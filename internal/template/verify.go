@@ -70,7 +70,7 @@ func (s *Store) Verify(ctx context.Context, want func(Kind, string) bool, fn fun
 		dir := filepath.Join(s.templates(), name)
 		err := look(KindTemplate, name, dir, func() (manifest, error) {
 			var m templateManifest
-			err := readManifest(dir, "template.json", &m, &m.manifest)
+			err := readManifest(dir, templateManifestFile, &m, &m.manifest)
 			return m.manifest, firstOf(damage(err), func() error { return m.verify(ctx, dir, plain) })
 		})
 		if err != nil {

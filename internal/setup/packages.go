@@ -1,6 +1,4 @@
-// Package host knows what a machine needs to run sandboxes: it checks for it,
-// says how to mend it, and installs what Debian packages can.
-package host
+package setup
 
 import (
 	"bytes"
@@ -17,7 +15,8 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/progress"
+	"git.omukk.dev/wrenn/sandbox/internal/tool"
 )
 
 // Package is a Debian package that the host agent or its setup uses.
@@ -62,15 +61,15 @@ func installed(file string) bool {
 		_, err := os.Stat(file)
 		return err == nil
 	}
-	_, err := template.FindTool(file)
+	_, err := tool.Find(file)
 	return err == nil
 }
 
 // InstallMissing installs with apt-get what is missing, and only that. It is
 // quick when nothing is. Without root it is errdefs.Denied, without apt
 // errdefs.Unsupported; both name what to do by hand.
-func InstallMissing(ctx context.Context, progress template.Progress) error {
-	return apt{root: os.Geteuid() == 0, find: template.FindTool}.install(ctx, Missing(), progress)
+func InstallMissing(ctx context.Context, report progress.Func) error {
+	return apt{root: os.Geteuid() == 0, find: tool.Find}.install(ctx, Missing(), report)
 }
 
 // apt is the host's package manager, or what a test puts in its place.
@@ -79,18 +78,13 @@ type apt struct {
 	find func(tool string) (string, error)
 }
 
-func (a apt) install(ctx context.Context, want []Package, progress template.Progress) error {
-	tell := func(phase template.Phase, detail string) {
-		if progress != nil {
-			progress(template.Event{Step: "packages", Phase: phase, Detail: detail})
-		}
-	}
-	tell(template.Began, "")
+func (a apt) install(ctx context.Context, want []Package, report progress.Func) error {
+	st := report.Begin("packages")
 	if len(want) == 0 {
-		tell(template.Kept, "all installed")
+		st.Kept("all installed")
 		return nil
 	}
-	byHand := installCommand(want)
+	byHand := InstallCommand(want)
 	aptGet, err := a.find("apt-get")
 	if err != nil {
 		return errdefs.Unsupported.Errorf("install packages: this machine has no apt-get; install what provides %s by its own means", files(want))
@@ -98,7 +92,7 @@ func (a apt) install(ctx context.Context, want []Package, progress template.Prog
 	if !a.root {
 		return errdefs.Denied.Errorf("install packages: not root; run: sudo %s", byHand)
 	}
-	tell(template.Going, "apt-get update")
+	st.Detail("apt-get update")
 	// Old lists may do: what is wrong shows in the installation.
 	updateErr := runApt(ctx, aptGet, []string{"-q", "update"}, nil)
 	if ctx.Err() == nil {
@@ -106,7 +100,7 @@ func (a apt) install(ctx context.Context, want []Package, progress template.Prog
 		for _, p := range want {
 			args = append(args, p.Name)
 		}
-		err = runApt(ctx, aptGet, args, func(line string) { tell(template.Going, line) })
+		err = runApt(ctx, aptGet, args, st.Detail)
 	}
 	switch {
 	case ctx.Err() != nil:
@@ -116,12 +110,12 @@ func (a apt) install(ctx context.Context, want []Package, progress template.Prog
 	case err != nil:
 		return errdefs.Unavailable.Errorf("install packages (to see more run: sudo %s): %w", byHand, err)
 	}
-	tell(template.Did, names(want))
+	st.Did("%s", names(want))
 	return nil
 }
 
-// installCommand is what a person would type.
-func installCommand(want []Package) string {
+// InstallCommand is what a person would type to install packages.
+func InstallCommand(want []Package) string {
 	return "apt-get install -y --no-install-recommends " + names(want)
 }
 
@@ -145,7 +139,7 @@ func files(want []Package) string {
 // it: half-configured packages are worse than a few seconds of waiting.
 func runApt(ctx context.Context, path string, args []string, onLine func(string)) error {
 	cmd := exec.CommandContext(ctx, path, args...)
-	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive", "PATH="+template.ToolPath)
+	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive", "PATH="+tool.Path)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // a terminal's ^C is for us, we pass it on
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) }
 	cmd.WaitDelay = 30 * time.Second

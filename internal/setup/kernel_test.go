@@ -1,4 +1,4 @@
-package template
+package setup
 
 import (
 	"bytes"
@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -23,6 +24,8 @@ import (
 	"github.com/pierrec/lz4/v4"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/progress"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
 
 // fakeVmlinux begins like a kernel and compresses a little.
@@ -314,6 +317,25 @@ func TestInitrdReadsBack(t *testing.T) {
 	}
 }
 
+func open(t *testing.T, dir string) *template.Store {
+	t.Helper()
+	s, err := template.Open(dir, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func write(t *testing.T, path, content string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(content), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // brought is a kernel of the user's own, so that no network is needed.
 func brought(t *testing.T) Options {
 	t.Helper()
@@ -329,14 +351,14 @@ func brought(t *testing.T) Options {
 	return o
 }
 
-func phases(t *testing.T, s *Store, o Options) []string {
+func phases(t *testing.T, s *template.Store, o Options) []string {
 	t.Helper()
 	var got []string
-	err := s.setupKernel(context.Background(), o, func(e Event) {
+	err := setupKernel(context.Background(), s, o, func(e progress.Event) {
 		switch e.Phase {
-		case Did:
+		case progress.Did:
 			got = append(got, e.Step+" made")
-		case Kept:
+		case progress.Kept:
 			got = append(got, e.Step+" kept")
 		}
 	})
@@ -361,7 +383,7 @@ func TestSetupKernel(t *testing.T) {
 		}
 		return fi.Sys().(*syscall.Stat_t).Ino
 	}
-	check := func(what string, o Options, want ...string) Boot {
+	check := func(what string, o Options, want ...string) template.Boot {
 		t.Helper()
 		if diff := cmp.Diff(want, phases(t, s, o)); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", what, diff)
@@ -370,7 +392,7 @@ func TestSetupKernel(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		entries, err := os.ReadDir(s.kernels())
+		entries, err := os.ReadDir(filepath.Join(s.Dir(), "kernels"))
 		if err != nil || len(entries) != 2 { // default and lock
 			t.Errorf("%s: leaves %v, %v", what, entries, err)
 		}
@@ -426,17 +448,17 @@ func TestSetupKernelFailureKeepsTheOld(t *testing.T) {
 	} {
 		bad := o
 		breakIt(&bad)
-		if err := s.setupKernel(context.Background(), bad, nil); err == nil {
+		if err := setupKernel(context.Background(), s, bad, nil); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 		if after, err := s.Boot(); err != nil || after != before {
 			t.Errorf("%s: boots %+v, %v", name, after, err)
 		}
-		if left, _ := filepath.Glob(filepath.Join(s.kernels(), ".*")); len(left) > 0 {
+		if left, _ := filepath.Glob(filepath.Join(filepath.Join(s.Dir(), "kernels"), ".*")); len(left) > 0 {
 			t.Errorf("%s: left %v", name, left)
 		}
 	}
-	if err := Setup(context.Background(), s, Options{Envd: o.Envd, Modules: o.Modules}, nil); !errors.Is(err, errdefs.InvalidArgument) {
+	if err := Run(context.Background(), s, Options{Envd: o.Envd, Modules: o.Modules}, nil); !errors.Is(err, errdefs.InvalidArgument) {
 		t.Errorf("modules without a kernel: %v", err)
 	}
 	if _, err := os.Stat(o.Kernel); errors.Is(err, fs.ErrNotExist) {

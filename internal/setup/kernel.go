@@ -1,4 +1,4 @@
-package template
+package setup
 
 import (
 	"context"
@@ -12,37 +12,31 @@ import (
 	"strconv"
 	"strings"
 
+	"git.omukk.dev/wrenn/sandbox/internal/digest"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/progress"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/tool"
 )
 
 // kernelPackage is the Debian package that depends on the newest cloud
 // kernel.
 const kernelPackage = "linux-image-cloud-amd64"
 
-// setupKernel makes kernels/default: the kernel, and the initrd made of its
-// modules and envd. A newer envd over the same kernel is a new directory that
+// setupKernel makes the guest kernel: the kernel itself, and the initrd made of
+// its modules and envd. A newer envd over the same kernel is a new directory that
 // shares the kernel's files.
-func (s *Store) setupKernel(ctx context.Context, o Options, progress Progress) error {
-	st := progress.begin("guest kernel")
-	lock, err := lockFor(ctx, s.kernels(), st)
-	if err != nil {
-		return err
-	}
-	defer lock.unlock()
-	envd, err := hashFile(o.Envd)
+func setupKernel(ctx context.Context, s *template.Store, o Options, report progress.Func) error {
+	st := report.Begin("guest kernel")
+	_, envd, err := digest.File(o.Envd)
 	if err != nil {
 		return fmt.Errorf("read envd: %w", err)
 	}
-
-	dst := filepath.Join(s.kernels(), kernelName)
-	have, err := s.kernelManifest()
-	if errdefs.CannotRead(err) {
-		return unreadable("the guest kernel", err)
+	stage, err := s.StageKernel(ctx, waiting(st))
+	if err != nil {
+		return err
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		s.log.Warn("guest kernel is made again", "error", err)
-	}
-	usable := err == nil
+	defer stage.Discard()
 	brought := o.Kernel != "" && o.Kernel != DebianKernel
 	source := ""
 	if brought {
@@ -50,64 +44,57 @@ func (s *Store) setupKernel(ctx context.Context, o Options, progress Progress) e
 			return err
 		}
 	}
-	keep := usable && (o.Kernel == "" || brought && have.Source == source ||
+	have := stage.Have
+	keep := have != nil && (o.Kernel == "" || brought && have.Source == source ||
 		o.Kernel == DebianKernel && strings.HasPrefix(have.Source, kernelPackagePrefix))
-	if keep && have.EnvdSHA256 == envd.SHA256 && have.InitrdFormat == initrdFormat {
-		st.kept("%s", have.describe())
-		progress.begin("initrd").kept("with this envd")
+	if keep && have.EnvdSHA256 == envd && have.InitrdFormat == initrdFormat {
+		st.Kept("%s", describe(have))
+		report.Begin("initrd").Kept("with this envd")
 		return nil
 	}
 
-	tmp, err := tempDir(s.kernels(), kernelName)
+	k := template.Kernel{}
+	switch {
+	case keep:
+		k.Release, k.Source, k.Modules = have.Release, have.Source, have.Modules
+		if err := stage.Keep(); err != nil {
+			return err
+		}
+		st.Kept("%s", describe(have))
+	case brought:
+		st.Detail("unpacking")
+		if err := importKernel(stage.Dir, o.Kernel, o.Modules, &k); err != nil {
+			return err
+		}
+		k.Source = source
+		st.Did("%s", describe(&k))
+	default:
+		if err := fetchKernel(ctx, stage.Dir, &k, st); err != nil {
+			return err
+		}
+		st.Did("%s", describe(&k))
+	}
+
+	st = report.Begin("initrd")
+	initrd := filepath.Join(stage.Dir, "initrd.img")
+	if err := writeInitrd(initrd, o.Envd, filepath.Join(stage.Dir, "modules"), k.Modules); err != nil {
+		return err
+	}
+	size, err := os.Stat(initrd)
 	if err != nil {
 		return err
 	}
-	defer removeTree(tmp) // after the exchange it is the old one
-	m := kernelManifest{EnvdSHA256: envd.SHA256, InitrdFormat: initrdFormat}
-	if err := os.Mkdir(filepath.Join(tmp, "modules"), 0o700); err != nil {
+	k.EnvdSHA256, k.InitrdFormat = envd, initrdFormat
+	if err := stage.Publish(k); err != nil {
 		return err
 	}
-	switch {
-	case keep:
-		m.Release, m.Source, m.Modules = have.Release, have.Source, have.Modules
-		for name := range have.Files {
-			if name == "initrd.img" {
-				continue
-			}
-			if err := os.Link(filepath.Join(dst, name), filepath.Join(tmp, name)); err != nil {
-				return fmt.Errorf("keep kernel: %w", err)
-			}
-		}
-		st.kept("%s", have.describe())
-	case brought:
-		st.detail("unpacking")
-		if err := importKernel(tmp, o.Kernel, o.Modules, &m); err != nil {
-			return err
-		}
-		m.Source = source
-		st.did("%s", m.describe())
-	default:
-		if err := fetchKernel(ctx, tmp, &m, st); err != nil {
-			return err
-		}
-		st.did("%s", m.describe())
-	}
-
-	st = progress.begin("initrd")
-	initrd := filepath.Join(tmp, "initrd.img")
-	if err := writeInitrd(initrd, o.Envd, filepath.Join(tmp, "modules"), m.Modules); err != nil {
-		return err
-	}
-	if err := publish(tmp, dst, "kernel.json", &m, &m.manifest); err != nil {
-		return err
-	}
-	st.did("%.1f MiB, %d modules", float64(m.Files["initrd.img"].Size)/(1<<20), len(m.Modules))
+	st.Did("%.1f MiB, %d modules", float64(size.Size())/(1<<20), len(k.Modules))
 	return nil
 }
 
 const kernelPackagePrefix = "package "
 
-func (m *kernelManifest) describe() string {
+func describe(m *template.Kernel) string {
 	if m.Release == "" {
 		return m.Source
 	}
@@ -117,14 +104,14 @@ func (m *kernelManifest) describe() string {
 // broughtSource names a kernel that the user brought by the digest of it and
 // of where its modules are.
 func broughtSource(o Options) (string, error) {
-	f, err := hashFile(o.Kernel)
+	_, kernel, err := digest.File(o.Kernel)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", errdefs.InvalidArgument.Errorf("kernel %s does not exist", o.Kernel)
 	}
 	if err != nil {
 		return "", fmt.Errorf("read kernel: %w", err)
 	}
-	src := "file sha256:" + f.SHA256
+	src := "file sha256:" + kernel
 	if o.Modules != "" {
 		sum := sha256.Sum256([]byte(o.Modules))
 		src += " modules:" + hex.EncodeToString(sum[:4])
@@ -133,7 +120,7 @@ func broughtSource(o Options) (string, error) {
 }
 
 // importKernel puts vmlinux and the modules into tmp and notes them in m.
-func importKernel(tmp, kernel, modules string, m *kernelManifest) error {
+func importKernel(tmp, kernel, modules string, m *template.Kernel) error {
 	if err := writeVmlinux(filepath.Join(tmp, "vmlinux"), kernel); err != nil {
 		return err
 	}
@@ -143,6 +130,9 @@ func importKernel(tmp, kernel, modules string, m *kernelManifest) error {
 	m.Release = filepath.Base(modules)
 	mods, err := resolveModules(modules, guestModules)
 	if err != nil {
+		return err
+	}
+	if err := os.Mkdir(filepath.Join(tmp, "modules"), 0o700); err != nil {
 		return err
 	}
 	for _, mod := range mods {
@@ -157,7 +147,7 @@ func importKernel(tmp, kernel, modules string, m *kernelManifest) error {
 
 // fetchKernel downloads Debian's cloud kernel with the host's apt, without
 // installing it, and puts its parts into tmp.
-func fetchKernel(ctx context.Context, tmp string, m *kernelManifest, st step) error {
+func fetchKernel(ctx context.Context, tmp string, m *template.Kernel, st progress.Step) error {
 	if err := needSpace(tmp, 400, "the guest kernel"); err != nil {
 		return err
 	}
@@ -167,7 +157,7 @@ func fetchKernel(ctx context.Context, tmp string, m *kernelManifest, st step) er
 	}
 	defer os.RemoveAll(work)
 
-	st.detail("asking apt")
+	st.Detail("asking apt")
 	pkg, err := kernelDependency(ctx)
 	if err == nil {
 		err = downloadPackage(ctx, work, pkg, st)
@@ -175,8 +165,8 @@ func fetchKernel(ctx context.Context, tmp string, m *kernelManifest, st step) er
 	if err != nil && ctx.Err() == nil && !errors.Is(err, errdefs.Exhausted) {
 		// Lists that are missing or older than the archive: once more with
 		// new ones.
-		st.detail("refreshing apt's package lists")
-		if uerr := (command{name: "apt-get", args: []string{"-q", "update"}}).run(ctx); uerr != nil {
+		st.Detail("refreshing apt's package lists")
+		if uerr := (tool.Command{Name: "apt-get", Args: []string{"-q", "update"}}).Run(ctx); uerr != nil {
 			return errdefs.Unavailable.Errorf("refresh apt's package lists (check the network and apt's sources, then run wrenn setup again): %w", uerr)
 		}
 		if pkg, err = kernelDependency(ctx); err == nil {
@@ -191,14 +181,14 @@ func fetchKernel(ctx context.Context, tmp string, m *kernelManifest, st step) er
 	if err != nil || len(debs) != 1 {
 		return fmt.Errorf("download %s: got %d files (%v)", pkg, len(debs), err)
 	}
-	version, err := command{name: "dpkg-deb", args: []string{"--field", debs[0], "Version"}}.output(ctx)
+	version, err := tool.Command{Name: "dpkg-deb", Args: []string{"--field", debs[0], "Version"}}.Output(ctx)
 	if err != nil {
 		return err
 	}
 	m.Source = kernelPackagePrefix + pkg + " " + strings.TrimSpace(version)
-	st.detail("unpacking " + pkg)
+	st.Detail("unpacking " + pkg)
 	root := filepath.Join(work, "root")
-	if err := (command{name: "dpkg-deb", args: []string{"--extract", debs[0], root}}).run(ctx); err != nil {
+	if err := (tool.Command{Name: "dpkg-deb", Args: []string{"--extract", debs[0], root}}).Run(ctx); err != nil {
 		return err
 	}
 	images, err := filepath.Glob(filepath.Join(root, "boot", "vmlinuz-*"))
@@ -220,7 +210,7 @@ func fetchKernel(ctx context.Context, tmp string, m *kernelManifest, st step) er
 
 // kernelDependency finds the concrete package behind kernelPackage.
 func kernelDependency(ctx context.Context) (string, error) {
-	out, err := command{name: "apt-cache", args: []string{"depends", "--important", kernelPackage}}.output(ctx)
+	out, err := tool.Command{Name: "apt-cache", Args: []string{"depends", "--important", kernelPackage}}.Output(ctx)
 	if err != nil {
 		return "", errdefs.Unavailable.Errorf("apt does not know %s (bring a kernel of your own with --kernel): %w", kernelPackage, err)
 	}
@@ -233,8 +223,8 @@ func kernelDependency(ctx context.Context) (string, error) {
 }
 
 // downloadPackage fetches pkg's .deb into dir; apt checks its digest.
-func downloadPackage(ctx context.Context, dir, pkg string, st step) error {
-	out, err := command{name: "apt-get", args: []string{"-q", "download", "--print-uris", pkg}, dir: dir}.output(ctx)
+func downloadPackage(ctx context.Context, dir, pkg string, st progress.Step) error {
+	out, err := tool.Command{Name: "apt-get", Args: []string{"-q", "download", "--print-uris", pkg}, Dir: dir}.Output(ctx)
 	if err != nil {
 		return fmt.Errorf("find %s: %w", pkg, err)
 	}
@@ -248,23 +238,23 @@ func downloadPackage(ctx context.Context, dir, pkg string, st step) error {
 		}
 	}
 	text := "downloading " + pkg
-	st.bytes(text, 0, total)
-	err = command{
-		name: "apt-get",
+	st.Bytes(text, 0, total)
+	err = tool.Command{
+		Name: "apt-get",
 		// The directory is ours alone, so apt's own user could not write there.
-		args: []string{"-q", "-o", "APT::Sandbox::User=root", "-o", "APT::Status-Fd=3", "download", pkg},
-		dir:  dir,
-		onStatus: func(line string) {
+		Args: []string{"-q", "-o", "APT::Sandbox::User=root", "-o", "APT::Status-Fd=3", "download", pkg},
+		Dir:  dir,
+		OnStatus: func(line string) {
 			// dlstatus:1:42.1:Retrieving file 1 of 1
 			f := strings.SplitN(line, ":", 4)
 			if len(f) < 3 || f[0] != "dlstatus" {
 				return
 			}
 			if pct, err := strconv.ParseFloat(f[2], 64); err == nil {
-				st.bytes(text, int64(pct/100*float64(total)), total)
+				st.Bytes(text, int64(pct/100*float64(total)), total)
 			}
 		},
-	}.run(ctx)
+	}.Run(ctx)
 	if err != nil && !errors.Is(err, errdefs.Exhausted) && ctx.Err() == nil {
 		return errdefs.Unavailable.Errorf("download %s (check the network and apt's sources, then run wrenn setup again): %w", pkg, err)
 	}

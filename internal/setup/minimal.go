@@ -1,4 +1,4 @@
-package template
+package setup
 
 import (
 	"context"
@@ -13,6 +13,9 @@ import (
 	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/progress"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/tool"
 )
 
 // The recipe of the template "minimal".
@@ -50,62 +53,55 @@ func minimalRecipe() string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// setupMinimal makes templates/minimal unless one of this recipe is there.
-func (s *Store) setupMinimal(ctx context.Context, progress Progress) error {
-	st := progress.begin("template " + DefaultName)
-	lock, err := lockFor(ctx, s.templates(), st)
+// setupMinimal makes the template "minimal" unless there is one of this recipe.
+func setupMinimal(ctx context.Context, s *template.Store, report progress.Func) error {
+	st := report.Begin("template " + template.DefaultName)
+	stage, err := s.StageTemplate(ctx, template.DefaultName, waiting(st))
 	if err != nil {
 		return err
 	}
-	defer lock.unlock()
-	dst := filepath.Join(s.templates(), DefaultName)
-	var have templateManifest
-	err = readManifest(dst, "template.json", &have, &have.manifest)
-	if err == nil && have.Recipe == minimalRecipe() {
-		st.kept("%d MiB", have.Files["base.ext4"].Size>>20)
+	defer stage.Discard()
+	if stage.Have != nil && stage.Have.Recipe == minimalRecipe() {
+		st.Kept("%d MiB", stage.HaveBytes>>20)
 		return nil
-	}
-	if errdefs.CannotRead(err) { // what was made from it needs this one
-		return unreadable("the template", err)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		s.log.Warn("template is made again", "template", DefaultName, "error", err)
 	}
 	if os.Geteuid() != 0 {
 		return errdefs.Denied.Errorf("making a root file system needs root: run sudo wrenn setup")
 	}
-	if err := needSpace(s.dir, 1024, "the template"); err != nil {
+	if err := needSpace(s.Dir(), 1024, "the template"); err != nil {
 		return err
 	}
-	tmp, err := tempDir(s.templates(), DefaultName)
-	if err != nil {
-		return err
-	}
-	defer removeTree(tmp)
-	root := filepath.Join(tmp, "root")
+	root := filepath.Join(stage.Dir, "root")
 	if err := bootstrap(ctx, root, st); err != nil {
 		return err
 	}
-	st.detail("making the image")
-	if err := packImage(ctx, filepath.Join(tmp, "base.ext4"), root); err != nil {
+	st.Detail("making the image")
+	image := filepath.Join(stage.Dir, "base.ext4")
+	if err := template.PackImage(ctx, image, root); err != nil {
 		return err
 	}
-	if err := removeTree(root); err != nil {
+	if err := stage.Remove("root"); err != nil {
 		return err
 	}
-	m := templateManifest{
-		Recipe:   minimalRecipe(),
-		Defaults: Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: DefaultOverlayMiB, Login: Login{User: "root"}},
-	}
-	if err := publish(tmp, dst, "template.json", &m, &m.manifest); err != nil {
+	size, err := os.Stat(image)
+	if err != nil {
 		return err
 	}
-	st.did("%d MiB", m.Files["base.ext4"].Size>>20)
+	err = stage.Publish(template.Making{
+		Recipe: minimalRecipe(),
+		Defaults: template.Defaults{
+			VCPUs: 1, MemMiB: 512, OverlayMiB: template.DefaultOverlayMiB, Login: template.Login{User: "root"},
+		},
+	})
+	if err != nil {
+		return err
+	}
+	st.Did("%d MiB", size.Size()>>20)
 	return nil
 }
 
 // bootstrap installs the system into the new directory root.
-func bootstrap(ctx context.Context, root string, st step) error {
+func bootstrap(ctx context.Context, root string, st progress.Step) error {
 	sources, err := hostSources(ctx, minimalSuite)
 	if err != nil {
 		return err
@@ -127,21 +123,21 @@ func bootstrap(ctx context.Context, root string, st step) error {
 	}
 	args = append(args, "--customize-hook="+minimalUser, minimalSuite, root)
 	args = append(args, sources...)
-	err = command{
-		name: "mmdebstrap",
-		args: args,
-		env:  []string{"SOURCE_DATE_EPOCH=" + fakeTime, "TMPDIR=" + filepath.Dir(root)},
-		onLine: func(line string) {
+	err = tool.Command{
+		Name: "mmdebstrap",
+		Args: args,
+		Env:  []string{"SOURCE_DATE_EPOCH=" + template.BuildTime, "TMPDIR=" + filepath.Dir(root)},
+		OnLine: func(line string) {
 			text, ok := strings.CutPrefix(line, "I: ")
 			switch {
 			case !ok || strings.HasPrefix(text, "success"):
 			case strings.HasPrefix(text, "running --customize-hook"):
-				st.detail("adding the user")
+				st.Detail("adding the user")
 			default:
-				st.detail(strings.TrimSuffix(text, "..."))
+				st.Detail(strings.TrimSuffix(text, "..."))
 			}
 		},
-	}.run(ctx)
+	}.Run(ctx)
 	if err != nil {
 		if errors.Is(err, errdefs.Exhausted) || ctx.Err() != nil {
 			return err
@@ -171,9 +167,9 @@ func bootstrap(ctx context.Context, root string, st step) error {
 // tool shall use its default.
 func hostSources(ctx context.Context, suite string) ([]string, error) {
 	const format = "$(ORIGIN)|$(CODENAME)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
-	list := command{name: "apt-get", args: []string{"indextargets", "--format", format, "Created-By: Packages"}}
+	list := tool.Command{Name: "apt-get", Args: []string{"indextargets", "--format", format, "Created-By: Packages"}}
 	for refreshed := false; ; refreshed = true {
-		out, err := list.output(ctx)
+		out, err := list.Output(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("list apt's sources: %w", err)
 		}
@@ -182,7 +178,7 @@ func hostSources(ctx context.Context, suite string) ([]string, error) {
 			return sources, nil
 		}
 		// Without package lists apt does not know whose its sources are.
-		if err := (command{name: "apt-get", args: []string{"-q", "update"}}).run(ctx); err != nil {
+		if err := (tool.Command{Name: "apt-get", Args: []string{"-q", "update"}}).Run(ctx); err != nil {
 			return nil, errdefs.Unavailable.Errorf("refresh apt's package lists (check the network and apt's sources, then run wrenn setup again): %w", err)
 		}
 	}
@@ -229,7 +225,7 @@ func firstMirror(path string) string {
 // hostAptOptions returns the host's proxies, which the tool does not look for
 // in apt's configuration. They do not stay in the image.
 func hostAptOptions(ctx context.Context) ([]string, error) {
-	out, err := command{name: "apt-config", args: []string{"dump"}}.output(ctx)
+	out, err := tool.Command{Name: "apt-config", Args: []string{"dump"}}.Output(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read apt's configuration: %w", err)
 	}
@@ -246,48 +242,4 @@ func hostAptOptions(ctx context.Context) ([]string, error) {
 		}
 	}
 	return options, nil
-}
-
-// packImage makes file an ext4 that holds root and little more.
-func packImage(ctx context.Context, file, root string) error {
-	var blocks, inodes int64
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		fi, err := d.Info()
-		if err != nil {
-			return err
-		}
-		inodes++
-		blocks += (fi.Size() + 4095) / 4096
-		if d.IsDir() {
-			blocks++
-		}
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("measure root: %w", err)
-	}
-	f, err := os.OpenFile(file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	// Room for the inode tables and what an estimate forgets; resize2fs then
-	// takes back what is free.
-	inodes += inodes/16 + 64
-	size := (blocks*4096 + inodes*256) / 100 * 115
-	size = (size + 16<<20) &^ 4095
-	if err := f.Truncate(size); err != nil {
-		return err
-	}
-	if err := formatExt4(ctx, file, inodes, root); err != nil {
-		return err
-	}
-	err = command{name: "resize2fs", args: []string{"-M", file}, env: []string{"E2FSPROGS_FAKE_TIME=" + fakeTime}}.run(ctx)
-	if err != nil {
-		return err
-	}
-	return f.Sync()
 }

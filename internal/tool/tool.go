@@ -1,4 +1,6 @@
-package template
+// Package tool runs the programs of the host that Wrenn needs, such as apt and
+// mke2fs.
+package tool
 
 import (
 	"bufio"
@@ -20,39 +22,39 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
-// command is a tool that setup runs. It dies with this process and with ctx.
-// As root it runs in mount and process namespaces of its own, so that all that
-// it started ends with it, even when we are killed, and nobody else sees what
-// it mounts.
-type command struct {
-	name string
-	args []string
-	dir  string
-	env  []string // added to a plain environment
-	// onLine gets each line of output; called from one goroutine at a time.
-	onLine func(line string)
-	// onStatus gets each line written to file descriptor 3.
-	onStatus func(line string)
+// Command is one run of a tool. The tool ends with this process and with ctx.
+// As root it runs in mount and process namespaces of its own: all that it
+// started ends with it, even when this process is killed, and no other process
+// sees what it mounts.
+type Command struct {
+	Name string
+	Args []string
+	Dir  string
+	Env  []string // added to a plain environment
+	// OnLine gets each line of output; called from one goroutine at a time.
+	OnLine func(line string)
+	// OnStatus gets each line written to file descriptor 3.
+	OnStatus func(line string)
 }
 
-// output runs the command and returns its standard output. A tool that is not
+// Output runs the command and returns its standard output. A tool that is not
 // installed is errdefs.Unavailable, a full disk errdefs.Exhausted.
-func (c command) output(ctx context.Context) (string, error) {
-	path, err := FindTool(c.name)
+func (c Command) Output(ctx context.Context) (string, error) {
+	path, err := Find(c.Name)
 	if err != nil {
 		return "", err
 	}
 	var stdout bytes.Buffer
-	out := &lineWriter{onLine: c.onLine}
-	cmd := exec.CommandContext(ctx, path, c.args...)
-	cmd.Dir = c.dir
+	out := &lineWriter{onLine: c.OnLine}
+	cmd := exec.CommandContext(ctx, path, c.Args...)
+	cmd.Dir = c.Dir
 	// The caller's environment decides on proxies, not on languages or
 	// dialogues.
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "LANGUAGE=", "DEBIAN_FRONTEND=noninteractive",
-		"PATH="+ToolPath)
-	cmd.Env = append(cmd.Env, c.env...)
+		"PATH="+Path)
+	cmd.Env = append(cmd.Env, c.Env...)
 	cmd.Stdout = &stdout
-	if c.onLine != nil {
+	if c.OnLine != nil {
 		cmd.Stdout = io.MultiWriter(&stdout, out)
 	}
 	cmd.Stderr = out
@@ -67,10 +69,10 @@ func (c command) output(ctx context.Context) (string, error) {
 
 	statusDone := make(chan struct{})
 	var statusRead, statusWrite *os.File
-	if c.onStatus != nil {
+	if c.OnStatus != nil {
 		r, w, err := os.Pipe()
 		if err != nil {
-			return "", fmt.Errorf("run %s: %w", c.name, err)
+			return "", fmt.Errorf("run %s: %w", c.Name, err)
 		}
 		defer r.Close()
 		cmd.ExtraFiles = []*os.File{w}
@@ -78,7 +80,7 @@ func (c command) output(ctx context.Context) (string, error) {
 		go func() {
 			defer close(statusDone)
 			for sc := bufio.NewScanner(r); sc.Scan(); {
-				c.onStatus(sc.Text())
+				c.OnStatus(sc.Text())
 			}
 		}()
 	} else {
@@ -107,30 +109,31 @@ func (c command) output(ctx context.Context) (string, error) {
 		return stdout.String(), nil
 	}
 	if ctx.Err() != nil {
-		return "", fmt.Errorf("run %s: %w", c.name, context.Cause(ctx))
+		return "", fmt.Errorf("run %s: %w", c.Name, context.Cause(ctx))
 	}
 	said := out.tail()
 	for _, full := range []string{"No space left on device", "enough free space", "ENOSPC"} {
 		if strings.Contains(said, full) {
-			return "", errdefs.Exhausted.Errorf("run %s: the disk is full: %s", c.name, said)
+			return "", errdefs.Exhausted.Errorf("run %s: the disk is full: %s", c.Name, said)
 		}
 	}
-	return "", fmt.Errorf("run %s: %w: %s", c.name, err, said)
+	return "", fmt.Errorf("run %s: %w: %s", c.Name, err, said)
 }
 
-func (c command) run(ctx context.Context) error {
-	_, err := c.output(ctx)
+// Run is Output without the output.
+func (c Command) Run(ctx context.Context) error {
+	_, err := c.Output(ctx)
 	return err
 }
 
-// ToolPath is where an administrator's tools are; a user's PATH often lacks
+// Path is where an administrator's tools are; a user's PATH often lacks
 // the sbin directories.
-const ToolPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+const Path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-// FindTool returns the absolute path of a program in ToolPath. One that is not
+// Find returns the absolute path of a program in Path. One that is not
 // installed is errdefs.Unavailable.
-func FindTool(name string) (string, error) {
-	for dir := range strings.SplitSeq(ToolPath, ":") {
+func Find(name string) (string, error) {
+	for dir := range strings.SplitSeq(Path, ":") {
 		path := filepath.Join(dir, name)
 		if fi, err := os.Stat(path); err == nil && fi.Mode().IsRegular() && fi.Mode()&0o111 != 0 {
 			return path, nil

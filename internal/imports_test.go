@@ -47,10 +47,18 @@ var rooms = map[string][]string{
 	"internal/envd":            {"api/...", "internal/guestapi"},
 	"internal/sandbox":         {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/undo"},
 	"internal/host":            {"internal/setup", "internal/diskfree", "internal/vmm", "internal/digest", "internal/osthread", "internal/network", "internal/template", "internal/errdefs"},
-	"internal/server":          {"internal/sandbox", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
-	"internal/gateway":         {"internal/sandbox", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp"},
-	"internal/testenv":         {},
-	"internal/testenv/liar":    {"api/..."},
+	"internal/network/networktest": {
+		"internal/network", "internal/errdefs",
+	},
+	"internal/agent": {
+		"internal/gateway", "internal/server", "internal/host", "internal/sandbox", "internal/network", "internal/template",
+		"internal/guest", "internal/guestapi", "internal/vmm", "internal/vmm/kvm", "internal/vmm/launch", "internal/vmm/qemu",
+		"internal/vmm/firecracker", "internal/errdefs",
+	},
+	"internal/server":       {"internal/sandbox", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/gateway":      {"internal/sandbox", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/testenv":      {},
+	"internal/testenv/liar": {"api/..."},
 }
 
 // foreign are packages that a room must not import, though they are not ours.

@@ -261,7 +261,7 @@ func TestLogIsPrintable(t *testing.T) {
 		}
 		before := os.Stderr
 		os.Stderr = w
-		(&serveConfig{logFormat: format}).logger().Error(evil, "detail", evil, "err", errors.New(evil))
+		(&serveFlags{logFormat: format}).logger().Error(evil, "detail", evil, "err", errors.New(evil))
 		os.Stderr = before
 		w.Close()
 		got, err := io.ReadAll(r)

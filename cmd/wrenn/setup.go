@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"git.omukk.dev/wrenn/sandbox/internal/agent"
 	"git.omukk.dev/wrenn/sandbox/internal/host"
 	"git.omukk.dev/wrenn/sandbox/internal/progress"
 	"git.omukk.dev/wrenn/sandbox/internal/setup"
@@ -30,15 +31,16 @@ func envdPath() string {
 }
 
 func newSetup() *cobra.Command {
-	var c hostConfig
+	var c *hostFlags
 	var o setup.Options
 	cmd := &cobra.Command{
 		Use:   "setup",
 		Short: "Install and prepare what the host needs",
 		Long: `Install missing packages through apt, and prepare the guest kernel, the initrd
-with the guest daemon, the template "minimal" and a ready snapshot of it, from
+with the guest daemon, the template "minimal" and a boot snapshot of it, from
 which sandboxes start, in the state directory. What is there and complete is
-kept, so that it can be run again at any time; an interrupted run is picked up.
+kept, so that setup can be run again at any time; the next run completes an
+interrupted one.
 Address ranges are chosen among those that are free on this host, and recorded.
 It needs root.`,
 		Args: cobra.NoArgs,
@@ -46,7 +48,7 @@ It needs root.`,
 			if os.Geteuid() != 0 {
 				return errors.New("setup needs root: sudo wrenn setup")
 			}
-			plan, err := c.plan()
+			cfg, err := c.host()
 			if err != nil {
 				return err
 			}
@@ -58,26 +60,26 @@ It needs root.`,
 			if err := setup.InstallMissing(cmd.Context(), p.show); err != nil {
 				return err
 			}
-			store, err := template.Open(c.stateDir, slog.New(slog.DiscardHandler))
+			store, err := template.Open(cfg.StateDir, slog.New(slog.DiscardHandler))
 			if err != nil {
 				return err
 			}
 			if err := setup.Run(cmd.Context(), store, o, p.show); err != nil {
 				return err
 			}
-			if err := c.prepareReady(cmd.Context(), plan, store, p.show); err != nil {
+			if err := prepareBoot(cmd.Context(), cfg, p.show); err != nil {
 				return err
 			}
 			p.end()
 			serve := "wrenn serve"
-			if c.stateDir != defaultStateDir {
-				serve += " --state-dir " + c.stateDir
+			if cfg.StateDir != agent.DefaultStateDir {
+				serve += " --state-dir " + cfg.StateDir
 			}
-			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `%s`\n", c.stateDir, serve)
+			fmt.Fprintf(cmd.ErrOrStderr(), "ready in %s; run the host agent with `%s`\n", cfg.StateDir, serve)
 			return nil
 		},
 	}
-	c.flags(cmd)
+	c = newHostFlags(cmd)
 	cmd.Flags().StringVar(&o.Envd, "envd", env("WRENN_ENVD", envdPath()), "the guest daemon to put into the initrd (env WRENN_ENVD)")
 	cmd.Flags().StringVar(&o.Kernel, "kernel", "", `guest kernel: "debian", or the path of a vmlinux or bzImage; empty keeps what is there`)
 	cmd.Flags().StringVar(&o.Modules, "modules", "", "directory of the modules that belong to --kernel")
@@ -163,7 +165,7 @@ func (p *progressLine) end() {
 }
 
 func newDoctor() *cobra.Command {
-	var c hostConfig
+	var c *hostFlags
 	var envd string
 	var asJSON bool
 	cmd := &cobra.Command{
@@ -174,15 +176,14 @@ why it matters, and the command that mends it. The exit status is 1 when
 something required is missing. As root it sees more.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			plan, err := c.plan()
+			cfg, err := c.host()
 			if err != nil {
 				return err
 			}
-			// A record that only root can read is no fault of the host's.
-			if recorded, err := plan.ReadRanges(c.rangesFile()); err == nil {
-				plan = recorded
+			checks, err := cfg.Doctor(cmd.Context(), envd)
+			if err != nil {
+				return err
 			}
-			checks := host.Doctor(cmd.Context(), host.Options{StateDir: c.stateDir, Envd: envd, Drivers: c.drivers(true), VMM: c.vmm, Plan: plan})
 			out := cmd.OutOrStdout()
 			if asJSON {
 				enc := json.NewEncoder(out)
@@ -199,7 +200,7 @@ something required is missing. As root it sees more.`,
 			return nil
 		},
 	}
-	c.flags(cmd)
+	c = newHostFlags(cmd)
 	cmd.Flags().StringVar(&envd, "envd", env("WRENN_ENVD", envdPath()), "the guest daemon that the initrd should hold (env WRENN_ENVD)")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print as JSON")
 	return cmd

@@ -7,7 +7,6 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -150,30 +149,6 @@ func TestTokenIsNotPrinted(t *testing.T) {
 		}
 		if got := strings.Contains(out.String(), secret); got != c.printed {
 			t.Errorf("%q printed %s", c.args, &out)
-		}
-	}
-}
-
-func TestNamesOfTheAgent(t *testing.T) {
-	for _, c := range []struct {
-		listen, allow string
-		names         []string
-		wrong         bool
-	}{
-		{"127.0.0.1:1", "", []string{"127.0.0.1"}, false},
-		{"0.0.0.0:1", "", []string{}, false}, {"[::]:1", "", []string{}, false}, {":1", "", []string{}, false},
-		{"host.example:1", " a.example ,b.example,", []string{"host.example", "a.example", "b.example"}, false},
-		{":1", "192.0.2.1,2001:db8::1", []string{"192.0.2.1", "2001:db8::1"}, false},
-		{":1", "http://a.example", []string{"http://a.example"}, true},
-		{":1", "a.example:80", []string{"a.example:80"}, true},
-		{":1", "*.example", []string{"*.example"}, true},
-	} {
-		s := serveConfig{listen: c.listen, allowHost: c.allow}
-		if got, errs := s.names(), s.checkDoor(); !slices.Equal(got, c.names) || (len(errs) > 0) != c.wrong {
-			t.Errorf("%+v: %q, %v", c, got, errs)
-		}
-		if s.maxConns < 16 || s.maxConnsEach != s.maxConns/4 {
-			t.Errorf("%d connections, %d of one client", s.maxConns, s.maxConnsEach)
 		}
 	}
 }

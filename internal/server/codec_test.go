@@ -26,7 +26,7 @@ func serve(t *testing.T) (url string, panics *atomic.Int64) {
 	t.Helper()
 	panics = new(atomic.Int64)
 	mux := http.NewServeMux()
-	mux.Handle(New(nil, Version{Version: "1"}, panics, slog.New(slog.DiscardHandler)))
+	mux.Handle(handler(nil, Version{Version: "1"}, panics, slog.New(slog.DiscardHandler)))
 	s := httptest.NewUnstartedServer(mux)
 	s.Config.Protocols = new(http.Protocols)
 	s.Config.Protocols.SetHTTP1(true)

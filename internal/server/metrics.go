@@ -10,16 +10,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
-// metrics reads the manager's numbers when somebody asks for them; it keeps
-// none of its own.
-type metrics struct {
-	manager *sandbox.Manager
-	slots   func() map[string]int
-	edge    func() Edge
-}
-
-// Edge counts what the agent's server has met since it started.
-type Edge struct{ Panics, RefusedConnections int64 }
+// metrics reads the numbers of Config when it is asked; it keeps none.
+type metrics struct{ Config }
 
 var (
 	sandboxesDesc = prometheus.NewDesc("wrenn_sandboxes", "Sandboxes by state.", []string{"state"}, nil)
@@ -42,7 +34,7 @@ func (m metrics) Collect(ch chan<- prometheus.Metric) {
 	gauge := func(d *prometheus.Desc, v int, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(v), labels...)
 	}
-	stats := m.manager.Stats()
+	stats := m.Manager.Stats()
 	for _, state := range sandbox.States() {
 		gauge(sandboxesDesc, stats.States[state], string(state))
 	}
@@ -64,20 +56,18 @@ func (m metrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(warmDesc, stats.Warm, "ready")
 	gauge(warmDesc, stats.WarmWanted, "wanted")
 	gauge(fencedDesc, stats.Pending)
-	edge := m.edge()
-	ch <- prometheus.MustNewConstMetric(panicsDesc, prometheus.CounterValue, float64(edge.Panics))
-	ch <- prometheus.MustNewConstMetric(refusedDesc, prometheus.CounterValue, float64(edge.RefusedConnections))
-	for state, n := range m.slots() {
+	ch <- prometheus.MustNewConstMetric(panicsDesc, prometheus.CounterValue, float64(m.Panics.Load()))
+	ch <- prometheus.MustNewConstMetric(refusedDesc, prometheus.CounterValue, float64(m.Refused()))
+	for state, n := range m.Slots() {
 		gauge(slotsDesc, n, state)
 	}
 }
 
-// Metrics answers GET /metrics in Prometheus' text format. slots counts the
-// network's slots by state, edge what the server has met.
-func Metrics(manager *sandbox.Manager, slots func() map[string]int, edge func() Edge) http.Handler {
+// metricsHandler answers GET /metrics in Prometheus' text format.
+func metricsHandler(c Config) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
-		metrics{manager, slots, edge},
+		metrics{c},
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)

@@ -48,9 +48,30 @@ type service struct {
 
 var _ hostagentv1connect.HostAgentServiceHandler = (*service)(nil)
 
-// New returns the path and the handler of the control plane; panics counts what
-// its methods panicked with.
-func New(manager *sandbox.Manager, version Version, panics *atomic.Int64, log *slog.Logger) (string, http.Handler) {
+// Config says what the control plane answers for.
+type Config struct {
+	Manager *sandbox.Manager
+	Version Version
+	// Slots counts the network's slots by state, Refused the connections that were
+	// closed because there were too many.
+	Slots   func() map[string]int
+	Refused func() int64
+	// Panics counts what handlers panicked with.
+	Panics *atomic.Int64
+	Log    *slog.Logger
+}
+
+// Register adds the agent's own endpoints to mux: the control plane's calls,
+// /healthz, /readyz and /metrics. Every other path is left to the caller.
+func Register(mux *http.ServeMux, c Config) {
+	mux.Handle(handler(c.Manager, c.Version, c.Panics, c.Log))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", ready(c.Manager))
+	mux.Handle("GET /metrics", metricsHandler(c))
+}
+
+// handler returns the path and the handler of the control plane's calls.
+func handler(manager *sandbox.Manager, version Version, panics *atomic.Int64, log *slog.Logger) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
 		&service{manager: manager, version: version, log: log},
 		connect.WithReadMaxBytes(maxMessageBytes),
@@ -63,13 +84,10 @@ func New(manager *sandbox.Manager, version Version, panics *atomic.Int64, log *s
 	)
 }
 
-// Health answers GET /healthz, as long as the agent lives, and GET /readyz,
-// unless it is shutting down and takes no more sandboxes, or the host reaches none
-// of its guests.
-func Health(manager *sandbox.Manager) http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+// ready answers GET /readyz: 503 while the agent shuts down and takes no more
+// sandboxes, or while the host reaches none of its guests.
+func ready(manager *sandbox.Manager) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
 		if manager.Draining() {
 			http.Error(w, "shutting down", http.StatusServiceUnavailable)
 			return
@@ -79,8 +97,7 @@ func Health(manager *sandbox.Manager) http.Handler {
 			return
 		}
 		fmt.Fprintln(w, "ready")
-	})
-	return mux
+	}
 }
 
 func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostagentv1.CreateSandboxRequest]) (*connect.Response[hostagentv1.CreateSandboxResponse], error) {

@@ -1,0 +1,279 @@
+// Package agent assembles a host agent: it chooses the VMM, claims users and
+// addresses, takes over the sandboxes of a state directory, and serves the API.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/gateway"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
+	"git.omukk.dev/wrenn/sandbox/internal/host"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/server"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
+)
+
+// endTimeout bounds the end of an agent.
+const endTimeout = 30 * time.Second
+
+// Network makes the networks of sandboxes; *network.Network is one.
+type Network interface {
+	sandbox.Network
+	// Run keeps networks built ahead of use until ctx ends.
+	Run(ctx context.Context)
+	// Detach closes what the agent itself holds of networks that go on.
+	Detach()
+	// Teardown removes what all networks share.
+	Teardown(ctx context.Context) error
+	Stats() network.Stats
+}
+
+// parts are what an agent stands on: this host's, unless a test sets others.
+type parts struct {
+	drivers []vmm.Driver
+	network func(network.Plan, network.Options) Network
+	guests  func(addr netip.Addr, token string) sandbox.Guest
+	// killStrays and netNSOf are those of sandbox.Config.
+	killStrays func(ctx context.Context, runRoot, parent string, keep func(name string) bool) ([]string, error)
+	netNSOf    func(runRoot, name string, paths []string) (string, error)
+	// run is /run, claims the directory of claims on users.
+	run, claims string
+}
+
+func (p parts) withDefaults(c Config) parts {
+	if p.drivers == nil {
+		p.drivers = c.drivers(false)
+	}
+	if p.network == nil {
+		p.network = func(plan network.Plan, o network.Options) Network { return network.New(plan, o) }
+	}
+	if p.guests == nil {
+		p.guests = func(addr netip.Addr, token string) sandbox.Guest {
+			return guest.New(netip.AddrPortFrom(addr, guestapi.Port), token)
+		}
+	}
+	if p.killStrays == nil {
+		p.killStrays, p.netNSOf = launch.KillStrays, launch.NetNSOf
+	}
+	if p.run == "" {
+		p.run, p.claims = "/run", uidClaims
+	}
+	return p
+}
+
+// Agent is a host agent. It has taken over its state directory, and holds it
+// until Run returns.
+type Agent struct {
+	cfg      Config
+	log      *slog.Logger
+	base     base
+	listener net.Listener
+	door     *gateway.Gateway
+}
+
+// base is an agent without its API: what manages sandboxes.
+type base struct {
+	uids    int
+	network Network
+	manager *sandbox.Manager
+}
+
+// New takes over the state directory and listens, so that an address in use is
+// found before anything is touched. The sandboxes that run are adopted. The
+// caller must call Run, which ends what New began.
+func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
+	if err := cfg.Check(); err != nil {
+		return nil, err
+	}
+	cfg.parts = cfg.parts.withDefaults(cfg)
+	templates, chosen, err := cfg.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{cfg: cfg, log: cfg.Log}
+	report := chosen.Report
+	a.log.Info("vmm chosen", "vmm", chosen.Driver.Name(), "version", report.Version, "accel", report.Accel, "why", chosen.Why)
+	if report.Warning != "" {
+		a.log.Warn("vmm runs with less than it could have", "vmm", chosen.Driver.Name(), "why", report.Warning)
+	}
+	if a.listener, err = net.Listen("tcp", cfg.Listen); err != nil {
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return nil, fmt.Errorf("listen: %w: is it another agent? Name another address with --listen", err)
+		}
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	// A signal that comes now takes effect when the state is taken over: half a
+	// recovery would leave rules and routes behind.
+	found, err := a.base.takeOver(context.WithoutCancel(ctx), cfg, chosen, templates)
+	if err != nil {
+		a.listener.Close()
+		return nil, err
+	}
+	plan := a.base.network.Plan()
+	a.log.Info("state taken over: "+found.String(), "dir", cfg.StateDir, "host_range", plan.Hosts, "link_range", plan.Veths)
+	if len(cfg.DNS) == 0 && len(network.HostResolvers()) == 0 {
+		a.log.Warn("the host has no resolver that a guest can reach; guests ask public ones, --dns names others", "dns", cfg.resolvers())
+	}
+	a.door = a.newDoor(server.Version{
+		Version: cfg.Version, VMM: chosen.Driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")",
+	})
+	return a, nil
+}
+
+// look opens the templates and chooses a VMM; it changes nothing.
+func (c Config) look(ctx context.Context) (*template.Store, host.Choice, error) {
+	templates, err := template.Open(c.StateDir, c.Log)
+	if err != nil {
+		return nil, host.Choice{}, err
+	}
+	if _, err := templates.Get("minimal"); err != nil {
+		return nil, host.Choice{}, fmt.Errorf("%w; prepare this host with `wrenn setup --state-dir %s`", err, c.StateDir)
+	}
+	chosen, err := host.Choose(ctx, c.VMM, c.parts.drivers)
+	if err != nil {
+		return nil, host.Choice{}, fmt.Errorf("%w; `wrenn doctor` says more", err)
+	}
+	return templates, chosen, nil
+}
+
+// takeOver claims users for VMMs and opens the sandboxes of the state directory.
+func (b *base) takeOver(ctx context.Context, c Config, chosen host.Choice, templates *template.Store) (sandbox.Recovery, error) {
+	plan, err := c.plan()
+	if err != nil {
+		return sandbox.Recovery{}, err
+	}
+	if b.uids, err = claimUIDs(c.parts.claims, c.StateDir); err != nil {
+		return sandbox.Recovery{}, err
+	}
+	b.network = c.parts.network(plan, network.Options{
+		BaseUID: b.uids, Egress: network.Policy{Mode: c.Egress}, Limits: c.Limits,
+		Resolvers: c.resolvers(), Pool: c.Pool, RangesFile: c.rangesFile(), Log: c.Log,
+	})
+	var found sandbox.Recovery
+	b.manager, found, err = sandbox.Open(ctx, sandbox.Config{
+		StateDir: c.StateDir, RunDir: filepath.Join(c.parts.run, plan.Instance),
+		Driver: chosen.Driver, Others: chosen.Others,
+		Network: b.network, Templates: templates, Guests: c.parts.guests,
+		KillStrays: c.parts.killStrays, NetNSOf: c.parts.netNSOf,
+		Capacity: c.Capacity, OverlayMiB: c.OverlayMiB, DNS: c.resolvers(),
+		DiskBytes: c.DiskBytes, DiskOps: c.DiskOps, BaseUID: b.uids,
+		BootTimeout: c.BootTimeout, Warm: c.Warm, KeepStopped: c.KeepStopped, KeepPaused: c.KeepPaused,
+		Log: c.Log,
+	})
+	return found, err
+}
+
+// release gives back what takeOver took of the host, after the manager has shut
+// down. Sandboxes that go on still need it.
+func (b *base) release(ctx context.Context, claims string) error {
+	if len(b.manager.List(false)) > 0 {
+		return nil
+	}
+	return errors.Join(b.network.Teardown(ctx), releaseUIDs(claims, b.uids))
+}
+
+// newDoor returns the server of the API.
+func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
+	var panics atomic.Int64
+	mux := http.NewServeMux()
+	most, each := a.cfg.conns()
+	door := gateway.New(gateway.Config{
+		Sandboxes: a.base.manager, Control: mux, Names: a.cfg.names(), Panics: &panics, Log: a.log,
+		MaxConns: most, MaxConnsEach: each,
+	})
+	server.Register(mux, server.Config{
+		Manager: a.base.manager, Version: version, Panics: &panics, Log: a.log,
+		Slots:   func() map[string]int { return a.base.network.Stats().ByState() },
+		Refused: door.Refused,
+	})
+	return door
+}
+
+// Handler answers the API's requests and passes those for sandboxes on. It works
+// from New until Run returns.
+func (a *Agent) Handler() http.Handler { return a.door }
+
+// Addr is the address on which the agent listens.
+func (a *Agent) Addr() net.Addr { return a.listener.Addr() }
+
+// Run serves the API until ctx ends, and then ends the agent. It is called once.
+// New calls are refused while the manager shuts down; those in progress may end.
+func (a *Agent) Run(ctx context.Context) (err error) {
+	defer a.listener.Close()
+	pool, endPool := context.WithCancel(context.WithoutCancel(ctx))
+	pooled := make(chan struct{})
+	go func() { defer close(pooled); a.base.network.Run(pool) }()
+
+	served := make(chan error, 1)
+	go func() { served <- a.door.Serve(a.listener) }()
+	a.log.Info("serving", "listen", a.Addr().String(), "pid", strconv.Itoa(os.Getpid()))
+	select {
+	case err = <-served:
+	case <-ctx.Done():
+		a.log.Info("shutting down", "sandboxes", map[bool]string{false: "leave", true: "destroy"}[a.cfg.DestroyAtEnd])
+	}
+
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	defer cancel()
+	drained := make(chan error, 1)
+	go func() { drained <- a.door.Shutdown(end) }()
+	merr := a.base.manager.Shutdown(end, a.cfg.DestroyAtEnd)
+	a.door.Close() // streams do not end by themselves
+	<-drained
+	endPool()
+	<-pooled
+	a.base.network.Detach()
+	if merr == nil {
+		merr = a.base.release(end, a.cfg.parts.claims)
+	}
+	return errors.Join(err, merr)
+}
+
+// Prepare makes the boot snapshot of the default template and size, unless it is
+// there; made says which. While an agent has the state directory it is
+// errdefs.Busy.
+func Prepare(ctx context.Context, cfg Config) (made bool, err error) {
+	if err := cfg.CheckHost(); err != nil {
+		return false, err
+	}
+	cfg.parts = cfg.parts.withDefaults(cfg)
+	templates, chosen, err := cfg.look(ctx)
+	if err != nil {
+		return false, err
+	}
+	// The sandboxes that are there are the next agent's to count.
+	cfg.Capacity = sandbox.Capacity{
+		Resources: sandbox.Resources{Sandboxes: 1 << 20, VCPUs: 1 << 20, MemMiB: 1 << 30},
+		Starts:    max(2, runtime.NumCPU()), StartQueue: time.Minute,
+	}
+	cfg.Warm, cfg.Pool = 0, 0
+	var b base
+	if _, err := b.takeOver(ctx, cfg, chosen, templates); err != nil {
+		return false, err
+	}
+	made, err = b.manager.Prepare(ctx, sandbox.CreateRequest{})
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	defer cancel()
+	serr := b.manager.Shutdown(end, false)
+	if serr == nil {
+		serr = b.release(end, cfg.parts.claims)
+	}
+	return made, errors.Join(err, serr)
+}

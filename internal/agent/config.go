@@ -1,0 +1,300 @@
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/host"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/firecracker"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
+)
+
+// DefaultStateDir is the state directory of the agent whose instance is "wrenn".
+const DefaultStateDir = "/var/lib/wrenn"
+
+// Config says how an agent works. Defaults returns one that is complete; errors
+// about a value name the flag of `wrenn serve` that sets it.
+type Config struct {
+	// StateDir holds kernels, templates, disks and records. An agent has it alone.
+	StateDir string
+	// Version is what the agent says of itself.
+	Version string
+
+	// VMM is the name of a driver, or host.AutoVMM.
+	VMM string
+	// Firecracker and Jailer are Firecracker's programs. An empty Jailer is the
+	// one in PATH, if there is one; "none" is to do without.
+	Firecracker, Jailer string
+
+	// Listen is the TCP address of the API.
+	Listen string
+	// Insecure allows a Listen that other machines reach.
+	Insecure bool
+	// AllowHosts are host names by which clients may call the API, beside
+	// localhost, Listen's host and the address that they connect to.
+	AllowHosts []string
+	// MaxConns bounds the connections of clients at a time, MaxConnsEach those of
+	// one client. 0 is what the agent's descriptors allow, and a quarter of MaxConns.
+	MaxConns, MaxConnsEach int
+
+	// HostRange holds the addresses by which the host sees sandboxes, LinkRange
+	// those of the links between them; IPv4 /16 each. The zero value is the range
+	// that was used last, or a free one.
+	HostRange, LinkRange netip.Prefix
+	// Egress is what sandboxes may reach, unless their own policy says less.
+	Egress network.Mode
+	// Limits are those of each sandbox's network, unless its own are lower.
+	Limits network.Limits
+	// DNS are the resolvers of the guests; those of the host if empty.
+	DNS []netip.Addr
+	// Pool is how many networks are kept built ahead of use.
+	Pool int
+
+	// OverlayMiB is the size of each sandbox's disk.
+	OverlayMiB int
+	// DiskBytes and DiskOps are what each sandbox may read from and write to its
+	// disk in a second: bytes, and requests. 0 is no limit.
+	DiskBytes, DiskOps int64
+	// Capacity is what all sandboxes may take together.
+	Capacity sandbox.Capacity
+	// Warm is how many waiting guests are kept.
+	Warm int
+	// BootTimeout is how long a guest may take to come up.
+	BootTimeout time.Duration
+	// KeepStopped is how long a sandbox that ended by itself is remembered,
+	// KeepPaused how long one may stay paused before it is destroyed; 0 is for ever.
+	KeepStopped, KeepPaused time.Duration
+	// DestroyAtEnd destroys all sandboxes when the agent ends. Otherwise they go
+	// on, and the next agent on StateDir adopts them.
+	DestroyAtEnd bool
+
+	// Log must be set.
+	Log *slog.Logger
+
+	// parts are what tests replace; the zero value is the real ones.
+	parts parts
+}
+
+// Defaults returns the settings of an agent about which nothing is said.
+func Defaults() Config {
+	cpus := runtime.NumCPU()
+	return Config{
+		StateDir: DefaultStateDir, Version: "dev",
+		VMM: host.AutoVMM, Firecracker: "firecracker",
+		Listen: "127.0.0.1:50051",
+		Egress: network.Public, Pool: 4,
+		OverlayMiB: 4096, DiskBytes: 256 << 20, DiskOps: 16384,
+		Capacity: sandbox.Capacity{
+			Resources: sandbox.Resources{Sandboxes: 1000, VCPUs: 32 * cpus, MemMiB: machineMemMiB() * 9 / 10},
+			Starts:    max(2, cpus), StartQueue: 2 * time.Minute, FreeDiskMiB: 512,
+		},
+		BootTimeout: 2 * time.Minute, KeepStopped: time.Hour,
+		Log: slog.New(slog.DiscardHandler),
+	}
+}
+
+// machineMemMiB is the memory of this machine.
+func machineMemMiB() int {
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return 1024
+	}
+	return int(info.Totalram * uint64(info.Unit) >> 20)
+}
+
+// Check returns every value of c that no agent can work with.
+func (c Config) Check() error {
+	_, err := c.plan()
+	errs := []error{err, c.checkListen(), c.checkNames(), c.checkNetwork()}
+	for _, least := range []struct {
+		flag     string
+		n, least int
+	}{
+		{"pool", c.Pool, 0}, {"warm", c.Warm, 0}, {"disk", c.OverlayMiB, 64},
+		{"max-sandboxes", c.Capacity.Sandboxes, 1}, {"max-vcpus", c.Capacity.VCPUs, 1},
+		{"max-memory", c.Capacity.MemMiB, 1}, {"max-starts", c.Capacity.Starts, 1},
+	} {
+		if least.n < least.least {
+			errs = append(errs, fmt.Errorf("--%s is too small", least.flag))
+		}
+	}
+	if c.MaxConns < 0 || c.MaxConnsEach < 0 {
+		errs = append(errs, errors.New("--max-connections and --max-client-connections must not be negative"))
+	}
+	if c.BootTimeout <= 0 || c.Capacity.StartQueue <= 0 || c.KeepStopped < 0 || c.KeepPaused < 0 ||
+		c.Capacity.DiskMiB < 0 || c.Capacity.FreeDiskMiB < 0 {
+		errs = append(errs, errors.New(
+			"--boot-timeout and --start-queue must be positive; --keep-stopped, --keep-paused, --max-disk and --keep-free not negative"))
+	}
+	if c.DiskBytes < 0 {
+		errs = append(errs, errors.New("--disk-rate must not be negative"))
+	}
+	if c.DiskOps < 0 || c.DiskOps > 1_000_000_000 {
+		errs = append(errs, errors.New("--disk-iops must be 0 to 1000000000"))
+	}
+	if err := c.Limits.Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("--net-in, --net-out, --net-connections: %w", err))
+	}
+	return errors.Join(errs...)
+}
+
+func (c Config) checkListen() error {
+	host, _, err := net.SplitHostPort(c.Listen)
+	if err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	if ip, err := netip.ParseAddr(host); !c.Insecure && host != "localhost" && (err != nil || !ip.IsLoopback()) {
+		return fmt.Errorf("--listen %s can be reached from other machines, and a client that reaches it commands this host: "+
+			"use a loopback address, or --insecure if something else guards it", c.Listen)
+	}
+	return nil
+}
+
+func (c Config) checkNames() error {
+	var errs []error
+	for _, name := range c.names() {
+		if _, err := netip.ParseAddr(name); err != nil && strings.ContainsAny(name, ":/*@ ") {
+			errs = append(errs, fmt.Errorf(
+				"--allow-host %q is neither a host name nor an address: give it without scheme, port or wildcard", name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (c Config) checkNetwork() error {
+	var errs []error
+	if _, err := network.ParseMode(string(c.Egress)); err != nil {
+		errs = append(errs, fmt.Errorf("--egress: %w", err))
+	}
+	for _, addr := range c.DNS {
+		if !network.ReachableResolver(addr) {
+			errs = append(errs, fmt.Errorf(
+				"--dns %s: guests cannot reach it: they speak IPv4, and not to loopback or link-local addresses", addr))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// names are the host names by which clients may call the agent, as far as the
+// settings say them.
+func (c Config) names() []string {
+	var names []string
+	if host, _, err := net.SplitHostPort(c.Listen); err == nil && host != "" {
+		if ip, err := netip.ParseAddr(host); err != nil || !ip.IsUnspecified() {
+			names = append(names, host)
+		}
+	}
+	return append(names, c.AllowHosts...)
+}
+
+// conns returns MaxConns and MaxConnsEach with their defaults. Clients, and the
+// connections to guests that they cause, leave half of the descriptors to the
+// agent.
+func (c Config) conns() (most, each int) {
+	most, each = c.MaxConns, c.MaxConnsEach
+	if most == 0 {
+		most = 16384
+		var files unix.Rlimit
+		if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+			most /= 16
+		} else {
+			most = int(min(uint64(most), max(16, files.Cur/4)))
+		}
+	}
+	if each == 0 {
+		each = max(1, most/4)
+	}
+	return most, each
+}
+
+// resolvers returns DNS with its default.
+func (c Config) resolvers() []netip.Addr {
+	if len(c.DNS) > 0 {
+		return c.DNS
+	}
+	return network.Resolvers()
+}
+
+// instance is the prefix of everything that an agent makes outside its state
+// directory. It follows from that directory, so that agents with directories of
+// their own share a host without settings.
+func instance(stateDir string) string {
+	if stateDir == DefaultStateDir {
+		return "wrenn"
+	}
+	return fmt.Sprintf("wrenn%x", sha256.Sum256([]byte(stateDir)))[:len("wrenn")+4]
+}
+
+// rangesFile is where the address ranges in use are recorded.
+func (c Config) rangesFile() string { return filepath.Join(c.StateDir, "network.json") }
+
+// plan returns the address plan, without the ranges that c leaves to be chosen.
+func (c Config) plan() (network.Plan, error) {
+	var errs []error
+	if !filepath.IsAbs(c.StateDir) {
+		errs = append(errs, fmt.Errorf("--state-dir %q is no absolute path", c.StateDir))
+	}
+	plan := network.Plan{Instance: instance(c.StateDir), Hosts: c.HostRange, Veths: c.LinkRange}
+	if err := plan.ValidateGiven(); err != nil {
+		errs = append(errs, err)
+	}
+	if c.VMM != host.AutoVMM && c.VMM != firecracker.Name && c.VMM != qemu.Name {
+		errs = append(errs, fmt.Errorf("--vmm %q is unknown: use auto, firecracker or qemu", c.VMM))
+	}
+	return plan, errors.Join(errs...)
+}
+
+// drivers returns the driver of each VMM, the best one first. To see whether KVM
+// works they boot the prepared kernel; retry boots it again where it was too slow
+// the last time.
+func (c Config) drivers(retry bool) []vmm.Driver {
+	kernel := filepath.Join(c.StateDir, "kernels", "default")
+	probe := func(name string) kvm.Probe {
+		return kvm.Probe{
+			CacheFile: filepath.Join(c.StateDir, "kvm-probe-"+name+".json"),
+			Kernel:    filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"),
+			UID: probeUID, GID: probeUID,
+			Retry: retry,
+		}
+	}
+	return []vmm.Driver{
+		firecracker.New(firecracker.Config{Binary: c.Firecracker, Jailer: c.Jailer, Probe: probe(firecracker.Name)}),
+		qemu.New(qemu.Config{Probe: probe(qemu.Name)}),
+	}
+}
+
+// CheckHost returns what is wrong with the settings that setup and doctor have,
+// too: StateDir, VMM and the ranges.
+func (c Config) CheckHost() error {
+	_, err := c.plan()
+	return err
+}
+
+// Doctor looks at everything that this host needs to run an agent; envd is the
+// path of the guest daemon that the initrd should hold.
+func (c Config) Doctor(ctx context.Context, envd string) ([]host.Check, error) {
+	plan, err := c.plan()
+	if err != nil {
+		return nil, err
+	}
+	// A record that only root can read is no fault of the host's.
+	if recorded, err := plan.ReadRanges(c.rangesFile()); err == nil {
+		plan = recorded
+	}
+	return host.Doctor(ctx, host.Options{StateDir: c.StateDir, Envd: envd, Drivers: c.drivers(true), VMM: c.VMM, Plan: plan}), nil
+}

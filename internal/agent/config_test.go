@@ -1,0 +1,86 @@
+package agent
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+)
+
+func TestNamesOfTheAgent(t *testing.T) {
+	for _, c := range []struct {
+		listen string
+		allow  []string
+		names  []string
+		wrong  bool
+	}{
+		{"127.0.0.1:1", nil, []string{"127.0.0.1"}, false},
+		{"0.0.0.0:1", nil, nil, false}, {"[::]:1", nil, nil, false}, {":1", nil, nil, false},
+		{"host.example:1", []string{"a.example", "b.example"}, []string{"host.example", "a.example", "b.example"}, false},
+		{":1", []string{"192.0.2.1", "2001:db8::1"}, []string{"192.0.2.1", "2001:db8::1"}, false},
+		{":1", []string{"http://a.example"}, []string{"http://a.example"}, true},
+		{":1", []string{"a.example:80"}, []string{"a.example:80"}, true},
+		{":1", []string{"*.example"}, []string{"*.example"}, true},
+	} {
+		cfg := Defaults()
+		cfg.Listen, cfg.AllowHosts, cfg.Insecure = c.listen, c.allow, true
+		got, err := cfg.names(), cfg.Check()
+		if !slices.Equal(got, c.names) || (err != nil) != c.wrong {
+			t.Errorf("%+v: %q, %v", c, got, err)
+		}
+		if most, each := cfg.conns(); most < 16 || each != most/4 {
+			t.Errorf("%d connections, %d of one client", most, each)
+		}
+	}
+	cfg := Config{MaxConns: 7, MaxConnsEach: 3}
+	if most, each := cfg.conns(); most != 7 || each != 3 {
+		t.Errorf("%d connections, %d of one client", most, each)
+	}
+	cfg = Config{MaxConns: 2}
+	if most, each := cfg.conns(); most != 2 || each != 1 {
+		t.Errorf("%d connections, %d of one client", most, each)
+	}
+}
+
+// Only an address of this machine's loopback is listened on without Insecure.
+func TestListenAddress(t *testing.T) {
+	for listen, ok := range map[string]bool{
+		"127.0.0.1:1": true, "[::1]:1": true, "localhost:1": true, "127.9.9.9:0": true,
+		"0.0.0.0:1": false, ":1": false, "192.0.2.1:1": false, "host.example:1": false, "127.0.0.1": false, "": false,
+	} {
+		cfg := Defaults()
+		cfg.Listen = listen
+		if err := cfg.Check(); (err == nil) != ok {
+			t.Errorf("%q: %v", listen, err)
+		}
+		cfg.Insecure = true
+		if err := cfg.Check(); (err == nil) != strings.Contains(listen, ":") {
+			t.Errorf("%q, insecure: %v", listen, err)
+		}
+	}
+}
+
+func TestResolversThatNoGuestReaches(t *testing.T) {
+	for _, text := range []string{"127.0.0.53", "169.254.1.1", "2001:db8::1"} {
+		cfg := Defaults()
+		cfg.DNS = []netip.Addr{netip.MustParseAddr(text)}
+		if err := cfg.Check(); err == nil || !strings.Contains(err.Error(), "--dns "+text) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
+
+func TestInstance(t *testing.T) {
+	if got := instance(DefaultStateDir); got != "wrenn" {
+		t.Errorf("the default directory's is %q", got)
+	}
+	a, b := instance("/a"), instance("/b")
+	if a == b || len(a) != len("wrenn")+4 || a != instance("/a") {
+		t.Errorf("%q, %q", a, b)
+	}
+	cfg := Defaults()
+	cfg.StateDir = "relative"
+	if err := cfg.CheckHost(); err == nil || !strings.Contains(err.Error(), "--state-dir") {
+		t.Errorf("a relative directory: %v", err)
+	}
+}

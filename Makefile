@@ -9,7 +9,7 @@ FUZZTIME ?= 5000x
 CYCLES ?= 1000
 SETUP := bin/wrenn setup --state-dir
 
-.PHONY: help build run test test-tools test-unit test-faults soak fuzz lint generate check-generated bench clean
+.PHONY: help build run test test-tools test-unit test-faults soak fuzz lint ratchet generate check-generated bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,11 +51,15 @@ bench: build ## measure what a user waits for, each beside its bare floor, and w
 	$(SETUP) $(TEST_STATE)
 	$(TEST_ENV) go test -v -p 1 -count=1 -run '^$$' -bench . -benchtime 10x -timeout 30m ./internal/network ./e2e
 
-lint: ## gofmt, go vet, staticcheck, buf lint
+lint: ## gofmt, go vet, staticcheck, buf lint, the limits of tools/ratchet
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
 	$(TOOL) staticcheck ./...
 	cd api && $(TOOL) buf lint
+	go -C tools vet ./... && go -C tools test ./... && go -C tools run ./ratchet
+
+ratchet: ## write what has become shorter or simpler into tools/ratchet/list.txt
+	go -C tools run ./ratchet -write
 
 generate: ## generate the stubs of the protos anew
 	cd api && $(TOOL) buf generate

@@ -27,25 +27,26 @@ var rooms = map[string][]string{
 	"internal/errdefs/errhttp": {"internal/errdefs"},
 	"internal/undo":            {},
 	"internal/osthread":        {},
+	"internal/atomicfile":      {},
 	"internal/digest":          {},
 	"internal/guestapi":        {},
 	"internal/vmm":             {"internal/guestapi", "internal/errdefs"},
 	"internal/vmm/snapfile":    {"internal/vmm", "internal/digest", "internal/errdefs"},
 	"internal/vmm/launch":      {"internal/vmm", "internal/osthread", "internal/errdefs", "internal/undo"},
-	"internal/vmm/kvm":         {"internal/vmm", "internal/digest", "internal/guestapi", "internal/undo"},
+	"internal/vmm/kvm":         {"internal/vmm", "internal/digest", "internal/guestapi", "internal/undo", "internal/atomicfile"},
 	"internal/vmm/qemu":        {"internal/vmm", "internal/vmm/snapfile", "internal/vmm/launch", "internal/vmm/kvm", "internal/errdefs", "internal/undo"},
 	"internal/vmm/firecracker": {"internal/vmm", "internal/vmm/snapfile", "internal/vmm/launch", "internal/vmm/kvm", "internal/errdefs", "internal/undo"},
 	"internal/vmm/vmmtest":     {"internal/vmm", "internal/errdefs"},
 	"internal/egress":          {"internal/errdefs"},
-	"internal/network":         {"internal/egress", "internal/osthread", "internal/errdefs", "internal/undo"},
+	"internal/network":         {"internal/egress", "internal/osthread", "internal/errdefs", "internal/undo", "internal/atomicfile"},
 	"internal/tool":            {"internal/errdefs"},
 	"internal/progress":        {},
 	"internal/diskfree":        {},
 	"internal/template":        {"internal/vmm/snapfile", "internal/digest", "internal/tool", "internal/errdefs"},
 	"internal/setup":           {"internal/template", "internal/tool", "internal/progress", "internal/diskfree", "internal/digest", "internal/errdefs"},
 	"internal/guest":           {"api/...", "internal/guestapi", "internal/errdefs"},
-	"internal/envd":            {"api/...", "internal/guestapi"},
-	"internal/sandbox":         {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/undo"},
+	"internal/envd":            {"api/...", "internal/guestapi", "internal/atomicfile"},
+	"internal/sandbox":         {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/undo", "internal/atomicfile"},
 	"internal/host":            {"internal/setup", "internal/diskfree", "internal/vmm", "internal/digest", "internal/osthread", "internal/network", "internal/template", "internal/errdefs"},
 	"internal/network/networktest": {
 		"internal/network", "internal/errdefs",
@@ -63,8 +64,8 @@ var rooms = map[string][]string{
 
 // foreign are packages that a room must not import, though they are not ours.
 var foreign = map[string][]string{
-	"internal/sandbox":  {"net/http", "connectrpc.com/connect"},
-	"internal/network":  {"os/exec"},
+	"internal/sandbox":  {"net/http", "connectrpc.com/connect", "internal/atomicfile"},
+	"internal/network":  {"os/exec", "internal/atomicfile"},
 	"internal/guestapi": {"net/http", "encoding/json"},
 }
 

@@ -9,6 +9,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
 )
 
 const (
@@ -84,9 +86,5 @@ func replaceWhole(path string, content []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	temp := path + ".new"
-	if err := os.WriteFile(temp, content, 0o644); err != nil {
-		return errors.Join(err, os.Remove(temp))
-	}
-	return os.Rename(temp, path)
+	return atomicfile.Write(path, content, 0o644)
 }

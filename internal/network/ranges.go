@@ -7,11 +7,11 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"path/filepath"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
@@ -188,33 +188,8 @@ func (n *Network) recordRanges() error {
 	if err != nil {
 		return fmt.Errorf("record address ranges: %w", err)
 	}
-	if err := replaceFile(file, append(b, '\n')); err != nil {
+	if err := atomicfile.Write(file, append(b, '\n'), 0o600); err != nil {
 		return fmt.Errorf("record address ranges: %w", err)
 	}
 	return nil
-}
-
-// replaceFile writes a file so that it is the old or the new one at any time.
-func replaceFile(file string, b []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+"-*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(f.Name())
-		}
-	}()
-	_, err = f.Write(b)
-	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), file); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(file))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }

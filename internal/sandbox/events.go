@@ -12,11 +12,11 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
@@ -216,25 +216,14 @@ func (l *eventLog) rewrite() error {
 		text.Write(data)
 	}
 	l.close()
-	next := filepath.Join(filepath.Dir(l.path), ".events")
-	f, err := os.OpenFile(next, os.O_WRONLY|os.O_APPEND|os.O_CREATE|os.O_TRUNC, 0o600)
+	err := atomicfile.Write(l.path, text.Bytes(), 0o600)
+	var f *os.File
+	if err == nil {
+		f, err = os.OpenFile(l.path, os.O_WRONLY|os.O_APPEND, 0)
+	}
 	if err != nil {
 		l.retryAt = time.Now().Add(retryFirst)
 		return fmt.Errorf("write event log: %w", err)
-	}
-	_, err = f.Write(text.Bytes())
-	if err == nil {
-		err = f.Sync()
-	}
-	if err == nil {
-		err = os.Rename(next, l.path)
-	}
-	if err == nil {
-		err = syncDir(filepath.Dir(l.path))
-	}
-	if err != nil {
-		l.retryAt = time.Now().Add(retryFirst)
-		return fmt.Errorf("write event log: %w", errors.Join(err, f.Close()))
 	}
 	l.f, l.size, l.reserved = f, text.Len(), reserved
 	return nil

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -151,7 +152,7 @@ func (p Probe) probed(ctx context.Context, name, version string, start func(cont
 		now.Works, now.Why = true, fmt.Sprintf("a probe guest came up under KVM in %s", took.Round(time.Millisecond))
 	}
 	if p.CacheFile != "" {
-		if err := vmm.SaveJSON(p.CacheFile, now); err != nil {
+		if err := atomicfile.WriteJSON(p.CacheFile, now); err != nil {
 			return Verdict{}, err
 		}
 	}

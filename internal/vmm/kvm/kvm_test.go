@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
@@ -130,7 +131,7 @@ func TestSlowProbe(t *testing.T) {
 		}
 		known.Works, known.SlowAt = false, time.Now().Add(-age)
 		if err == nil {
-			err = vmm.SaveJSON(p.CacheFile, known)
+			err = atomicfile.WriteJSON(p.CacheFile, known)
 		}
 		if err != nil {
 			t.Fatal(err)

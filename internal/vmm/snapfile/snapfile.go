@@ -12,7 +12,6 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/digest"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // The files of a snapshot that a driver writes. ManifestName is written last and
@@ -63,7 +62,11 @@ func (m Manifest[S]) Write(dir string) error {
 	if all[versionKey(m.Driver)], err = json.Marshal(m.Version); err != nil {
 		return err
 	}
-	return vmm.SaveJSON(filepath.Join(dir, ManifestName), all)
+	if data, err = json.MarshalIndent(all, "", "  "); err != nil {
+		return err
+	}
+	// The caller brings the directory to the disk and publishes it as a whole.
+	return os.WriteFile(filepath.Join(dir, ManifestName), append(data, '\n'), 0o600)
 }
 
 // read reads the manifest of a driver's snapshot; Version is empty if another

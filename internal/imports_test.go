@@ -52,6 +52,7 @@ var rooms = map[string][]string{
 		"internal/network", "internal/errdefs",
 	},
 	"internal/agent": {
+		"internal/atomicfile",
 		"internal/gateway", "internal/server", "internal/host", "internal/sandbox", "internal/network", "internal/template",
 		"internal/guest", "internal/guestapi", "internal/vmm", "internal/vmm/kvm", "internal/vmm/launch", "internal/vmm/qemu",
 		"internal/vmm/firecracker", "internal/errdefs",

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 )
@@ -73,7 +74,7 @@ func claimUIDs(claims, stateDir string) (base int, err error) {
 			return 0, err
 		}
 		if !used {
-			return base, os.WriteFile(file, []byte(stateDir), 0o600)
+			return base, atomicfile.Write(file, []byte(stateDir), 0o600)
 		}
 	}
 	return 0, errdefs.Exhausted.Errorf("all %d blocks of users are taken", uidBlocks)

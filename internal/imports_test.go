@@ -28,6 +28,7 @@ var rooms = map[string][]string{
 	"internal/undo":            {},
 	"internal/osthread":        {},
 	"internal/atomicfile":      {},
+	"internal/splice":          {},
 	"internal/digest":          {},
 	"internal/guestapi":        {},
 	"internal/vmm":             {"internal/guestapi", "internal/errdefs"},
@@ -45,7 +46,7 @@ var rooms = map[string][]string{
 	"internal/template":        {"internal/vmm/snapfile", "internal/digest", "internal/tool", "internal/errdefs"},
 	"internal/setup":           {"internal/template", "internal/tool", "internal/progress", "internal/diskfree", "internal/digest", "internal/errdefs"},
 	"internal/guest":           {"api/...", "internal/guestapi", "internal/errdefs"},
-	"internal/envd":            {"api/...", "internal/guestapi", "internal/atomicfile"},
+	"internal/envd":            {"api/...", "internal/guestapi", "internal/atomicfile", "internal/splice"},
 	"internal/sandbox":         {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/undo", "internal/atomicfile"},
 	"internal/host":            {"internal/setup", "internal/diskfree", "internal/vmm", "internal/digest", "internal/osthread", "internal/network", "internal/template", "internal/errdefs"},
 	"internal/network/networktest": {
@@ -58,7 +59,7 @@ var rooms = map[string][]string{
 		"internal/vmm/firecracker", "internal/errdefs",
 	},
 	"internal/server":       {"internal/sandbox", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
-	"internal/gateway":      {"internal/sandbox", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/gateway":      {"internal/sandbox", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp", "internal/splice"},
 	"internal/testenv":      {},
 	"internal/testenv/liar": {"api/..."},
 }

@@ -4,8 +4,9 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"sync"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/splice"
 )
 
 const loopbackTimeout = 3 * time.Second
@@ -38,14 +39,7 @@ func (s *Server) tunnels(next http.Handler) http.Handler {
 		if _, err := io.WriteString(client, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
 			return
 		}
-		var up sync.WaitGroup
-		up.Go(func() {
-			_, _ = io.Copy(server, rest)
-			_ = server.(*net.TCPConn).CloseWrite()
-		})
-		_, _ = io.Copy(client, server)
-		_ = client.(*net.TCPConn).CloseWrite()
-		up.Wait()
+		splice.Run(client, server, rest, server)
 	})
 }
 

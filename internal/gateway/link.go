@@ -20,6 +20,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/splice"
 )
 
 const (
@@ -249,19 +250,5 @@ func (g *Gateway) tunnel(w http.ResponseWriter, r *http.Request, link *link, add
 	if _, err := io.WriteString(client, "HTTP/1.1 200 Connection established\r\n\r\n"); err != nil {
 		return
 	}
-	var up sync.WaitGroup
-	up.Go(func() {
-		_, _ = io.Copy(guest, rest)
-		closeWrite(guest)
-	})
-	_, _ = io.Copy(client, guest)
-	closeWrite(client)
-	up.Wait()
-}
-
-// closeWrite tells the other end that no more comes.
-func closeWrite(c net.Conn) {
-	if half, ok := c.(interface{ CloseWrite() error }); ok {
-		_ = half.CloseWrite()
-	}
+	splice.Run(client, guest, rest, guest)
 }

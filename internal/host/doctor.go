@@ -4,11 +4,8 @@ package host
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net/netip"
@@ -18,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 
+	"git.omukk.dev/wrenn/sandbox/internal/digest"
 	"git.omukk.dev/wrenn/sandbox/internal/diskfree"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
@@ -399,7 +397,7 @@ func (m machine) store(o Options) []Check {
 		return all()
 	}
 	kernel.OK, kernel.Found = true, strings.TrimSpace(boot.Release+" from "+boot.Source)
-	switch sum, err := fileSHA256(o.Envd); {
+	switch _, sum, err := digest.File(o.Envd); {
 	case o.Envd == "":
 		initrd.OK, initrd.Found = true, "there"
 	case err != nil:
@@ -545,19 +543,6 @@ func fileMiB(path string) int64 {
 		return 0
 	}
 	return fi.Size() >> 20
-}
-
-func fileSHA256(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
 // errnoText is an error's cause without the path that the sentence around it

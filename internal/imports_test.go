@@ -62,6 +62,9 @@ var rooms = map[string][]string{
 	"internal/gateway":      {"internal/sandbox", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp", "internal/splice"},
 	"internal/testenv":      {},
 	"internal/testenv/liar": {"api/..."},
+
+	"internal/client":            {"api/...", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/client/clienttest": {"api/..."},
 }
 
 // foreign are packages that a room must not import, though they are not ours.

@@ -37,14 +37,8 @@ type signalError struct{ syscall.Signal }
 
 func (e signalError) Error() string { return e.Signal.String() + " signal received" }
 
-// signalled is the exit status of a program that a signal ended.
-func signalled(ctx context.Context) (status int, ok bool) {
-	var sig signalError
-	if errors.As(context.Cause(ctx), &sig) {
-		return 128 + int(sig.Signal), true
-	}
-	return 0, false
-}
+// status is the exit status of a program that the signal ended.
+func (e signalError) status() int { return 128 + int(e.Signal) }
 
 // untilSignal returns a context that the first signal to end ends. A second
 // one ends the program the hard way.
@@ -70,18 +64,29 @@ func main() {
 	if err == nil {
 		return
 	}
-	status := 1
+	status, quiet := exitStatus(ctx, err)
+	if !quiet {
+		complain("%s", explain(err))
+	}
+	os.Exit(status)
+}
+
+// exitStatus is the status that an error ends the program with; quiet is that
+// there is nothing to say about it.
+func exitStatus(ctx context.Context, err error) (status int, quiet bool) {
 	var exit exitError
 	var own *statusError
-	if errors.As(err, &exit) {
-		os.Exit(int(exit))
-	} else if errors.As(err, &own) {
-		status = own.status
-	} else if n, ok := signalled(ctx); ok {
-		status = n
+	var sig signalError
+	switch {
+	case errors.As(err, &exit):
+		return int(exit), true
+	case errors.As(err, &own):
+		return own.status, false
+	case errors.As(context.Cause(ctx), &sig):
+		return sig.status(), false
+	default:
+		return 1, false
 	}
-	complain("%s", explain(err))
-	os.Exit(status)
 }
 
 // explain is an error as a person wants to read it, with the next step.
@@ -97,7 +102,7 @@ func explain(err error) string {
 }
 
 func newRoot() *cobra.Command {
-	c := &client{}
+	c := &cli{}
 	root := &cobra.Command{
 		Use:   "wrenn",
 		Short: "Run other people's code safely, in microVMs on a machine you own",
@@ -120,17 +125,22 @@ Then, as anybody who may reach the agent:
 	}
 	root.SetOut(printer{os.Stdout})
 	root.SetErr(printer{os.Stderr})
-	root.PersistentFlags().StringVarP(&c.host, "host", "H", env("WRENN_HOST", "http://127.0.0.1:50051"), "URL of the host agent (env WRENN_HOST)")
+	root.PersistentFlags().StringVarP(&c.addr, "host", "H", env("WRENN_HOST", "http://127.0.0.1:50051"),
+		"URL of the host agent (env WRENN_HOST)")
 	root.AddGroup(&cobra.Group{ID: "host", Title: "On the host:"}, &cobra.Group{ID: "sandbox", Title: "Sandboxes:"})
-	add := func(group string, cmds ...*cobra.Command) {
-		for _, cmd := range cmds {
-			cmd.GroupID = group
-			root.AddCommand(cmd)
-		}
+	for _, cmd := range []*cobra.Command{newSetup(), newServe(), newDoctor()} {
+		cmd.GroupID = "host"
+		root.AddCommand(cmd)
 	}
-	add("host", newSetup(), newServe(), newDoctor())
-	add("sandbox", newRun(c), newCreate(c), newPs(c), newExec(c), newShell(c), newCp(c), newTop(c), newPort(c), newPause(c), newResume(c), newRecover(c), newFork(c), newSnapshot(c), newSnapshots(c), newRm(c),
-		newTimeout(c), newNetwork(c), newInspect(c), newLogs(c), newEvents(c), newVerify(c))
+	for _, cmd := range []*cobra.Command{
+		newRun(c), newCreate(c), newPs(c), newExec(c), newShell(c), newCp(c), newTop(c), newPort(c),
+		newPause(c), newResume(c), newRecover(c), newFork(c), newSnapshot(c), newSnapshots(c), newRm(c),
+		newTimeout(c), newNetwork(c), newInspect(c), newLogs(c), newEvents(c), newVerify(c),
+	} {
+		cmd.GroupID = "sandbox"
+		cmd.PersistentPreRunE = c.connect
+		root.AddCommand(cmd)
+	}
 	root.AddCommand(newVersion(c))
 	return root
 }

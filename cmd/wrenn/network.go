@@ -7,7 +7,6 @@ import (
 	"strings"
 	"text/tabwriter"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
@@ -74,7 +73,7 @@ func (r *reach) policy() (*hostagentv1.NetworkPolicy, error) {
 	return p, nil
 }
 
-func newNetwork(c *client) *cobra.Command {
+func newNetwork(c *cli) *cobra.Command {
 	var r reach
 	var reset, asJSON bool
 	cmd := &cobra.Command{
@@ -98,28 +97,27 @@ a list speaks to the internet in no other way, but for the ranges in --allow.`,
 			if reset && policy != nil {
 				return errors.New("--reset goes with no other flag: it is the host's settings again")
 			}
-			id, err := c.resolve(cmd.Context(), args[0])
+			s, err := c.find(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
 			if policy != nil || reset {
-				_, err := c.agent().UpdateNetwork(cmd.Context(), connect.NewRequest(&hostagentv1.UpdateNetworkRequest{SandboxId: id, Network: policy}))
-				if err != nil {
+				if err := s.SetNetwork(cmd.Context(), policy); err != nil {
 					return err
 				}
 			}
-			resp, err := c.agent().GetSandbox(cmd.Context(), connect.NewRequest(&hostagentv1.GetSandboxRequest{SandboxId: id}))
+			info, err := s.Info(cmd.Context())
 			if err != nil {
 				return err
 			}
-			now := resp.Msg.Sandbox.Network
+			now := info.Network
 			if now == nil {
 				now = &hostagentv1.NetworkPolicy{}
 			}
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), now)
 			}
-			printPolicy(cmd.OutOrStdout(), now, resp.Msg.Sandbox.Traffic)
+			printPolicy(cmd.OutOrStdout(), now, info.Traffic)
 			return nil
 		},
 	}

@@ -9,6 +9,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/client"
+	"git.omukk.dev/wrenn/sandbox/internal/client/clienttest"
 )
 
 // forwarding runs `wrenn port` in this process until ctx ends, and returns the
@@ -34,7 +37,7 @@ func TestPortThatCannotBeReached(t *testing.T) {
 	for name, c := range map[string]struct {
 		status, port, want string
 	}{
-		"the daemon's":     {"running", "49983", "not forwarded; it is served as HTTP at http://49983-" + hostileID + ".localhost:"},
+		"the daemon's":     {"running", "49983", "not forwarded; it is served as HTTP at http://49983-" + clienttest.ID + ".localhost:"},
 		"none":             {"running", "0", "not a number"},
 		"too high":         {"running", "65536", "not a number"},
 		"negative":         {"running", "-1", ""},
@@ -49,7 +52,7 @@ func TestPortThatCannotBeReached(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
-			addr, ended := forwarding(ctx, (&hostile{status: c.status}).serve(t), hostileID, c.port, "--listen", "127.0.0.1:0")
+			addr, ended := forwarding(ctx, (&clienttest.Agent{Status: c.status}).Serve(t), clienttest.ID, c.port, "--listen", "127.0.0.1:0")
 			if addr != "" {
 				t.Errorf("it listens on %s", addr)
 				cancel()
@@ -66,8 +69,8 @@ func TestPortThatCannotBeReached(t *testing.T) {
 func TestForwardEndsWithItsSandbox(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	h := &hostile{refusal: "no"}
-	addr, ended := forwarding(ctx, h.serve(t), hostileID, "80", "--listen", "127.0.0.1:0")
+	h := &clienttest.Agent{Refusal: "no"}
+	addr, ended := forwarding(ctx, h.Serve(t), clienttest.ID, "80", "--listen", "127.0.0.1:0")
 	connection := func() {
 		t.Helper()
 		conn, err := net.Dial("tcp", addr)
@@ -80,7 +83,7 @@ func TestForwardEndsWithItsSandbox(t *testing.T) {
 		}
 	}
 	for _, status := range []string{"running", "paused", "running"} {
-		h.setStatus(status)
+		h.SetStatus(status)
 		connection()
 		select {
 		case err := <-ended:
@@ -88,9 +91,9 @@ func TestForwardEndsWithItsSandbox(t *testing.T) {
 		default:
 		}
 	}
-	h.setStatus("stopped")
+	h.SetStatus("stopped")
 	connection()
-	if err := <-ended; !errors.Is(err, errEnded) {
+	if err := <-ended; !errors.Is(err, client.ErrEnded) {
 		t.Errorf("ended with %v", err)
 	}
 }

@@ -19,6 +19,8 @@ import (
 	"connectrpc.com/connect"
 	"github.com/creack/pty"
 	gocmp "github.com/google/go-cmp/cmp"
+
+	"git.omukk.dev/wrenn/sandbox/internal/client/clienttest"
 )
 
 func TestPrintable(t *testing.T) {
@@ -84,48 +86,50 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 		t.Fatal(err)
 	}
 	refusal := strings.Trim(string(quoted), `"`)
-	failing := func(code connect.Code) *hostile { return &hostile{fail: connect.NewError(code, errors.New(evil))} }
+	failing := func(code connect.Code) *clienttest.Agent {
+		return &clienttest.Agent{Fail: connect.NewError(code, errors.New(evil))}
+	}
 	target := t.TempDir()
 	for name, c := range map[string]struct {
-		guest *hostile
+		guest *clienttest.Agent
 		args  []string
 	}{
-		"logs":              {&hostile{console: []byte(evil + "\x9b2J\xff")}, []string{"logs", hostileID}},
-		"ps":                {&hostile{text: evil}, []string{"ps"}},
-		"ps --json":         {&hostile{text: evil}, []string{"ps", "--json"}},
-		"inspect":           {&hostile{text: evil}, []string{"inspect", hostileID}},
-		"events":            {&hostile{text: evil}, []string{"events", "--no-follow"}},
-		"events --json":     {&hostile{text: evil}, []string{"events", "--no-follow", "--json"}},
-		"snapshots":         {&hostile{text: evil}, []string{"snapshots"}},
-		"top":               {&hostile{text: evil}, []string{"top", hostileID}},
-		"top's error":       {&hostile{refusal: refusal}, []string{"top", hostileID}},
-		"top --json":        {&hostile{text: evil}, []string{"top", hostileID, "--json"}},
-		"version":           {&hostile{text: evil}, []string{"version"}},
-		"version --json":    {&hostile{text: evil}, []string{"version", "--json"}},
-		"verify":            {&hostile{text: evil}, []string{"verify"}},
-		"verify --json":     {&hostile{text: evil}, []string{"verify", "--json"}},
-		"create":            {&hostile{text: evil}, []string{"create", "-v"}},
-		"run":               {&hostile{text: evil}, []string{"run", "--", "true"}},
-		"rm":                {&hostile{text: evil}, []string{"rm", hostileID}},
-		"several":           {&hostile{text: evil}, []string{"pause", hostileID, hostileID}},
-		"exec":              {failing(connect.CodeInternal), []string{"exec", hostileID, "--", "true"}},
-		"exec of nothing":   {failing(connect.CodeNotFound), []string{"exec", hostileID, "--", "true"}},
-		"shell":             {failing(connect.CodeUnavailable), []string{"shell", hostileID}},
-		"port":              {&hostile{status: "paused", text: evil}, []string{"port", hostileID, "80"}},
-		"cp of a file":      {&hostile{refusal: refusal, entry: fileEntry(0o644)}, []string{"cp", hostileID + ":/x", target}},
-		"cp to stdout":      {&hostile{refusal: refusal, entry: fileEntry(0o644)}, []string{"cp", hostileID + ":/x", "-"}},
-		"cp in":             {&hostile{refusal: refusal, entry: fileEntry(0o644)}, []string{"cp", "/proc/self/comm", hostileID + ":/x"}},
-		"cp of a directory": {&hostile{stderr: evil, exit: 1, entry: dirEntry("/x")}, []string{"cp", hostileID + ":/x", target}},
-		"cp without tar":    {&hostile{fail: connect.NewError(connect.CodeAborted, errors.New(evil)), entry: dirEntry("/x")}, []string{"cp", hostileID + ":/x", target}},
-		"cp of odd things":  {&hostile{archive: archiveOf(t, tar.Header{Name: evil, Typeflag: tar.TypeFifo}), entry: dirEntry("/x")}, []string{"cp", hostileID + ":/x", target}},
-		"cp of what leads out": {&hostile{archive: archiveOf(t, tar.Header{Name: "../" + evil, Typeflag: tar.TypeFifo}), entry: dirEntry("/x")},
-			[]string{"cp", hostileID + ":/x", target}},
-		"cp of a path": {&hostile{entry: dirEntry(evil)},
-			[]string{"cp", hostileID + ":/x", "-"}},
+		"logs":              {&clienttest.Agent{Console: []byte(evil + "\x9b2J\xff")}, []string{"logs", clienttest.ID}},
+		"ps":                {&clienttest.Agent{Text: evil}, []string{"ps"}},
+		"ps --json":         {&clienttest.Agent{Text: evil}, []string{"ps", "--json"}},
+		"inspect":           {&clienttest.Agent{Text: evil}, []string{"inspect", clienttest.ID}},
+		"events":            {&clienttest.Agent{Text: evil}, []string{"events", "--no-follow"}},
+		"events --json":     {&clienttest.Agent{Text: evil}, []string{"events", "--no-follow", "--json"}},
+		"snapshots":         {&clienttest.Agent{Text: evil}, []string{"snapshots"}},
+		"top":               {&clienttest.Agent{Text: evil}, []string{"top", clienttest.ID}},
+		"top's error":       {&clienttest.Agent{Refusal: refusal}, []string{"top", clienttest.ID}},
+		"top --json":        {&clienttest.Agent{Text: evil}, []string{"top", clienttest.ID, "--json"}},
+		"version":           {&clienttest.Agent{Text: evil}, []string{"version"}},
+		"version --json":    {&clienttest.Agent{Text: evil}, []string{"version", "--json"}},
+		"verify":            {&clienttest.Agent{Text: evil}, []string{"verify"}},
+		"verify --json":     {&clienttest.Agent{Text: evil}, []string{"verify", "--json"}},
+		"create":            {&clienttest.Agent{Text: evil}, []string{"create", "-v"}},
+		"run":               {&clienttest.Agent{Text: evil}, []string{"run", "--", "true"}},
+		"rm":                {&clienttest.Agent{Text: evil}, []string{"rm", clienttest.ID}},
+		"several":           {&clienttest.Agent{Text: evil}, []string{"pause", clienttest.ID, clienttest.ID}},
+		"exec":              {failing(connect.CodeInternal), []string{"exec", clienttest.ID, "--", "true"}},
+		"exec of nothing":   {failing(connect.CodeNotFound), []string{"exec", clienttest.ID, "--", "true"}},
+		"shell":             {failing(connect.CodeUnavailable), []string{"shell", clienttest.ID}},
+		"port":              {&clienttest.Agent{Status: "paused", Text: evil}, []string{"port", clienttest.ID, "80"}},
+		"cp of a file":      {&clienttest.Agent{Refusal: refusal, Entry: clienttest.File(0o644)}, []string{"cp", clienttest.ID + ":/x", target}},
+		"cp to stdout":      {&clienttest.Agent{Refusal: refusal, Entry: clienttest.File(0o644)}, []string{"cp", clienttest.ID + ":/x", "-"}},
+		"cp in":             {&clienttest.Agent{Refusal: refusal, Entry: clienttest.File(0o644)}, []string{"cp", "/proc/self/comm", clienttest.ID + ":/x"}},
+		"cp of a directory": {&clienttest.Agent{Stderr: evil, Exit: 1, Entry: clienttest.Dir("/x")}, []string{"cp", clienttest.ID + ":/x", target}},
+		"cp without tar":    {&clienttest.Agent{Fail: connect.NewError(connect.CodeAborted, errors.New(evil)), Entry: clienttest.Dir("/x")}, []string{"cp", clienttest.ID + ":/x", target}},
+		"cp of odd things":  {&clienttest.Agent{Archive: clienttest.Archive(t, tar.Header{Name: evil, Typeflag: tar.TypeFifo}), Entry: clienttest.Dir("/x")}, []string{"cp", clienttest.ID + ":/x", target}},
+		"cp of what leads out": {&clienttest.Agent{Archive: clienttest.Archive(t, tar.Header{Name: "../" + evil, Typeflag: tar.TypeFifo}), Entry: clienttest.Dir("/x")},
+			[]string{"cp", clienttest.ID + ":/x", target}},
+		"cp of a path": {&clienttest.Agent{Entry: clienttest.Dir(evil)},
+			[]string{"cp", clienttest.ID + ":/x", "-"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			stdout, stderr, _ := wrenn(t, c.guest.serve(t), c.args...)
+			stdout, stderr, _ := wrenn(t, c.guest.Serve(t), c.args...)
 			if all := stdout + stderr; !strings.Contains(all, mark) {
 				t.Errorf("what the guest says is not shown at all:\n%s\n%s", stdout, stderr)
 			}
@@ -153,14 +157,14 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 func TestProgressOnATerminal(t *testing.T) {
 	own := regexp.MustCompile(`\x1b\[[HJK]|\r`)
 	for name, c := range map[string]struct {
-		guest *hostile
+		guest *clienttest.Agent
 		args  []string
 	}{
-		"top":      {&hostile{text: evil}, []string{"top", hostileID}},
-		"top ends": {&hostile{refusal: `MARK\u001b]52;c;x\u0007`}, []string{"top", hostileID}},
-		"cp": {&hostile{archive: archiveOf(t, tar.Header{Name: evil, Typeflag: tar.TypeFifo}), entry: dirEntry("/x")},
-			[]string{"cp", hostileID + ":/x/.", t.TempDir()}},
-		"create": {&hostile{text: evil}, []string{"create", "-v"}},
+		"top":      {&clienttest.Agent{Text: evil}, []string{"top", clienttest.ID}},
+		"top ends": {&clienttest.Agent{Refusal: `MARK\u001b]52;c;x\u0007`}, []string{"top", clienttest.ID}},
+		"cp": {&clienttest.Agent{Archive: clienttest.Archive(t, tar.Header{Name: evil, Typeflag: tar.TypeFifo}), Entry: clienttest.Dir("/x")},
+			[]string{"cp", clienttest.ID + ":/x/.", t.TempDir()}},
+		"create": {&clienttest.Agent{Text: evil}, []string{"create", "-v"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			file, tty, err := pty.Open()
@@ -168,7 +172,7 @@ func TestProgressOnATerminal(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer file.Close()
-			cmd := program(t, c.guest.serve(t), c.args...)
+			cmd := program(t, c.guest.Serve(t), c.args...)
 			cmd.Stdin, cmd.Stdout, cmd.Stderr = tty, tty, tty
 			if err := cmd.Start(); err != nil {
 				t.Fatal(err)
@@ -225,8 +229,8 @@ func holds(t *testing.T, document, text string) bool {
 }
 
 func TestMessageIsBounded(t *testing.T) {
-	h := &hostile{fail: connect.NewError(connect.CodeInternal, errors.New(strings.Repeat("ä", 100_000)))}
-	_, stderr, _ := wrenn(t, h.serve(t), "exec", hostileID, "--", "true")
+	h := &clienttest.Agent{Fail: connect.NewError(connect.CodeInternal, errors.New(strings.Repeat("ä", 100_000)))}
+	_, stderr, _ := wrenn(t, h.Serve(t), "exec", clienttest.ID, "--", "true")
 	if len(stderr) < 400 || len(stderr) > 600 || unsafeRune(stderr) >= 0 {
 		t.Errorf("%d bytes of message", len(stderr))
 	}
@@ -236,15 +240,15 @@ func TestMessageIsBounded(t *testing.T) {
 func TestOwnStreamsAreRaw(t *testing.T) {
 	const bytes = evil + "\x9b2J\xff\r\n"
 	for name, c := range map[string]struct {
-		guest *hostile
+		guest *clienttest.Agent
 		args  []string
 	}{
-		"exec":       {&hostile{archive: []byte(bytes)}, []string{"exec", hostileID, "--", "true"}},
-		"cp":         {&hostile{file: []byte(bytes), entry: fileEntry(0o644)}, []string{"cp", hostileID + ":/x", "-"}},
-		"logs --raw": {&hostile{console: []byte(bytes)}, []string{"logs", "--raw", hostileID}},
+		"exec":       {&clienttest.Agent{Archive: []byte(bytes)}, []string{"exec", clienttest.ID, "--", "true"}},
+		"cp":         {&clienttest.Agent{File: []byte(bytes), Entry: clienttest.File(0o644)}, []string{"cp", clienttest.ID + ":/x", "-"}},
+		"logs --raw": {&clienttest.Agent{Console: []byte(bytes)}, []string{"logs", "--raw", clienttest.ID}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			stdout, stderr, status := wrenn(t, c.guest.serve(t), c.args...)
+			stdout, stderr, status := wrenn(t, c.guest.Serve(t), c.args...)
 			if stdout != bytes || stderr != "" || status != 0 {
 				t.Errorf("got %q, %q, %d", stdout, stderr, status)
 			}
@@ -282,9 +286,9 @@ func TestLogIsPrintable(t *testing.T) {
 func TestWhoWritesToTheTerminal(t *testing.T) {
 	want := map[string]bool{
 		"main.go newRoot": true, "printable.go complain": true, // the printer itself
-		"run.go session": true, "copy.go download": true, "client.go newLogs": true, // own streams, --raw
-		"client.go spin": true, "copy.go startMeter": true, "copy.go show": true, // progress
-		"top.go newTop": true, "setup.go newSetup": true, "serve.go logger": true,
+		"exec.go connected": true, "cp.go copyOut": true, "list.go newLogs": true, // own streams, --raw
+		"cli.go spin": true, "meter.go startMeter": true, "meter.go show": true, // progress
+		"top.go newTop": true, "top.go watchUsage": true, "setup.go newSetup": true, "serve.go logger": true,
 	}
 	files, err := filepath.Glob("*.go")
 	if err != nil {

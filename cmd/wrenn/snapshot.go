@@ -8,11 +8,9 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
-
-	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 )
 
-func newSnapshot(c *client) *cobra.Command {
+func newSnapshot(c *cli) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "snapshot ID [NAME]",
@@ -28,27 +26,27 @@ Whatever is in the memory of its programs or on its disk is in the snapshot.`,
 		Example: "  wrenn snapshot 3fa prepared\n  wrenn create prepared\n  wrenn snapshots\n  wrenn snapshot rm prepared",
 		Args:    cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := c.resolve(cmd.Context(), args[0])
+			s, err := c.find(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
-			req := &hostagentv1.SnapshotSandboxRequest{SandboxId: id}
+			name := ""
 			if len(args) > 1 {
-				if req.Name = args[1]; req.Name == "" {
+				if name = args[1]; name == "" {
 					return errors.New("the snapshot's name is empty; leave it out to have one made up")
 				}
 			}
 			done := spin("copying the sandbox")
-			resp, err := c.agent().SnapshotSandbox(cmd.Context(), connect.NewRequest(req))
+			resp, err := s.Snapshot(cmd.Context(), name)
 			done()
 			if err != nil {
 				return err
 			}
 			if asJSON {
-				return printJSON(cmd.OutOrStdout(), resp.Msg)
+				return printJSON(cmd.OutOrStdout(), resp)
 			}
-			fmt.Fprintln(cmd.OutOrStdout(), resp.Msg.Snapshot.Name)
-			fmt.Fprintln(cmd.ErrOrStderr(), times(resp.Msg.PausedMs, resp.Msg.TookMs))
+			fmt.Fprintln(cmd.OutOrStdout(), resp.Snapshot.Name)
+			fmt.Fprintln(cmd.ErrOrStderr(), times(resp.PausedMs, resp.TookMs))
 			return nil
 		},
 	}
@@ -59,7 +57,7 @@ Whatever is in the memory of its programs or on its disk is in the snapshot.`,
 	return cmd
 }
 
-func newSnapshotRm(c *client) *cobra.Command {
+func newSnapshotRm(c *cli) *cobra.Command {
 	var force bool
 	cmd := &cobra.Command{
 		Use:     "rm NAME...",
@@ -69,7 +67,7 @@ func newSnapshotRm(c *client) *cobra.Command {
 		RunE: func(cmd *cobra.Command, names []string) error {
 			var errs []error
 			for _, name := range names {
-				_, err := c.agent().DeleteSnapshot(cmd.Context(), connect.NewRequest(&hostagentv1.DeleteSnapshotRequest{Name: name}))
+				err := c.host.DeleteSnapshot(cmd.Context(), name)
 				if err != nil && !(force && connect.CodeOf(err) == connect.CodeNotFound) {
 					errs = append(errs, err)
 					continue
@@ -95,30 +93,30 @@ func all(errs []error) error {
 	return errors.Join(errs...)
 }
 
-func newSnapshots(c *client) *cobra.Command {
+func newSnapshots(c *cli) *cobra.Command {
 	var quiet, asJSON bool
 	cmd := &cobra.Command{
 		Use:   "snapshots",
 		Short: "List snapshots",
 		Args:  cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			resp, err := c.agent().ListSnapshots(cmd.Context(), connect.NewRequest(&hostagentv1.ListSnapshotsRequest{}))
+			resp, err := c.host.Snapshots(cmd.Context())
 			if err != nil {
 				return err
 			}
 			out := cmd.OutOrStdout()
 			switch {
 			case asJSON:
-				return printJSON(out, resp.Msg)
+				return printJSON(out, resp)
 			case quiet:
-				for _, s := range resp.Msg.Snapshots {
+				for _, s := range resp.Snapshots {
 					fmt.Fprintln(out, s.Name)
 				}
 				return nil
 			}
 			w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
 			row(w, "NAME", "SANDBOX ID", "TEMPLATE", "VCPUS", "MEMORY", "SIZE", "CREATED")
-			for _, s := range resp.Msg.Snapshots {
+			for _, s := range resp.Snapshots {
 				row(w, s.Name, s.SandboxId, s.Template, s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb),
 					fmt.Sprintf("%d MiB", (s.SizeBytes+1<<20-1)>>20), rough(time.Since(time.Unix(s.CreatedAtUnix, 0)))+" ago")
 			}

@@ -1,44 +1,20 @@
 package main
 
 import (
-	"context"
-	"encoding/json"
 	"fmt"
 	"io"
-	"net/http"
 	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
-	"git.omukk.dev/wrenn/sandbox/api/process"
+	"git.omukk.dev/wrenn/sandbox/internal/client"
 )
 
-// usage is what a sandbox uses, and what runs in it.
-type usage struct {
-	CPUCount   int     `json:"cpu_count"`
-	CPUUsedPct float64 `json:"cpu_used_pct"`
-	MemTotal   int64   `json:"mem_total"`
-	MemUsed    int64   `json:"mem_used"`
-	MemCache   int64   `json:"mem_cache"`
-	DiskUsed   int64   `json:"disk_used"`
-	DiskTotal  int64   `json:"disk_total"`
-
-	Processes []runningProcess `json:"processes"`
-}
-
-type runningProcess struct {
-	PID  uint32   `json:"pid"`
-	Tag  string   `json:"tag,omitempty"`
-	Cmd  string   `json:"cmd"`
-	Args []string `json:"args"`
-}
-
-func newTop(c *client) *cobra.Command {
+func newTop(c *cli) *cobra.Command {
 	var asJSON, once bool
 	cmd := &cobra.Command{
 		Use:   "top ID",
@@ -47,39 +23,22 @@ func newTop(c *client) *cobra.Command {
 started in it from outside: every second on a terminal, until Ctrl-C, else once.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ctx := cmd.Context()
-			id, err := c.resolve(ctx, args[0])
+			s, err := c.find(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
-			live := !asJSON && !once && term.IsTerminal(int(os.Stdout.Fd()))
-			tick := time.NewTicker(time.Second)
-			defer tick.Stop()
-			for {
-				u, err := c.usage(ctx, id)
-				switch {
-				case err != nil && ctx.Err() != nil && live:
-					return nil
-				case err != nil:
-					return err
-				case asJSON:
-					enc := json.NewEncoder(cmd.OutOrStdout())
-					enc.SetIndent("", "  ")
-					return enc.Encode(u)
-				case !live:
-					u.print(cmd.OutOrStdout(), id)
-					return nil
-				}
-				var page strings.Builder
-				u.print(&page, id)
-				// From the top, each line to its end, then what is below.
-				fmt.Fprint(os.Stdout, "\x1b[H"+strings.ReplaceAll(printable(page.String()), "\n", "\x1b[K\n")+"\x1b[J")
-				select {
-				case <-ctx.Done():
-					return nil // Ctrl-C is how one leaves
-				case <-tick.C:
-				}
+			if !asJSON && !once && term.IsTerminal(int(os.Stdout.Fd())) {
+				return watchUsage(cmd, s)
 			}
+			u, err := s.Usage(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printIndented(cmd.OutOrStdout(), u)
+			}
+			printUsage(cmd.OutOrStdout(), s.ID, u)
+			return nil
 		},
 	}
 	cmd.Flags().BoolVar(&once, "once", false, "show it once, on a terminal too")
@@ -87,34 +46,32 @@ started in it from outside: every second on a terminal, until Ctrl-C, else once.
 	return cmd
 }
 
-// usage asks a sandbox what it uses.
-func (c *client) usage(ctx context.Context, id string) (*usage, error) {
-	ctx, cancel := context.WithTimeout(ctx, guestPatience)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.host+"/metrics", nil)
-	if err != nil {
-		return nil, err
+// watchUsage shows on the terminal what a sandbox uses, until Ctrl-C.
+func watchUsage(cmd *cobra.Command, s *client.Sandbox) error {
+	ctx := cmd.Context()
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		u, err := s.Usage(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		var page strings.Builder
+		printUsage(&page, s.ID, u)
+		// From the top, each line to its end, then what is below.
+		fmt.Fprint(os.Stdout, "\x1b[H"+strings.ReplaceAll(printable(page.String()), "\n", "\x1b[K\n")+"\x1b[J")
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
 	}
-	resp, err := c.guestHTTP(req, id)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
-	u := &usage{Processes: []runningProcess{}}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(u); err != nil {
-		return nil, fmt.Errorf("read the sandbox's metrics: %w", err)
-	}
-	list, err := c.processes(id, "").List(ctx, connect.NewRequest(&process.ListRequest{}))
-	if err != nil {
-		return nil, err
-	}
-	for _, p := range list.Msg.Processes {
-		u.Processes = append(u.Processes, runningProcess{p.Pid, p.GetTag(), p.GetConfig().GetCmd(), p.GetConfig().GetArgs()})
-	}
-	return u, nil
 }
 
-func (u *usage) print(w io.Writer, id string) {
+func printUsage(w io.Writer, id string, u *client.Usage) {
 	part := func(used, total int64) string {
 		return fmt.Sprintf("%s of %s (%d%%)", bytesText(used), bytesText(total), used*100/max(total, 1))
 	}

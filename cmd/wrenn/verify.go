@@ -1,16 +1,17 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"text/tabwriter"
 
-	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/client"
 )
 
-func newVerify(c *client) *cobra.Command {
+func newVerify(c *cli) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "verify [NAME...]",
@@ -26,18 +27,8 @@ template or kernel is made again by 'wrenn setup' when its directory is removed.
 damaged snapshot or hibernated sandbox is refused when it is used.`,
 		Example: "  wrenn verify\n  wrenn verify prepared sb-0123456789abcdef",
 		RunE: func(cmd *cobra.Command, names []string) error {
-			stream, err := c.agent().Verify(cmd.Context(), connect.NewRequest(&hostagentv1.VerifyRequest{Names: names}))
+			found, err := verify(cmd.Context(), c.host, names)
 			if err != nil {
-				return err
-			}
-			defer stream.Close()
-			done := spin("reading")
-			var found []*hostagentv1.VerifyResponse
-			for stream.Receive() {
-				found = append(found, stream.Msg())
-			}
-			done()
-			if err := stream.Err(); err != nil {
 				return err
 			}
 			return printVerified(cmd, found, asJSON)
@@ -45,6 +36,18 @@ damaged snapshot or hibernated sandbox is refused when it is used.`,
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print a JSON object for each")
 	return cmd
+}
+
+// verify returns what the host has read, when all of it is.
+func verify(ctx context.Context, host *client.Host, names []string) (found []*hostagentv1.VerifyResponse, err error) {
+	defer spin("reading")()
+	for v, err := range host.Verify(ctx, names...) {
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, v)
+	}
+	return found, nil
 }
 
 // printVerified prints what was found, and says how many are damaged.

@@ -1,4 +1,4 @@
-package main
+package client
 
 import (
 	"archive/tar"
@@ -35,7 +35,7 @@ type spot struct {
 // directory may come from an earlier copy: nothing is followed from there on.
 func landing(from, to string, fromDir bool) (spot, error) {
 	if to == "" {
-		return spot{}, errors.New("DST is empty")
+		return spot{}, errors.New("the name of the copy is empty")
 	}
 	if info, err := os.Stat(to); err == nil && info.IsDir() {
 		// The name, too, is the caller's word, not the guest's.
@@ -163,7 +163,7 @@ type tree struct {
 	made map[inode]bool
 	// passed counts what is not copied.
 	passed int
-	note   *meter
+	copy   *Copy
 }
 
 type level struct {
@@ -182,9 +182,9 @@ func inodeOf(info fs.FileInfo) inode {
 // is not believed: nothing outside of top is written, read or linked to, and
 // nothing is made but files, directories and links, without the bits that lend
 // rights.
-func unpack(r io.Reader, top *os.Root, p *meter) error {
-	t := &tree{top: top, most: maxEntries, made: make(map[inode]bool), note: p}
-	return t.layAll(p.reader(r))
+func unpack(r io.Reader, top *os.Root, c *Copy) error {
+	t := &tree{top: top, most: maxEntries, made: make(map[inode]bool), copy: c}
+	return t.layAll(c.reader(r))
 }
 
 func (t *tree) layAll(r io.Reader) error {
@@ -194,7 +194,7 @@ func (t *tree) layAll(r io.Reader) error {
 		h, err := archive.Next()
 		if err == io.EOF {
 			if more := t.passed - maxTold; more > 0 {
-				t.note.say("%d more are not copied", more)
+				t.copy.note("%d more are not copied", more)
 			}
 			return nil
 		}
@@ -232,7 +232,7 @@ func (t *tree) lay(h *tar.Header, content io.Reader) error {
 	case tar.TypeReg, tar.TypeSymlink, tar.TypeLink:
 	default:
 		if t.passed++; t.passed <= maxTold {
-			t.note.say("%q is not copied: it is neither a file, a directory nor a link", h.Name)
+			t.copy.note("%q is not copied: it is neither a file, a directory nor a link", h.Name)
 		}
 		return nil
 	}

@@ -1,4 +1,4 @@
-package main
+package client
 
 import (
 	"context"
@@ -35,36 +35,27 @@ func TestLiars(t *testing.T) {
 	grace := termGrace
 	termGrace = 20 * time.Millisecond
 	defer func() { termGrace = grace }()
-	const id = "sb-0123456789abcdef"
 	_, agent := hostagentv1connect.NewHostAgentServiceHandler(honest{})
 	calls := []struct {
 		name   string
 		stream bool // reads a stream of events
-		call   func(context.Context, *client) error
+		call   func(context.Context, *Sandbox) error
 	}{
-		{"exec", true, func(ctx context.Context, c *client) error {
-			s := &session{config: &process.ProcessConfig{Cmd: "true"}, stdout: io.Discard, stderr: io.Discard}
-			status, err := c.run(ctx, id, s)
+		{"exec", true, func(ctx context.Context, s *Sandbox) error {
+			status, err := s.Exec(ctx, Command{Cmd: "true"})
 			if err == nil && (status < 0 || status > 255) {
 				t.Errorf("exit status %d", status)
 			}
 			return err
 		}},
-		{"top", false, func(ctx context.Context, c *client) error { _, err := c.usage(ctx, id); return err }},
-		{"stat", false, func(ctx context.Context, c *client) error {
-			_, err := (&copier{client: c, id: id}).stat(ctx, "/x")
+		{"top", false, func(ctx context.Context, s *Sandbox) error { _, err := s.Usage(ctx); return err }},
+		{"stat", false, func(ctx context.Context, s *Sandbox) error { _, err := s.stat(ctx, "", "/x"); return err }},
+		{"list", false, func(ctx context.Context, s *Sandbox) error {
+			_, err := s.processes("").List(ctx, connect.NewRequest(&process.ListRequest{}))
 			return err
 		}},
-		{"list", false, func(ctx context.Context, c *client) error {
-			_, err := c.processes(id, "").List(ctx, connect.NewRequest(&process.ListRequest{}))
-			return err
-		}},
-		{"cp", false, func(ctx context.Context, c *client) error {
-			req, err := http.NewRequestWithContext(ctx, http.MethodGet, c.host+"/files?path=x", nil)
-			if err != nil {
-				return err
-			}
-			resp, err := c.guestHTTP(req, id)
+		{"cp", false, func(ctx context.Context, s *Sandbox) error {
+			resp, err := s.files(ctx, "", http.MethodGet, "x", nil)
 			if err == nil {
 				defer resp.Body.Close()
 				_, err = io.CopyN(io.Discard, resp.Body, 16<<20) // a file may have any length
@@ -86,14 +77,14 @@ func TestLiars(t *testing.T) {
 				}
 				g := liar.Start(t, lie, "127.0.0.1:0")
 				g.Honest = agent
-				c := &client{host: g.URL()}
+				s := sandboxOf(t, g.URL())
 				limit := 30 * time.Second
 				if lie.Endless {
 					limit = 50 * time.Millisecond
 				}
 				ctx, cancel := g.Within(t.Context(), limit)
 				var err error
-				grew := liar.Growth(func() { err = x.call(ctx, c) })
+				grew := liar.Growth(func() { err = x.call(ctx, s) })
 				if ctx.Err() != nil && !lie.Endless {
 					t.Errorf("%s: only its time limit ended it", x.name)
 				}
@@ -113,10 +104,12 @@ func TestLiars(t *testing.T) {
 				if hits := g.Canary.Hits(); len(hits) != 0 {
 					t.Errorf("%s: another server was called: %q", x.name, hits)
 				}
-				if err != nil && (len(explain(err)) > errdefs.MaxForeign+200 || strings.ContainsFunc(explain(err), func(r rune) bool { return !unicode.IsPrint(r) })) {
-					t.Errorf("%s: the error is not fit to be shown: %.100q, %d bytes", x.name, explain(err), len(explain(err)))
+				if err != nil && (len(err.Error()) > errdefs.MaxForeign+200 || strings.ContainsFunc(err.Error(), unprintable)) {
+					t.Errorf("%s: the error is not fit to be shown: %.100q, %d bytes", x.name, err, len(err.Error()))
 				}
 			}
 		})
 	}
 }
+
+func unprintable(r rune) bool { return !unicode.IsPrint(r) }

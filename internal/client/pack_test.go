@@ -1,4 +1,4 @@
-package main
+package client
 
 import (
 	"archive/tar"
@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	gocmp "github.com/google/go-cmp/cmp"
+
+	"git.omukk.dev/wrenn/sandbox/internal/client/clienttest"
 )
 
 // entriesOf is what an archive holds.
@@ -105,9 +107,7 @@ func TestPackWhatChanges(t *testing.T) {
 			if c.do != nil {
 				out.do = func() { c.do(t, dir) }
 			}
-			p := startMeter(-1)
-			defer p.stop()
-			err = pack(root, out, p)
+			err = pack(root, out, &Copy{})
 			if c.want == "" {
 				if err != nil {
 					t.Fatal(err)
@@ -201,12 +201,12 @@ func TestCopyIn(t *testing.T) {
 		"a link to nothing":     {from: path("dangling"), want: "no such file"},
 		"a pipe":                {from: path("pipe"), want: "is a pipe"},
 		"a device":              {from: "/dev/null", want: "is a device"},
-		"a file without a size": {from: "/proc/self/comm", sent: "wrenn.test\n"},
+		"a file without a size": {from: "/proc/self/comm", sent: "client.test\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := &hostile{}
-			h.entry = dirEntry("/x")
-			err := cp(t, h.serve(t), c.from, hostileID+":/x")
+			h := &clienttest.Agent{}
+			h.Entry = clienttest.Dir("/x")
+			err := cp(t, h.Serve(t), c.from, clienttest.ID+":/x")
 			switch {
 			case c.want != "":
 				if err == nil || !strings.Contains(err.Error(), c.want) {
@@ -215,12 +215,12 @@ func TestCopyIn(t *testing.T) {
 			case err != nil:
 				t.Error(err)
 			case c.sent != "":
-				if string(h.received) != c.sent {
-					t.Errorf("sent %q, want %q", h.received, c.sent)
+				if string(h.Received) != c.sent {
+					t.Errorf("sent %q, want %q", h.Received, c.sent)
 				}
 			default:
 				want := map[string]string{"sub": "5 ", "sub/file": "0 content"}
-				if diff := gocmp.Diff(want, entriesOf(t, h.received)); diff != "" {
+				if diff := gocmp.Diff(want, entriesOf(t, h.Received)); diff != "" {
 					t.Error(diff)
 				}
 			}

@@ -1,4 +1,4 @@
-package main
+package client
 
 import (
 	"archive/tar"
@@ -15,26 +15,9 @@ import (
 	"time"
 
 	gocmp "github.com/google/go-cmp/cmp"
-)
 
-func TestParsePlace(t *testing.T) {
-	for in, want := range map[string]place{
-		"3fa:/root/x": {"3fa", "/root/x"},
-		"sb-3fa:x":    {"sb-3fa", "x"},
-		"3fa:":        {"3fa", ""},
-		"3fa:a:b":     {"3fa", "a:b"},
-		"file":        {"", "file"},
-		"./a:b":       {"", "./a:b"},
-		"/a:b":        {"", "/a:b"},
-		"a.b:c":       {"", "a.b:c"},
-		":x":          {"", ":x"},
-		"-":           {"", "-"},
-	} {
-		if got := parsePlace(in); got != want {
-			t.Errorf("%q: %+v, want %+v", in, got, want)
-		}
-	}
-}
+	"git.omukk.dev/wrenn/sandbox/internal/client/clienttest"
+)
 
 func TestLocalName(t *testing.T) {
 	for in, want := range map[string]string{
@@ -155,14 +138,27 @@ func (g *ground) outside(t *testing.T) map[string]string {
 	return seen
 }
 
-// cp runs `wrenn cp` in this process.
-func cp(t *testing.T, host, from, to string) error {
+// cp copies into or out of the sandbox of an agent, whichever of the two paths
+// begins with its ID.
+func cp(t *testing.T, agent, from, to string) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	root := newRoot()
-	root.SetArgs([]string{"--host", host, "cp", from, to})
-	return root.ExecuteContext(ctx)
+	s := sandboxOf(t, agent)
+	if path, ok := strings.CutPrefix(from, s.ID+":"); ok {
+		return s.CopyOut(ctx, Copy{}, path, to)
+	}
+	return s.CopyIn(ctx, Copy{}, from, strings.TrimPrefix(to, s.ID+":"))
+}
+
+// sandboxOf is the sandbox of an agent.
+func sandboxOf(t *testing.T, agent string) *Sandbox {
+	t.Helper()
+	h, err := New(agent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h.Sandbox(clienttest.ID)
 }
 
 func dirHeader(name string) tar.Header {
@@ -231,11 +227,11 @@ func TestCopyStaysInItsTarget(t *testing.T) {
 			g := newGround(t)
 			before := g.outside(t)
 			own := picture(t, g.target, "")
-			h := &hostile{archive: archiveOf(t, entries...)}
-			h.entry = dirEntry("/x")
-			host := h.serve(t)
+			h := &clienttest.Agent{Archive: clienttest.Archive(t, entries...)}
+			h.Entry = clienttest.Dir("/x")
+			host := h.Serve(t)
 			for range 2 {
-				t.Logf("cp: %v", cp(t, host, hostileID+":/x/.", g.target))
+				t.Logf("cp: %v", cp(t, host, clienttest.ID+":/x/.", g.target))
 				if diff := gocmp.Diff(before, g.outside(t)); diff != "" {
 					t.Fatalf("outside of the target: %s", diff)
 				}
@@ -283,9 +279,9 @@ func TestCopyOfAFileStaysInItsTarget(t *testing.T) {
 				t.Skip("only root makes devices")
 			}
 			before := g.outside(t)
-			h := &hostile{file: []byte("bad")}
-			h.entry = fileEntry(0o6755)
-			host := h.serve(t)
+			h := &clienttest.Agent{File: []byte("bad")}
+			h.Entry = clienttest.File(0o6755)
+			host := h.Serve(t)
 			made := filepath.Join(g.target, c.from)
 			if c.to != "" {
 				if made = filepath.Join(g.target, c.to); strings.Contains(c.to, "dir") {
@@ -297,7 +293,7 @@ func TestCopyOfAFileStaysInItsTarget(t *testing.T) {
 				to += "/" + c.to
 			}
 			for range 2 {
-				err := cp(t, host, hostileID+":/srv/"+c.from, to)
+				err := cp(t, host, clienttest.ID+":/srv/"+c.from, to)
 				if (err == nil) != c.want {
 					t.Errorf("cp: %v", err)
 				}
@@ -322,11 +318,11 @@ func TestCopyOfADirectoryStaysInItsTarget(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			g := newGround(t)
 			before := g.outside(t)
-			h := &hostile{archive: archiveOf(t, fileHeader("kept"))}
-			h.entry = dirEntry("/x")
-			host := h.serve(t)
+			h := &clienttest.Agent{Archive: clienttest.Archive(t, fileHeader("kept"))}
+			h.Entry = clienttest.Dir("/x")
+			host := h.Serve(t)
 			for range 2 {
-				if err := cp(t, host, hostileID+":/srv/"+name, g.target); (err == nil) != (name == "dir" || name == "new") {
+				if err := cp(t, host, clienttest.ID+":/srv/"+name, g.target); (err == nil) != (name == "dir" || name == "new") {
 					t.Errorf("cp: %v", err)
 				}
 				if diff := gocmp.Diff(before, g.outside(t)); diff != "" {
@@ -340,7 +336,7 @@ func TestCopyOfADirectoryStaysInItsTarget(t *testing.T) {
 // An archive that goes on for ever, or says more than it holds, ends with an
 // error and not with a full disk.
 func TestCopyOfAnEndlessArchive(t *testing.T) {
-	whole := archiveOf(t, fileHeader("x"))
+	whole := clienttest.Archive(t, fileHeader("x"))
 	for name, c := range map[string]struct {
 		archive []byte
 		want    string
@@ -350,19 +346,19 @@ func TestCopyOfAnEndlessArchive(t *testing.T) {
 		"a size below 0":   {patched(whole, 124, strings.Repeat("\xff", 12)), "archive"},
 		"no archive":       {bytes.Repeat([]byte("not one "), 1000), "archive"},
 		"cut":              {whole[:513], "EOF"},
-		"too deep":         {archiveOf(t, dirHeader(strings.Repeat("x/", maxDepth)+"x")), "deep"},
+		"too deep":         {clienttest.Archive(t, dirHeader(strings.Repeat("x/", maxDepth)+"x")), "deep"},
 		// Of nothing but a size, 8 GiB of zeros.
 		"a sparse file": {patched(whole, 156, "S", 257, "ustar  \x00", 386, "77777777777\x0000000000000\x00", 483, "77777777777\x00", 124, "00000000000\x00"), "sparse"},
-		"a sparse file in PAX": {bytes.ReplaceAll(archiveOf(t, tar.Header{Name: "x", Typeflag: tar.TypeReg, PAXRecords: map[string]string{
+		"a sparse file in PAX": {bytes.ReplaceAll(clienttest.Archive(t, tar.Header{Name: "x", Typeflag: tar.TypeReg, PAXRecords: map[string]string{
 			"GNU:sparse.major": "0", "GNU:sparse.minor": "1", "GNU:sparse.size": "8589934591",
 			"GNU:sparse.numblocks": "1", "GNU:sparse.map": "8589934588,3",
 		}}), []byte("GNU:"), []byte("GNU.")), "sparse"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := &hostile{archive: c.archive}
-			h.entry = dirEntry("/x")
+			h := &clienttest.Agent{Archive: c.archive}
+			h.Entry = clienttest.Dir("/x")
 			target := t.TempDir()
-			err := cp(t, h.serve(t), hostileID+":/x/.", target)
+			err := cp(t, h.Serve(t), clienttest.ID+":/x/.", target)
 			if err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("cp: %v, want %q", err, c.want)
 			}
@@ -384,10 +380,8 @@ func TestUnpackTooMany(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer top.Close()
-	p := startMeter(-1)
-	defer p.stop()
-	r := repeated(archiveOf(t, dirHeader("./"))[:512])
-	if err := (&tree{top: top, most: 100, note: p}).layAll(r); err == nil || !strings.Contains(err.Error(), "more than 100 entries") {
+	r := repeated(clienttest.Archive(t, dirHeader("./"))[:512])
+	if err := (&tree{top: top, most: 100, copy: &Copy{}}).layAll(r); err == nil || !strings.Contains(err.Error(), "more than 100 entries") {
 		t.Errorf("got %v", err)
 	}
 }

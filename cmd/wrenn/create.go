@@ -1,0 +1,154 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+)
+
+// size holds the flags that describe a new sandbox.
+type size struct {
+	template string
+	vcpus    int32
+	memory   string
+	timeout  time.Duration
+	then     string
+	user     string
+	env      []string
+	reach    reach
+}
+
+func (s *size) flags(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&s.template, "template", "", `template or snapshot to start from (default "minimal")`)
+	cmd.Flags().Int32Var(&s.vcpus, "vcpus", 0, "number of virtual CPUs (default 1, or the snapshot's)")
+	cmd.Flags().StringVarP(&s.memory, "memory", "m", "", "memory in MiB, or with a unit: 512m, 2g (default 512, or the snapshot's)")
+	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox after so long without activity (10m, 1h); 0 is never")
+	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens then: destroy, or hibernate to disk")
+	s.reach.flags(cmd)
+}
+
+func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
+	var mem int32
+	if s.memory != "" {
+		var err error
+		if mem, err = parseMiB(s.memory); err != nil {
+			return nil, err
+		}
+	}
+	timeout, err := wholeSeconds(s.timeout)
+	if err != nil {
+		return nil, err
+	}
+	env, err := variables(s.env)
+	if err != nil {
+		return nil, err
+	}
+	policy, err := s.reach.policy()
+	if err != nil {
+		return nil, err
+	}
+	return &hostagentv1.CreateSandboxRequest{
+		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
+		User: s.user, Envs: env,
+	}, nil
+}
+
+// parseMiB reads a size as docker writes it; a bare number is MiB.
+func parseMiB(s string) (int32, error) {
+	text := strings.ToLower(strings.TrimSpace(s))
+	text = strings.TrimSuffix(strings.TrimSuffix(text, "b"), "i")
+	factor := 1.0
+	switch {
+	case strings.HasSuffix(text, "g"):
+		factor, text = 1024, strings.TrimSuffix(text, "g")
+	case strings.HasSuffix(text, "m"):
+		text = strings.TrimSuffix(text, "m")
+	}
+	n, err := strconv.ParseFloat(text, 64)
+	if err != nil || n*factor < 1 || n*factor > 1<<30 {
+		return 0, fmt.Errorf("memory %q is not a size: give MiB, or a number with m or g", s)
+	}
+	return int32(n * factor), nil
+}
+
+// wholeSeconds is a timeout as the API counts it.
+func wholeSeconds(d time.Duration) (int32, error) {
+	if d < 0 || d%time.Second != 0 {
+		return 0, fmt.Errorf("timeout %s is not a whole number of seconds from 0 up", d)
+	}
+	return int32(min(d/time.Second, 1<<31-1)), nil
+}
+
+// create makes a sandbox, with a sign of life while it boots. The answer is
+// without the access token, so that no command prints it by the way.
+func (c *cli) create(ctx context.Context, s *size) (*hostagentv1.CreateSandboxResponse, error) {
+	req, err := s.request()
+	if err != nil {
+		return nil, err
+	}
+	defer spin("booting a sandbox")()
+	resp, err := c.host.Create(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	resp.AccessToken = ""
+	return resp, nil
+}
+
+func newCreate(c *cli) *cobra.Command {
+	var s size
+	var asJSON, verbose bool
+	cmd := &cobra.Command{
+		Use:   "create [TEMPLATE]",
+		Short: "Create a sandbox and print its id",
+		Long: `Create a sandbox from a template or a snapshot, wait until commands can run in
+it, and print its id. It stays until 'wrenn rm', or until its --timeout has
+passed without activity.`,
+		Example: "  wrenn create --memory 1g --vcpus 2 --timeout 30m\n  wrenn create my-snapshot",
+		Args:    cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				if s.template != "" && s.template != args[0] {
+					return fmt.Errorf("two templates are named: %q and %q", args[0], s.template)
+				}
+				s.template = args[0]
+			}
+			resp, err := c.create(cmd.Context(), &s)
+			if err != nil {
+				return err
+			}
+			if verbose {
+				fmt.Fprintln(cmd.ErrOrStderr(), printableLine(course(resp)))
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), resp)
+			}
+			fmt.Fprintln(cmd.OutOrStdout(), resp.SandboxId)
+			return nil
+		},
+	}
+	s.flags(cmd)
+	cmd.Flags().StringVarP(&s.user, "user", "u", "", "user of programs in the sandbox whose callers name none (default the template's)")
+	cmd.Flags().StringArrayVarP(&s.env, "env", "e", nil, "set NAME=VALUE for all programs, or pass on our NAME; may be repeated")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "say on stderr what the sandbox started from and what the time went into")
+	return cmd
+}
+
+// course says in a line what a sandbox started from, and what that took.
+func course(resp *hostagentv1.CreateSandboxResponse) string {
+	line := "started from: " + resp.StartedFrom
+	if resp.Why != "" {
+		line += " (" + resp.Why + ")"
+	}
+	for i, p := range resp.Phases {
+		line += fmt.Sprintf("%s %s %.1f ms", map[bool]string{true: ";", false: ","}[i == 0], p.Name, p.Ms)
+	}
+	return line
+}

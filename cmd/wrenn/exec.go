@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"git.omukk.dev/wrenn/sandbox/internal/client"
+)
+
+// command holds the flags that describe a command in a sandbox.
+type command struct {
+	env         []string
+	cwd         string
+	user        string
+	interactive bool
+	tty         bool
+}
+
+func (x *command) flags(cmd *cobra.Command) {
+	cmd.Flags().StringArrayVarP(&x.env, "env", "e", nil, "set NAME=VALUE for the command, or pass on our NAME; may be repeated")
+	cmd.Flags().StringVarP(&x.cwd, "workdir", "w", "", "directory of the command in the sandbox")
+	cmd.Flags().StringVarP(&x.user, "user", "u", "", "user of the command in the sandbox")
+	cmd.Flags().BoolVarP(&x.interactive, "interactive", "i", false, "connect stdin")
+	cmd.Flags().BoolVarP(&x.tty, "tty", "t", false, "run the command in this terminal")
+	cmd.Flags().SetInterspersed(false) // flags behind the command are its own
+}
+
+// variables reads flags of the form NAME=VALUE, or NAME for our own variable,
+// whose value no list of processes shows then.
+func variables(flags []string) (map[string]string, error) {
+	env := map[string]string{}
+	for _, kv := range flags {
+		name, value, ok := strings.Cut(kv, "=")
+		if !ok {
+			value, ok = os.LookupEnv(name)
+		}
+		switch {
+		case name == "":
+			return nil, errors.New("--env needs NAME=VALUE, or NAME to pass on a variable")
+		case ok:
+			env[name] = value
+		}
+	}
+	return env, nil
+}
+
+// connected is the command connected to this program as the flags say.
+func (x *command) connected(args []string) (client.Command, error) {
+	cmd := client.Command{
+		Cmd: args[0], Args: args[1:], Cwd: x.cwd, User: x.user, Stdout: os.Stdout, Stderr: os.Stderr,
+	}
+	var err error
+	if cmd.Env, err = variables(x.env); err != nil {
+		return cmd, err
+	}
+	if x.interactive || x.tty {
+		cmd.Stdin = os.Stdin
+	}
+	if x.tty {
+		if !term.IsTerminal(int(os.Stdin.Fd())) {
+			return cmd, errors.New("-t needs a terminal, and stdin is none; -i alone connects stdin whatever it is")
+		}
+		// A command that a closed terminal leaves behind could not be reached.
+		cmd.Terminal, cmd.Tied = os.Stdin, true
+	}
+	return cmd, nil
+}
+
+func newExec(c *cli) *cobra.Command {
+	var x command
+	cmd := &cobra.Command{
+		Use:   "exec ID [--] COMMAND [ARG...]",
+		Short: "Run a command in a running sandbox",
+		Long: `Run a command in a running sandbox. Its output comes as it is written; the exit
+status is the command's own, 128+N when signal N ended it, 127 when it does not
+exist, 126 when it cannot be executed.
+
+With -i the command reads our stdin, with -t it runs in our terminal: keys,
+Ctrl-C too, go to it. Without -t, Ctrl-C ends the command, and the exit status
+is 130.`,
+		Example: "  wrenn exec 3fa -- sh -c 'echo $HOME; exit 3'\n  wrenn exec -it 3fa -- python3\n  tar c dir | wrenn exec -i 3fa -- tar x -C /tmp",
+		Args:    cobra.MinimumNArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			command, err := x.connected(withoutDash(args[1:]))
+			if err != nil {
+				return err
+			}
+			s, err := c.find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			return exit(s.Exec(cmd.Context(), command))
+		},
+	}
+	x.flags(cmd)
+	return cmd
+}
+
+// withoutDash drops the "--" between a sandbox and its command.
+func withoutDash(args []string) []string {
+	if len(args) > 1 && args[0] == "--" {
+		return args[1:]
+	}
+	return args
+}
+
+// exit makes the end of a command that of this program.
+func exit(status int, err error) error {
+	var start *client.StartError
+	var sig signalError
+	switch {
+	case errors.As(err, &start):
+		return &statusError{start.Status, err}
+	case errors.As(err, &sig):
+		return exitError(sig.status())
+	case err == nil && status != 0:
+		return exitError(status)
+	}
+	return err
+}
+
+func newShell(c *cli) *cobra.Command {
+	var user string
+	cmd := &cobra.Command{
+		Use:   "shell ID",
+		Short: "Open a shell in a running sandbox",
+		Long: `Open a login shell, bash or else sh, in a running sandbox; the exit status is
+the shell's. The shell and what runs in it end when the connection does. Where
+stdin is no terminal, the shell reads its commands from it.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := c.find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			x := command{user: user, interactive: true, tty: term.IsTerminal(int(os.Stdin.Fd()))}
+			shell, err := x.connected([]string{"sh"})
+			if err != nil {
+				return err
+			}
+			return exit(s.Shell(cmd.Context(), shell))
+		},
+	}
+	cmd.Flags().StringVarP(&user, "user", "u", "", "user of the shell in the sandbox")
+	return cmd
+}
+
+func newRun(c *cli) *cobra.Command {
+	var s size
+	var x command
+	cmd := &cobra.Command{
+		Use:   "run [--] COMMAND [ARG...]",
+		Short: "Run a command in a sandbox of its own, destroyed afterwards",
+		Long: `Create a sandbox, run a command in it with its output here, destroy the sandbox,
+and exit with the command's status.`,
+		Example: "  wrenn run -- sh -c 'uname -a; id'\n  wrenn run -m 1g -it -- bash",
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			command, err := x.connected(args)
+			if err != nil {
+				return err
+			}
+			made, err := c.create(cmd.Context(), &s)
+			if err != nil {
+				return err
+			}
+			sandbox := c.host.Sandbox(made.SandboxId)
+			defer func() {
+				ctx, cancel := context.WithTimeout(context.WithoutCancel(cmd.Context()), 30*time.Second)
+				defer cancel()
+				if derr := sandbox.Destroy(ctx); derr != nil {
+					complain("sandbox %s is still there: %s", sandbox.ID, explain(derr))
+				}
+			}()
+			return exit(sandbox.Exec(cmd.Context(), command))
+		},
+	}
+	s.flags(cmd)
+	x.flags(cmd)
+	return cmd
+}

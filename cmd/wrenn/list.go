@@ -1,0 +1,249 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/client"
+)
+
+func newPs(c *cli) *cobra.Command {
+	var all, quiet, asJSON bool
+	cmd := &cobra.Command{
+		Use:     "ps",
+		Aliases: []string{"ls", "list"},
+		Short:   "List sandboxes",
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			sandboxes, err := c.host.List(cmd.Context(), all)
+			if err != nil {
+				return err
+			}
+			out := cmd.OutOrStdout()
+			switch {
+			case asJSON:
+				return printJSON(out, &hostagentv1.ListSandboxesResponse{Sandboxes: sandboxes})
+			case quiet:
+				for _, s := range sandboxes {
+					fmt.Fprintln(out, s.SandboxId)
+				}
+				return nil
+			}
+			w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+			row(w, "SANDBOX ID", "TEMPLATE", "STATUS", "VCPUS", "MEMORY", "ADDRESS", "CREATED", "EXPIRES")
+			for _, s := range sandboxes {
+				created, expires := "-", "never"
+				if s.CreatedAtUnix > 0 {
+					created = rough(time.Since(time.Unix(s.CreatedAtUnix, 0))) + " ago"
+				}
+				if s.ExpiresAtUnix != 0 {
+					expires = "in " + rough(time.Until(time.Unix(s.ExpiresAtUnix, 0)))
+				} else if s.TimeoutSec != 0 || s.CreatedAtUnix <= 0 || s.Status == "stopped" {
+					expires = "-"
+				}
+				row(w, s.SandboxId, s.Template, client.StatusText(s), s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb), s.HostIp, created, expires)
+			}
+			return w.Flush()
+		},
+	}
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "also those that ended by themselves not long ago")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print ids alone")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	return cmd
+}
+
+// rough is a duration as people say it.
+func rough(d time.Duration) string {
+	switch d = max(d, 0); {
+	case d < 2*time.Minute:
+		return fmt.Sprintf("%d seconds", int(d.Seconds()))
+	case d < 2*time.Hour:
+		return fmt.Sprintf("%d minutes", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%d hours", int(d.Hours()))
+	default:
+		return fmt.Sprintf("%d days", int(d.Hours()/24))
+	}
+}
+
+func newInspect(c *cli) *cobra.Command {
+	var token bool
+	cmd := &cobra.Command{
+		Use:   "inspect ID",
+		Short: "Print all that is known of a sandbox, as JSON",
+		Long: `Print all that is known of a sandbox, as JSON; also of one that has ended by
+itself not long ago, with the reason. Its access token is not part of that:
+--token prints it alone, for clients of the sandbox's daemon.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := c.find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if token {
+				return printToken(cmd, s)
+			}
+			info, err := s.Info(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return printJSON(cmd.OutOrStdout(), info)
+		},
+	}
+	cmd.Flags().BoolVar(&token, "token", false, "print the sandbox's access token alone; who has it commands the sandbox")
+	return cmd
+}
+
+// printToken prints the access token of a sandbox.
+func printToken(cmd *cobra.Command, s *client.Sandbox) error {
+	token, err := s.Token(cmd.Context())
+	if err != nil {
+		return err
+	}
+	if token == "" {
+		return fmt.Errorf("sandbox %s has ended, and its token with it", s.ID)
+	}
+	_, err = fmt.Fprintln(cmd.OutOrStdout(), token)
+	return err
+}
+
+func newLogs(c *cli) *cobra.Command {
+	var tail int32
+	var raw bool
+	cmd := &cobra.Command{
+		Use:   "logs ID",
+		Short: "Print a guest's console",
+		Long: `Print the end of a guest's serial console: what its kernel and envd had to say.
+A program in the sandbox can write there, too. What would move a cursor, or do
+more to a terminal, is shown as \uXXXX, also where stdout is none; --raw prints the
+bytes as they are.`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := c.find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			console, err := s.Console(cmd.Context(), tail)
+			if err != nil {
+				return err
+			}
+			out := cmd.OutOrStdout()
+			if raw {
+				out = os.Stdout
+			}
+			_, err = out.Write(console)
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&raw, "raw", false, "print the bytes as they are; a terminal obeys them")
+	cmd.Flags().Int32Var(&tail, "tail-bytes", 0, "how much from the end; 0 is 64 KiB, 1 MiB at most")
+	return cmd
+}
+
+func newEvents(c *cli) *cobra.Command {
+	var after uint64
+	var noFollow, asJSON bool
+	cmd := &cobra.Command{
+		Use:   "events [ID]",
+		Short: "Print changes of state as they happen",
+		Long: `Print every change of state of every sandbox, or of one: first those that are
+remembered, then new ones as they happen. Each has a cursor; --after CURSOR goes
+on where an earlier look ended.`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			req := &hostagentv1.WatchEventsRequest{After: after, NoFollow: noFollow}
+			if len(args) == 1 {
+				s, err := c.find(cmd.Context(), args[0])
+				if err != nil {
+					return err
+				}
+				req.SandboxId = s.ID
+			}
+			for got, err := range c.host.Events(cmd.Context(), req) {
+				if err == nil && got.Event != nil {
+					err = printEvent(cmd.OutOrStdout(), got.Event, asJSON)
+				}
+				if err != nil && cmd.Context().Err() == nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	cmd.Flags().Uint64Var(&after, "after", 0, "only events with a higher cursor")
+	cmd.Flags().BoolVar(&noFollow, "no-follow", false, "end after the remembered events")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print one JSON object a line")
+	return cmd
+}
+
+func printEvent(out io.Writer, e *hostagentv1.Event, asJSON bool) error {
+	if asJSON {
+		line, err := protojson.Marshal(e)
+		if err != nil {
+			return err
+		}
+		var compact bytes.Buffer
+		if err := json.Compact(&compact, line); err != nil {
+			return err
+		}
+		_, err = fmt.Fprintln(out, compact.String())
+		return err
+	}
+	reason := ""
+	if e.Reason != "" {
+		reason = " (" + e.Reason + ")"
+	}
+	at := time.UnixMilli(e.TimeUnixMs).Format("2006-01-02 15:04:05.000")
+	_, err := fmt.Fprintln(out, printableLine(fmt.Sprintf("%d  %s  %s  %s%s", e.Cursor, at, e.SandboxId, e.To, reason)))
+	return err
+}
+
+func newVersion(c *cli) *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "version",
+		Short: "Print the version of this program and of the host agent",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			agent, err := c.version(cmd.Context())
+			out := cmd.OutOrStdout()
+			if asJSON {
+				v := map[string]any{"client": buildVersion(), "host": nil}
+				if err == nil {
+					v["host"] = map[string]string{"version": agent.Version, "vmm": agent.Vmm, "vmmVersion": agent.VmmVersion}
+				}
+				return printIndented(out, v)
+			}
+			host := ""
+			if err != nil {
+				host = explain(err)
+			} else {
+				host = fmt.Sprintf("%s, sandboxes by %s %s", agent.Version, agent.Vmm, agent.VmmVersion)
+			}
+			fmt.Fprintf(out, "client  %s\nhost    %s\n", buildVersion(), printableLine(host))
+			return nil
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print as JSON")
+	return cmd
+}
+
+// version asks the host agent for its version.
+func (c *cli) version(ctx context.Context) (*hostagentv1.GetVersionResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	if err := c.connect(nil, nil); err != nil {
+		return nil, err
+	}
+	return c.host.Version(ctx)
+}

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+
+	"git.omukk.dev/wrenn/sandbox/internal/client"
+)
+
+func newPause(c *cli) *cobra.Command {
+	var toDisk bool
+	cmd := &cobra.Command{
+		Use:   "pause ID...",
+		Short: "Stop the vCPUs of sandboxes; their memory stays, or goes to disk",
+		Args:  cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error {
+				detail, err := s.Pause(ctx, toDisk)
+				if err == nil && detail != "" {
+					fmt.Fprintf(cmd.ErrOrStderr(), "wrenn: sandbox %s is %s\n", s.ID, detail)
+				}
+				return err
+			})
+		},
+	}
+	cmd.Flags().BoolVar(&toDisk, "to-disk", false, "hibernate: write the memory to disk and end the VM")
+	return cmd
+}
+
+func newResume(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use:     "resume ID...",
+		Aliases: []string{"unpause"},
+		Short:   "Let paused or hibernated sandboxes go on where they stopped",
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error { return s.Resume(ctx) })
+		},
+	}
+}
+
+func newRecover(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use:   "recover ID...",
+		Short: "Look again at sandboxes that are unknown or unreachable",
+		Long: `Look again, now, at sandboxes that 'wrenn ps' shows as unknown or unreachable;
+'wrenn inspect' says why they are. What is unknown has a record on the host that
+cannot be used: mend it, or put record.prev.json beside it in its place, and
+recover the sandbox; or end it with 'wrenn rm'.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error { return s.Recover(ctx) })
+		},
+	}
+}
+
+func newFork(c *cli) *cobra.Command {
+	var count int32
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "fork ID",
+		Short: "Make new sandboxes from the present state of one, which goes on",
+		Long: `Make new sandboxes from the present state of one, and print their ids. They have
+the memory, the processes and the disk of their source, and an id, a network and
+a token of their own. The source stands still only while its state is copied; how
+long that took is printed on stderr. To keep a state for later, make a snapshot.`,
+		Example: "  wrenn fork 3fa\n  wrenn fork 3fa -n 10",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s, err := c.find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			resp, err := s.Fork(cmd.Context(), count)
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(cmd.OutOrStdout(), resp)
+			}
+			for _, box := range resp.Sandboxes {
+				fmt.Fprintln(cmd.OutOrStdout(), box.SandboxId)
+			}
+			fmt.Fprintln(cmd.ErrOrStderr(), times(resp.PausedMs, resp.TookMs))
+			return nil
+		},
+	}
+	cmd.Flags().Int32VarP(&count, "count", "n", 1, "how many")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	return cmd
+}
+
+// times says how long it took to copy a sandbox.
+func times(pausedMs, tookMs int64) string {
+	return fmt.Sprintf("done in %d ms; the source stood still for %d ms", tookMs, pausedMs)
+}
+
+func newRm(c *cli) *cobra.Command {
+	var force, all bool
+	cmd := &cobra.Command{
+		Use:     "rm ID...",
+		Aliases: []string{"destroy", "kill"},
+		Short:   "Destroy sandboxes, whatever their state",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if all && len(args) == 0 {
+				return nil
+			}
+			return cobra.MinimumNArgs(1)(cmd, args)
+		},
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			if all {
+				sandboxes, err := c.host.List(cmd.Context(), true)
+				if err != nil {
+					return err
+				}
+				for _, s := range sandboxes {
+					if !slices.Contains(refs, s.SandboxId) {
+						refs = append(refs, s.SandboxId)
+					}
+				}
+			}
+			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error {
+				err := s.Destroy(ctx)
+				if force && connect.CodeOf(err) == connect.CodeNotFound {
+					return nil
+				}
+				return err
+			})
+		},
+	}
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "that a sandbox does not exist is no error")
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "every sandbox of the host")
+	return cmd
+}
+
+func newTimeout(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use:     "timeout ID DURATION",
+		Short:   "Set after how much inactivity a sandbox expires",
+		Long:    "Set after how much inactivity, counted from now, a sandbox expires; 0 is never.",
+		Example: "  wrenn timeout 3fa 30m",
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			timeout, err := time.ParseDuration(args[1])
+			if err != nil {
+				return fmt.Errorf("%q is not a duration such as 90s, 30m or 2h", args[1])
+			}
+			seconds, err := wholeSeconds(timeout)
+			if err != nil {
+				return err
+			}
+			s, err := c.find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			resp, err := s.SetTimeout(cmd.Context(), seconds)
+			if err != nil {
+				return err
+			}
+			if at := resp.ExpiresAtUnix; at != 0 {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s expires at %s if nothing happens in it\n", s.ID, time.Unix(at, 0).Format(time.DateTime))
+			} else {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s does not expire\n", s.ID)
+			}
+			return nil
+		},
+	}
+}

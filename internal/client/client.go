@@ -1,0 +1,164 @@
+// Package client is the client of a host agent: its own calls, and through it
+// the commands, files and ports of its sandboxes.
+//
+// A Host is an agent, a Sandbox is one of its sandboxes. Errors of the agent's
+// calls are *connect.Error, with the code of their class.
+//
+// An answer may be the word of a guest, which is not trusted: every request goes
+// to the agent and nowhere else (no redirect, no proxy), what is kept of an
+// answer is bounded, and the text of an error is escaped and cut. What a caller
+// asks for byte by byte, the output of a command or a file, is passed on as it is.
+package client
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+
+	"connectrpc.com/connect"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+)
+
+// Host is a host agent. It is safe for concurrent use.
+type Host struct {
+	base  *url.URL
+	rpc   hostagentv1connect.HostAgentServiceClient
+	guest http.RoundTripper // for what the agent passes on to guests
+
+	mu     sync.Mutex        // guards tokens
+	tokens map[string]string // by sandbox; those that were asked for
+}
+
+// New returns the host agent at a URL, such as http://127.0.0.1:50051. It does
+// not connect: an agent that is not there is an error of the first call.
+func New(addr string) (*Host, error) {
+	base, err := url.Parse(strings.TrimRight(addr, "/"))
+	if err != nil {
+		return nil, err
+	}
+	if base.Scheme != "http" && base.Scheme != "https" || base.Hostname() == "" {
+		return nil, fmt.Errorf("%q is not a URL such as http://127.0.0.1:50051", addr)
+	}
+	h := &Host{base: base, tokens: make(map[string]string)}
+	h.guest = h.transport(guestPatience)
+	h.rpc = hostagentv1connect.NewHostAgentServiceClient(onlyTo(h.transport(0)), h.URL(), agentOptions())
+	return h, nil
+}
+
+// URL is the address of the agent, without a slash at its end.
+func (h *Host) URL() string { return h.base.String() }
+
+// call makes a call that has one answer.
+func call[Req, Resp any](
+	ctx context.Context, method func(context.Context, *connect.Request[Req]) (*connect.Response[Resp], error), req *Req,
+) (*Resp, error) {
+	resp, err := method(ctx, connect.NewRequest(req))
+	if err != nil {
+		return nil, err
+	}
+	return resp.Msg, nil
+}
+
+// messages are the answers of a stream. The stream is closed when the loop
+// over them ends.
+func messages[Resp any](stream *connect.ServerStreamForClient[Resp], err error) iter.Seq2[*Resp, error] {
+	return func(yield func(*Resp, error) bool) {
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		defer stream.Close()
+		for stream.Receive() {
+			if !yield(stream.Msg(), nil) {
+				return
+			}
+		}
+		if err := stream.Err(); err != nil {
+			yield(nil, err)
+		}
+	}
+}
+
+// Version returns the agent's version and its VMM's.
+func (h *Host) Version(ctx context.Context) (*hostagentv1.GetVersionResponse, error) {
+	return call(ctx, h.rpc.GetVersion, &hostagentv1.GetVersionRequest{})
+}
+
+// Create makes a sandbox and returns when commands can run in it.
+func (h *Host) Create(ctx context.Context, req *hostagentv1.CreateSandboxRequest) (*hostagentv1.CreateSandboxResponse, error) {
+	resp, err := call(ctx, h.rpc.CreateSandbox, req)
+	if err == nil {
+		h.keepToken(resp.SandboxId, resp.AccessToken)
+	}
+	return resp, err
+}
+
+// List returns the sandboxes of the host; with ended, also those that ended by
+// themselves and are still remembered.
+func (h *Host) List(ctx context.Context, ended bool) ([]*hostagentv1.SandboxInfo, error) {
+	resp, err := call(ctx, h.rpc.ListSandboxes, &hostagentv1.ListSandboxesRequest{All: ended})
+	return resp.GetSandboxes(), err
+}
+
+// fullID is the length of a sandbox's ID as this version makes them.
+const fullID = len("sb-0123456789abcdef")
+
+// Find returns the sandbox that ref names: an ID or the unambiguous beginning of
+// one, with or without "sb-". That no ID begins so is errdefs.NotFound. A whole
+// ID is not looked up: the calls of the Sandbox say whether it exists.
+func (h *Host) Find(ctx context.Context, ref string) (*Sandbox, error) {
+	if strings.HasPrefix(ref, "sb-") && len(ref) >= fullID || ref == "" {
+		return h.Sandbox(ref), nil
+	}
+	sandboxes, err := h.List(ctx, true)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	for _, s := range sandboxes {
+		if strings.HasPrefix(s.SandboxId, ref) || strings.HasPrefix(s.SandboxId, "sb-"+ref) {
+			ids = append(ids, s.SandboxId)
+		}
+	}
+	switch len(ids) {
+	case 0:
+		return nil, errdefs.NotFound.Errorf("no sandbox's id begins with %q", ref)
+	case 1:
+		return h.Sandbox(ids[0]), nil
+	default:
+		return nil, errdefs.InvalidArgument.Errorf("%q is the beginning of %d ids: %s", ref, len(ids), strings.Join(ids, " "))
+	}
+}
+
+// Sandbox returns the sandbox with an ID, which is not looked up.
+func (h *Host) Sandbox(id string) *Sandbox { return &Sandbox{host: h, ID: id} }
+
+// Snapshots returns the named snapshots of the host.
+func (h *Host) Snapshots(ctx context.Context) (*hostagentv1.ListSnapshotsResponse, error) {
+	return call(ctx, h.rpc.ListSnapshots, &hostagentv1.ListSnapshotsRequest{})
+}
+
+// DeleteSnapshot deletes a named snapshot. Sandboxes that were made from it
+// go on.
+func (h *Host) DeleteSnapshot(ctx context.Context, name string) error {
+	_, err := call(ctx, h.rpc.DeleteSnapshot, &hostagentv1.DeleteSnapshotRequest{Name: name})
+	return err
+}
+
+// Events returns changes of state as they happen, until ctx ends.
+func (h *Host) Events(ctx context.Context, req *hostagentv1.WatchEventsRequest) iter.Seq2[*hostagentv1.WatchEventsResponse, error] {
+	return messages(h.rpc.WatchEvents(ctx, connect.NewRequest(req)))
+}
+
+// Verify compares what sandboxes start from with its digests; without names,
+// all of it.
+func (h *Host) Verify(ctx context.Context, names ...string) iter.Seq2[*hostagentv1.VerifyResponse, error] {
+	return messages(h.rpc.Verify(ctx, connect.NewRequest(&hostagentv1.VerifyRequest{Names: names})))
+}

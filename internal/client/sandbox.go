@@ -1,0 +1,108 @@
+package client
+
+import (
+	"context"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+)
+
+// Sandbox is one sandbox of a host. Its calls say whether it exists.
+type Sandbox struct {
+	ID   string
+	host *Host
+}
+
+// Info returns what the agent knows of the sandbox.
+func (s *Sandbox) Info(ctx context.Context) (*hostagentv1.SandboxInfo, error) {
+	resp, err := s.get(ctx)
+	return resp.GetSandbox(), err
+}
+
+func (s *Sandbox) get(ctx context.Context) (*hostagentv1.GetSandboxResponse, error) {
+	resp, err := call(ctx, s.host.rpc.GetSandbox, &hostagentv1.GetSandboxRequest{SandboxId: s.ID})
+	if err == nil {
+		s.host.keepToken(s.ID, resp.AccessToken)
+	}
+	return resp, err
+}
+
+// Token returns the access token that the sandbox's daemon demands of its
+// callers; empty if the sandbox has ended. The agent is asked for it once.
+func (s *Sandbox) Token(ctx context.Context) (string, error) {
+	s.host.mu.Lock()
+	token := s.host.tokens[s.ID]
+	s.host.mu.Unlock()
+	if token != "" {
+		return token, nil
+	}
+	resp, err := s.get(ctx)
+	return resp.GetAccessToken(), err
+}
+
+func (h *Host) keepToken(id, token string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.tokens[id] = token
+}
+
+// Pause stops the vCPUs; toDisk hibernates the sandbox instead. The detail says
+// what the agent noticed, if anything.
+func (s *Sandbox) Pause(ctx context.Context, toDisk bool) (detail string, err error) {
+	resp, err := call(ctx, s.host.rpc.PauseSandbox, &hostagentv1.PauseSandboxRequest{SandboxId: s.ID, ToDisk: toDisk})
+	return resp.GetDetail(), err
+}
+
+// Resume lets a paused or hibernated sandbox go on.
+func (s *Sandbox) Resume(ctx context.Context) error {
+	_, err := call(ctx, s.host.rpc.ResumeSandbox, &hostagentv1.ResumeSandboxRequest{SandboxId: s.ID})
+	return err
+}
+
+// Recover has the agent look again at a sandbox that is unknown or unreachable.
+func (s *Sandbox) Recover(ctx context.Context) error {
+	_, err := call(ctx, s.host.rpc.RecoverSandbox, &hostagentv1.RecoverSandboxRequest{SandboxId: s.ID})
+	return err
+}
+
+// Destroy ends the sandbox with all that it has.
+func (s *Sandbox) Destroy(ctx context.Context) error {
+	_, err := call(ctx, s.host.rpc.DestroySandbox, &hostagentv1.DestroySandboxRequest{SandboxId: s.ID})
+	return err
+}
+
+// Fork makes count new sandboxes from the present state of this one.
+func (s *Sandbox) Fork(ctx context.Context, count int32) (*hostagentv1.ForkSandboxResponse, error) {
+	return call(ctx, s.host.rpc.ForkSandbox, &hostagentv1.ForkSandboxRequest{SandboxId: s.ID, Count: count})
+}
+
+// Snapshot keeps the present state under a name; the agent makes one up where
+// it is empty.
+func (s *Sandbox) Snapshot(ctx context.Context, name string) (*hostagentv1.SnapshotSandboxResponse, error) {
+	return call(ctx, s.host.rpc.SnapshotSandbox, &hostagentv1.SnapshotSandboxRequest{SandboxId: s.ID, Name: name})
+}
+
+// SetTimeout sets the idle timeout in seconds; 0 is never.
+func (s *Sandbox) SetTimeout(ctx context.Context, seconds int32) (*hostagentv1.SetTimeoutResponse, error) {
+	return call(ctx, s.host.rpc.SetTimeout, &hostagentv1.SetTimeoutRequest{SandboxId: s.ID, TimeoutSec: seconds})
+}
+
+// SetNetwork replaces the policy; nil is the host's settings.
+func (s *Sandbox) SetNetwork(ctx context.Context, policy *hostagentv1.NetworkPolicy) error {
+	_, err := call(ctx, s.host.rpc.UpdateNetwork, &hostagentv1.UpdateNetworkRequest{SandboxId: s.ID, Network: policy})
+	return err
+}
+
+// Console returns the end of the guest's console, at most tail bytes; 0 is the
+// agent's default. It is what the guest wrote, byte by byte.
+func (s *Sandbox) Console(ctx context.Context, tail int32) ([]byte, error) {
+	resp, err := call(ctx, s.host.rpc.GetConsole, &hostagentv1.GetConsoleRequest{SandboxId: s.ID, TailBytes: tail})
+	return resp.GetConsole(), err
+}
+
+// StatusText is the state of a sandbox, with the reason if it has one.
+func StatusText(s *hostagentv1.SandboxInfo) string {
+	if s.GetReason() == "" {
+		return s.GetStatus()
+	}
+	return s.GetStatus() + " (" + s.GetReason() + ")"
+}

@@ -72,6 +72,7 @@ var foreign = map[string][]string{
 	"internal/sandbox":  {"net/http", "connectrpc.com/connect", "internal/atomicfile"},
 	"internal/network":  {"os/exec", "internal/atomicfile"},
 	"internal/guestapi": {"net/http", "encoding/json"},
+	"internal/client":   {"github.com/spf13/cobra", "flag"},
 }
 
 type pkg struct {

@@ -84,8 +84,10 @@ exist, 126 when it cannot be executed.
 With -i the command reads our stdin, with -t it runs in our terminal: keys,
 Ctrl-C too, go to it. Without -t, Ctrl-C ends the command, and the exit status
 is 130.`,
-		Example: "  wrenn exec 3fa -- sh -c 'echo $HOME; exit 3'\n  wrenn exec -it 3fa -- python3\n  tar c dir | wrenn exec -i 3fa -- tar x -C /tmp",
-		Args:    cobra.MinimumNArgs(2),
+		Example: `  wrenn exec 3fa -- sh -c 'echo $HOME; exit 3'
+  wrenn exec -it 3fa -- python3
+  tar c dir | wrenn exec -i 3fa -- tar x -C /tmp`,
+		Args: cobra.MinimumNArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			command, err := x.connected(withoutDash(args[1:]))
 			if err != nil {

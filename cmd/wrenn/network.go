@@ -29,7 +29,8 @@ func (r *reach) flags(cmd *cobra.Command) {
 	r.cmd = cmd
 	f := cmd.Flags()
 	f.BoolVar(&r.internet, "internet", true, "whether the sandbox reaches what no list names; --internet=false closes all but --allow")
-	f.StringSliceVar(&r.allow, "allow", nil, "address, range or domain that it reaches all the same (192.0.2.0/24, example.com, *.example.com); may be repeated")
+	f.StringSliceVar(&r.allow, "allow", nil,
+		"address, range or domain that it reaches all the same (192.0.2.0/24, example.com, *.example.com); may be repeated")
 	f.StringSliceVar(&r.deny, "deny", nil, "address, range or domain that it does not reach; wins over --allow")
 	f.StringVar(&r.in, "net-in", "", "most bytes a second into the sandbox: 500K, 10M, 64KiB")
 	f.StringVar(&r.out, "net-out", "", "most bytes a second out of it")
@@ -87,8 +88,11 @@ Domains count for TLS, by the server name that the client asks for, and for HTTP
 by the Host of each request; the host looks the name up itself and connects to
 what it finds, whatever address the sandbox asked for. A sandbox with a domain in
 a list speaks to the internet in no other way, but for the ranges in --allow.`,
-		Example: "  wrenn network 3fa\n  wrenn network 3fa --internet=false --allow pypi.org,*.pythonhosted.org\n  wrenn network 3fa --deny 192.0.2.0/24 --net-out 1M\n  wrenn network 3fa --reset",
-		Args:    cobra.ExactArgs(1),
+		Example: `  wrenn network 3fa
+  wrenn network 3fa --internet=false --allow pypi.org,*.pythonhosted.org
+  wrenn network 3fa --deny 192.0.2.0/24 --net-out 1M
+  wrenn network 3fa --reset`,
+		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			policy, err := r.policy()
 			if err != nil {

@@ -89,7 +89,12 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 	failing := func(code connect.Code) *clienttest.Agent {
 		return &clienttest.Agent{Fail: connect.NewError(code, errors.New(evil))}
 	}
+	packing := func(name string) *clienttest.Agent {
+		return &clienttest.Agent{Archive: clienttest.Archive(t, tar.Header{Name: name, Typeflag: tar.TypeFifo}), Entry: clienttest.Dir("/x")}
+	}
+	refusing := func() *clienttest.Agent { return &clienttest.Agent{Refusal: refusal, Entry: clienttest.File(0o644)} }
 	target := t.TempDir()
+	copyOfX := []string{"cp", clienttest.ID + ":/x", target}
 	for name, c := range map[string]struct {
 		guest *clienttest.Agent
 		args  []string
@@ -116,16 +121,16 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 		"exec of nothing":   {failing(connect.CodeNotFound), []string{"exec", clienttest.ID, "--", "true"}},
 		"shell":             {failing(connect.CodeUnavailable), []string{"shell", clienttest.ID}},
 		"port":              {&clienttest.Agent{Status: "paused", Text: evil}, []string{"port", clienttest.ID, "80"}},
-		"cp of a file":      {&clienttest.Agent{Refusal: refusal, Entry: clienttest.File(0o644)}, []string{"cp", clienttest.ID + ":/x", target}},
-		"cp to stdout":      {&clienttest.Agent{Refusal: refusal, Entry: clienttest.File(0o644)}, []string{"cp", clienttest.ID + ":/x", "-"}},
-		"cp in":             {&clienttest.Agent{Refusal: refusal, Entry: clienttest.File(0o644)}, []string{"cp", "/proc/self/comm", clienttest.ID + ":/x"}},
-		"cp of a directory": {&clienttest.Agent{Stderr: evil, Exit: 1, Entry: clienttest.Dir("/x")}, []string{"cp", clienttest.ID + ":/x", target}},
-		"cp without tar":    {&clienttest.Agent{Fail: connect.NewError(connect.CodeAborted, errors.New(evil)), Entry: clienttest.Dir("/x")}, []string{"cp", clienttest.ID + ":/x", target}},
-		"cp of odd things":  {&clienttest.Agent{Archive: clienttest.Archive(t, tar.Header{Name: evil, Typeflag: tar.TypeFifo}), Entry: clienttest.Dir("/x")}, []string{"cp", clienttest.ID + ":/x", target}},
-		"cp of what leads out": {&clienttest.Agent{Archive: clienttest.Archive(t, tar.Header{Name: "../" + evil, Typeflag: tar.TypeFifo}), Entry: clienttest.Dir("/x")},
-			[]string{"cp", clienttest.ID + ":/x", target}},
-		"cp of a path": {&clienttest.Agent{Entry: clienttest.Dir(evil)},
-			[]string{"cp", clienttest.ID + ":/x", "-"}},
+		"cp of a file":      {refusing(), []string{"cp", clienttest.ID + ":/x", target}},
+		"cp to stdout":      {refusing(), []string{"cp", clienttest.ID + ":/x", "-"}},
+		"cp in":             {refusing(), []string{"cp", "/proc/self/comm", clienttest.ID + ":/x"}},
+		"cp of a directory": {&clienttest.Agent{Stderr: evil, Exit: 1, Entry: clienttest.Dir("/x")}, copyOfX},
+		"cp without tar": {
+			&clienttest.Agent{Fail: connect.NewError(connect.CodeAborted, errors.New(evil)), Entry: clienttest.Dir("/x")}, copyOfX,
+		},
+		"cp of odd things":     {packing(evil), copyOfX},
+		"cp of what leads out": {packing("../" + evil), copyOfX},
+		"cp of a path":         {&clienttest.Agent{Entry: clienttest.Dir(evil)}, []string{"cp", clienttest.ID + ":/x", "-"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -310,7 +315,11 @@ func TestWhoWritesToTheTerminal(t *testing.T) {
 					return true
 				}
 				pkg, ok := s.X.(*ast.Ident)
-				if ok && (pkg.Name == "os" && (s.Sel.Name == "Stdout" || s.Sel.Name == "Stderr") || pkg.Name == "fmt" && strings.HasPrefix(s.Sel.Name, "Print")) {
+				if !ok {
+					return true
+				}
+				name := pkg.Name + "." + s.Sel.Name
+				if name == "os.Stdout" || name == "os.Stderr" || strings.HasPrefix(name, "fmt.Print") {
 					where := file
 					if f, ok := decl.(*ast.FuncDecl); ok {
 						where += " " + f.Name.Name

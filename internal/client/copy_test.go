@@ -38,9 +38,9 @@ func mustWd(t *testing.T) string {
 	return wd
 }
 
-// picture is all that is below a directory but for skip: what each thing is and
+// contents is all that is below a directory except skip: what each thing is and
 // holds.
-func picture(t *testing.T, dir, skip string) map[string]string {
+func contents(t *testing.T, dir, skip string) map[string]string {
 	t.Helper()
 	seen := map[string]string{}
 	err := filepath.WalkDir(dir, func(name string, e fs.DirEntry, err error) error {
@@ -125,7 +125,7 @@ func newGround(t *testing.T) *ground {
 // the target has some of them, which may go.
 func (g *ground) outside(t *testing.T) map[string]string {
 	t.Helper()
-	seen := picture(t, g.dir, g.target)
+	seen := contents(t, g.dir, g.target)
 	for name, what := range seen {
 		f := strings.Fields(what)
 		seen[name] = strings.Join(append(f[:2:2], f[3:]...), " ")
@@ -173,19 +173,26 @@ func linkHeader(kind byte, name, to string) tar.Header {
 	return tar.Header{Name: name, Typeflag: kind, Linkname: to, Mode: 0o777}
 }
 
+// obstacles are names in a ground's target.
+func obstacles() []string {
+	return []string{"link", "dirlink", "dangling", "inside", "insidedir", "absolute", "loop", "pipe", "hard", "private", "dir"}
+}
+
 // hostileArchives has every kind of entry that leads out, and what becomes of
 // some in the target.
 func hostileArchives() map[string][]tar.Header {
 	all := map[string][]tar.Header{
-		"dots":                   {fileHeader("../outside/x")},
-		"dots in the middle":     {fileHeader("dir/../../outside/x")},
-		"absolute":               {fileHeader("/outside/x")},
-		"through a link":         {linkHeader(tar.TypeSymlink, "l", "../outside"), fileHeader("l/x")},
-		"over a link":            {linkHeader(tar.TypeSymlink, "x", "../outside/x"), fileHeader("x")},
-		"over a link to a file":  {linkHeader(tar.TypeSymlink, "x", "../outside/kept"), fileHeader("x")},
-		"a directory's link":     {linkHeader(tar.TypeSymlink, "l", "../outside"), dirHeader("l/"), fileHeader("l/x")},
-		"link to the parent":     {linkHeader(tar.TypeSymlink, "l", ".."), fileHeader("l/outside/kept")},
-		"links in a row":         {linkHeader(tar.TypeSymlink, "a", "."), linkHeader(tar.TypeSymlink, "a/b", ".."), fileHeader("a/b/outside/kept")},
+		"dots":                  {fileHeader("../outside/x")},
+		"dots in the middle":    {fileHeader("dir/../../outside/x")},
+		"absolute":              {fileHeader("/outside/x")},
+		"through a link":        {linkHeader(tar.TypeSymlink, "l", "../outside"), fileHeader("l/x")},
+		"over a link":           {linkHeader(tar.TypeSymlink, "x", "../outside/x"), fileHeader("x")},
+		"over a link to a file": {linkHeader(tar.TypeSymlink, "x", "../outside/kept"), fileHeader("x")},
+		"a directory's link":    {linkHeader(tar.TypeSymlink, "l", "../outside"), dirHeader("l/"), fileHeader("l/x")},
+		"link to the parent":    {linkHeader(tar.TypeSymlink, "l", ".."), fileHeader("l/outside/kept")},
+		"links in a row": {
+			linkHeader(tar.TypeSymlink, "a", "."), linkHeader(tar.TypeSymlink, "a/b", ".."), fileHeader("a/b/outside/kept"),
+		},
 		"a hard link out":        {linkHeader(tar.TypeLink, "x", "../outside/kept"), fileHeader("x")},
 		"a hard link, absolute":  {linkHeader(tar.TypeLink, "x", "/outside/kept"), fileHeader("x")},
 		"hard link through link": {linkHeader(tar.TypeSymlink, "l", "../outside"), linkHeader(tar.TypeLink, "x", "l/kept"), fileHeader("x")},
@@ -208,7 +215,7 @@ func hostileArchives() map[string][]tar.Header {
 		"a long link":         {linkHeader(tar.TypeSymlink, "x", strings.Repeat("y", 5000))},
 		"names of part files": {linkHeader(tar.TypeSymlink, fmt.Sprintf(".x.%d.part", os.Getpid()), "../outside/kept"), fileHeader("x")},
 	}
-	for _, there := range []string{"link", "dirlink", "dangling", "inside", "insidedir", "absolute", "loop", "pipe", "hard", "device", "private", "dir"} {
+	for _, there := range append(obstacles(), "device") {
 		all["file over "+there] = []tar.Header{fileHeader(there)}
 		all["directory over "+there] = []tar.Header{dirHeader(there)}
 		all["file below "+there] = []tar.Header{fileHeader(there + "/kept")}
@@ -226,7 +233,7 @@ func TestCopyStaysInItsTarget(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			g := newGround(t)
 			before := g.outside(t)
-			own := picture(t, g.target, "")
+			own := contents(t, g.target, "")
 			h := &clienttest.Agent{Archive: clienttest.Archive(t, entries...)}
 			h.Entry = clienttest.Dir("/x")
 			host := h.Serve(t)
@@ -236,7 +243,7 @@ func TestCopyStaysInItsTarget(t *testing.T) {
 					t.Fatalf("outside of the target: %s", diff)
 				}
 			}
-			for path, what := range picture(t, g.target, "") {
+			for path, what := range contents(t, g.target, "") {
 				mode := strings.Fields(what)[0]
 				if own[path] == "" && strings.ContainsAny(mode, "ugtpDcS") {
 					t.Errorf("%s was made as %s", path, mode)
@@ -247,7 +254,7 @@ func TestCopyStaysInItsTarget(t *testing.T) {
 			}
 			for _, kept := range []string{"private", "dir/own"} {
 				path := filepath.Join(g.target, kept)
-				if got := picture(t, g.target, "")[path]; !strings.Contains(name, kept) && got != own[path] {
+				if got := contents(t, g.target, "")[path]; !strings.Contains(name, kept) && got != own[path] {
 					t.Errorf("%s was %s and is %s", kept, own[path], got)
 				}
 			}
@@ -273,48 +280,46 @@ func TestCopyOfAFileStaysInItsTarget(t *testing.T) {
 		// A link to a directory that the caller names is a directory.
 		{"x", "insidedir", replaced}, {"x", "dir/", replaced},
 	} {
-		t.Run(c.from+" to "+c.to, func(t *testing.T) {
-			g := newGround(t)
-			if _, err := os.Lstat(filepath.Join(g.target, "device")); err != nil && (c.from == "device" || c.to == "device") {
-				t.Skip("only root makes devices")
-			}
-			before := g.outside(t)
-			h := &clienttest.Agent{File: []byte("bad")}
-			h.Entry = clienttest.File(0o6755)
-			host := h.Serve(t)
-			made := filepath.Join(g.target, c.from)
-			if c.to != "" {
-				if made = filepath.Join(g.target, c.to); strings.Contains(c.to, "dir") {
-					made = filepath.Join(made, c.from)
-				}
-			}
-			to := g.target
-			if c.to != "" {
-				to += "/" + c.to
-			}
-			for range 2 {
-				err := cp(t, host, clienttest.ID+":/srv/"+c.from, to)
-				if (err == nil) != c.want {
-					t.Errorf("cp: %v", err)
-				}
-				if diff := gocmp.Diff(before, g.outside(t)); diff != "" {
-					t.Fatalf("outside of the target: %s", diff)
-				}
-				if info, err := os.Lstat(made); c.want && (err != nil || info.Mode() != 0o755) {
-					t.Errorf("%v, %v", info, err)
-				}
-			}
-			if left, _ := filepath.Glob(filepath.Join(g.target, ".*.part")); len(left) > 0 {
-				t.Errorf("left: %v", left)
-			}
-		})
+		t.Run(c.from+" to "+c.to, func(t *testing.T) { copyAFile(t, c.from, c.to, c.want) })
+	}
+}
+
+// copyAFile copies a file named from into a ground's target, or to a name in it.
+func copyAFile(t *testing.T, from, to string, want bool) {
+	g := newGround(t)
+	if _, err := os.Lstat(filepath.Join(g.target, "device")); err != nil && (from == "device" || to == "device") {
+		t.Skip("only root makes devices")
+	}
+	before := g.outside(t)
+	host := (&clienttest.Agent{File: []byte("bad"), Entry: clienttest.File(0o6755)}).Serve(t)
+	target, made := g.target, filepath.Join(g.target, from)
+	if to != "" {
+		target += "/" + to
+		made = filepath.Join(g.target, to)
+	}
+	if strings.Contains(to, "dir") {
+		made = filepath.Join(made, from)
+	}
+	for range 2 {
+		if err := cp(t, host, clienttest.ID+":/srv/"+from, target); (err == nil) != want {
+			t.Errorf("cp: %v", err)
+		}
+		if diff := gocmp.Diff(before, g.outside(t)); diff != "" {
+			t.Fatalf("outside of the target: %s", diff)
+		}
+		if info, err := os.Lstat(made); want && (err != nil || info.Mode() != 0o755) {
+			t.Errorf("%v, %v", info, err)
+		}
+	}
+	if left, _ := filepath.Glob(filepath.Join(g.target, ".*.part")); len(left) > 0 {
+		t.Errorf("left: %v", left)
 	}
 }
 
 // A directory goes into the target under its name, where a link of that name
 // may lead out.
 func TestCopyOfADirectoryStaysInItsTarget(t *testing.T) {
-	for _, name := range []string{"link", "dirlink", "dangling", "inside", "insidedir", "absolute", "loop", "pipe", "hard", "private", "dir", "new"} {
+	for _, name := range append(obstacles(), "new") {
 		t.Run(name, func(t *testing.T) {
 			g := newGround(t)
 			before := g.outside(t)
@@ -337,6 +342,10 @@ func TestCopyOfADirectoryStaysInItsTarget(t *testing.T) {
 // error and not with a full disk.
 func TestCopyOfAnEndlessArchive(t *testing.T) {
 	whole := clienttest.Archive(t, fileHeader("x"))
+	inPAX := clienttest.Archive(t, tar.Header{Name: "x", Typeflag: tar.TypeReg, PAXRecords: map[string]string{
+		"GNU:sparse.major": "0", "GNU:sparse.minor": "1", "GNU:sparse.size": "8589934591",
+		"GNU:sparse.numblocks": "1", "GNU:sparse.map": "8589934588,3",
+	}})
 	for name, c := range map[string]struct {
 		archive []byte
 		want    string
@@ -348,11 +357,12 @@ func TestCopyOfAnEndlessArchive(t *testing.T) {
 		"cut":              {whole[:513], "EOF"},
 		"too deep":         {clienttest.Archive(t, dirHeader(strings.Repeat("x/", maxDepth)+"x")), "deep"},
 		// Of nothing but a size, 8 GiB of zeros.
-		"a sparse file": {patched(whole, 156, "S", 257, "ustar  \x00", 386, "77777777777\x0000000000000\x00", 483, "77777777777\x00", 124, "00000000000\x00"), "sparse"},
-		"a sparse file in PAX": {bytes.ReplaceAll(clienttest.Archive(t, tar.Header{Name: "x", Typeflag: tar.TypeReg, PAXRecords: map[string]string{
-			"GNU:sparse.major": "0", "GNU:sparse.minor": "1", "GNU:sparse.size": "8589934591",
-			"GNU:sparse.numblocks": "1", "GNU:sparse.map": "8589934588,3",
-		}}), []byte("GNU:"), []byte("GNU.")), "sparse"},
+		"a sparse file": {
+			patched(whole, 156, "S", 257, "ustar  \x00", 386, "77777777777\x0000000000000\x00",
+				483, "77777777777\x00", 124, "00000000000\x00"),
+			"sparse",
+		},
+		"a sparse file in PAX": {bytes.ReplaceAll(inPAX, []byte("GNU:"), []byte("GNU.")), "sparse"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := &clienttest.Agent{Archive: c.archive}

@@ -66,8 +66,10 @@ func TestPackWhatChanges(t *testing.T) {
 		"nothing happens": {got: map[string]string{"a": "0 a", "d": "5 ", "d/x": "0 x", "l": "2 a", "z": "0 " + strings.Repeat("z", large)}},
 		"a file becomes a link": {at: "a", do: func(t *testing.T, dir string) { swapLink(t, dir, "d/x", "../../secret") },
 			got: map[string]string{"a": "0 a", "d": "5 ", "d/x": "2 ../../secret", "l": "2 a", "z": "0 " + strings.Repeat("z", large)}},
-		"a directory becomes a link":        {at: "d", do: func(t *testing.T, dir string) { swapLink(t, dir, "d", "../elsewhere") }, want: "escapes"},
-		"a directory becomes a link inside": {at: "d", do: func(t *testing.T, dir string) { swapLink(t, dir, "d", "other") }, want: "replaced"},
+		"a directory becomes a link": {at: "d", do: func(t *testing.T, dir string) { swapLink(t, dir, "d", "../elsewhere") },
+			want: "escapes"},
+		"a directory becomes a link inside": {at: "d", do: func(t *testing.T, dir string) { swapLink(t, dir, "d", "other") },
+			want: "replaced"},
 		"a file becomes shorter": {at: "z", do: func(t *testing.T, dir string) {
 			if err := os.Truncate(filepath.Join(dir, "z"), 1000); err != nil {
 				t.Error(err)
@@ -86,18 +88,7 @@ func TestPackWhatChanges(t *testing.T) {
 		}, got: map[string]string{"a": "0 a", "d": "5 ", "d/x": "0 x", "l": "2 a", "z": "0 " + strings.Repeat("z", large)}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := filepath.Join(t.TempDir(), "source")
-			for file, content := range map[string]string{
-				"a": "a", "d/x": "x", "z": strings.Repeat("z", large), "../secret": "secret", "../elsewhere/x": "secret",
-			} {
-				file = filepath.Join(dir, file)
-				if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(content), 0o644)); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if err := errors.Join(os.Symlink("a", filepath.Join(dir, "l")), syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600)); err != nil {
-				t.Fatal(err)
-			}
+			dir := newSource(t, large)
 			root, err := os.OpenRoot(dir)
 			if err != nil {
 				t.Fatal(err)
@@ -123,6 +114,24 @@ func TestPackWhatChanges(t *testing.T) {
 			}
 		})
 	}
+}
+
+// newSource makes a directory to be packed, with a file of some size among others.
+func newSource(t *testing.T, size int) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "source")
+	for file, content := range map[string]string{
+		"a": "a", "d/x": "x", "z": strings.Repeat("z", size), "../secret": "secret", "../elsewhere/x": "secret",
+	} {
+		file = filepath.Join(dir, file)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(content), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.Symlink("a", filepath.Join(dir, "l")), syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // swapLink puts a link in the place of name. What was a directory is moved to
@@ -152,7 +161,9 @@ func TestOpenSame(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			dir := filepath.Join(dir, name)
 			path := filepath.Join(dir, "x")
-			if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(path, []byte("x"), 0o600), os.WriteFile(filepath.Join(dir, "other"), nil, 0o600)); err != nil {
+			if err := errors.Join(
+				os.Mkdir(dir, 0o700), os.WriteFile(path, []byte("x"), 0o600), os.WriteFile(filepath.Join(dir, "other"), nil, 0o600),
+			); err != nil {
 				t.Fatal(err)
 			}
 			root, err := os.OpenRoot(dir)

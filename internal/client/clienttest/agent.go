@@ -1,16 +1,19 @@
 // Package clienttest is a host agent with one sandbox, for the tests of what
-// speaks to a host agent. What its guest says is up to the test.
+// speaks to a host agent. The test decides what the guest says.
 package clienttest
 
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,7 +21,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/api/filesystem"
 	"git.omukk.dev/wrenn/sandbox/api/filesystem/filesystemconnect"
-	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	v1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/api/process/processconnect"
@@ -34,64 +37,115 @@ type Agent struct {
 	processconnect.UnimplementedProcessHandler
 	filesystemconnect.UnimplementedFilesystemHandler
 
-	Token   string                // of CreateSandbox and GetSandbox
-	Text    string                // in every field of an answer that is text
-	Console []byte                // of GetConsole
-	Entry   *filesystem.EntryInfo // of Stat
-	Archive []byte                // what tar writes, and any other command
-	Stderr  string                // what they say beside it
-	Exit    int32                 // and end with
-	Fail    error                 // what Start answers instead
-	File    []byte                // content of /files
-	Refusal string                // answer of /files and of CONNECT instead
+	Err       error                 // every call of the agent's own answers it, if not nil
+	Token     string                // of the sandbox; if not empty, the guest demands it
+	Text      string                // in every field of an answer that is text
+	Console   []byte                // of GetConsole
+	Entry     *filesystem.EntryInfo // of Stat
+	Archive   []byte                // what tar writes, and any other command
+	Stderr    string                // what they say beside it
+	Exit      int32                 // and end with
+	Endless   bool                  // they end when they are sent a signal
+	Fail      error                 // Start answers it, if not nil
+	File      []byte                // content of /files
+	Refusal   string                // answer of /files, /metrics and CONNECT, if not empty
+	Elsewhere string                // where /metrics redirects to, if not empty
 
 	// Received is what was sent to /files, or to a command.
 	Received []byte
+	// Signals are those that were sent to commands.
+	Signals []process.Signal
+	// Looks counts the calls of GetSandbox.
+	Looks atomic.Int64
 
-	mu     sync.Mutex    // guards Status once it serves
-	Status string        // of the sandbox; "running" if empty, "gone" if it does not exist
-	fed    chan struct{} // that the end of a command's input has come
+	mu       sync.Mutex    // guards Status and Signals once it serves
+	Status   string        // of the sandbox; "running" if empty, "gone" if it does not exist
+	fed      chan struct{} // that the end of a command's input has come
+	signaled chan struct{} // that a command was sent a signal
 }
 
 // Serve serves until the test ends and returns the URL.
 func (a *Agent) Serve(t testing.TB) string {
 	t.Helper()
-	a.fed = make(chan struct{}, 1)
+	a.fed, a.signaled = make(chan struct{}, 1), make(chan struct{}, 10)
 	mux := http.NewServeMux()
-	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(a))
-	mux.Handle(processconnect.NewProcessHandler(a))
-	mux.Handle(filesystemconnect.NewFilesystemHandler(a))
-	mux.HandleFunc("/files", func(w http.ResponseWriter, r *http.Request) {
-		switch {
-		case a.Refusal != "":
-			w.Header().Set("Content-Type", "application/json")
-			w.WriteHeader(http.StatusBadGateway)
-			_, _ = io.WriteString(w, `{"code":502,"message":"`+a.Refusal+`"}`)
-		case r.Method == http.MethodPost:
-			a.Received, _ = io.ReadAll(r.Body)
-			_, _ = io.WriteString(w, `[{"path":"/made"}]`)
-		default:
-			_, _ = w.Write(a.File)
-		}
-	})
-	mux.HandleFunc("/metrics", func(w http.ResponseWriter, _ *http.Request) {
-		if a.Refusal != "" {
-			w.WriteHeader(http.StatusBadGateway)
-			_, _ = io.WriteString(w, `{"code":502,"message":"`+a.Refusal+`"}`)
+	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(a, connect.WithInterceptors(failing{a})))
+	guest := http.NewServeMux()
+	guest.Handle(processconnect.NewProcessHandler(a))
+	guest.Handle(filesystemconnect.NewFilesystemHandler(a))
+	guest.HandleFunc("/files", a.files)
+	guest.HandleFunc("/metrics", a.metrics)
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		if a.Token != "" && (r.Header.Get("X-Access-Token") != a.Token || r.Header.Get("E2b-Sandbox-Id") != ID) {
+			http.Error(w, "no token", http.StatusUnauthorized)
 			return
 		}
-		_, _ = io.WriteString(w, `{"cpu_count":1}`)
+		guest.ServeHTTP(w, r)
 	})
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodConnect {
-			w.WriteHeader(http.StatusBadGateway)
-			_, _ = io.WriteString(w, `{"code":502,"message":"`+a.Refusal+`"}`)
+			refuse(w, a.Refusal)
 			return
 		}
 		mux.ServeHTTP(w, r)
 	}))
 	t.Cleanup(server.Close)
 	return server.URL
+}
+
+// failing answers every call with Agent.Err.
+type failing struct{ *Agent }
+
+func (f failing) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, r connect.AnyRequest) (connect.AnyResponse, error) {
+		if f.Err != nil {
+			return nil, f.Err
+		}
+		return next(ctx, r)
+	}
+}
+
+func (f failing) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		if f.Err != nil {
+			return f.Err
+		}
+		return next(ctx, conn)
+	}
+}
+
+func (f failing) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
+}
+
+// refuse answers as the agent does in place of a guest; the text is within JSON.
+func refuse(w http.ResponseWriter, text string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusBadGateway)
+	_, _ = io.WriteString(w, `{"code":502,"message":"`+text+`"}`)
+}
+
+func (a *Agent) files(w http.ResponseWriter, r *http.Request) {
+	switch {
+	case a.Refusal != "":
+		refuse(w, a.Refusal)
+	case r.Method == http.MethodPost:
+		a.Received, _ = io.ReadAll(r.Body)
+		_, _ = io.WriteString(w, `[{"path":"/made"}]`)
+	default:
+		_, _ = w.Write(a.File)
+	}
+}
+
+func (a *Agent) metrics(w http.ResponseWriter, r *http.Request) {
+	switch {
+	case a.Elsewhere != "":
+		http.Redirect(w, r, a.Elsewhere, http.StatusTemporaryRedirect)
+	case a.Refusal != "":
+		refuse(w, a.Refusal)
+	default:
+		_, _ = io.WriteString(w, `{"cpu_count":1}`)
+	}
 }
 
 // SetStatus sets Status while it serves.
@@ -101,71 +155,83 @@ func (a *Agent) SetStatus(status string) {
 	a.Status = status
 }
 
-func (a *Agent) sandbox() *hostagentv1.SandboxInfo {
-	box := &hostagentv1.SandboxInfo{
-		SandboxId: ID, Status: "running", Template: a.Text, HostIp: a.Text, Reason: a.Text, Detail: a.Text,
-		CreatedAtUnix: time.Now().Unix(),
-	}
+func (a *Agent) sandbox() *v1.SandboxInfo {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.Status != "" {
-		box.Status = a.Status
+	return &v1.SandboxInfo{
+		SandboxId: ID, Status: cmp.Or(a.Status, "running"), Template: a.Text, HostIp: a.Text, Reason: a.Text, Detail: a.Text,
+		CreatedAtUnix: time.Now().Unix(),
 	}
-	return box
 }
 
-func (a *Agent) GetSandbox(context.Context, *connect.Request[hostagentv1.GetSandboxRequest]) (*connect.Response[hostagentv1.GetSandboxResponse], error) {
-	if box := a.sandbox(); box.Status == "gone" {
+type (
+	request[T any]  = *connect.Request[T]
+	response[T any] = *connect.Response[T]
+	sender[T any]   = *connect.ServerStream[T]
+)
+
+func (a *Agent) GetSandbox(context.Context, request[v1.GetSandboxRequest]) (response[v1.GetSandboxResponse], error) {
+	a.Looks.Add(1)
+	box := a.sandbox()
+	if box.Status == "gone" {
 		return nil, connect.NewError(connect.CodeNotFound, errors.New("sandbox does not exist"))
 	}
-	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: a.sandbox(), AccessToken: a.Token}), nil
+	return connect.NewResponse(&v1.GetSandboxResponse{Sandbox: box, AccessToken: a.Token}), nil
 }
 
-func (a *Agent) ListSandboxes(context.Context, *connect.Request[hostagentv1.ListSandboxesRequest]) (*connect.Response[hostagentv1.ListSandboxesResponse], error) {
-	return connect.NewResponse(&hostagentv1.ListSandboxesResponse{Sandboxes: []*hostagentv1.SandboxInfo{a.sandbox()}}), nil
+func (a *Agent) ListSandboxes(context.Context, request[v1.ListSandboxesRequest]) (response[v1.ListSandboxesResponse], error) {
+	return connect.NewResponse(&v1.ListSandboxesResponse{Sandboxes: []*v1.SandboxInfo{a.sandbox()}}), nil
 }
 
-func (a *Agent) CreateSandbox(context.Context, *connect.Request[hostagentv1.CreateSandboxRequest]) (*connect.Response[hostagentv1.CreateSandboxResponse], error) {
-	return connect.NewResponse(&hostagentv1.CreateSandboxResponse{
-		SandboxId: ID, AccessToken: a.Token, StartedFrom: "cold boot", Why: a.Text, Phases: []*hostagentv1.Phase{{Name: a.Text}},
+func (a *Agent) CreateSandbox(context.Context, request[v1.CreateSandboxRequest]) (response[v1.CreateSandboxResponse], error) {
+	return connect.NewResponse(&v1.CreateSandboxResponse{
+		SandboxId: ID, AccessToken: a.Token, StartedFrom: "cold boot", Why: a.Text, Phases: []*v1.Phase{{Name: a.Text}},
 	}), nil
 }
 
-func (a *Agent) DestroySandbox(context.Context, *connect.Request[hostagentv1.DestroySandboxRequest]) (*connect.Response[hostagentv1.DestroySandboxResponse], error) {
-	return nil, connect.NewError(connect.CodeInternal, errors.New(a.Text))
+// DestroySandbox fails where there is a text to fail with.
+func (a *Agent) DestroySandbox(context.Context, request[v1.DestroySandboxRequest]) (response[v1.DestroySandboxResponse], error) {
+	if a.Text != "" {
+		return nil, connect.NewError(connect.CodeInternal, errors.New(a.Text))
+	}
+	return connect.NewResponse(&v1.DestroySandboxResponse{}), nil
 }
 
-func (a *Agent) PauseSandbox(context.Context, *connect.Request[hostagentv1.PauseSandboxRequest]) (*connect.Response[hostagentv1.PauseSandboxResponse], error) {
-	return nil, connect.NewError(connect.CodeInternal, errors.New(a.Text))
+// PauseSandbox fails where there is a text to fail with.
+func (a *Agent) PauseSandbox(context.Context, request[v1.PauseSandboxRequest]) (response[v1.PauseSandboxResponse], error) {
+	if a.Text != "" {
+		return nil, connect.NewError(connect.CodeInternal, errors.New(a.Text))
+	}
+	return connect.NewResponse(&v1.PauseSandboxResponse{}), nil
 }
 
-func (a *Agent) ListSnapshots(context.Context, *connect.Request[hostagentv1.ListSnapshotsRequest]) (*connect.Response[hostagentv1.ListSnapshotsResponse], error) {
-	return connect.NewResponse(&hostagentv1.ListSnapshotsResponse{Snapshots: []*hostagentv1.Snapshot{{Name: a.Text, Template: a.Text}}}), nil
+func (a *Agent) ListSnapshots(context.Context, request[v1.ListSnapshotsRequest]) (response[v1.ListSnapshotsResponse], error) {
+	return connect.NewResponse(&v1.ListSnapshotsResponse{Snapshots: []*v1.Snapshot{{Name: a.Text, Template: a.Text}}}), nil
 }
 
-func (a *Agent) WatchEvents(_ context.Context, _ *connect.Request[hostagentv1.WatchEventsRequest], s *connect.ServerStream[hostagentv1.WatchEventsResponse]) error {
-	return s.Send(&hostagentv1.WatchEventsResponse{Event: &hostagentv1.Event{Cursor: 1, SandboxId: a.Text, To: a.Text, Reason: a.Text}})
+func (a *Agent) WatchEvents(_ context.Context, _ request[v1.WatchEventsRequest], s sender[v1.WatchEventsResponse]) error {
+	return s.Send(&v1.WatchEventsResponse{Event: &v1.Event{Cursor: 1, SandboxId: a.Text, To: a.Text, Reason: a.Text}})
 }
 
-func (a *Agent) GetConsole(context.Context, *connect.Request[hostagentv1.GetConsoleRequest]) (*connect.Response[hostagentv1.GetConsoleResponse], error) {
-	return connect.NewResponse(&hostagentv1.GetConsoleResponse{Console: a.Console}), nil
+func (a *Agent) GetConsole(context.Context, request[v1.GetConsoleRequest]) (response[v1.GetConsoleResponse], error) {
+	return connect.NewResponse(&v1.GetConsoleResponse{Console: a.Console}), nil
 }
 
-func (a *Agent) Verify(_ context.Context, _ *connect.Request[hostagentv1.VerifyRequest], s *connect.ServerStream[hostagentv1.VerifyResponse]) error {
-	return s.Send(&hostagentv1.VerifyResponse{Kind: "snapshot", Name: a.Text, Problem: a.Text})
+func (a *Agent) Verify(_ context.Context, _ request[v1.VerifyRequest], s sender[v1.VerifyResponse]) error {
+	return s.Send(&v1.VerifyResponse{Kind: "snapshot", Name: a.Text, Problem: a.Text})
 }
 
-func (a *Agent) GetVersion(context.Context, *connect.Request[hostagentv1.GetVersionRequest]) (*connect.Response[hostagentv1.GetVersionResponse], error) {
-	return connect.NewResponse(&hostagentv1.GetVersionResponse{Version: a.Text, Vmm: a.Text, VmmVersion: a.Text}), nil
+func (a *Agent) GetVersion(context.Context, request[v1.GetVersionRequest]) (response[v1.GetVersionResponse], error) {
+	return connect.NewResponse(&v1.GetVersionResponse{Version: a.Text, Vmm: a.Text, VmmVersion: a.Text}), nil
 }
 
-func (a *Agent) List(context.Context, *connect.Request[process.ListRequest]) (*connect.Response[process.ListResponse], error) {
+func (a *Agent) List(context.Context, request[process.ListRequest]) (response[process.ListResponse], error) {
 	return connect.NewResponse(&process.ListResponse{Processes: []*process.ProcessInfo{
 		{Pid: 1, Config: &process.ProcessConfig{Cmd: a.Text, Args: []string{a.Text}}},
 	}}), nil
 }
 
-func (a *Agent) Start(ctx context.Context, req *connect.Request[process.StartRequest], s *connect.ServerStream[process.StartResponse]) error {
+func (a *Agent) Start(ctx context.Context, req request[process.StartRequest], s sender[process.StartResponse]) error {
 	if a.Fail != nil {
 		return a.Fail
 	}
@@ -183,11 +249,10 @@ func (a *Agent) Start(ctx context.Context, req *connect.Request[process.StartReq
 		err = data(&process.ProcessEvent_DataEvent{Output: &process.ProcessEvent_DataEvent_Stderr{Stderr: []byte(a.Stderr)}})
 	}
 	if err == nil && req.Msg.GetStdin() {
-		select {
-		case <-a.fed:
-		case <-ctx.Done():
-			err = ctx.Err()
-		}
+		err = await(ctx, a.fed)
+	}
+	if err == nil && a.Endless {
+		err = await(ctx, a.signaled)
 	}
 	if err != nil {
 		return err
@@ -195,7 +260,18 @@ func (a *Agent) Start(ctx context.Context, req *connect.Request[process.StartReq
 	return send(&process.ProcessEvent{Event: &process.ProcessEvent_End{End: &process.ProcessEvent_EndEvent{Exited: true, ExitCode: a.Exit}}})
 }
 
-func (a *Agent) StreamInput(_ context.Context, s *connect.ClientStream[process.StreamInputRequest]) (*connect.Response[process.StreamInputResponse], error) {
+func await(ctx context.Context, what <-chan struct{}) error {
+	select {
+	case <-what:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (a *Agent) StreamInput(
+	_ context.Context, s *connect.ClientStream[process.StreamInputRequest],
+) (response[process.StreamInputResponse], error) {
 	for s.Receive() {
 		a.Received = append(a.Received, s.Msg().GetData().GetInput().GetStdin()...)
 	}
@@ -203,11 +279,19 @@ func (a *Agent) StreamInput(_ context.Context, s *connect.ClientStream[process.S
 	return connect.NewResponse(&process.StreamInputResponse{}), nil
 }
 
-func (a *Agent) Stat(context.Context, *connect.Request[filesystem.StatRequest]) (*connect.Response[filesystem.StatResponse], error) {
+func (a *Agent) SendSignal(_ context.Context, r request[process.SendSignalRequest]) (response[process.SendSignalResponse], error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.Signals = append(a.Signals, r.Msg.Signal)
+	a.signaled <- struct{}{}
+	return connect.NewResponse(&process.SendSignalResponse{}), nil
+}
+
+func (a *Agent) Stat(context.Context, request[filesystem.StatRequest]) (response[filesystem.StatResponse], error) {
 	return connect.NewResponse(&filesystem.StatResponse{Entry: a.Entry}), nil
 }
 
-func (a *Agent) MakeDir(context.Context, *connect.Request[filesystem.MakeDirRequest]) (*connect.Response[filesystem.MakeDirResponse], error) {
+func (a *Agent) MakeDir(context.Context, request[filesystem.MakeDirRequest]) (response[filesystem.MakeDirResponse], error) {
 	return nil, connect.NewError(connect.CodeAlreadyExists, errors.New("it is there"))
 }
 
@@ -227,14 +311,16 @@ func Archive(t testing.TB, entries ...tar.Header) []byte {
 	var out bytes.Buffer
 	w := tar.NewWriter(&out)
 	for _, h := range entries {
+		content := ""
 		if h.Typeflag == tar.TypeReg {
-			h.Size = 3
+			content = "bad"
 		}
+		h.Size = int64(len(content))
 		if err := w.WriteHeader(&h); err != nil {
 			t.Fatal(err)
 		}
-		if h.Typeflag == tar.TypeReg {
-			_, _ = io.WriteString(w, "bad")
+		if _, err := io.Copy(w, strings.NewReader(content)); err != nil {
+			t.Fatal(err)
 		}
 	}
 	if err := w.Close(); err != nil {

@@ -389,15 +389,13 @@ func (m *Manager) prepare(ctx context.Context, b *box, from *origin, took *phase
 
 // spec is the VM of a record.
 func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
-	return vmm.Spec{
+	needs := m.cfg.Driver.Needs()
+	spec := vmm.Spec{
 		ID: string(rec.ID), RunDir: m.runDir(rec.ID), NetNS: m.cfg.Network.Plan().Addrs(rec.Slot).NetNSPath,
 		VCPUs: rec.VCPUs, MemMiB: rec.MemMiB,
-		Kernel: tmpl.Kernel, Initrd: tmpl.Initrd,
-		Cmdline: guestapi.Cmdline(guestapi.Boot{
-			Addr: network.GuestAddr, Gateway: network.GuestGateway, DNS: m.cfg.DNS, Hostname: bootName,
-		}, guestapi.Disks{Base: "vda", Overlay: "vdb"}),
-		Disks:   []vmm.Disk{{Path: tmpl.Base, ReadOnly: true}, {Path: m.store.overlay(rec.ID)}},
-		NIC:     &vmm.NIC{Tap: network.Tap, MAC: network.GuestMAC},
+		Boot:    guestapi.Boot{Addr: network.GuestAddr, Gateway: network.GuestGateway, DNS: m.cfg.DNS, Hostname: bootName},
+		Root:    vmm.Root{Base: tmpl.Base, Overlay: m.store.overlay(rec.ID)},
+		Link:    &vmm.Link{Kind: needs.Link, Name: network.Tap, MAC: network.GuestMAC},
 		Console: m.store.console(rec.ID),
 		UID:     m.cfg.BaseUID + int(rec.Slot), GID: m.cfg.BaseUID + int(rec.Slot),
 		Cgroup: m.cgroups() + "/" + string(rec.ID),
@@ -409,6 +407,10 @@ func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
 			DiskBytes: m.cfg.DiskBytes, DiskOps: m.cfg.DiskOps,
 		},
 	}
+	if needs.Kernel {
+		spec.Kernel = vmm.Kernel{Image: tmpl.Kernel, Initrd: tmpl.Initrd}
+	}
+	return spec
 }
 
 // adopt ties a VM to its sandbox and watches over it.

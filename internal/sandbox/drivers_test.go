@@ -7,6 +7,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
 // stranger is a driver that has nothing to do with the VMs and snapshots of
@@ -14,6 +15,8 @@ import (
 type stranger struct{ vmm.Driver }
 
 func (stranger) Name() string { return "stranger" }
+
+func (stranger) Needs() vmm.Needs { return vmm.Needs{Kernel: true, Link: vmm.Tap} }
 
 func (stranger) Attach(context.Context, vmm.Handle) (vmm.VM, error) {
 	return nil, errdefs.InvalidArgument.Errorf("not a handle of this driver")
@@ -63,5 +66,26 @@ func TestAnotherDriverAfterARestart(t *testing.T) {
 	}
 	if info := r.wantState(runs, Running); info.Reason != "" {
 		t.Errorf("it is still %s", info.Reason)
+	}
+}
+
+// A driver that runs no kernel and takes no tap makes sandboxes as the others do.
+func TestDriverWithItsOwnKernel(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.Driver.(hookedDriver).Driver.(*vmmtest.Fake).OwnKernel = true })
+	id := r.create()
+	spec, ok := r.host.Spec(string(id))
+	if !ok || spec.Kernel != (vmm.Kernel{}) || spec.Link.Kind != vmm.Packet || spec.Root.Base == "" || spec.Root.Overlay == "" || !spec.Boot.Addr.IsValid() {
+		t.Errorf("spec %+v", spec)
+	}
+	if err := errors.Join(r.Pause(t.Context(), id), r.Resume(t.Context(), id), r.Hibernate(t.Context(), id), r.Resume(t.Context(), id)); err != nil {
+		t.Fatal(err)
+	}
+	r.die()
+	r.start()
+	if len(r.found.Adopted) != 1 || r.found.Adopted[0] != id {
+		t.Errorf("found %+v, want %s adopted", r.found, id)
+	}
+	if err := r.Destroy(t.Context(), id); err != nil {
+		t.Error(err)
 	}
 }

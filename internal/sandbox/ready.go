@@ -105,7 +105,7 @@ func (m *Manager) origin(ctx context.Context, rec Record, tmpl template.Template
 func readyKey(machine string, spec vmm.Spec, tmpl template.Template, diskMiB int) string {
 	h := sha256.New()
 	for _, part := range []string{
-		readyVersion, machine, spec.Cmdline,
+		readyVersion, machine, spec.BootKey(),
 		tmpl.KernelSHA256, tmpl.InitrdSHA256, tmpl.EnvdSHA256, tmpl.BaseSHA256,
 		fmt.Sprint(spec.VCPUs), fmt.Sprint(spec.MemMiB), fmt.Sprint(diskMiB),
 	} {

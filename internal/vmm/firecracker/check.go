@@ -8,10 +8,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
 const (
@@ -41,36 +42,33 @@ func (d *Driver) Check(ctx context.Context) (vmm.Report, error) {
 }
 
 func (d *Driver) check(ctx context.Context) (found, error) {
-	select {
-	case d.checking <- struct{}{}:
-	case <-ctx.Done():
-		return found{}, fmt.Errorf("check firecracker: %w", context.Cause(ctx))
-	}
-	defer func() { <-d.checking }()
-	if d.checked != nil {
-		return *d.checked, d.checked.err
-	}
-	bin, err := d.programs(ctx)
-	if err != nil {
-		return found{}, err
-	}
-	f := found{bin: bin, report: vmm.Report{Version: bin.version, Accel: "kvm"}}
-	verdict, err := d.kvm(ctx, Name, bin.version, d.starter(bin))
-	switch {
-	case err != nil:
+	f, err := d.checked.Get(ctx, func() (found, bool, error) {
+		bin, err := d.programs(ctx)
+		if err != nil {
+			return found{}, false, err
+		}
+		verdict, err := d.kvm(ctx, Name, bin.version, d.starter(bin))
+		if err != nil {
+			return found{}, false, err
+		}
+		f := found{bin: bin, report: vmm.Report{
+			Version: bin.version, Accel: "kvm", Isolation: kvm.Isolation(), Speed: vmm.Native,
+			Why: verdict.Why + ", confined by its jailer",
+		}}
+		if bin.jailer == "" {
+			f.report.Why = verdict.Why
+			f.report.Warning = "there is no jailer beside it, so the agent itself confines it: to a root, a user and namespaces of its own"
+		}
+		if !verdict.Works {
+			f.err = errdefs.Unsupported.Errorf("firecracker %s needs KVM: %s", bin.version, verdict.Why)
+		}
+		return f, verdict.Final, nil
+	})
+	// Errors that a person can act on say all that is needed.
+	if err != nil && errdefs.ClassOf(err) == nil {
 		return found{}, fmt.Errorf("check firecracker: %w", err)
-	case !verdict.Works:
-		f.err = errdefs.Unsupported.Errorf("firecracker %s needs KVM: %s", bin.version, verdict.Why)
-	case bin.jailer == "":
-		f.report.Why = verdict.Why
-		f.report.Warning = "there is no jailer beside it, so the agent itself confines it: to a root, a user and namespaces of its own"
-	default:
-		f.report.Why = verdict.Why + ", confined by its jailer"
 	}
-	if verdict.Final {
-		d.checked = &f
-	}
-	return f, f.err
+	return f, errors.Join(err, f.err)
 }
 
 // starter boots a probe guest with programs that nothing is known of yet.
@@ -83,10 +81,10 @@ func (d *Driver) programs(ctx context.Context) (bin programs, err error) {
 	if bin.firecracker, err = find(d.cfg.Binary); err != nil {
 		return bin, errdefs.Unavailable.Errorf("firecracker is not installed")
 	}
-	if bin.version, err = version(ctx, bin.firecracker, "Firecracker"); err != nil {
+	if bin.version, err = launch.Version(ctx, bin.firecracker, "Firecracker", versionLine("Firecracker")); err != nil {
 		return bin, err
 	}
-	if !since(bin.version, oldestMajor, oldestMinor) {
+	if !launch.AtLeast(bin.version, oldestMajor, oldestMinor) {
 		return bin, errdefs.Unsupported.Errorf("firecracker is %s, and %d.%d or later is needed", bin.version, oldestMajor, oldestMinor)
 	}
 	switch d.cfg.Jailer {
@@ -102,7 +100,7 @@ func (d *Driver) programs(ctx context.Context) (bin programs, err error) {
 		}
 	}
 	if bin.jailer != "" {
-		jailer, err := version(ctx, bin.jailer, "Jailer")
+		jailer, err := launch.Version(ctx, bin.jailer, "Jailer", versionLine("Jailer"))
 		if err != nil {
 			return bin, err
 		}
@@ -131,20 +129,7 @@ func find(name string) (string, error) {
 	return filepath.EvalSymlinks(path)
 }
 
-var versionLine = regexp.MustCompile(`^(\w+) v(\d+\.\d+\.\d+\S*)`)
-
-func version(ctx context.Context, binary, name string) (string, error) {
-	out, err := exec.CommandContext(ctx, binary, "--version").Output()
-	if ctx.Err() != nil {
-		return "", fmt.Errorf("check firecracker: %w", context.Cause(ctx))
-	}
-	if err != nil {
-		return "", fmt.Errorf("check firecracker: %w", err)
-	}
-	first, _, _ := strings.Cut(string(out), "\n")
-	match := versionLine.FindStringSubmatch(first)
-	if match == nil || match[1] != name {
-		return "", fmt.Errorf("check firecracker: no version of %s in %.200q", name, first)
-	}
-	return match[2], nil
+// versionLine returns the pattern of what a program of that name says of itself.
+func versionLine(name string) *regexp.Regexp {
+	return regexp.MustCompile(`^` + name + ` v(\d+\.\d+\.\d+\S*)`)
 }

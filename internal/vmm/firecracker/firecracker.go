@@ -3,7 +3,6 @@ package firecracker
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -22,18 +21,16 @@ const Name = "firecracker"
 const (
 	// maxVCPUs is Firecracker's own bound.
 	maxVCPUs = 32
-	// upPoll is how often a new process is tried until it answers.
+	// upPoll is the time between two attempts to reach a new process.
 	upPoll = time.Millisecond
-	// readBack bounds the question for a VM's state after an answer went missing.
-	readBack = 2 * time.Second
 )
 
 // Config says what a Driver works with.
 type Config struct {
 	// Binary is firecracker's path or its name in PATH; empty for that name.
 	Binary string
-	// Jailer is the jailer's, of the same release; empty for that name, and to
-	// do without one that is not there; "none" to do without in any case.
+	// Jailer is the path or name of the jailer of the same release. Empty means
+	// the jailer in PATH, or none if there is none; "none" means none.
 	Jailer string
 	// Probe tells whether KVM works.
 	Probe kvm.Probe
@@ -42,23 +39,29 @@ type Config struct {
 // Driver implements vmm.Driver.
 type Driver struct {
 	cfg Config
-	// kvm is cfg.Probe's, or what a test has in its place.
-	kvm func(ctx context.Context, name, version string, start func(context.Context, vmm.Spec) (vmm.VM, error)) (kvm.Verdict, error)
-
-	checking chan struct{} // held by the one that probes
-	checked  *found        // guarded by checking
+	// kvm is cfg.Probe.KVM, or what a test puts in its place.
+	kvm     func(ctx context.Context, name, version string, start func(context.Context, vmm.Spec) (vmm.VM, error)) (kvm.Verdict, error)
+	checked *launch.Memo[found]
 }
 
-// New returns a driver; it does nothing yet.
+// New returns a driver. It starts nothing yet.
 func New(cfg Config) *Driver {
 	if cfg.Binary == "" {
 		cfg.Binary = "firecracker"
 	}
-	return &Driver{cfg: cfg, kvm: cfg.Probe.KVM, checking: make(chan struct{}, 1)}
+	return &Driver{cfg: cfg, kvm: cfg.Probe.KVM, checked: launch.NewMemo[found]()}
 }
 
 // Name implements vmm.Driver.
 func (d *Driver) Name() string { return Name }
+
+// Needs implements vmm.Driver.
+func (d *Driver) Needs() vmm.Needs { return needs }
+
+var needs = vmm.Needs{
+	Kernel: true, KVM: true, Link: vmm.Tap,
+	Install: "sudo install firecracker jailer /usr/local/bin/ # both come with a Firecracker release; it needs KVM",
+}
 
 // Start implements vmm.Driver.
 func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
@@ -76,11 +79,11 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 	return v, nil
 }
 
-// validate says whether Firecracker can take the spec. (Of odd numbers of vCPUs
-// its description says no; that it takes some as long as no hyperthreads are
-// asked for, it does not promise.)
+// validate says whether Firecracker can take the spec. Firecracker's description
+// refuses odd numbers of vCPUs. It takes some as long as no hyperthreads are asked
+// for, but does not promise that.
 func validate(s vmm.Spec) error {
-	if err := s.Validate(); err != nil {
+	if err := s.Validate(needs); err != nil {
 		return err
 	}
 	if s.VCPUs > maxVCPUs || s.VCPUs > 1 && s.VCPUs%2 != 0 {
@@ -89,8 +92,8 @@ func validate(s vmm.Spec) error {
 	return nil
 }
 
-// launch starts Firecracker with a valid spec, to boot it or, with the directory
-// of a snapshot that fits, to go on where that stopped.
+// launch starts Firecracker with a valid spec: to boot the VM or, with the
+// directory of a snapshot that fits, to restore it.
 func (d *Driver) launch(ctx context.Context, spec vmm.Spec, bin programs, from string) (_ *vm, err error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
@@ -102,7 +105,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, bin programs, from s
 		}
 	}()
 	at := place{spec.RunDir}
-	// A socket that is there already would be somebody's, to Firecracker.
+	// Firecracker takes a socket that exists already for another process's.
 	if err := os.RemoveAll(at.socketDir()); err != nil {
 		return nil, err
 	}
@@ -121,16 +124,8 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, bin programs, from s
 		Process: process.Ref(), ID: spec.ID, Socket: at.socket(),
 		UID: spec.UID, GID: spec.GID, Shape: shapeOf(spec),
 	})
-	err = v.bring(ctx, spec, from)
-	exit, ended := process.EndedBy(err)
-	switch {
-	case ended && exit.Signal != 0: // somebody killed it: its own words are empty
-		return nil, errdefs.Unavailable.Errorf("the vmm %s while it started", exit)
-	case ended:
-		// Unclassed: its own words are not meant for clients.
-		return nil, fmt.Errorf("firecracker %s: %s", exit, exit.Detail)
-	case err != nil:
-		return nil, err
+	if err := v.bring(ctx, spec, from); err != nil {
+		return nil, process.StartError(err, "firecracker")
 	}
 	steps.Keep()
 	return v, nil
@@ -154,7 +149,7 @@ func (v *vm) bring(ctx context.Context, spec vmm.Spec, from string) error {
 			}
 		}
 	} else {
-		last, limit, want = load(spec, v.version), moveLimit(spec.MemMiB), statePaused
+		last, limit, want = load(spec, v.Version), moveLimit(spec.MemMiB), statePaused
 	}
 	err := v.api.call(ctx, limit, last, nil)
 	if refused(err) || ctx.Err() != nil {
@@ -189,14 +184,14 @@ func (v *vm) up(ctx context.Context) error {
 			return fmt.Errorf("the VMM calls itself %q", now.ID)
 		case err == nil && now.State != stateNotStarted:
 			return fmt.Errorf("a new vm is %s", now.State)
-		case err == nil && now.Version != v.version:
-			return errdefs.Unavailable.Errorf("firecracker has become %s, and was %s when the agent started: restart the agent", now.Version, v.version)
+		case err == nil && now.Version != v.Version:
+			return errdefs.Unavailable.Errorf("firecracker has become %s, and was %s when the agent started: restart the agent", now.Version, v.Version)
 		case err == nil || !errors.Is(err, errdefs.Unavailable) || ctx.Err() != nil:
 			return err
 		}
 		select {
 		case <-tick.C:
-		case <-v.process.Done():
+		case <-v.Process.Done():
 			return err
 		case <-ctx.Done():
 			return context.Cause(ctx)
@@ -218,29 +213,19 @@ func moveLimit(memMiB int) time.Duration {
 // Attach implements vmm.Driver.
 func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 	var st state
-	if h.Driver != Name {
-		return nil, errdefs.InvalidArgument.Errorf("attach: handle of driver %.40q, not of %s", h.Driver, Name)
-	}
-	if err := json.Unmarshal(h.State, &st); err != nil {
-		return nil, errdefs.InvalidArgument.Errorf("attach: malformed handle: %w", err)
-	}
-	process, err := launch.Adopt(ctx, st.Process)
+	base, err := launch.Attach(ctx, Name, h, &st, &st.Process)
 	if err != nil {
-		return nil, fmt.Errorf("attach: %w", err)
+		return nil, err
 	}
-	v := newVM(process, h.Version, st)
+	v := newVM(base.Process, h.Version, st)
 	now, err := v.api.describe(ctx, callTimeout)
 	if err == nil && now.ID != st.ID {
 		err = errdefs.Unavailable.Errorf("another vm answers: %.80q", now.ID)
 	}
-	if err == nil {
-		return v, nil
+	if err != nil {
+		return nil, v.GiveUp(ctx, err)
 	}
-	if _, ended := process.EndedBy(err); ended {
-		return nil, errdefs.NotFound.Errorf("attach: the vm has exited")
-	}
-	process.Release()
-	return nil, fmt.Errorf("attach: %w", vmm.Cancelled(ctx, err))
+	return v, nil
 }
 
 // state is the driver's part of a handle.
@@ -256,29 +241,18 @@ type state struct {
 
 // vm implements vmm.VM.
 type vm struct {
-	process *launch.Process
-	version string
-	state   state
-	api     *client
-	// writing is held by the one that has a snapshot's directory mounted.
+	launch.VM
+	state state
+	api   *client
+	// writing holds a value while a snapshot's directory is mounted.
 	writing chan struct{}
 }
 
 func newVM(p *launch.Process, version string, st state) *vm {
-	return &vm{process: p, version: version, state: st, api: newClient(st.Socket), writing: make(chan struct{}, 1)}
+	v := &vm{state: st, api: newClient(st.Socket), writing: make(chan struct{}, 1)}
+	v.VM = launch.NewVM(p, Name, version, &v.state)
+	return v
 }
-
-func (v *vm) Handle() vmm.Handle {
-	state, err := json.Marshal(v.state)
-	if err != nil {
-		panic(err) // strings and numbers always encode
-	}
-	return vmm.Handle{Driver: Name, Version: v.version, State: state}
-}
-
-func (v *vm) Done() <-chan struct{}          { return v.process.Done() }
-func (v *vm) Exit() vmm.Exit                 { return v.process.Exit() }
-func (v *vm) Kill(ctx context.Context) error { return v.process.Kill(ctx) }
 
 func (v *vm) Pause(ctx context.Context) error {
 	return v.change(ctx, "pause", turn("Paused"), statePaused)
@@ -288,24 +262,14 @@ func (v *vm) Resume(ctx context.Context) error {
 	return v.change(ctx, "resume", turn("Resumed"), stateRunning)
 }
 
-// change makes a call that brings the VM into the wanted state, or finds it
-// there. If the call was refused or its answer is lost, the VM's state decides
-// what has happened.
+// change makes a call that brings the VM into the wanted state.
 func (v *vm) change(ctx context.Context, what string, r request, want string) error {
-	err := v.api.call(ctx, callTimeout, r, nil)
-	if err == nil {
-		return nil
-	}
-	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBack)
-	defer cancel()
-	if now, e := v.api.describe(back, readBack); e == nil && now.State == want {
-		return nil
-	}
-	err = vmm.Cancelled(ctx, err)
-	if exit, ok := v.process.EndedBy(err); ok {
-		return errdefs.Unavailable.Errorf("%s vm: its VMM %s", what, exit)
-	}
-	return fmt.Errorf("%s vm: %w", what, err)
+	return v.Change(ctx, what,
+		func() error { return v.api.call(ctx, callTimeout, r, nil) },
+		func(ctx context.Context) bool {
+			now, err := v.api.describe(ctx, callTimeout)
+			return err == nil && now.State == want
+		})
 }
 
 // makeDir makes a directory that is open to one user alone, or makes it so.

@@ -96,7 +96,7 @@ func subject(t testing.TB, cfg Config) vmmtest.Subject {
 	s := bareSubject(t)
 	s.Driver = driver(cfg)
 	s.Again = func() vmm.Driver { return driver(cfg) }
-	s.Exiting = "fake.exit"
+	s.Exiting = func(s *vmm.Spec) { s.Kernel.Args += " fake.exit" }
 	return s
 }
 
@@ -124,14 +124,15 @@ func bareSubject(t testing.TB) vmmtest.Subject {
 	}
 	id := filepath.Base(top)
 	spec := vmm.Spec{
-		ID: id, VCPUs: 1, MemMiB: 128, Kernel: file("vmlinux", "\x7fELF and more"), Initrd: file("initrd.img", "0707"),
-		Cmdline: "quiet", UID: uid, GID: gid,
+		ID: id, VCPUs: 1, MemMiB: 128,
+		Kernel: vmm.Kernel{Image: file("vmlinux", "\x7fELF and more"), Initrd: file("initrd.img", "0707"), Args: "quiet"},
+		UID:    uid, GID: gid,
 	}
 	n := 0
 	place := func(spec vmm.Spec) vmm.Spec {
 		spec.RunDir = filepath.Join(top, strconv.Itoa(n))
 		spec.Console = filepath.Join(files, fmt.Sprintf("console-%d.log", n))
-		spec.Disks = []vmm.Disk{{Path: spec.Initrd, ReadOnly: true}, {Path: file(fmt.Sprintf("overlay-%d", n), "overlay")}}
+		spec.Root = vmm.Root{Base: spec.Kernel.Initrd, Overlay: file(fmt.Sprintf("overlay-%d", n), "overlay")}
 		if err := os.Mkdir(spec.RunDir, 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -231,12 +232,12 @@ func TestContractOfTheRealOne(t *testing.T) {
 			s := bareSubject(t)
 			s.Driver, s.Again = known(), known
 			// A kernel alone: it finds no root file system and panics.
-			s.Spec.Kernel, s.Spec.Initrd = filepath.Join(kernel, "vmlinux"), ""
-			s.Spec.Cmdline, s.Exiting = "quiet panic=0", "panic=-1"
+			s.Spec.Kernel = vmm.Kernel{Image: filepath.Join(kernel, "vmlinux"), Args: "quiet panic=0"}
+			s.Exiting = func(s *vmm.Spec) { s.Kernel.Args += " panic=-1" }
 			bare := s.Clone
 			s.Clone = func() vmm.Spec {
 				clone := bare()
-				clone.Kernel, clone.Initrd, clone.Cmdline = s.Spec.Kernel, "", s.Spec.Cmdline
+				clone.Kernel = s.Spec.Kernel
 				return clone
 			}
 			return s
@@ -276,7 +277,7 @@ func TestConsoleReachesItsFile(t *testing.T) {
 		s := subject(t, install(t, fakeSettings{}, jailed))
 		v := boot(t, s)
 		text, err := vmm.Tail(s.Spec.Console, 4<<10)
-		if err != nil || !strings.Contains(string(text), "Command line: console=ttyS0 reboot=k panic=-1 pci=off") || !strings.Contains(string(text), " quiet\n") {
+		if err != nil || !strings.Contains(string(text), "Command line: console=ttyS0 reboot=k panic=-1 pci=off") || !strings.Contains(string(text), " quiet wrenn.base=vda wrenn.overlay=vdb ") {
 			t.Errorf("console: %q, %v", text, err)
 		}
 		if err := v.Pause(t.Context()); err != nil {
@@ -310,7 +311,7 @@ func TestFilesStayRoots(t *testing.T) {
 		if err := v.Snapshot(t.Context(), dir); err != nil {
 			t.Fatal(err)
 		}
-		files := []string{s.Spec.Kernel, s.Spec.Initrd, s.Spec.Console, s.Spec.Disks[1].Path}
+		files := []string{s.Spec.Kernel.Image, s.Spec.Kernel.Initrd, s.Spec.Console, s.Spec.Root.Overlay}
 		for _, name := range []string{snapfile.MemoryName, snapfile.StateName, snapfile.ManifestName} {
 			files = append(files, filepath.Join(dir, name))
 		}
@@ -484,7 +485,7 @@ func TestTap(t *testing.T) {
 	bothWays(t, func(t *testing.T, jailed bool) {
 		s := subject(t, install(t, fakeSettings{}, jailed))
 		s.Spec.NetNS = tapNamespace(t, "tap0", uid)
-		s.Spec.NIC = &vmm.NIC{Tap: "tap0", MAC: "02:FC:00:00:00:05"}
+		s.Spec.Link = &vmm.Link{Kind: vmm.Tap, Name: "tap0", MAC: "02:FC:00:00:00:05"}
 		v := boot(t, s)
 		if err := v.Pause(t.Context()); err != nil {
 			t.Fatal(err)
@@ -496,7 +497,7 @@ func TestTap(t *testing.T) {
 		// A clone lives in another namespace, and its tap may have another name.
 		clone := s.Clone()
 		clone.NetNS = tapNamespace(t, "tap1", uid)
-		clone.NIC = &vmm.NIC{Tap: "tap1", MAC: "02:fc:00:00:00:05"}
+		clone.Link = &vmm.Link{Kind: vmm.Tap, Name: "tap1", MAC: "02:fc:00:00:00:05"}
 		again, err := s.Driver.(*Driver).Restore(t.Context(), clone, dir)
 		if err != nil {
 			t.Fatal(err)
@@ -514,7 +515,7 @@ func TestTapOfAnother(t *testing.T) {
 	}{"another user's": {"tap0", uid + 1}, "nobody's": {"tap7", uid}} {
 		s := subject(t, install(t, fakeSettings{}, true))
 		s.Spec.NetNS = tapNamespace(t, "tap0", c.owner)
-		s.Spec.NIC = &vmm.NIC{Tap: c.tap, MAC: "02:FC:00:00:00:05"}
+		s.Spec.Link = &vmm.Link{Kind: vmm.Tap, Name: c.tap, MAC: "02:FC:00:00:00:05"}
 		v, err := s.Driver.Start(t.Context(), s.Spec)
 		if err == nil {
 			v.Kill(t.Context())
@@ -529,7 +530,7 @@ func TestTapOfAnother(t *testing.T) {
 func TestTapOfAnOldVersion(t *testing.T) {
 	s := subject(t, install(t, fakeSettings{Version: "1.10.1"}, true))
 	s.Spec.NetNS = tapNamespace(t, "tap0", uid)
-	s.Spec.NIC = &vmm.NIC{Tap: "tap0", MAC: "02:FC:00:00:00:05"}
+	s.Spec.Link = &vmm.Link{Kind: vmm.Tap, Name: "tap0", MAC: "02:FC:00:00:00:05"}
 	v := boot(t, s)
 	if err := v.Pause(t.Context()); err != nil {
 		t.Fatal(err)
@@ -539,7 +540,7 @@ func TestTapOfAnOldVersion(t *testing.T) {
 		t.Fatal(err)
 	}
 	clone := s.Clone()
-	clone.NetNS, clone.NIC = tapNamespace(t, "tap0", uid), s.Spec.NIC
+	clone.NetNS, clone.Link = tapNamespace(t, "tap0", uid), s.Spec.Link
 	again, err := s.Driver.(*Driver).Restore(t.Context(), clone, dir)
 	if err != nil {
 		t.Fatal(err)
@@ -547,7 +548,7 @@ func TestTapOfAnOldVersion(t *testing.T) {
 	if err := again.Kill(t.Context()); err != nil {
 		t.Error(err)
 	}
-	clone.NIC = &vmm.NIC{Tap: "tap1", MAC: clone.NIC.MAC}
+	clone.Link = &vmm.Link{Kind: vmm.Tap, Name: "tap1", MAC: clone.Link.MAC}
 	if _, err := s.Driver.(*Driver).Restore(t.Context(), clone, dir); !errors.Is(err, errdefs.InvalidArgument) {
 		t.Errorf("with another tap: %v, want invalid argument", err)
 	}

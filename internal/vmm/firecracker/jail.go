@@ -18,10 +18,6 @@ type programs struct {
 	devices []string
 }
 
-// maxFiles bounds the descriptors of a VMM, as the launcher does. The jailer has
-// to be told, for it would raise the limit.
-const maxFiles = 1024
-
 // place is where a VM's files are on the host.
 type place struct{ runDir string }
 
@@ -29,7 +25,6 @@ type place struct{ runDir string }
 // VMM and the agent see.
 func (p place) socketDir() string { return filepath.Join(p.runDir, "api") }
 func (p place) socket() string    { return filepath.Join(p.socketDir(), "sock") }
-func (p place) log() string       { return filepath.Join(p.runDir, launch.LogName) }
 
 // jails is the directory that the VMM's root is made in. It stays empty: what is
 // mounted on it, nobody but the VMM sees.
@@ -46,15 +41,7 @@ func (p place) jails() string { return filepath.Join(p.runDir, "jail") }
 func program(bin programs, s vmm.Spec, from string) launch.Program {
 	at := place{s.RunDir}
 	args := []string{"--api-sock", apiPath + "/sock", "--level", "Error"}
-	p := launch.Program{
-		NetNS:   s.NetNS,
-		RunDir:  s.RunDir,
-		Log:     at.log(),
-		Console: s.Console,
-		Cgroup:  s.Cgroup,
-		Limits:  s.Limits,
-		MaxFile: s.MaxFile(),
-	}
+	p := launch.ProgramOf(s)
 	root := at.jails()
 	if bin.jailer != "" {
 		root = filepath.Join(at.jails(), filepath.Base(bin.firecracker), s.ID, "root")
@@ -62,7 +49,7 @@ func program(bin programs, s vmm.Spec, from string) launch.Program {
 			bin.jailer, "--id", s.ID, "--exec-file", bin.firecracker,
 			"--uid", strconv.Itoa(s.UID), "--gid", strconv.Itoa(s.GID),
 			"--chroot-base-dir", at.jails(),
-			"--resource-limit", "no-file=" + strconv.Itoa(maxFiles),
+			"--resource-limit", "no-file=" + strconv.Itoa(launch.MaxFiles), // the jailer would raise the limit
 			"--",
 		}, args...)
 	} else {
@@ -89,15 +76,15 @@ func program(bin programs, s vmm.Spec, from string) launch.Program {
 		// An empty one waits here for the directory of a snapshot.
 		launch.Mount{Target: filepath.Join(root, snapshotPath)})
 	if from == "" {
-		add(s.Kernel, kernelPath, true)
-		if s.Initrd != "" {
-			add(s.Initrd, initrdPath, true)
+		add(s.Kernel.Image, kernelPath, true)
+		if s.Kernel.Initrd != "" {
+			add(s.Kernel.Initrd, initrdPath, true)
 		}
 	} else {
 		add(filepath.Join(from, snapfile.MemoryName), memoryPath, true)
 		add(filepath.Join(from, snapfile.StateName), statePath, true)
 	}
-	for i, d := range s.Disks {
+	for i, d := range s.Root.Disks() {
 		add(d.Path, diskPath(i), d.ReadOnly)
 	}
 	return p

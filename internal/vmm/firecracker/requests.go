@@ -3,9 +3,9 @@ package firecracker
 import (
 	"fmt"
 	"net/http"
-	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
@@ -113,24 +113,22 @@ type networkOverride struct {
 // is that of the devices, and with it part of a snapshot's format.
 func configure(s vmm.Spec) []request {
 	put := func(path string, body any) request { return request{http.MethodPut, path, body} }
-	boot := bootSource{Kernel: kernelPath, Cmdline: cmdline(s.Cmdline)}
-	if s.Initrd != "" {
+	boot := bootSource{Kernel: kernelPath, Cmdline: s.Cmdline(machineWords)}
+	if s.Kernel.Initrd != "" {
 		boot.Initrd = initrdPath
 	}
 	calls := []request{
 		put("/machine-config", machineConfig{VCPUs: s.VCPUs, MemMiB: s.MemMiB}),
 		put("/boot-source", boot),
 	}
-	for i, d := range s.Disks {
-		// None is a root device: that would add to the command line. The first
-		// one is vda, the next vdb. What the guest flushes goes no further than
-		// the host's cache, which is what a VM has that does not outlive its host;
-		// whoever keeps a disk flushes it.
-		id := "vd" + string(rune('a'+i))
-		calls = append(calls, put("/drives/"+id, drive{ID: id, Path: diskPath(i), ReadOnly: d.ReadOnly, Limiter: limiterOf(s.Limits)}))
+	for i, d := range s.Root.Disks() {
+		// None is a root device: that would add to the command line. What the
+		// guest flushes goes as far as the host's page cache, because a VM does
+		// not outlive its host; who keeps a disk flushes it.
+		calls = append(calls, put("/drives/"+d.Name, drive{ID: d.Name, Path: diskPath(i), ReadOnly: d.ReadOnly, Limiter: limiterOf(s.Limits)}))
 	}
-	if n := s.NIC; n != nil {
-		calls = append(calls, put("/network-interfaces/"+nicID, networkInterface{ID: nicID, Tap: n.Tap, MAC: n.MAC}))
+	if l := s.Link; l != nil {
+		calls = append(calls, put("/network-interfaces/"+nicID, networkInterface{ID: nicID, Tap: l.Name, MAC: l.MAC}))
 	}
 	return append(calls, put("/entropy", entropy{}))
 }
@@ -147,8 +145,8 @@ func load(s vmm.Spec, version string) request {
 		State:  statePath,
 		Memory: memoryBackend{Type: "File", Path: memoryPath},
 	}
-	if s.NIC != nil && since(version, overridesMajor, overridesMinor) {
-		body.Overrides = []networkOverride{{ID: nicID, Tap: s.NIC.Tap}}
+	if s.Link != nil && launch.AtLeast(version, overridesMajor, overridesMinor) {
+		body.Overrides = []networkOverride{{ID: nicID, Tap: s.Link.Name}}
 	}
 	return request{http.MethodPut, "/snapshot/load", body}
 }
@@ -165,17 +163,7 @@ func turn(state string) request {
 	return request{http.MethodPatch, "/vm", vmState{state}}
 }
 
-// cmdline puts what this machine needs before the spec's own, which may
-// therefore overrule it. A guest that restarts or panics ends its VMM: the
-// keyboard controller's reset is all that this machine has for it. It has no PCI
-// bus and no keyboard to be looked for.
-func cmdline(own string) string {
-	return strings.TrimSpace("console=ttyS0 reboot=k panic=-1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd " + own)
-}
-
-// since reports whether a version is the given one or later.
-func since(version string, major, minor int) bool {
-	var x, y int
-	fmt.Sscanf(version, "%d.%d", &x, &y)
-	return x > major || x == major && y >= minor
-}
+// machineWords are what this machine needs on a kernel's command line. A guest that
+// restarts or panics ends its VMM through the reset of the keyboard controller, the
+// only way that this machine has. It has no PCI bus and no keyboard to look for.
+const machineWords = "console=ttyS0 reboot=k panic=-1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd"

@@ -3,6 +3,7 @@ package firecracker
 import (
 	"flag"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -20,16 +21,16 @@ var update = flag.Bool("update", false, "rewrite the golden files")
 func specs() (small, full vmm.Spec) {
 	small = vmm.Spec{
 		ID: "sb-1", RunDir: "/run/wrenn/sb-1", VCPUs: 1, MemMiB: 128,
-		Kernel: "/k/vmlinux", Console: "/s/sb-1/console.log",
+		Kernel: vmm.Kernel{Image: "/k/vmlinux"}, Console: "/s/sb-1/console.log",
 	}
 	full = small
 	full.VCPUs, full.MemMiB = 4, 2048
-	full.Initrd = "/k/initrd.img"
-	full.Cmdline = "quiet wrenn.ip=169.254.0.21/30 panic=0"
-	full.Disks = []vmm.Disk{{Path: "/t/base.ext4", ReadOnly: true}, {Path: "/s/sb-1/overlay.ext4"}}
+	full.Kernel.Initrd, full.Kernel.Args = "/k/initrd.img", "quiet panic=0"
+	full.Boot.Addr = netip.MustParsePrefix("169.254.0.21/30")
+	full.Root = vmm.Root{Base: "/t/base.ext4", Overlay: "/s/sb-1/overlay.ext4"}
 	full.UID, full.GID = 20001, 20002
 	full.NetNS = "/run/netns/wrenn-1"
-	full.NIC = &vmm.NIC{Tap: "tap0", MAC: "02:FC:00:00:00:05"}
+	full.Link = &vmm.Link{Kind: vmm.Tap, Name: "tap0", MAC: "02:FC:00:00:00:05"}
 	full.Cgroup = "wrenn/sb-1"
 	full.Limits = vmm.Limits{CPUMilli: 4250, MemMiB: 2176, PIDs: 64}
 	return small, full
@@ -107,7 +108,7 @@ func TestSince(t *testing.T) {
 		version string
 		want    bool // since 1.12
 	}{{"1.8.0", false}, {"1.11.9", false}, {"1.12.0", true}, {"1.12.1", true}, {"1.17.0", true}, {"2.0.0", true}, {"", false}} {
-		if got := since(c.version, 1, 12); got != c.want {
+		if got := launch.AtLeast(c.version, 1, 12); got != c.want {
 			t.Errorf("%q: %v", c.version, got)
 		}
 	}
@@ -119,9 +120,8 @@ func TestSnapshotKey(t *testing.T) {
 	key := func(version string, change func(*vmm.Spec)) string {
 		t.Helper()
 		spec := full
-		spec.Disks = append([]vmm.Disk(nil), full.Disks...)
-		nic := *full.NIC
-		spec.NIC = &nic
+		link := *full.Link
+		spec.Link = &link
 		change(&spec)
 		k, err := driver(install(t, fakeSettings{Version: version}, true)).SnapshotKey(t.Context(), spec)
 		if err != nil || len(k) != 64 {
@@ -134,21 +134,21 @@ func TestSnapshotKey(t *testing.T) {
 		"another id":      func(s *vmm.Spec) { s.ID = "sb-2" },
 		"another place":   func(s *vmm.Spec) { s.RunDir, s.Console, s.NetNS, s.Cgroup = "/a", "/b", "/c", "d" },
 		"another user":    func(s *vmm.Spec) { s.UID, s.GID = 1, 2 },
-		"another overlay": func(s *vmm.Spec) { s.Disks[1].Path = "/elsewhere" },
-		"another tap":     func(s *vmm.Spec) { s.NIC.Tap = "tap7" },
-		"another kernel":  func(s *vmm.Spec) { s.Kernel, s.Initrd, s.Cmdline = "/x", "/y", "z" },
+		"another overlay": func(s *vmm.Spec) { s.Root.Overlay = "/elsewhere" },
+		"another tap":     func(s *vmm.Spec) { s.Link.Name = "tap7" },
+		"another kernel":  func(s *vmm.Spec) { s.Kernel = vmm.Kernel{Image: "/x", Initrd: "/y", Args: "z"} },
 	} {
 		if key("1.12.1", change) != same {
 			t.Errorf("%s changes the key", name)
 		}
 	}
 	for name, change := range map[string]func(*vmm.Spec){
-		"vCPUs":         func(s *vmm.Spec) { s.VCPUs = 2 },
-		"memory":        func(s *vmm.Spec) { s.MemMiB = 256 },
-		"a disk more":   func(s *vmm.Spec) { s.Disks = append(s.Disks, vmm.Disk{Path: "/z"}) },
-		"writable base": func(s *vmm.Spec) { s.Disks[0].ReadOnly = false },
-		"no network":    func(s *vmm.Spec) { s.NIC = nil },
-		"another MAC":   func(s *vmm.Spec) { s.NIC.MAC = "02:FC:00:00:00:06" },
+		"vCPUs":       func(s *vmm.Spec) { s.VCPUs = 2 },
+		"memory":      func(s *vmm.Spec) { s.MemMiB = 256 },
+		"no overlay":  func(s *vmm.Spec) { s.Root.Overlay = "" },
+		"no base":     func(s *vmm.Spec) { s.Root.Base = "" },
+		"no network":  func(s *vmm.Spec) { s.Link = nil },
+		"another MAC": func(s *vmm.Spec) { s.Link.MAC = "02:FC:00:00:00:06" },
 	} {
 		if key("1.12.1", change) == same {
 			t.Errorf("%s does not change the key", name)
@@ -157,7 +157,7 @@ func TestSnapshotKey(t *testing.T) {
 	if key("1.12.2", func(*vmm.Spec) {}) == same {
 		t.Error("another version does not change the key")
 	}
-	if key("1.11.0", func(*vmm.Spec) {}) == key("1.11.0", func(s *vmm.Spec) { s.NIC.Tap = "tap7" }) {
+	if key("1.11.0", func(*vmm.Spec) {}) == key("1.11.0", func(s *vmm.Spec) { s.Link.Name = "tap7" }) {
 		t.Error("another tap does not change the key of a version that cannot replace it")
 	}
 }

@@ -37,15 +37,15 @@ type shape struct {
 
 func shapeOf(s vmm.Spec) shape {
 	sh := shape{VCPUs: s.VCPUs, MemMiB: s.MemMiB}
-	for _, d := range s.Disks {
+	for _, d := range s.Root.Disks() {
 		if d.ReadOnly {
 			sh.Disks += "r"
 		} else {
 			sh.Disks += "w"
 		}
 	}
-	if s.NIC != nil {
-		sh.MAC, sh.Tap = strings.ToLower(s.NIC.MAC), s.NIC.Tap
+	if s.Link != nil {
+		sh.MAC, sh.Tap = strings.ToLower(s.Link.MAC), s.Link.Name
 	}
 	return sh
 }
@@ -79,7 +79,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 	}
 	defer os.RemoveAll(scratch)
 	err = v.write(ctx, scratch)
-	if exit, ok := v.process.EndedBy(err); ok {
+	if exit, ok := v.Process.EndedBy(err); ok {
 		return errdefs.Unavailable.Errorf("its VMM %s", exit)
 	}
 	if err != nil {
@@ -104,7 +104,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 		}
 	}
 	// The memory has no digest yet: the VM need not stand still for it.
-	m := snapfile.Manifest[shape]{Driver: Name, Version: v.version, Shape: v.state.Shape, Memory: snapfile.File{Size: size}, State: state}
+	m := snapfile.Manifest[shape]{Driver: Name, Version: v.Version, Shape: v.state.Shape, Memory: snapfile.File{Size: size}, State: state}
 	if err := m.Write(dir); err != nil {
 		return err
 	}
@@ -123,10 +123,10 @@ func (v *vm) write(ctx context.Context, dir string) (err error) {
 	if now.State != statePaused {
 		return errdefs.WrongState.Errorf("vm is %s, not paused", strings.ToLower(now.State))
 	}
-	if err := v.process.Mount(launch.Mount{Source: dir, Target: snapshotPath, UID: v.state.UID, GID: v.state.GID}); err != nil {
+	if err := v.Process.Mount(launch.Mount{Source: dir, Target: snapshotPath, UID: v.state.UID, GID: v.state.GID}); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, v.process.Unmount(snapshotPath)) }()
+	defer func() { err = errors.Join(err, v.Process.Unmount(snapshotPath)) }()
 	err = v.api.call(ctx, moveLimit(v.state.Shape.MemMiB), create(), nil)
 	var said *fault
 	if errors.As(err, &said) && (strings.Contains(said.Message, "os error 28)") || strings.Contains(said.Message, "os error 122)")) {
@@ -138,7 +138,7 @@ func (v *vm) write(ctx context.Context, dir string) (err error) {
 // fits checks that a snapshot is complete and of such a VM.
 func fits(dir, version string, want shape) error {
 	var forget func(*shape)
-	if since(version, overridesMajor, overridesMinor) {
+	if launch.AtLeast(version, overridesMajor, overridesMinor) {
 		forget = func(s *shape) { s.Tap = "" }
 	}
 	state, err := snapfile.Open(dir, Name, version, want, forget)
@@ -177,12 +177,10 @@ func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error)
 	if err != nil {
 		return "", err
 	}
-	// The calls are the machine. What the kernel is and is told, the guest may
-	// change without the machine noticing.
-	spec.Kernel, spec.Initrd, spec.Cmdline = "", "", ""
-	spec.Limits = vmm.Limits{}
-	if spec.NIC != nil && since(f.bin.version, overridesMajor, overridesMinor) {
-		spec.NIC = &vmm.NIC{MAC: strings.ToLower(spec.NIC.MAC)}
+	// The calls describe the machine.
+	spec = spec.Machine()
+	if spec.Link != nil && launch.AtLeast(f.bin.version, overridesMajor, overridesMinor) {
+		spec.Link.Name = "" // a restored VM may have another
 	}
 	h := sha256.New()
 	fmt.Fprintf(h, "%s\x00%s\x00%s\x00", Name, f.bin.version, cpu)

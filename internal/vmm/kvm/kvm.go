@@ -191,6 +191,14 @@ func Kind() string {
 	return strings.Join(names, " ")
 }
 
+// Isolation is what a guest under this host's KVM is isolated by.
+func Isolation() vmm.Isolation {
+	if strings.Contains(Kind(), "kvm_pvm") {
+		return vmm.Paravirtual
+	}
+	return vmm.Hardware
+}
+
 // errSlow is that the probe guest showed nothing in time.
 var errSlow = fmt.Errorf("nothing after %s", probeTimeout)
 
@@ -208,7 +216,7 @@ func (p Probe) Boot(ctx context.Context, start func(context.Context, vmm.Spec) (
 	console := filepath.Join(dir, "console.log")
 	v, err := start(ctx, vmm.Spec{
 		ID: "probe", RunDir: dir, VCPUs: 1, MemMiB: probeMemMiB,
-		Kernel: p.Kernel, Initrd: p.Initrd, Cmdline: "quiet " + guestapi.Cmdline(guestapi.Boot{Probe: true}, guestapi.Disks{}),
+		Kernel: vmm.Kernel{Image: p.Kernel, Initrd: p.Initrd, Args: "quiet"}, Boot: guestapi.Boot{Probe: true},
 		Console: console, UID: p.UID, GID: p.GID,
 	})
 	if err != nil {

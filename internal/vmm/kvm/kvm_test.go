@@ -45,8 +45,8 @@ func (probeVM) Resume(context.Context) error { return nil }
 func guest(t *testing.T, script string, starts *int) func(context.Context, vmm.Spec) (vmm.VM, error) {
 	return func(_ context.Context, spec vmm.Spec) (vmm.VM, error) {
 		*starts++
-		if !strings.Contains(spec.Cmdline, "wrenn.probe=1") {
-			t.Errorf("command line %q", spec.Cmdline)
+		if !spec.Boot.Probe {
+			t.Errorf("boot facts %+v", spec.Boot)
 		}
 		p := launch.Program{Args: []string{"/bin/sh", "-c", script}}
 		p.Console = spec.Console

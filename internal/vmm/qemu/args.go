@@ -3,11 +3,18 @@ package qemu
 import (
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
+)
+
+// What runs the guest's code, as Report.Accel names it.
+const (
+	accelKVM = "kvm"
+	accelTCG = "tcg"
 )
 
 // The descriptors that QEMU inherits.
@@ -16,103 +23,131 @@ const (
 	stateFD = 4 // the device state to restore
 )
 
-// machine is all that the argument vector depends on.
+// machine holds all that the argument vector depends on.
 type machine struct {
 	binary  string
 	version string
-	accel   string // kvm or tcg
+	accel   string
 	spec    vmm.Spec
-	// memory is the file of a snapshot to restore, empty to boot.
+	// memory is the memory file of a snapshot to restore; empty to boot.
 	memory string
 }
 
 // argv renders QEMU's argument vector. The order and the PCI addresses of the
 // devices are part of a snapshot's format.
 func argv(m machine) []string {
-	s := m.spec
-	// What TCG keeps of translated code, in MiB, has to fit the VMM's memory
-	// limit beside the guest: by itself it would take 1 GiB in the end.
-	accel, cpu := "tcg,thread=multi,tb-size=64", "qemu64" // boots faster than max
-	if m.accel == "kvm" {
+	return slices.Concat(
+		[]string{m.binary, "-name", "wrenn-" + m.spec.ID},
+		board(m), control(), sandboxed(m), source(m),
+		[]string{"-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng,addr=0x2"},
+		card(m.spec.Link), disks(m.spec),
+	)
+}
+
+// board renders CPU, memory and chipset.
+func board(m machine) []string {
+	// By itself TCG keeps up to 1 GiB of translated code. 64 MiB fit into the
+	// VMM's memory limit beside the guest. qemu64 boots faster than max.
+	accel, cpu := "tcg,thread=multi,tb-size=64", "qemu64"
+	if m.accel == accelKVM {
 		accel, cpu = "kvm", "host"
 	}
-	// The filter comes before the change of user, which it must let pass.
-	// After that there is no privilege left to be gained with those calls.
-	elevate := "deny"
-	if s.UID != 0 || s.GID != 0 {
-		elevate = "allow"
-	}
-	// A booted VM's memory is a file in memory, of which a snapshot is a copy.
-	// Restored VMs share the pages of one snapshot's file until they write.
+	// The memory of a booted VM is a file in memory, and a snapshot a copy of
+	// that file. Restored VMs share the pages of one snapshot's file until they
+	// write to them.
 	ram := "memory-backend-memfd,share=on"
 	if m.memory != "" {
 		ram = "memory-backend-file,share=off,mem-path=" + value(m.memory)
 	}
-	// The spec's own command line comes last and may overrule this. Time that
-	// passed while a guest did not run is no lockup, and the clock of an
-	// emulated CPU is the host's: watching over either wakes the guest for
-	// nothing, as do the averages of who waits for what. What guards against
-	// the speculation of a CPU guards nothing where code is translated.
-	own := "console=ttyS0 reboot=k panic=-1 nowatchdog"
-	if m.accel == "tcg" {
-		own += " tsc=nowatchdog psi=0 mitigations=off"
-	}
-	args := []string{
-		m.binary,
-		"-name", "wrenn-" + s.ID,
+	return []string{
 		"-no-user-config", "-nodefaults", "-display", "none",
 		"-machine", "q35,usb=off,smbus=off,sata=off,vmport=off,suppress-vmdesc=on,memory-backend=ram",
 		"-accel", accel,
 		"-cpu", cpu,
-		"-smp", strconv.Itoa(s.VCPUs),
-		"-m", fmt.Sprintf("%dM", s.MemMiB),
-		"-object", fmt.Sprintf("%s,id=ram,size=%dM", ram, s.MemMiB),
+		"-smp", strconv.Itoa(m.spec.VCPUs),
+		"-m", fmt.Sprintf("%dM", m.spec.MemMiB),
+		"-object", fmt.Sprintf("%s,id=ram,size=%dM", ram, m.spec.MemMiB),
 		// A snapshot is device state alone, without a migration's preamble.
 		"-global", "migration.send-configuration=off",
-		// Nobody has to learn where a restored guest is now: its link is new.
+		// No switch has to learn where a restored guest is: its link is new.
 		"-global", "migration.announce-rounds=0",
-		// Once everything is open, QEMU lives in an empty directory as
-		// somebody who may do nothing.
-		"-sandbox", "on,obsolete=deny,spawn=deny,resourcecontrol=deny,elevateprivileges=" + elevate,
 		// A guest that powers off, reboots or panics ends its VMM.
 		"-no-reboot",
+	}
+}
+
+// control renders the control socket and the console. The guest's console is
+// standard output, the VMM's own messages are standard error; there is no input.
+func control() []string {
+	return []string{
 		"-chardev", fmt.Sprintf("socket,id=qmp,fd=%d,server=on,wait=off", qmpFD),
 		"-mon", "chardev=qmp,mode=control",
-		// The guest's console is standard output, the VMM's own words are
-		// standard error. Nothing is to be read.
 		"-chardev", "stdio,id=console,signal=off",
 		"-serial", "chardev:console",
 	}
-	args = append(args, confine(m)...)
+}
+
+// sandboxed renders what QEMU gives up once it has opened everything: it runs on
+// in an empty directory, as a user without rights.
+func sandboxed(m machine) []string {
+	// QEMU's filter of system calls comes before its change of user, which the
+	// filter must allow. Afterwards these calls gain no privilege any more.
+	elevate := "deny"
+	if m.spec.UID != 0 || m.spec.GID != 0 {
+		elevate = "allow"
+	}
+	return append([]string{
+		"-sandbox", "on,obsolete=deny,spawn=deny,resourcecontrol=deny,elevateprivileges=" + elevate,
+	}, confine(m)...)
+}
+
+// source renders what the machine starts from: a kernel, or a snapshot's devices.
+func source(m machine) []string {
 	if m.memory != "" {
-		args = append(args, "-S", "-incoming", fmt.Sprintf("fd:%d", stateFD))
-	} else {
-		args = append(args, "-kernel", s.Kernel, "-append", strings.TrimSpace(own+" "+s.Cmdline))
-		if s.Initrd != "" {
-			args = append(args, "-initrd", s.Initrd)
-		}
+		return []string{"-S", "-incoming", fmt.Sprintf("fd:%d", stateFD)}
 	}
-	args = append(args,
-		"-object", "rng-builtin,id=rng",
-		"-device", "virtio-rng-pci,rng=rng,addr=0x2")
-	if n := s.NIC; n != nil {
-		args = append(args,
-			"-netdev", "tap,id=net,script=no,downscript=no,vhost=off,ifname="+n.Tap,
-			"-device", "virtio-net-pci,netdev=net,romfile=,guest_announce=off,addr=0x3,mac="+n.MAC)
+	// A pause of the guest is no lockup (nowatchdog). The clock of an emulated
+	// CPU is the host's, and its watchdog would only wake the guest, as the
+	// averages of pressure do. Mitigations guard against the speculation of a
+	// CPU, which translated code does not have.
+	words := "console=ttyS0 reboot=k panic=-1 nowatchdog"
+	if m.accel == accelTCG {
+		words += " tsc=nowatchdog psi=0 mitigations=off"
 	}
+	args := []string{"-kernel", m.spec.Kernel.Image, "-append", m.spec.Cmdline(words)}
+	if m.spec.Kernel.Initrd != "" {
+		args = append(args, "-initrd", m.spec.Kernel.Initrd)
+	}
+	return args
+}
+
+// card renders the network card.
+func card(l *vmm.Link) []string {
+	if l == nil {
+		return nil
+	}
+	return []string{
+		"-netdev", "tap,id=net,script=no,downscript=no,vhost=off,ifname=" + l.Name,
+		"-device", "virtio-net-pci,netdev=net,romfile=,guest_announce=off,addr=0x3,mac=" + l.MAC,
+	}
+}
+
+// disks renders the layers of the root file system.
+func disks(s vmm.Spec) (args []string) {
 	file := "driver=raw,file.driver=file,file.filename="
 	if s.Limits.DiskBytes > 0 || s.Limits.DiskOps > 0 {
 		args = append(args, "-object",
 			fmt.Sprintf("throttle-group,id=disks,x-bps-total=%d,x-iops-total=%d", s.Limits.DiskBytes, s.Limits.DiskOps))
 		file = "driver=throttle,throttle-group=disks,file.driver=raw,file.file.driver=file,file.file.filename="
 	}
-	for i, d := range s.Disks {
-		// A write that the host does not take stops the VM, and is tried again
-		// when it goes on: a guest that is told of an error loses data.
+	for i, d := range s.Root.Disks() {
 		mode := "read-only=off,discard=unmap"
 		if d.ReadOnly {
 			mode = "read-only=on"
 		}
+		// werror=stop: a write that the host does not take stops the VM, and is
+		// tried again when the VM goes on. A guest that is told of an error loses
+		// data.
 		args = append(args,
 			"-blockdev", fmt.Sprintf("node-name=disk%d,%s,%s%s", i, mode, file, value(d.Path)),
 			"-device", fmt.Sprintf("virtio-blk-pci,drive=disk%d,werror=stop,addr=0x%x", i, 0x10+i))
@@ -127,9 +162,9 @@ func confine(m machine) []string {
 	drop := m.spec.UID != 0 || m.spec.GID != 0
 	var args []string
 	switch {
-	case drop && since(m.version, 9, 1):
+	case drop && launch.AtLeast(m.version, 9, 1):
 		return []string{"-run-with", "chroot=" + value(root) + ",user=" + user}
-	case since(m.version, 8, 1):
+	case launch.AtLeast(m.version, 8, 1):
 		args = []string{"-run-with", "chroot=" + value(root)}
 	default:
 		args = []string{"-chroot", root}
@@ -140,16 +175,8 @@ func confine(m machine) []string {
 	return args
 }
 
-// since reports whether a version is the given one or later.
-func since(version string, major, minor int) bool {
-	var x, y int
-	fmt.Sscanf(version, "%d.%d", &x, &y)
-	return x > major || x == major && y >= minor
-}
-
 // value quotes a value of QEMU's key=value lists.
 func value(s string) string { return strings.ReplaceAll(s, ",", ",,") }
 
 func qmpSocket(runDir string) string { return filepath.Join(runDir, "qmp.sock") }
 func jail(runDir string) string      { return filepath.Join(runDir, "empty") }
-func vmmLog(runDir string) string    { return filepath.Join(runDir, launch.LogName) }

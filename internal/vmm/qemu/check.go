@@ -7,43 +7,44 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
-// Check implements vmm.Driver. Without QEMU it is errdefs.Unavailable. KVM is
-// used where it is proven to work.
+// Check implements vmm.Driver. Without QEMU the error is errdefs.Unavailable. QEMU
+// uses KVM where a probe guest has shown that KVM works.
 func (d *Driver) Check(ctx context.Context) (vmm.Report, error) {
-	select {
-	case d.checking <- struct{}{}:
-	case <-ctx.Done():
-		return vmm.Report{}, fmt.Errorf("check qemu: %w", context.Cause(ctx))
-	}
-	defer func() { <-d.checking }()
-	if d.checked != nil {
-		return *d.checked, nil
-	}
-	version, err := d.version(ctx)
-	if err != nil {
-		return vmm.Report{}, err
-	}
-	report := vmm.Report{Version: version, Accel: "tcg"}
-	verdict, err := d.cfg.Probe.KVM(ctx, Name, version, func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
-		return d.launch(ctx, spec, vmm.Report{Version: version, Accel: "kvm"}, nil)
+	report, err := d.checked.Get(ctx, func() (vmm.Report, bool, error) {
+		binary, err := d.binary()
+		if err != nil {
+			return vmm.Report{}, false, err
+		}
+		version, err := launch.Version(ctx, binary, "QEMU", versionLine)
+		if err != nil {
+			return vmm.Report{}, false, err
+		}
+		verdict, err := d.cfg.Probe.KVM(ctx, Name, version, func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
+			return d.launch(ctx, spec, vmm.Report{Version: version, Accel: accelKVM}, nil)
+		})
+		if err != nil {
+			return vmm.Report{}, false, err
+		}
+		report := vmm.Report{Version: version, Why: verdict.Why}
+		if verdict.Works {
+			report.Accel, report.Isolation, report.Speed = accelKVM, kvm.Isolation(), vmm.Native
+		} else {
+			report.Accel, report.Isolation, report.Speed = accelTCG, vmm.Emulation, vmm.Emulated
+		}
+		return report, verdict.Final, nil
 	})
-	if err != nil {
+	// Errors that a person can act on say all that is needed.
+	if err != nil && errdefs.ClassOf(err) == nil {
 		return vmm.Report{}, fmt.Errorf("check qemu: %w", err)
 	}
-	report.Why = verdict.Why
-	if verdict.Works {
-		report.Accel = "kvm"
-	}
-	if verdict.Final {
-		d.checked = &report
-	}
-	return report, nil
+	return report, err
 }
 
 func there(path string) bool {
@@ -60,23 +61,3 @@ func (d *Driver) binary() (string, error) {
 }
 
 var versionLine = regexp.MustCompile(`version (\d+\.\d+\.\d+)`)
-
-func (d *Driver) version(ctx context.Context) (string, error) {
-	binary, err := d.binary()
-	if err != nil {
-		return "", err
-	}
-	out, err := exec.CommandContext(ctx, binary, "--version").Output()
-	if ctx.Err() != nil {
-		return "", fmt.Errorf("check qemu: %w", context.Cause(ctx))
-	}
-	if err != nil {
-		return "", fmt.Errorf("check qemu: %w", err)
-	}
-	first, _, _ := strings.Cut(string(out), "\n")
-	match := versionLine.FindStringSubmatch(first)
-	if match == nil {
-		return "", fmt.Errorf("check qemu: no version in %q", first)
-	}
-	return match[1], nil
-}

@@ -9,7 +9,6 @@ import (
 	"testing"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // A snapshot takes no disk away, neither from its source nor from a clone.
@@ -22,7 +21,7 @@ func TestDisksAfterSnapshot(t *testing.T) {
 		}
 		return path
 	}
-	s.Spec.Disks = []vmm.Disk{{Path: disk()}}
+	s.Spec.Root.Overlay = disk()
 	s.Spec.UID, s.Spec.GID = 871234, 871234
 	v := start(t, s)
 	if err := v.Pause(t.Context()); err != nil {
@@ -33,7 +32,7 @@ func TestDisksAfterSnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 	clone := s.Clone()
-	clone.Disks = []vmm.Disk{{Path: disk()}}
+	clone.Root.Overlay = disk()
 	clone.UID, clone.GID = s.Spec.UID, s.Spec.GID
 	restored, err := s.Driver.(*Driver).Restore(t.Context(), clone, dir)
 	if err != nil {
@@ -43,7 +42,7 @@ func TestDisksAfterSnapshot(t *testing.T) {
 	for name, c := range map[string]struct {
 		vm   *vm
 		path string
-	}{"source": {v, s.Spec.Disks[0].Path}, "clone": {restored.(*vm), clone.Disks[0].Path}} {
+	}{"source": {v, s.Spec.Root.Overlay}, "clone": {restored.(*vm), clone.Root.Overlay}} {
 		if err := c.vm.Resume(t.Context()); err != nil {
 			t.Fatal(err)
 		}

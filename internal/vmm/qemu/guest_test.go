@@ -69,15 +69,15 @@ func withGuest(t testing.TB, s *vmmtest.Subject, cmdline string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.Spec.Initrd = filepath.Join(t.TempDir(), "initrd.img")
-	if err := os.WriteFile(s.Spec.Initrd, data, 0o600); err != nil {
+	s.Spec.Kernel.Initrd = filepath.Join(t.TempDir(), "initrd.img")
+	if err := os.WriteFile(s.Spec.Kernel.Initrd, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.Spec.Cmdline = "quiet " + cmdline
+	s.Spec.Kernel.Args = "quiet " + cmdline
 	bare := s.Clone
 	s.Clone = func() vmm.Spec {
 		clone := bare()
-		clone.Initrd, clone.Cmdline = s.Spec.Initrd, s.Spec.Cmdline
+		clone.Kernel = s.Spec.Kernel
 		return clone
 	}
 }
@@ -194,7 +194,7 @@ func TestGuestGoesOn(t *testing.T) {
 	if err := child.Pause(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	counts, _ = ticks(t, child.process.Ref().Console)
+	counts, _ = ticks(t, child.Process.Ref().Console)
 	second := t.TempDir()
 	if err := child.Snapshot(t.Context(), second); err != nil {
 		t.Fatal(err)
@@ -206,7 +206,7 @@ func TestGuestGoesOn(t *testing.T) {
 	if err := child.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	until(t, child.process.Ref().Console, fmt.Sprintf(`tick %d `, counts[len(counts)-1]+4))
+	until(t, child.Process.Ref().Console, fmt.Sprintf(`tick %d `, counts[len(counts)-1]+4))
 }
 
 // Clones take memory for what they write, not for what they are.
@@ -237,7 +237,7 @@ func TestClonesShareMemory(t *testing.T) {
 	if err := restored.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	console := restored.(*vm).process.Ref().Console
+	console := restored.(*vm).Process.Ref().Console
 	until(t, console, `(?s)tick.*tick.*tick.*tick`)
 	private := anonymous(t, restored.(*vm), st.Ino)
 	t.Logf("memory %d MiB, in the snapshot %d MiB, written by a clone in its first ticks %d KiB",
@@ -421,7 +421,7 @@ func TestConsoleIsBounded(t *testing.T) {
 func TestProbe(t *testing.T) {
 	s := subject(t)
 	withGuest(t, &s, "")
-	p := kvm.Probe{Kernel: s.Spec.Kernel, Initrd: s.Spec.Initrd}
+	p := kvm.Probe{Kernel: s.Spec.Kernel.Image, Initrd: s.Spec.Kernel.Initrd}
 	took, err := p.Boot(t.Context(), func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 		return New(Config{}).launch(ctx, spec, vmm.Report{Version: "7.2.0", Accel: "tcg"}, nil)
 	})
@@ -436,7 +436,7 @@ func TestTap(t *testing.T) {
 	s := subject(t)
 	ns := tapNamespace(t, "tap0")
 	s.Spec.NetNS = ns
-	s.Spec.NIC = &vmm.NIC{Tap: "tap0", MAC: "02:FC:00:00:00:05"}
+	s.Spec.Link = &vmm.Link{Kind: vmm.Tap, Name: "tap0", MAC: "02:FC:00:00:00:05"}
 	s.Spec.UID, s.Spec.GID = 871234, 871234
 	overlay := func() string {
 		path := filepath.Join(t.TempDir(), "overlay")
@@ -445,7 +445,7 @@ func TestTap(t *testing.T) {
 		}
 		return path
 	}
-	s.Spec.Disks = []vmm.Disk{{Path: s.Spec.Kernel, ReadOnly: true}, {Path: overlay()}}
+	s.Spec.Root = vmm.Root{Base: s.Spec.Kernel.Image, Overlay: overlay()}
 	v := start(t, s)
 	want, err := os.Readlink(ns)
 	if err != nil {
@@ -466,8 +466,8 @@ func TestTap(t *testing.T) {
 		t.Fatal(err)
 	}
 	clone := s.Clone()
-	clone.NetNS, clone.NIC, clone.UID, clone.GID = s.Spec.NetNS, s.Spec.NIC, s.Spec.UID, s.Spec.GID
-	clone.Disks = []vmm.Disk{s.Spec.Disks[0], {Path: overlay()}}
+	clone.NetNS, clone.Link, clone.UID, clone.GID = s.Spec.NetNS, s.Spec.Link, s.Spec.UID, s.Spec.GID
+	clone.Root = vmm.Root{Base: s.Spec.Root.Base, Overlay: overlay()}
 	restored, err := s.Driver.(*Driver).Restore(t.Context(), clone, dir)
 	if err != nil {
 		t.Fatal(err)

@@ -3,7 +3,6 @@ package qemu
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -20,39 +19,42 @@ import (
 // Name is the driver's name in handles and settings.
 const Name = "qemu"
 
-// loadPoll is how often a VM that is being restored is asked whether it is.
+// loadPoll is the time between two questions whether a VM has been restored.
 const loadPoll = time.Millisecond
-
-// readBack bounds the question for a VM's state after an answer went missing.
-const readBack = 2 * time.Second
 
 // Config says what a Driver works with.
 type Config struct {
 	// Binary is qemu-system-x86_64's path or its name in PATH; empty for that
 	// name.
 	Binary string
-	// Probe tells whether KVM works. As long as it cannot, KVM is not used.
+	// Probe tells whether KVM works. Until it says so, KVM is not used.
 	Probe kvm.Probe
 }
 
 // Driver implements vmm.Driver.
 type Driver struct {
-	cfg Config
-
-	checking chan struct{} // held by the one that probes
-	checked  *vmm.Report   // guarded by checking
+	cfg     Config
+	checked *launch.Memo[vmm.Report]
 }
 
-// New returns a driver; it does nothing yet.
+// New returns a driver. It starts nothing yet.
 func New(cfg Config) *Driver {
 	if cfg.Binary == "" {
 		cfg.Binary = "qemu-system-x86_64"
 	}
-	return &Driver{cfg: cfg, checking: make(chan struct{}, 1)}
+	return &Driver{cfg: cfg, checked: launch.NewMemo[vmm.Report]()}
 }
 
 // Name implements vmm.Driver.
 func (d *Driver) Name() string { return Name }
+
+// Needs implements vmm.Driver.
+func (d *Driver) Needs() vmm.Needs { return needs }
+
+var needs = vmm.Needs{
+	Kernel: true, Link: vmm.Tap,
+	Install: "sudo apt-get install -y --no-install-recommends qemu-system-x86",
+}
 
 // Start implements vmm.Driver.
 func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
@@ -60,7 +62,7 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := spec.Validate(); err != nil {
+	if err := spec.Validate(needs); err != nil {
 		return nil, err
 	}
 	v, err := d.launch(ctx, spec, report, nil)
@@ -70,8 +72,8 @@ func (d *Driver) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
 	return v, nil
 }
 
-// launch starts QEMU with a valid spec, to boot it or, with a snapshot, to go on
-// where that stopped.
+// launch starts QEMU with a valid spec: to boot the VM or, with a snapshot, to
+// restore it.
 func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, from *snapshot) (_ *vm, err error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
@@ -87,8 +89,8 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		}
 	}()
 
-	// The socket is there before QEMU is, so nobody has to wait for it to
-	// appear: a connection is accepted when QEMU serves, and breaks if it dies.
+	// The socket exists before QEMU does, so there is no wait for it to appear: a
+	// connection is accepted once QEMU serves, and breaks if QEMU ends.
 	socket, err := listen(qmpSocket(spec.RunDir))
 	if err != nil {
 		return nil, err
@@ -106,35 +108,36 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		m.memory = from.memory()
 		files, want = append(files, from.state), statusPaused
 	}
-	process, err := launch.Start(launch.Program{
-		Args:    argv(m),
-		Files:   files,
-		NetNS:   spec.NetNS,
-		RunDir:  spec.RunDir,
-		Log:     vmmLog(spec.RunDir),
-		Console: spec.Console,
-		Cgroup:  spec.Cgroup,
-		Limits:  spec.Limits,
-
-		Private:  true,
-		Syscalls: calls,
-		MaxFile:  spec.MaxFile(),
-		// It maps the memory privately, but opens it for writing all the
-		// same.
-		ReadOnly: m.memory,
-	})
+	program := launch.ProgramOf(spec)
+	program.Args, program.Files = argv(m), files
+	program.Private, program.Syscalls = true, calls
+	// QEMU maps the memory privately, but opens its file for writing all the same.
+	program.ReadOnly = m.memory
+	process, err := launch.Start(program)
 	if err != nil {
 		return nil, err
 	}
 	steps.Push("kill vmm", process.Kill)
-	socket.Close() // with QEMU's copy alone open, its death is seen at once
+	socket.Close() // QEMU holds the only copy now, so its end breaks connections at once
 
-	v := &vm{process: process, version: report.Version, state: state{
+	v := newVM(process, report.Version, state{
 		Process: process.Ref(),
 		QMP:     qmpSocket(spec.RunDir),
 		Shape:   shapeOf(spec, report),
-	}}
-	err = v.with(ctx, callTimeout, func(m *monitor) error {
+	})
+	if err := v.awaitStart(ctx, want); err != nil {
+		return nil, process.StartError(err, "qemu")
+	}
+	if err := process.Started(); err != nil {
+		return nil, err
+	}
+	steps.Keep()
+	return v, nil
+}
+
+// awaitStart waits until a new VM is booting or restored.
+func (v *vm) awaitStart(ctx context.Context, want string) error {
+	return v.with(ctx, callTimeout, func(m *monitor) error {
 		status, err := m.status()
 		for ; err == nil && status == statusInMigrate; status, err = m.status() {
 			if err := sleep(ctx, loadPoll); err != nil {
@@ -146,43 +149,18 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		}
 		return err
 	})
-	exit, ended := v.process.EndedBy(err)
-	switch {
-	case ended && exit.Signal != 0: // somebody killed it: its own words are empty
-		return nil, errdefs.Unavailable.Errorf("the vmm %s while it started", exit)
-	case ended:
-		// Unclassed: QEMU's own words name the host's files.
-		return nil, fmt.Errorf("qemu %s: %s", exit, exit.Detail)
-	case err != nil:
-		return nil, err
-	}
-	if err := process.Started(); err != nil {
-		return nil, err
-	}
-	steps.Keep()
-	return v, nil
 }
 
 // Attach implements vmm.Driver.
 func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
-	v := &vm{version: h.Version}
-	if h.Driver != Name {
-		return nil, errdefs.InvalidArgument.Errorf("attach: handle of driver %.40q, not of %s", h.Driver, Name)
-	}
-	if err := json.Unmarshal(h.State, &v.state); err != nil {
-		return nil, errdefs.InvalidArgument.Errorf("attach: malformed handle: %w", err)
-	}
-	process, err := launch.Adopt(ctx, v.state.Process)
+	v := &vm{}
+	base, err := launch.Attach(ctx, Name, h, &v.state, &v.state.Process)
 	if err != nil {
-		return nil, fmt.Errorf("attach: %w", err)
+		return nil, err
 	}
-	v.process = process
+	v.VM = base
 	if _, err := v.status(ctx); err != nil {
-		if _, ended := process.EndedBy(err); ended {
-			return nil, errdefs.NotFound.Errorf("attach: the vm has exited")
-		}
-		process.Release()
-		return nil, fmt.Errorf("attach: %w", vmm.Cancelled(ctx, err))
+		return nil, v.GiveUp(ctx, err)
 	}
 	return v, nil
 }
@@ -196,22 +174,15 @@ type state struct {
 
 // vm implements vmm.VM.
 type vm struct {
-	process *launch.Process
-	version string
-	state   state
+	launch.VM
+	state state
 }
 
-func (v *vm) Handle() vmm.Handle {
-	state, err := json.Marshal(v.state)
-	if err != nil {
-		panic(err) // strings and numbers always encode
-	}
-	return vmm.Handle{Driver: Name, Version: v.version, State: state}
+func newVM(p *launch.Process, version string, s state) *vm {
+	v := &vm{state: s}
+	v.VM = launch.NewVM(p, Name, version, &v.state)
+	return v
 }
-
-func (v *vm) Done() <-chan struct{}          { return v.process.Done() }
-func (v *vm) Exit() vmm.Exit                 { return v.process.Exit() }
-func (v *vm) Kill(ctx context.Context) error { return v.process.Kill(ctx) }
 
 func (v *vm) Pause(ctx context.Context) error {
 	return v.change(ctx, "pause", "stop", statusPaused)
@@ -221,32 +192,23 @@ func (v *vm) Resume(ctx context.Context) error {
 	return v.change(ctx, "resume", "cont", statusRunning)
 }
 
-// change runs a command that brings the VM into the wanted state, or finds it
-// there. If the answer is lost, the VM's state decides what has happened.
+// change runs a command that brings the VM into the wanted state.
 func (v *vm) change(ctx context.Context, what, command, want string) error {
-	err := v.with(ctx, callTimeout, func(m *monitor) error {
-		if err := m.call(command, nil, nil); err != nil {
+	return v.Change(ctx, what, func() error {
+		return v.with(ctx, callTimeout, func(m *monitor) error {
+			if err := m.call(command, nil, nil); err != nil {
+				return err
+			}
+			status, err := m.status()
+			if err == nil && !is(status, want) {
+				err = errdefs.WrongState.Errorf("vm is %s", status)
+			}
 			return err
-		}
-		status, err := m.status()
-		if err == nil && !is(status, want) {
-			err = errdefs.WrongState.Errorf("vm is %s", status)
-		}
-		return err
+		})
+	}, func(ctx context.Context) bool {
+		status, err := v.status(ctx)
+		return err == nil && is(status, want)
 	})
-	if err == nil {
-		return nil
-	}
-	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), readBack)
-	defer cancel()
-	if status, e := v.status(back); e == nil && is(status, want) {
-		return nil
-	}
-	err = vmm.Cancelled(ctx, err)
-	if exit, ok := v.process.EndedBy(err); ok {
-		return errdefs.Unavailable.Errorf("%s vm: its VMM %s", what, exit)
-	}
-	return fmt.Errorf("%s vm: %w", what, err)
 }
 
 func (v *vm) status(ctx context.Context) (status string, err error) {
@@ -257,9 +219,9 @@ func (v *vm) status(ctx context.Context) (status string, err error) {
 	return status, err
 }
 
-// is reports whether a VM is in the wanted state. One that QEMU stopped is as good
-// as paused, and stays so until it is resumed; one that it stopped again as soon as
-// it was resumed has been resumed.
+// is says whether a VM with that status is in the wanted state. A VM that QEMU
+// stopped because of an I/O error counts as paused, and stays so until it is
+// resumed. It counts as running too: QEMU may stop it again as soon as it runs.
 func is(status, want string) bool {
 	return status == want || status == statusIOError
 }
@@ -291,7 +253,7 @@ func (v *vm) Stalled(ctx context.Context) (why, err error) {
 	return why, nil
 }
 
-// with runs f on a connection of its own, and nobody else's meanwhile.
+// with runs f on a connection of its own. QEMU serves one connection at a time.
 func (v *vm) with(ctx context.Context, limit time.Duration, f func(*monitor) error) error {
 	m, err := dial(ctx, v.state.QMP, limit)
 	if err != nil {

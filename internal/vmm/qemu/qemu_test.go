@@ -17,6 +17,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
@@ -36,8 +37,7 @@ func subject(t testing.TB) vmmtest.Subject {
 	t.Cleanup(func() { os.RemoveAll(top) })
 	id := filepath.Base(top)
 	spec := vmm.Spec{
-		ID: id, VCPUs: 1, MemMiB: 128, Kernel: kernel,
-		Cmdline: "quiet " + stays, Console: filepath.Join(t.TempDir(), "console.log"),
+		ID: id, VCPUs: 1, MemMiB: 128, Kernel: vmm.Kernel{Image: kernel, Args: "quiet " + stays}, Console: filepath.Join(t.TempDir(), "console.log"),
 	}
 	n := 0
 	place := func(spec vmm.Spec) vmm.Spec {
@@ -59,7 +59,7 @@ func subject(t testing.TB) vmmtest.Subject {
 			clone.Console = filepath.Join(t.TempDir(), "console.log")
 			return place(clone)
 		},
-		Exiting: "panic=-1",
+		Exiting: func(s *vmm.Spec) { s.Kernel.Args += " panic=-1" },
 		Live:    func() int { return len(processes(t, id)) },
 	}
 }
@@ -103,7 +103,7 @@ func TestContract(t *testing.T) {
 
 func TestConsoleReachesItsFile(t *testing.T) {
 	s := subject(t)
-	s.Spec.Cmdline = "panic=-1"
+	s.Spec.Kernel.Args = "panic=-1"
 	v := start(t, s)
 	select {
 	case <-v.Done():
@@ -121,7 +121,7 @@ func TestStartExplainsTheExit(t *testing.T) {
 	if err := os.WriteFile(s.Spec.RunDir+"/notakernel", []byte("nonsense"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.Spec.Kernel = s.Spec.RunDir + "/notakernel"
+	s.Spec.Kernel.Image = s.Spec.RunDir + "/notakernel"
 	began := time.Now()
 	_, err := s.Driver.Start(t.Context(), s.Spec)
 	if err == nil || !strings.Contains(err.Error(), "exited with status 1: ") || !strings.Contains(err.Error(), "kernel") {
@@ -199,7 +199,7 @@ func TestVMMIsDetached(t *testing.T) {
 			t.Errorf("%s is the agent's %s", fd, target)
 		}
 	}
-	for fd, want := range map[string]string{"0": os.DevNull, "1": filepath.Join(s.Spec.RunDir, "console.log.pipe"), "2": vmmLog(s.Spec.RunDir) + ".pipe"} {
+	for fd, want := range map[string]string{"0": os.DevNull, "1": filepath.Join(s.Spec.RunDir, "console.log.pipe"), "2": filepath.Join(s.Spec.RunDir, launch.LogName) + ".pipe"} {
 		if got, err := os.Readlink(proc + "/fd/" + fd); err != nil || got != want {
 			t.Errorf("fd %s is %q, %v, want %q", fd, got, err, want)
 		}
@@ -216,8 +216,8 @@ func TestHardening(t *testing.T) {
 	s.Spec.UID, s.Spec.GID = uid, gid
 	s.Spec.Cgroup = "wrenn-vmmtest/" + s.Spec.ID
 	s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64, DiskBytes: 1 << 26, DiskOps: 1000}
-	s.Spec.Disks = []vmm.Disk{{Path: s.Spec.Kernel, ReadOnly: true}, {Path: filepath.Join(t.TempDir(), "overlay")}}
-	if err := os.WriteFile(s.Spec.Disks[1].Path, make([]byte, 1<<20), 0o600); err != nil {
+	s.Spec.Root = vmm.Root{Base: s.Spec.Kernel.Image, Overlay: filepath.Join(t.TempDir(), "overlay")}
+	if err := os.WriteFile(s.Spec.Root.Overlay, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	v := start(t, s)

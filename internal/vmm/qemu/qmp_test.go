@@ -70,7 +70,7 @@ func vmAt(t *testing.T, path string) *vm {
 			t.Error(err)
 		}
 	})
-	return &vm{process: process, state: state{Process: process.Ref(), QMP: path}}
+	return newVM(process, "7.2.22", state{Process: process.Ref(), QMP: path})
 }
 
 func TestLostAnswers(t *testing.T) {

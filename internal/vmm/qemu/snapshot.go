@@ -46,15 +46,15 @@ type shape struct {
 
 func shapeOf(s vmm.Spec, report vmm.Report) shape {
 	sh := shape{Accel: report.Accel, VCPUs: s.VCPUs, MemMiB: s.MemMiB}
-	for _, d := range s.Disks {
+	for _, d := range s.Root.Disks() {
 		if d.ReadOnly {
 			sh.Disks += "r"
 		} else {
 			sh.Disks += "w"
 		}
 	}
-	if s.NIC != nil {
-		sh.MAC = strings.ToLower(s.NIC.MAC)
+	if s.Link != nil {
+		sh.MAC = strings.ToLower(s.Link.MAC)
 	}
 	return sh
 }
@@ -91,7 +91,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 		memory, err = v.copyMemory(m.ctx, filepath.Join(dir, snapfile.MemoryName))
 		return err
 	})
-	if exit, ok := v.process.EndedBy(err); ok {
+	if exit, ok := v.Process.EndedBy(err); ok {
 		return errdefs.Unavailable.Errorf("its VMM %s", exit)
 	}
 	if err != nil {
@@ -101,7 +101,7 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	m := snapfile.Manifest[shape]{Driver: Name, Version: v.version, Shape: v.state.Shape, Memory: memory, State: state}
+	m := snapfile.Manifest[shape]{Driver: Name, Version: v.Version, Shape: v.state.Shape, Memory: memory, State: state}
 	if err := m.Write(dir); err != nil {
 		return err
 	}
@@ -135,7 +135,7 @@ func (m *monitor) saveDevicesTo(path string) (err error) {
 // copyMemory writes the guest's memory, which must not change, to a sparse file.
 // It reads it from outside of QEMU, which has no part in it.
 func (v *vm) copyMemory(ctx context.Context, path string) (file snapfile.File, err error) {
-	ram, err := findRAM(v.process.Ref().PID, int64(v.state.Shape.MemMiB)<<20)
+	ram, err := findRAM(v.Process.Ref().PID, int64(v.state.Shape.MemMiB)<<20)
 	if err != nil {
 		return file, fmt.Errorf("find guest memory: %w", err)
 	}
@@ -165,7 +165,7 @@ func (d *Driver) Restore(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM
 	if err != nil {
 		return nil, err
 	}
-	if err := spec.Validate(); err != nil {
+	if err := spec.Validate(needs); err != nil {
 		return nil, err
 	}
 	state, err := snapfile.Open(dir, Name, report.Version, shapeOf(spec, report), nil)
@@ -186,17 +186,8 @@ func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error)
 	if err != nil {
 		return "", err
 	}
-	// The arguments are the machine; what differs from one VM to the next
-	// without the guest seeing it is left out.
-	spec.ID, spec.RunDir, spec.NetNS, spec.Console, spec.Cgroup = "", "", "", "", ""
-	spec.Kernel, spec.Initrd, spec.Cmdline = "", "", ""
-	spec.UID, spec.GID, spec.Limits = 0, 0, vmm.Limits{}
-	disks := make([]vmm.Disk, len(spec.Disks))
-	for i, disk := range spec.Disks {
-		disks[i].ReadOnly = disk.ReadOnly
-	}
-	spec.Disks = disks
-	args := argv(machine{version: report.Version, accel: report.Accel, spec: spec})
+	// The arguments describe the machine.
+	args := argv(machine{version: report.Version, accel: report.Accel, spec: spec.Machine()})
 	args = append(args, Name, report.Version, report.Accel)
 	if report.Accel == "kvm" { // whose guests see the host's CPU
 		cpu, err := kvm.HostCPU()

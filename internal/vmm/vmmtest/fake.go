@@ -1,5 +1,5 @@
-// Package vmmtest tests drivers and whoever uses them: a fake driver whose
-// n-th call can fail, hang or die, and the contract that every driver meets.
+// Package vmmtest tests drivers and their users: it holds the contract that every
+// driver meets, and a fake driver whose n-th call can fail, hang or die.
 package vmmtest
 
 import (
@@ -10,15 +10,13 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
-	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-// Op is a call of the boundary.
+// Op is a call of a driver or of a VM.
 type Op string
 
 // The calls that a fault can be injected into.
@@ -49,18 +47,16 @@ type Fault struct {
 	Hang bool
 	// Die ends the VM that the call is about, as if it had crashed.
 	Die bool
-	// After lets the call take effect before Err is returned: the answer is
-	// lost, the deed is done. A Start, Restore or Snapshot that does so leaves
-	// nothing all the same, as the boundary promises.
+	// After lets the call take effect before Err is returned, as when the answer
+	// is lost. A Start, Restore or Snapshot leaves nothing all the same, as the
+	// contract promises.
 	After bool
 }
 
-// ExitingCmdline makes a fake guest power off at once, after Start.
-const ExitingCmdline = "vmmtest.exit"
-
-// Host is the machine on which fake VMs run. It survives its Fakes, as VMs
-// survive agents: make a second Fake on the same Host to play the agent that
-// comes after. Safe for concurrent use.
+// Host is the machine on which fake VMs run. A guest that is booted with
+// Boot.Probe powers off at once. A Host outlives its Fakes, as VMs outlive agents:
+// a second Fake on the same Host is the driver of the next agent. Host is safe for
+// concurrent use.
 type Host struct {
 	mu   sync.Mutex
 	next int
@@ -181,7 +177,6 @@ func (h *Host) end(m *machine, exit vmm.Exit) {
 		return
 	}
 	delete(h.vms, m.pid)
-	exit.At = time.Now().UTC()
 	m.exit = exit
 	close(m.done)
 }
@@ -192,7 +187,7 @@ func (h *Host) boot(spec vmm.Spec) *machine {
 	h.next++
 	m := &machine{pid: h.next, spec: spec, done: make(chan struct{})}
 	h.vms[m.pid] = m
-	if strings.Contains(spec.Cmdline, ExitingCmdline) {
+	if spec.Boot.Probe {
 		h.end(m, vmm.Exit{Code: 0})
 	}
 	return m
@@ -207,9 +202,12 @@ func (h *Host) find(pid int) *machine {
 // Fake is a vmm.Driver without VMMs. Safe for concurrent use.
 type Fake struct {
 	host *Host
-	// Lenient skips the look at the files that a Spec names, for callers whose
-	// other parts are fakes too. Set it before use.
+	// Lenient checks only which kinds of kernel and link a Spec names, and not
+	// the files, for callers whose other parts are fakes too. Set it before use.
 	Lenient bool
+	// OwnKernel makes it a driver that needs no kernel, initrd or tap, as one with
+	// a kernel in user space. Set it before use.
+	OwnKernel bool
 
 	mu      sync.Mutex
 	calls   map[Op]int
@@ -308,9 +306,35 @@ func (f *Fake) run(ctx context.Context, op Op, about func() *machine, effect fun
 // Name implements vmm.Driver.
 func (f *Fake) Name() string { return "fake" }
 
+// Needs implements vmm.Driver.
+func (f *Fake) Needs() vmm.Needs {
+	if f.OwnKernel {
+		return vmm.Needs{Link: vmm.Packet}
+	}
+	return vmm.Needs{Kernel: true, Link: vmm.Tap}
+}
+
+// validate refuses a spec that this driver cannot take.
+func (f *Fake) validate(spec vmm.Spec) error {
+	if !f.Lenient {
+		return spec.Validate(f.Needs())
+	}
+	needs := f.Needs()
+	if needs.Kernel == (spec.Kernel == vmm.Kernel{}) {
+		return errdefs.InvalidArgument.Errorf("kernel %+v: want one: %v", spec.Kernel, needs.Kernel)
+	}
+	if spec.Link != nil && spec.Link.Kind != needs.Link {
+		return errdefs.InvalidArgument.Errorf("link of kind %q: want %q", spec.Link.Kind, needs.Link)
+	}
+	return nil
+}
+
 // Check implements vmm.Driver.
 func (f *Fake) Check(ctx context.Context) (vmm.Report, error) {
-	report := vmm.Report{Version: "1.0.0", Accel: "tcg", Why: "it is a fake"}
+	report := vmm.Report{Version: "1.0.0", Accel: "tcg", Isolation: vmm.Emulation, Speed: vmm.Emulated, Why: "it is a fake"}
+	if f.OwnKernel {
+		report.Accel, report.Isolation, report.Speed = "systrap", vmm.UserSpaceKernel, vmm.NearNative
+	}
 	err := f.run(ctx, OpCheck, func() *machine { return nil }, func() error { return nil })
 	if err != nil {
 		return vmm.Report{}, err
@@ -320,10 +344,8 @@ func (f *Fake) Check(ctx context.Context) (vmm.Report, error) {
 
 // Start implements vmm.Driver.
 func (f *Fake) Start(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
-	if !f.Lenient {
-		if err := spec.Validate(); err != nil {
-			return nil, err
-		}
+	if err := f.validate(spec); err != nil {
+		return nil, err
 	}
 	return f.bring(ctx, OpStart, func() *machine { return f.host.boot(spec) })
 }
@@ -351,19 +373,20 @@ const fakeSnapshot = "fake-snapshot.json"
 
 type fakeShape struct {
 	VCPUs, MemMiB, Disks int
-	NIC                  bool
+	NIC, Kernel          bool
 }
 
 func fakeShapeOf(s vmm.Spec) fakeShape {
-	return fakeShape{VCPUs: s.VCPUs, MemMiB: s.MemMiB, Disks: len(s.Disks), NIC: s.NIC != nil}
+	return fakeShape{
+		VCPUs: s.VCPUs, MemMiB: s.MemMiB, Disks: len(s.Root.Disks()),
+		NIC: s.Link != nil, Kernel: s.Kernel != vmm.Kernel{},
+	}
 }
 
 // Restore implements vmm.Restorer.
 func (f *Fake) Restore(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM, error) {
-	if !f.Lenient {
-		if err := spec.Validate(); err != nil {
-			return nil, err
-		}
+	if err := f.validate(spec); err != nil {
+		return nil, err
 	}
 	data, err := os.ReadFile(filepath.Join(dir, fakeSnapshot))
 	var shape fakeShape

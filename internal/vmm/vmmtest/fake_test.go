@@ -16,6 +16,16 @@ import (
 )
 
 func TestFakeMeetsTheContract(t *testing.T) {
+	t.Run("kernel", func(t *testing.T) { contract(t, false) })
+	t.Run("own kernel", func(t *testing.T) { contract(t, true) })
+}
+
+func contract(t *testing.T, ownKernel bool) {
+	driver := func(h *vmmtest.Host) *vmmtest.Fake {
+		f := vmmtest.NewFake(h)
+		f.OwnKernel = ownKernel
+		return f
+	}
 	vmmtest.Run(t, func(t *testing.T) vmmtest.Subject {
 		host := vmmtest.NewHost()
 		dir := t.TempDir()
@@ -24,21 +34,23 @@ func TestFakeMeetsTheContract(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { os.RemoveAll(runDir) })
-		kernel := filepath.Join(dir, "vmlinux")
-		if err := os.WriteFile(kernel, nil, 0o600); err != nil {
-			t.Fatal(err)
+		spec := vmm.Spec{ID: "sb1", RunDir: runDir, VCPUs: 1, MemMiB: 128, Console: filepath.Join(dir, "console.log")}
+		if !ownKernel {
+			spec.Kernel.Image = filepath.Join(dir, "vmlinux")
+			if err := os.WriteFile(spec.Kernel.Image, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
 		}
-		spec := vmm.Spec{ID: "sb1", RunDir: runDir, VCPUs: 1, MemMiB: 128, Kernel: kernel, Console: filepath.Join(dir, "console.log")}
 		return vmmtest.Subject{
-			Driver: vmmtest.NewFake(host),
-			Again:  func() vmm.Driver { return vmmtest.NewFake(host) },
+			Driver: driver(host),
+			Again:  func() vmm.Driver { return driver(host) },
 			Spec:   spec,
 			Clone: func() vmm.Spec {
 				clone := spec
 				clone.ID += "-clone"
 				return clone
 			},
-			Exiting: vmmtest.ExitingCmdline,
+			Exiting: func(s *vmm.Spec) { s.Boot.Probe = true },
 			Live:    func() int { return len(host.Live()) },
 		}
 	})
@@ -51,16 +63,18 @@ func fake() (*vmmtest.Host, *vmmtest.Fake) {
 	return host, f
 }
 
+func spec(id string) vmm.Spec { return vmm.Spec{ID: id, Kernel: vmm.Kernel{Image: "vmlinux"}} }
+
 func TestInjectedErrors(t *testing.T) {
 	broken := errors.New("broken")
 	for _, after := range []bool{false, true} {
 		host, f := fake()
 		f.Inject(vmmtest.OpStart, 2, vmmtest.Fault{Err: broken, After: after})
-		v, err := f.Start(t.Context(), vmm.Spec{ID: "a"})
+		v, err := f.Start(t.Context(), spec("a"))
 		if err != nil {
 			t.Fatalf("first start: %v", err)
 		}
-		if _, err := f.Start(t.Context(), vmm.Spec{ID: "b"}); !errors.Is(err, broken) {
+		if _, err := f.Start(t.Context(), spec("b")); !errors.Is(err, broken) {
 			t.Errorf("second start: %v", err)
 		}
 		if live := host.Live(); !slices.Equal(live, []string{"a"}) {
@@ -81,7 +95,7 @@ func TestInjectedErrors(t *testing.T) {
 
 func TestInjectedDeath(t *testing.T) {
 	host, f := fake()
-	v, err := f.Start(t.Context(), vmm.Spec{ID: "a"})
+	v, err := f.Start(t.Context(), spec("a"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +115,7 @@ func TestInjectedHang(t *testing.T) {
 		f.Inject(vmmtest.OpStart, 1, vmmtest.Fault{Hang: true})
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		if _, err := f.Start(ctx, vmm.Spec{ID: "a"}); !errors.Is(err, context.DeadlineExceeded) {
+		if _, err := f.Start(ctx, spec("a")); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("start: %v", err)
 		}
 		f.Inject(vmmtest.OpStart, 1, vmmtest.Fault{Hang: true})
@@ -112,7 +126,7 @@ func TestInjectedHang(t *testing.T) {
 			}
 			f.Release()
 		}()
-		if _, err := f.Start(t.Context(), vmm.Spec{ID: "b"}); err != nil {
+		if _, err := f.Start(t.Context(), spec("b")); err != nil {
 			t.Errorf("released start: %v", err)
 		}
 	})

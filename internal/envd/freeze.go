@@ -24,6 +24,8 @@ const maxFreeze = 5 * time.Second
 // a device or a file system over a network.
 var errNotFrozen = errors.New("a process cannot be frozen")
 
+var errNotSynced = errors.New("a file system does not write what it holds in memory")
+
 // freezer says whether the users' processes are frozen. No process is started
 // between a freeze and the thaw that follows it: it would be born frozen, and
 // envd, which waits for its exec, with it.
@@ -84,19 +86,17 @@ func (g *cgroups) freeze(ctx context.Context, machine bool) error {
 // stop returns when every process of the cgroups is frozen.
 func (g *cgroups) stop(ctx context.Context, machine bool, tick <-chan time.Time) error {
 	for {
-		quiet := true
+		frozen := true
 		for _, dir := range g.frozenDirs(machine) {
 			if err := os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("1"), 0o644); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return fmt.Errorf("freeze processes: %w", err)
 			}
 			c := cgroup{dir: dir}
-			quiet = quiet && c.event("cgroup.events", "frozen") == 1
+			frozen = frozen && c.event("cgroup.events", "frozen") == 1
 		}
-		// What came to the root cgroup, which cannot be frozen.
-		if machine && g.gather() {
-			quiet = false
-		}
-		if quiet {
+		// The root cgroup cannot be frozen. It is searched last, because that takes
+		// the longest.
+		if frozen && !(machine && g.gather()) {
 			return nil
 		}
 		select {
@@ -126,17 +126,20 @@ func (g *cgroups) frozenDirs(machine bool) []string {
 	return dirs
 }
 
-// gather moves the processes of the root cgroup, but for envd and what is the
-// kernel's, to those that can be frozen, and says whether there were any.
+// gather moves the users' processes of the root cgroup to a cgroup that can be
+// frozen, and says whether there were any.
 func (g *cgroups) gather() (found bool) {
 	top := cgroup{dir: filepath.Dir(g.root)}
 	text, err := os.ReadFile(filepath.Join(top.dir, "cgroup.procs"))
 	if err != nil {
 		return false
 	}
+	// Read after the list: a number in both is that of a kernel thread now, even if
+	// it was another process's before.
+	threads := kernelThreads()
 	for field := range strings.FieldsSeq(string(text)) {
 		pid, err := strconv.Atoi(field)
-		if err != nil || pid == os.Getpid() || !ofUser(pid) {
+		if err != nil || pid == os.Getpid() || threads[field] || !ofUser(pid) {
 			continue
 		}
 		found = true
@@ -151,22 +154,48 @@ func (g *cgroups) gather() (found bool) {
 	return found
 }
 
+// kernelThreads lists the children of kthreadd, which are the kernel's threads:
+// one file to read in place of one for each. On a kernel without that file the list
+// is empty.
+func kernelThreads() map[string]bool {
+	const kthreadd = 2
+	if _, flags, ok := procStat(kthreadd); !ok || flags&kernelThread == 0 {
+		return nil // a process namespace without the kernel's threads
+	}
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", kthreadd))
+	if err != nil {
+		return nil
+	}
+	threads := map[string]bool{strconv.Itoa(kthreadd): true}
+	for field := range strings.FieldsSeq(string(text)) {
+		threads[field] = true
+	}
+	return threads
+}
+
 // ofUser says whether a process runs a program, as opposed to a thread of the
 // kernel's or a process that has ended.
 func ofUser(pid int) bool {
-	const kernelThread = 0x00200000 // PF_KTHREAD
+	state, flags, ok := procStat(pid)
+	return ok && state != "Z" && state != "X" && flags&kernelThread == 0
+}
+
+const kernelThread = 0x00200000 // PF_KTHREAD
+
+// procStat returns the state and the flags of a process.
+func procStat(pid int) (state string, flags uint64, ok bool) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return false
+		return "", 0, false
 	}
 	// pid (comm) state ppid pgrp session tty_nr tpgid flags …
 	_, rest, ok := strings.Cut(string(text[strings.LastIndexByte(string(text), ')')+1:]), " ")
 	fields := strings.Fields(rest)
-	if !ok || len(fields) < 7 || fields[0] == "Z" || fields[0] == "X" {
-		return false
+	if !ok || len(fields) < 7 {
+		return "", 0, false
 	}
-	flags, err := strconv.ParseUint(fields[6], 10, 64)
-	return err == nil && flags&kernelThread == 0
+	flags, err = strconv.ParseUint(fields[6], 10, 64)
+	return fields[0], flags, err == nil
 }
 
 // thaw lets go on what freeze stopped. cut says that the machine is another one
@@ -192,17 +221,16 @@ func (g *cgroups) goOn(machine bool) {
 	}
 }
 
-// freeze stops the users' processes, which only the next /init lets go on, and
-// writes to the disk what they left in memory: in a picture that the host takes
-// then none of them runs before the machine has a new identity. 409 says that
-// they run on.
+// freeze stops the users' processes until the next /init and writes what they left
+// in memory to the disk. In a snapshot that the host makes then, none of them runs
+// before the machine has a new identity. 409 says that they run on.
 func (s *Server) freeze(w http.ResponseWriter, r *http.Request) {
 	if err := s.still(r.Context()); err != nil {
 		s.log.Warn("freeze", "err", err)
 		writeError(w, http.StatusConflict, err.Error())
 		return
 	}
-	// The connection would be in the picture.
+	// The connection would be in the snapshot.
 	w.Header().Set("Connection", "close")
 	w.WriteHeader(http.StatusNoContent)
 }
@@ -212,27 +240,38 @@ func (s *Server) still(ctx context.Context) error {
 	if groups == nil {
 		return errors.New("processes have no cgroups")
 	}
+	// Most is written while the processes run, so that they stand still for less.
+	if !s.sync(ctx) {
+		return errNotSynced
+	}
 	ctx, cancel := context.WithTimeout(ctx, maxFreeze)
 	defer cancel()
 	if err := groups.freeze(ctx, s.guest); err != nil {
 		return err
 	}
-	synced := make(chan struct{})
-	go func() {
-		defer close(synced)
-		if s.guest {
-			unix.Sync()
-		}
-	}()
-	select {
-	case <-synced:
-		if ctx.Err() == nil {
-			return nil
-		}
-		// Nobody hears the answer, hence nobody takes a picture.
-	case <-ctx.Done():
-		// A file system that one of the processes serves.
+	// After ctx the caller no longer reads the answer, so it makes no snapshot.
+	if s.sync(ctx) && ctx.Err() == nil {
+		return nil
 	}
 	groups.thaw(s.guest, false)
 	return errNotFrozen
+}
+
+// sync writes what is in memory to the disk. It says whether that ended before
+// ctx: a file system that a process serves may never answer.
+func (s *Server) sync(ctx context.Context) bool {
+	if !s.guest {
+		return true
+	}
+	synced := make(chan struct{})
+	go func() {
+		defer close(synced)
+		unix.Sync()
+	}()
+	select {
+	case <-synced:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -154,5 +155,29 @@ func TestFreezeOfWhatCannotBe(t *testing.T) {
 	if w := request(t, New(Config{Log: quiet()}), "POST", "/freeze", ""); w.Code != http.StatusConflict {
 		body, _ := io.ReadAll(w.Body)
 		t.Errorf("without cgroups: %d %s", w.Code, body)
+	}
+}
+
+// TestKernelThreads: what the list has in it is not searched for programs, so it
+// must be the kernel's. A host's process namespace has the threads, a container's
+// has none.
+func TestKernelThreads(t *testing.T) {
+	threads := kernelThreads()
+	for field := range threads {
+		pid, err := strconv.Atoi(field)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, flags, ok := procStat(pid); ok && flags&kernelThread == 0 {
+			t.Errorf("process %d is listed and is no thread of the kernel's", pid)
+		}
+	}
+	for _, pid := range []int{1, os.Getpid()} {
+		if threads[strconv.Itoa(pid)] || !ofUser(pid) {
+			t.Errorf("process %d is taken for a thread of the kernel's", pid)
+		}
+	}
+	if len(threads) == 0 {
+		t.Log("there are no threads of the kernel's here")
 	}
 }

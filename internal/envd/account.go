@@ -23,8 +23,8 @@ type account struct {
 
 var errNoAccount = errors.New("no such user")
 
-// accounts reads the databases anew at each call: users are added while a
-// guest runs, and the files are small.
+// accounts reads the databases at each call: users are added while a guest
+// runs, and the files are small.
 type accounts struct{ etc string }
 
 // lookup finds a user by name; errNoAccount if there is none. A system without

@@ -25,21 +25,21 @@ const (
 	deviceTimeout = 10 * time.Second
 	pollInterval  = 2 * time.Millisecond
 
-	// DefaultPath is the PATH of envd and of whatever it starts.
+	// DefaultPath is the PATH of envd and of the processes that it starts.
 	DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 	// CgroupRoot holds the cgroups of users' processes in a guest.
 	CgroupRoot = "/sys/fs/cgroup/user"
 )
 
-// ErrProbe is returned by Boot when the command line asks for a sign of life
-// only. The caller prints guestapi.ProbeSign and powers off.
+// ErrProbe is Boot's error for a probe guest. The caller prints
+// guestapi.ProbeSign and powers off.
 var ErrProbe = errors.New("probe guest")
 
 // Boot turns a bare kernel, with envd as the /init of its initrd, into a
 // guest: modules, root filesystem, mounts, network, names. It must be called
-// by PID 1, once, before anything else. An error means that the guest is of no
-// use; what it can do without is logged and passed over.
+// by PID 1, once, before anything else. An error means that the guest cannot be
+// used; the failure of a step that a guest can do without is logged.
 func Boot(log *slog.Logger) (guestapi.Boot, error) {
 	b := &booter{log: log, grouped: make(chan struct{})}
 	unix.Umask(0o022)
@@ -63,25 +63,26 @@ func Boot(log *slog.Logger) (guestapi.Boot, error) {
 	if p.Probe {
 		return p, ErrProbe
 	}
-	// The kernel takes its time over cgroups, most of it waiting.
+	// Mounting cgroups takes long, most of it waiting in the kernel.
 	go func() {
 		defer close(b.grouped)
 		b.cgroups()
 	}()
-	// Only IPv4 passes a sandbox's tap: on a link addresses that nobody can use
-	// are work for the driver at moments that nobody chose. For the links to
-	// come; the loopback keeps its own. A kernel without IPv6 is as good.
+	// Only IPv4 passes a sandbox's tap. IPv6 addresses on eth0 would be of no use,
+	// and make the driver work at arbitrary moments. This holds for links that
+	// appear later; the loopback keeps its address. A kernel without IPv6 does not
+	// have the file.
 	_ = os.WriteFile("/proc/sys/net/ipv6/conf/default/disable_ipv6", []byte("1"), 0o644)
 	if err := loadModules("/modules"); err != nil {
 		return guestapi.Boot{}, err
 	}
 
-	// The address is announced when the link comes up: a host that waits for
-	// the guest need not sit out a second until it asks for it again.
+	// The kernel announces the address when the link comes up. Otherwise a host
+	// that waits for the guest asks for the address again after a second only.
 	b.optional("announce the address", os.WriteFile("/proc/sys/net/ipv4/conf/all/arp_notify", []byte("1"), 0o644))
 
-	// The network takes as long as the disks: side by side. It is needed,
-	// too: a guest that nobody reaches is of no use.
+	// Network and disks take equally long and are set up side by side. A failure
+	// of either is an error: the host cannot reach a guest without network.
 	netErr := make(chan error, 1)
 	go func() { netErr <- b.network(p) }()
 	rootErr := b.root(disks)
@@ -154,9 +155,9 @@ func (b *booter) root(d guestapi.Disks) error {
 	return nil
 }
 
-// switchRoot takes /proc, /sys and /dev along, frees what the initrd holds
-// and makes root the root. All of Go's threads share their root directory, so
-// one chroot serves them all.
+// switchRoot moves /proc, /sys and /dev into root, removes the files of the initrd
+// and makes root the root. All threads of a Go program share their root directory,
+// so one chroot is enough.
 func switchRoot(root string) error {
 	for _, dir := range []string{"/proc", "/sys", "/dev"} {
 		target := root + dir
@@ -167,7 +168,7 @@ func switchRoot(root string) error {
 			return fmt.Errorf("move %s: %w", dir, err)
 		}
 	}
-	// The initrd lives in memory: its modules are loaded, its init runs.
+	// The initrd is in memory, and its files are not needed any more.
 	_ = os.RemoveAll("/modules")
 	_ = os.Remove("/init")
 	if err := os.Chdir(root); err != nil {
@@ -182,8 +183,7 @@ func switchRoot(root string) error {
 	return os.Chdir("/")
 }
 
-// cgroups makes the cgroup that users' processes live in. It moves along with
-// /sys.
+// cgroups makes the cgroup of users' processes. The mount moves with /sys.
 func (b *booter) cgroups() {
 	const dir = "/sys/fs/cgroup"
 	err := (mount{"cgroup2", dir, "cgroup2", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, "nsdelegate"}).do()
@@ -215,7 +215,7 @@ func (b *booter) mounts() {
 	}
 }
 
-// names writes what the system is called and whom it asks for names.
+// names sets the host name and the resolvers.
 func (b *booter) names(p guestapi.Boot) {
 	b.optional("set the host name", setHostname(p.Hostname, p.Addr.Addr()))
 	if len(p.DNS) == 0 {
@@ -228,8 +228,8 @@ func (b *booter) names(p guestapi.Boot) {
 	b.optional("write resolv.conf", replaceFile("/etc/resolv.conf", conf.String()))
 }
 
-// setHostname names the machine, in the kernel and in its files. The
-// name resolves to addr, or to the loopback without one.
+// setHostname sets the host name in the kernel and in /etc. The name resolves to
+// addr, or to the loopback if addr is invalid.
 func setHostname(name string, addr netip.Addr) error {
 	if !addr.IsValid() {
 		addr = netip.AddrFrom4([4]byte{127, 0, 1, 1})
@@ -242,8 +242,8 @@ func setHostname(name string, addr netip.Addr) error {
 	)
 }
 
-// replaceFile writes a new file, so that a link which an image left there, to
-// a file of some daemon that does not run, is replaced and not followed.
+// replaceFile writes a file. A link in its place is replaced and not followed: images
+// have links to files of daemons that do not run here.
 func replaceFile(name, text string) error {
 	if overwrite(name, text) {
 		return nil
@@ -259,9 +259,9 @@ func replaceFile(name, text string) error {
 	return os.WriteFile(name, []byte(text), 0o644)
 }
 
-// overwrite writes a text over one of the same length, if there is one: no
-// block is freed and taken, and little is called. In a guest that has just been
-// restored, all that is done for the first time is dear.
+// overwrite writes text into the file of that name if the file has the same
+// length. No block is freed and allocated, and few functions of the kernel run: in a
+// restored guest, code that runs for the first time is slow.
 func overwrite(name, text string) bool {
 	fd, err := unix.Open(name, unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -276,13 +276,12 @@ func overwrite(name, text string) bool {
 	return err == nil && n == len(text)
 }
 
-// limits keeps envd alive under whatever its users' processes do.
+// limits keeps envd alive when users' processes exhaust memory or files.
 func (b *booter) limits() {
 	b.optional("protect envd from the OOM killer", os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0o644))
-	// Memory is cheaper here than the time to look for what can be freed, and to
-	// give it back and fetch it again.
+	// In a guest, memory costs less than the time that the garbage collector takes.
 	debug.SetGCPercent(400)
-	// What a distribution's init gives: programs that want more raise it.
+	// These are the limits that the init of a distribution sets.
 	b.optional("raise the limit of open files",
 		unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 524288}))
 	for name, value := range map[string]string{

@@ -15,7 +15,7 @@ import (
 
 const (
 	// caBundle is where OpenSSL, Go, curl and Python's ssl look on Debian;
-	// caSource is where its update-ca-certificates would take ours from.
+	// caSource is where Debian's update-ca-certificates looks for added ones.
 	caBundle = "/etc/ssl/certs/ca-certificates.crt"
 	caSource = "/usr/local/share/ca-certificates/wrenn.crt"
 
@@ -63,7 +63,7 @@ func installCA(root string, text []byte) error {
 	return nil
 }
 
-// withCA returns the bundle with text as our section of it.
+// withCA returns the bundle with text in the section between caBegin and caEnd.
 func withCA(bundle, text []byte) []byte {
 	if before, rest, ok := bytes.Cut(bundle, []byte(caBegin)); ok {
 		_, after, _ := bytes.Cut(rest, []byte(caEnd))

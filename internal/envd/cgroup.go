@@ -15,8 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// setupCgroups makes the cgroup that all users' processes live in, with limits
-// that leave the rest of the machine (envd, the kernel) room to work.
+// setupCgroups makes the cgroup of all users' processes, with limits that leave
+// memory and process ids to envd and the kernel.
 func setupCgroups(mountpoint, root string) error {
 	var errs []error
 	if err := os.MkdirAll(root, 0o755); err != nil {
@@ -63,7 +63,7 @@ func newCgroups(root string) *cgroups {
 	return &cgroups{root: root, ended: make(map[string]struct{})}
 }
 
-// cgroup is one process's, with its descendants.
+// cgroup is the cgroup of one process and its descendants.
 type cgroup struct{ dir string }
 
 // make makes a cgroup and opens its directory, which the caller must close
@@ -76,8 +76,8 @@ func (g *cgroups) make() (*cgroup, *os.File, error) {
 	if err := os.Mkdir(c.dir, 0o755); err != nil {
 		return nil, nil, fmt.Errorf("make cgroup: %w", err)
 	}
-	// A fork bomb must not keep anybody from starting what ends it: no process
-	// with its descendants gets the last eighth of the room.
+	// A user must be able to start a program that ends a fork bomb: one process
+	// and its descendants never get the last eighth of the limit.
 	if text, err := os.ReadFile(filepath.Join(g.root, "pids.max")); err == nil {
 		if room, err := strconv.Atoi(strings.TrimSpace(string(text))); err == nil {
 			_ = os.WriteFile(filepath.Join(c.dir, "pids.max"), []byte(strconv.Itoa(room-room/8)), 0o644)
@@ -91,8 +91,7 @@ func (g *cgroups) make() (*cgroup, *os.File, error) {
 	return c, dir, nil
 }
 
-// release removes the cgroup now or, if somebody still lives in it, at a later
-// sweep.
+// release removes the cgroup now or, if it still has processes, at a later sweep.
 func (g *cgroups) release(c *cgroup) {
 	g.mu.Lock()
 	g.ended[c.dir] = struct{}{}
@@ -151,7 +150,7 @@ func (c *cgroup) pids() []int {
 	var pids []int
 	_ = filepath.WalkDir(c.dir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || !entry.IsDir() {
-			return nil // gone meanwhile
+			return nil // it was removed
 		}
 		text, _ := os.ReadFile(filepath.Join(path, "cgroup.procs"))
 		for field := range strings.FieldsSeq(string(text)) {

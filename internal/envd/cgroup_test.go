@@ -53,7 +53,7 @@ func groups(t *testing.T, dir string) int {
 	return n
 }
 
-func TestCgroupCatchesWhoeverLeftTheSession(t *testing.T) {
+func TestCgroupCatchesProcessesThatLeftTheSession(t *testing.T) {
 	dir := cgroupDir(t)
 	s, url := serve(t, Config{CgroupRoot: dir})
 	msg := bySh(`trap '' TERM; cat /proc/self/cgroup; setsid sh -c 'trap "" TERM; echo away $$; exec sleep 100' & wait`)

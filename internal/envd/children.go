@@ -14,16 +14,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// children starts processes and learns how they end, each through its own
-// pidfd, so that PID 1's duty to reap every orphan never takes the status of a
-// process that somebody waits for.
+// children starts processes and learns through the pidfd of each how it ended.
+// So the reaping of orphans, which is PID 1's duty, never takes the exit status of
+// a process that children has started.
 type children struct {
-	// mu is held from a fork until its pid is in ours, and from the look at
-	// a dead child until it is reaped.
+	// mu is held from a fork until the pid is in ours, and from the inspection
+	// of a dead child until it is reaped.
 	mu   sync.Mutex
 	ours map[int]struct{}
-	// reaped tells the reaper to look again: one of ours no longer hides the
-	// orphans behind it.
+	// reaped tells the reaper that a process in ours is gone: it may have hidden
+	// dead orphans, because the kernel shows one dead child at a time.
 	reaped chan struct{}
 }
 
@@ -49,7 +49,7 @@ func (c *children) start(path string, argv []string, attr *syscall.ProcAttr) (*c
 		return nil, err
 	}
 	if fd < 0 {
-		// The kernel is too old for pidfds; so is everything else here.
+		// No other part of envd supports a kernel without pidfds either.
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 		_, _ = syscall.Wait4(pid, nil, 0, nil)
 		return nil, syscall.ENOSYS
@@ -131,8 +131,8 @@ func (c *children) reapOrphans(ctx context.Context, log *slog.Logger, onReap fun
 	}
 }
 
-// reapDead reaps dead orphans until there are none, or one of ours comes
-// first; that one's waiter will call again.
+// reapDead reaps dead orphans until there are none, or until the kernel shows a
+// dead process of ours first. The waiter of that process signals reaped.
 func (c *children) reapDead() (n int, err error) {
 	for {
 		again, err := c.reapOne()

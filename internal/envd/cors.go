@@ -2,8 +2,7 @@ package envd
 
 import "net/http"
 
-// cors lets pages of any origin in: what protects a guest is its token, not
-// where a page came from.
+// cors allows requests by pages of any origin. The token protects the guest.
 func cors(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Origin") == "" {
@@ -19,7 +18,7 @@ func cors(next http.Handler) http.Handler {
 			return
 		}
 		h.Set("Access-Control-Allow-Methods", "HEAD, GET, POST, PUT, PATCH, DELETE")
-		// "*" would not cover Authorization: give back what is asked for.
+		// "*" would not cover Authorization, so the answer repeats the request's list.
 		if headers := r.Header.Get("Access-Control-Request-Headers"); headers != "" {
 			h.Set("Access-Control-Allow-Headers", headers)
 		}

@@ -12,7 +12,7 @@ import (
 const loopbackTimeout = 3 * time.Second
 
 // tunnels serves CONNECT localhost:PORT, so that the host reaches servers
-// that listen on the guest's loopback alone, and hands on all else.
+// that listen on the guest's loopback alone. It passes other requests to next.
 func (s *Server) tunnels(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodConnect {
@@ -43,7 +43,7 @@ func (s *Server) tunnels(next http.Handler) http.Handler {
 	})
 }
 
-// dialLoopback connects to whatever loopback address the port is served on.
+// dialLoopback connects to the port on 127.0.0.1 or, if that fails, on ::1.
 func dialLoopback(r *http.Request, port string) (net.Conn, error) {
 	dialer := net.Dialer{Timeout: loopbackTimeout}
 	conn, err := dialer.DialContext(r.Context(), "tcp", net.JoinHostPort("127.0.0.1", port))

@@ -16,8 +16,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/api/filesystem"
 )
 
-// metadataPrefix is where a file's metadata lives among its extended
-// attributes.
+// metadataPrefix begins the names of the extended attributes that hold a file's
+// metadata.
 const metadataPrefix = "user.e2b."
 
 // describer describes files; it reads the user database once, so make one per
@@ -48,7 +48,7 @@ func (d *describer) describe(path string, info fs.FileInfo) *filesystem.EntryInf
 	if info.Mode()&fs.ModeSymlink != 0 {
 		target, err := filepath.EvalSymlinks(path)
 		if err != nil {
-			target, _ = os.Readlink(path) // it leads nowhere: say at least where to
+			target, _ = os.Readlink(path) // the target does not exist: give its name
 		} else if to, err := os.Stat(target); err == nil {
 			e.Type, e.Mode = fileType(to.Mode()), uint32(to.Mode().Perm())
 		}
@@ -112,7 +112,7 @@ func attributes(path string) []string {
 	if err != nil || n == 0 {
 		return nil
 	}
-	buf := make([]byte, n+256) // some may be added meanwhile
+	buf := make([]byte, n+256) // some may be added after the first call
 	if n, err = unix.Llistxattr(path, buf); err != nil {
 		return nil
 	}
@@ -160,7 +160,7 @@ func makeDirs(path string, as account) error {
 	for i := len(missing) - 1; i >= 0; i-- {
 		err := os.Mkdir(missing[i], 0o755)
 		if errors.Is(err, fs.ErrExist) && dirExists(missing[i]) {
-			continue // somebody else was faster
+			continue // another process made it
 		}
 		if err != nil {
 			return err

@@ -1,5 +1,5 @@
-// Package envd is the guest's side: it boots the guest as PID 1 and serves its
-// processes and files to the host.
+// Package envd is the daemon in a guest: it boots the guest as PID 1 and serves the
+// guest's processes and files to the host.
 package envd
 
 import (
@@ -37,8 +37,8 @@ const (
 // Config says what a Server may touch.
 type Config struct {
 	Log *slog.Logger
-	// Guest means that the machine is ours: Init sets its clock, entropy and
-	// name, and nothing else is served before the first Init.
+	// Guest means that envd owns the machine: an initialisation sets clock,
+	// entropy and host name, and before the first one nothing else is served.
 	Guest bool
 	// CgroupRoot is a directory in the cgroup2 hierarchy where each process
 	// gets a cgroup of its own; empty for none.
@@ -66,7 +66,7 @@ type Server struct {
 	state  initState
 }
 
-// initState is what initialisations have told. Its maps are replaced, never
+// initState is what the last initialisations said. Its maps are replaced and never
 // changed.
 type initState struct {
 	done     bool
@@ -77,7 +77,7 @@ type initState struct {
 	user     string
 	workdir  string
 	env      map[string]string // users'
-	ownEnv   map[string]string // not theirs to change
+	ownEnv   map[string]string // users cannot change these
 }
 
 // New returns a server that has not been initialised.
@@ -91,8 +91,8 @@ func New(c Config) *Server {
 			ownEnv: map[string]string{"E2B_SANDBOX": "true"},
 		},
 	}
-	// Answers are not compressed: a guest's CPU is dearer than the way to its
-	// host.
+	// Answers are not compressed: a guest has little CPU, and the way to its host
+	// is short.
 	options := connect.WithHandlerOptions(connect.WithReadMaxBytes(maxMessage), connect.WithCompressMinBytes(math.MaxInt))
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+guestapi.PathHealth, s.health)
@@ -154,8 +154,8 @@ func (s *Server) health(w http.ResponseWriter, _ *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// guard lets through who shows the access token, if there is one. /health is
-// open, /init and /files look at their credentials themselves.
+// guard passes a request to next if it shows the access token, or if there is
+// none. /health needs no token; /init and /files check their credentials themselves.
 func (s *Server) guard(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
@@ -214,7 +214,7 @@ func (s *Server) userEnv() map[string]string {
 	return env
 }
 
-// environment is what a login of that user starts with.
+// environment holds the variables that a login sets for that user.
 func (s *Server) environment(as account) map[string]string {
 	path := os.Getenv("PATH")
 	if path == "" {
@@ -225,8 +225,8 @@ func (s *Server) environment(as account) map[string]string {
 	}
 }
 
-// requestUser is whom a request acts as: the user name of its Basic
-// authorization, without which it is the default user.
+// requestUser returns the user that a request acts as: the name in its Basic
+// authorization, or the default user.
 func (s *Server) requestUser(h http.Header) (account, error) {
 	name, _, _ := (&http.Request{Header: h}).BasicAuth()
 	return s.account(name)

@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	// maxPseudo bounds what is served of a file in /proc or /sys, whose size
-	// nobody knows before it is read.
+	// maxPseudo bounds what is served of a file in /proc or /sys, whose size is
+	// not known before it is read.
 	maxPseudo = 4 << 20
 	// maxParts bounds the files of one upload.
 	maxParts = 100_000
@@ -68,8 +68,8 @@ func answer(w http.ResponseWriter, err error) {
 	}
 }
 
-// fileUser is whom a /files request acts as, once it has shown that it may:
-// by the access token or by a signature.
+// fileUser returns the user that a /files request acts as, after it has checked
+// the access token or the signature.
 func (s *Server) fileUser(r *http.Request, operation string) (account, error) {
 	state := s.defaults()
 	q := r.URL.Query()
@@ -122,8 +122,8 @@ func (s *Server) download(w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, path, info.ModTime(), f)
 }
 
-// openRegular opens a file that has an end, and nothing that could block or
-// act: no device, FIFO or socket.
+// openRegular opens a regular file. It refuses devices, FIFOs and sockets: opening
+// one may block or have effects.
 func openRegular(path string) (*os.File, fs.FileInfo, error) {
 	info, err := os.Stat(path)
 	if err == nil {
@@ -134,7 +134,7 @@ func openRegular(path string) (*os.File, fs.FileInfo, error) {
 		f, err = os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	}
 	if err == nil {
-		// It may be another one by now.
+		// The path may lead to another file now.
 		if info, err = f.Stat(); err == nil {
 			err = checkRegular(path, info)
 		}
@@ -161,7 +161,7 @@ func checkRegular(path string, info fs.FileInfo) error {
 	return nil
 }
 
-// isPseudo reports whether a file's content is made when it is read.
+// isPseudo reports whether the kernel makes a file's content when it is read.
 func isPseudo(f *os.File) bool {
 	raw, err := f.SyscallConn()
 	if err != nil {
@@ -182,7 +182,7 @@ func isPseudo(f *os.File) bool {
 
 // servePseudo serves a bounded file of /proc or /sys from memory.
 func servePseudo(w http.ResponseWriter, r *http.Request, f *os.File, info fs.FileInfo) {
-	// One that has something to say only when something happens.
+	// Reads of some files wait for an event.
 	_ = f.SetReadDeadline(time.Now().Add(time.Second))
 	data, err := io.ReadAll(io.LimitReader(f, maxPseudo+1))
 	if err != nil {
@@ -196,8 +196,8 @@ func servePseudo(w http.ResponseWriter, r *http.Request, f *os.File, info fs.Fil
 	http.ServeContent(w, r, f.Name(), info.ModTime(), bytes.NewReader(data))
 }
 
-// serveGzip streams the file compressed. When it cannot be read to its end,
-// the connection is cut, so that nobody takes a part for the whole.
+// serveGzip sends the file compressed. If the file cannot be read to its end, the
+// connection is cut, so that the client does not take a part for the whole.
 func serveGzip(w http.ResponseWriter, r *http.Request, f *os.File, info fs.FileInfo) {
 	h := w.Header()
 	h.Set("Content-Encoding", "gzip")
@@ -222,8 +222,8 @@ func serveGzip(w http.ResponseWriter, r *http.Request, f *os.File, info fs.FileI
 	}
 }
 
-// chooseEncoding picks "gzip" or "" from what the client accepts. Ranges and
-// conditions are about the file as it is.
+// chooseEncoding returns "gzip" or "", by what the client accepts. A request with a
+// range or a condition gets the file uncompressed.
 func chooseEncoding(r *http.Request) (string, error) {
 	for _, name := range []string{"Range", "If-Range", "If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since"} {
 		if r.Header.Get(name) != "" {
@@ -277,7 +277,7 @@ type uploaded struct {
 func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 	files, err := s.receive(r)
 	if err != nil {
-		// The rest of a long body is not worth reading.
+		// The rest of a long body is not read.
 		w.Header().Set("Connection", "close")
 		answer(w, err)
 		return
@@ -431,8 +431,8 @@ func writeFile(path string, body io.Reader, as account, metadata map[string]stri
 	return nil
 }
 
-// fill copies body into f and closes it. What the client did not send to its
-// end is the client's fault, the rest the disk's.
+// fill copies body into f and closes it. Its error tells a body that the client did
+// not send to its end from a failure of the disk.
 func fill(f *os.File, body io.Reader) error {
 	defer f.Close()
 	source := &source{body: body}
@@ -529,8 +529,8 @@ func (s *Server) compose(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, uploaded{Path: destination, Name: filepath.Base(destination), Type: "file"})
 }
 
-// composeFiles makes destination of the sources, which may contain it, and
-// removes them. Until that is complete, nothing of it shows.
+// composeFiles joins the sources into destination, which may be one of them, and
+// removes the sources. destination appears when it is complete.
 func composeFiles(sources []string, destination string, as account) (err error) {
 	if info, err := os.Stat(destination); err == nil {
 		if err := checkRegular(destination, info); err != nil {

@@ -38,7 +38,9 @@ func (s filesystemService) path(h http.Header, path string) (string, account, er
 	return resolved, as, nil
 }
 
-func (s filesystemService) Stat(_ context.Context, req *connect.Request[filesystem.StatRequest]) (*connect.Response[filesystem.StatResponse], error) {
+func (s filesystemService) Stat(
+	_ context.Context, req *connect.Request[filesystem.StatRequest],
+) (*connect.Response[filesystem.StatResponse], error) {
 	path, _, err := s.path(req.Header(), req.Msg.GetPath())
 	if err != nil {
 		return nil, err
@@ -50,7 +52,9 @@ func (s filesystemService) Stat(_ context.Context, req *connect.Request[filesyst
 	return connect.NewResponse(&filesystem.StatResponse{Entry: entry}), nil
 }
 
-func (s filesystemService) MakeDir(_ context.Context, req *connect.Request[filesystem.MakeDirRequest]) (*connect.Response[filesystem.MakeDirResponse], error) {
+func (s filesystemService) MakeDir(
+	_ context.Context, req *connect.Request[filesystem.MakeDirRequest],
+) (*connect.Response[filesystem.MakeDirResponse], error) {
 	path, as, err := s.path(req.Header(), req.Msg.GetPath())
 	if err != nil {
 		return nil, err
@@ -73,7 +77,9 @@ func (s filesystemService) MakeDir(_ context.Context, req *connect.Request[files
 	return connect.NewResponse(&filesystem.MakeDirResponse{Entry: entry}), nil
 }
 
-func (s filesystemService) Move(_ context.Context, req *connect.Request[filesystem.MoveRequest]) (*connect.Response[filesystem.MoveResponse], error) {
+func (s filesystemService) Move(
+	_ context.Context, req *connect.Request[filesystem.MoveRequest],
+) (*connect.Response[filesystem.MoveResponse], error) {
 	source, as, err := s.path(req.Header(), req.Msg.GetSource())
 	if err != nil {
 		return nil, err
@@ -98,7 +104,9 @@ func (s filesystemService) Move(_ context.Context, req *connect.Request[filesyst
 	return connect.NewResponse(&filesystem.MoveResponse{Entry: entry}), nil
 }
 
-func (s filesystemService) ListDir(ctx context.Context, req *connect.Request[filesystem.ListDirRequest]) (*connect.Response[filesystem.ListDirResponse], error) {
+func (s filesystemService) ListDir(
+	ctx context.Context, req *connect.Request[filesystem.ListDirRequest],
+) (*connect.Response[filesystem.ListDirResponse], error) {
 	path, _, err := s.path(req.Header(), req.Msg.GetPath())
 	if err != nil {
 		return nil, err
@@ -145,7 +153,7 @@ func (l *lister) list(dir string, depth int) error {
 		path := filepath.Join(dir, name.Name())
 		info, err := name.Info()
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // gone meanwhile
+			continue // it was removed
 		}
 		if err != nil {
 			return err
@@ -163,7 +171,9 @@ func (l *lister) list(dir string, depth int) error {
 	return nil
 }
 
-func (s filesystemService) Remove(_ context.Context, req *connect.Request[filesystem.RemoveRequest]) (*connect.Response[filesystem.RemoveResponse], error) {
+func (s filesystemService) Remove(
+	_ context.Context, req *connect.Request[filesystem.RemoveRequest],
+) (*connect.Response[filesystem.RemoveResponse], error) {
 	path, _, err := s.path(req.Header(), req.Msg.GetPath())
 	if err != nil {
 		return nil, err
@@ -177,7 +187,7 @@ func (s filesystemService) Remove(_ context.Context, req *connect.Request[filesy
 	return connect.NewResponse(&filesystem.RemoveResponse{}), nil
 }
 
-// move renames, or copies and removes where a rename cannot reach.
+// move renames a file or, across file systems, copies and removes it.
 func move(source, destination string) error {
 	err := os.Rename(source, destination)
 	if !errors.Is(err, syscall.EXDEV) {

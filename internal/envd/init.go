@@ -27,9 +27,9 @@ const (
 // initRequest is the body of POST /init.
 type initRequest guestapi.InitRequest
 
-// init tells the guest who it is and what time it is: after its boot, and
-// after every restore. Whoever shows the current token may do it, or anybody
-// as long as there is none.
+// init tells the guest its identity and the time, after a boot and after every
+// restore. It demands the present token; before the first one is set, it demands
+// none.
 func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	var req initRequest
 	if body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxInit)); err != nil {
@@ -61,8 +61,8 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(guestapi.HeaderE2BVersion, guestapi.E2BVersion)
 	w.Header().Set(guestapi.HeaderProtocol, guestapi.Protocol)
 	if !req.Restored && req.Timestamp != nil && state.done && !req.Timestamp.After(state.stamp) {
-		// A late copy of a request: newer data is in place. A clone has none, even
-		// of a host whose clock was set back.
+		// This is a late copy of an earlier request. A restored guest takes every
+		// request, because the host's clock may have been set back.
 		s.thaw(false)
 		w.Header().Set(guestapi.HeaderClock, strconv.FormatInt(time.Now().UnixNano(), 10))
 		w.WriteHeader(http.StatusNoContent)
@@ -82,20 +82,20 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 	s.state = req.merge(state)
 	s.mu.Unlock()
 	s.thaw(req.Restored)
-	// No word on the console, a slow device: the host knows.
+	// Nothing is logged: the console is slow, and the host knows.
 	w.Header().Set(guestapi.HeaderClock, strconv.FormatInt(time.Now().UnixNano(), 10))
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// thaw lets the users' processes go on: the last step, for from here on they see
-// what the machine is now.
+// thaw lets the users' processes go on. It is the last step, so that they see the
+// machine's new identity.
 func (s *Server) thaw(cut bool) {
 	if s.processes.cgroups != nil {
 		s.processes.cgroups.thaw(s.guest, cut)
 	}
 }
 
-// check looks at all that a request says; user is the default user so far.
+// check validates a request; user is the present default user.
 func (req initRequest) check(a accounts, user string) error {
 	if req.DefaultUser != "" && req.DefaultUser != user {
 		if _, err := a.lookup(req.DefaultUser); err != nil {
@@ -122,8 +122,8 @@ func (req initRequest) check(a accounts, user string) error {
 	return nil
 }
 
-// merge returns the state after the request. What users may set replaces all
-// of what was set before; a missing token means that none is needed.
+// merge returns the state after the request. EnvVars replace all previous ones; a
+// request without a token means that none is needed.
 func (req initRequest) merge(old initState) initState {
 	state := old
 	state.done = true
@@ -154,8 +154,8 @@ func (req initRequest) merge(old initState) initState {
 	return state
 }
 
-// applyToMachine sets clock, entropy, name and certificates. age is how long
-// ago the request arrived: where code runs for the first time, that is long.
+// applyToMachine sets clock, entropy, name and certificates. age returns how long
+// ago the request arrived, which is long where code runs for the first time.
 func (req initRequest) applyToMachine(s *Server, age func() time.Duration) error {
 	if req.Timestamp != nil {
 		if err := setClock(req.Timestamp.Add(age()), req.Restored); err != nil {
@@ -190,8 +190,8 @@ func (req initRequest) applyToMachine(s *Server, age func() time.Duration) error
 	return nil
 }
 
-// setClock sets the wall clock. A restored guest's is set in any case: what it
-// shows is a snapshot's time.
+// setClock sets the wall clock if it is off by more than programs should notice,
+// or always: a restored guest's clock shows the time of the snapshot.
 func setClock(now time.Time, always bool) error {
 	if ahead := time.Since(now); !always && ahead > -clockBehind && ahead < clockAhead {
 		return nil
@@ -203,8 +203,8 @@ func setClock(now time.Time, always bool) error {
 	return nil
 }
 
-// addEntropy credits bytes to the kernel's pool and makes the generator use
-// them now, so that two guests restored from one snapshot part at once.
+// addEntropy credits bytes to the kernel's pool and reseeds the generator, so that
+// two guests restored from one snapshot draw different numbers from then on.
 func addEntropy(data []byte) error {
 	fd, err := unix.Open("/dev/urandom", unix.O_WRONLY|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -12,9 +12,9 @@ const (
 	logRate  = 1 << 10 // bytes per second
 )
 
-// BoundedLog returns a writer that passes whole lines on to w as long as they
-// come slowly, and counts the others: a console is slow, and its reader's disk
-// finite. Safe for concurrent use.
+// BoundedLog returns a writer that writes whole lines to w up to a rate, and
+// counts the others: a console is slow, and the host keeps its output on a disk.
+// Safe for concurrent use.
 func BoundedLog(w io.Writer) io.Writer {
 	return &boundedLog{w: w, left: logBurst, last: time.Now()}
 }

@@ -16,8 +16,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
-// meter measures the CPU between one look and the next. Safe for concurrent
-// use.
+// meter measures the use of the CPUs between two calls of look. Safe for
+// concurrent use.
 type meter struct {
 	mu   sync.Mutex
 	busy uint64
@@ -47,7 +47,7 @@ func (m *meter) look() float64 {
 	busy, all := cpuTimes()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	// Two looks within one tick of the kernel's clock see the same.
+	// Two calls within one tick of the kernel's clock read the same numbers.
 	if all > m.all && busy >= m.busy {
 		m.pct = math.Round(10000*float64(busy-m.busy)/float64(all-m.all)) / 100
 		m.busy, m.all = busy, all

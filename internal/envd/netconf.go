@@ -25,13 +25,13 @@ func upLoopback() error {
 }
 
 // upEthernet gives eth0 its address and the default route. It uses no
-// paths: the root changes under it.
+// paths, because the root changes at the same time.
 func upEthernet(p guestapi.Boot) error {
 	eth, err := waitLink("eth0", deviceTimeout)
 	if err != nil {
 		return err
 	}
-	// Before the link comes up, so that it is announced then.
+	// The address comes before the link is up, so that the kernel announces it.
 	addr := &netlink.Addr{IPNet: &net.IPNet{
 		IP:   p.Addr.Addr().AsSlice(),
 		Mask: net.CIDRMask(p.Addr.Bits(), p.Addr.Addr().BitLen()),

@@ -8,14 +8,12 @@ import (
 )
 
 const (
-	// outputBuffer is how much of a process's output is held for
-	// subscribers that lag behind.
+	// outputBuffer bounds the output of a process that is held for subscribers.
 	outputBuffer = 256 << 10
-	// chunkOverhead is what a chunk costs beside its bytes, so that a
-	// process that writes byte by byte is bounded, too.
+	// chunkOverhead is counted for each chunk besides its bytes, so that the output
+	// of a process that writes single bytes is bounded, too.
 	chunkOverhead = 64
-	// stallLimit is how long subscribers who take nothing at all may hold
-	// up a process.
+	// stallLimit is how long a process waits for subscribers that take nothing.
 	stallLimit = 3 * time.Second
 )
 
@@ -37,12 +35,11 @@ type chunk struct {
 	offset int64
 }
 
-// output carries what a process writes to those who subscribed to it. The
-// fastest of them sets the pace: a sole subscriber loses nothing however slow
-// it is, as it would at the end of a pipe; beside a faster one, a slow one
-// loses what no longer fits into the buffer, and is told how much. Without
-// subscribers, or with subscribers that have stalled, the process runs freely.
-// Safe for concurrent use.
+// output carries what a process writes to its subscribers. The fastest subscriber
+// sets the pace. A sole subscriber loses nothing however slow it is, as at the end
+// of a pipe. A slow subscriber beside a faster one loses what does not fit into the
+// buffer, and is told how much. Without subscribers, or when all have stalled, the
+// process does not wait. Safe for concurrent use.
 type output struct {
 	mu     sync.Mutex
 	chunks []chunk
@@ -51,7 +48,7 @@ type output struct {
 	size  int
 	total [streams]int64
 	subs  map[*subscriber]struct{}
-	// room is closed when a writer that waits should look again.
+	// room is closed when a waiting writer may have space.
 	room     chan struct{}
 	progress time.Time
 	stalled  bool
@@ -80,8 +77,8 @@ func (o *output) subscribe() *subscriber {
 	return o.join(&subscriber{out: o, next: o.first + len(o.chunks), seen: o.total, wake: make(chan struct{}, 1)})
 }
 
-// resume returns a subscriber that has seen that many bytes of each stream:
-// what is still held of the rest comes again, and what is not shows as missed.
+// resume returns a subscriber that has seen that many bytes of each stream. It gets
+// the bytes after that which are still held; the others count as missed.
 func (o *output) resume(seen [streams]int64) *subscriber {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -119,7 +116,7 @@ func (o *output) write(st stream, data []byte) {
 	o.wakeAll()
 }
 
-// mayDrop reports whether the oldest chunk is needed no longer.
+// mayDrop reports whether the oldest chunk can be dropped.
 func (o *output) mayDrop() bool {
 	if o.stalled || len(o.subs) == 0 {
 		return true
@@ -188,9 +185,9 @@ func (s *subscriber) close() {
 	s.out.progressed()
 }
 
-// take returns the next piece of output, or false when there is none now; more
-// says whether there will ever be. What was missed shows as a piece of its
-// own, a line in the stream it is missing from.
+// take returns the next piece of output, or false if there is none now; more says
+// whether more can come. Missed output becomes a piece of its own: a line in the
+// stream that lacks it.
 func (s *subscriber) take() (c chunk, ok, more bool) {
 	o := s.out
 	o.mu.Lock()
@@ -229,8 +226,8 @@ func missedChunk(st stream, n int64) chunk {
 	return chunk{stream: st, data: fmt.Appendf(nil, "\n[wrenn: %d bytes of output missed]\n", n)}
 }
 
-// await returns when take may have something new, or ctx or tick fires;
-// whether it was tick.
+// await returns when take may have something new, or when ctx ends or tick fires.
+// It returns whether tick fired.
 func (s *subscriber) await(ctx context.Context, tick <-chan time.Time) (ticked bool) {
 	select {
 	case <-s.wake:

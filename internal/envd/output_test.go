@@ -78,7 +78,7 @@ func TestOutputSoleSubscriberLosesNothing(t *testing.T) {
 	})
 }
 
-func TestOutputStalledSubscriberHoldsNobodyUp(t *testing.T) {
+func TestOutputDoesNotWaitForAStalledSubscriber(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := newOutput()
 		s := o.subscribe()
@@ -136,7 +136,7 @@ func TestOutputFastestSetsThePace(t *testing.T) {
 	})
 }
 
-func TestOutputGoneSubscriberHoldsNobodyUp(t *testing.T) {
+func TestOutputDoesNotWaitForAGoneSubscriber(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		o := newOutput()
 		s := o.subscribe()

@@ -15,9 +15,8 @@ const stopGrace = 2 * time.Second
 // PowerOffRequests delivers the signals that ask PID 1 to end: SIGTERM, SIGINT
 // (which is what ctrl-alt-del becomes) and SIGPWR.
 func PowerOffRequests() <-chan os.Signal {
-	// Whatever else is sent to PID 1 must not end it, as it would end any other
-	// program: all of it goes where nobody looks. Ignoring it instead would be
-	// passed on to every child.
+	// No other signal may end PID 1. They go to a channel that is never read:
+	// children would inherit that they are ignored.
 	signal.Notify(make(chan os.Signal, 1))
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF)
 	signals := make(chan os.Signal, 1)
@@ -33,14 +32,14 @@ func PowerOff(log *slog.Logger) {
 		_ = unix.Kill(-1, unix.SIGKILL)
 		awaitAlone(time.Second)
 	}
-	// The kernel's way down resets the network card while the link is up, and
-	// whatever then still wants something of it waits in a busy loop for ever.
+	// At a shutdown the kernel resets the network card while the link is up. A
+	// process that uses the card after that waits in a busy loop for ever.
 	if err := downEthernet(); err != nil {
 		log.Warn("take eth0 down", "err", err)
 	}
 	unix.Sync()
-	// A restart ends every VMM. Not every one has something that switches the
-	// machine off, though it may have ACPI: the kernel would halt there, for ever.
+	// A restart ends every VMM. Some VMMs have ACPI but cannot switch the machine
+	// off: the kernel would halt for ever.
 	err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 	log.Error("power off", "err", err)
 	select {} // PID 1 must not return: that would be a kernel panic

@@ -26,8 +26,8 @@ import (
 const (
 	// readSize is how much is read from a pipe, and sent, at once.
 	readSize = 32 << 10
-	// drainGrace is how long, after a process has ended, its descendants may
-	// go on to write what still counts as its output.
+	// drainGrace is how long after the end of a process the writes of its
+	// descendants count as its output.
 	drainGrace = 100 * time.Millisecond
 	// drainMax bounds what is taken from a pipe after that.
 	drainMax = 1 << 20
@@ -39,7 +39,7 @@ const (
 	keepEnded = 30 * time.Second
 )
 
-// processes starts processes and knows those that run or have just ended.
+// processes starts processes and keeps those that run or have just ended.
 // Safe for concurrent use.
 type processes struct {
 	log      *slog.Logger
@@ -73,8 +73,8 @@ type process struct {
 	// overran is set when the process is ended because its time is up.
 	overran atomic.Bool
 
-	// input is the writing end of stdin, or the terminal; nil for neither. It is
-	// closed at will: os.File then wakes whoever writes.
+	// input is the writing end of stdin, or the terminal; nil for neither. It
+	// may be closed at any time: os.File then wakes a waiting writer.
 	input   *os.File
 	hasPTY  bool
 	writeMu sync.Mutex // keeps inputs whole
@@ -139,7 +139,7 @@ func (ps *processes) start(c command) (*process, *subscriber, error) {
 			return nil, nil, err
 		}
 		defer done()
-		// None without: it could not be frozen.
+		// A process without a cgroup could not be frozen, so none is started.
 		group, dir, err := ps.cgroups.make()
 		if err != nil {
 			files.closeOurs()
@@ -158,7 +158,7 @@ func (ps *processes) start(c command) (*process, *subscriber, error) {
 		argv := append([]string{c.config.GetCmd()}, c.config.GetArgs()...)
 		p.child, err = ps.children.start(path, argv, attr)
 		if errors.Is(err, syscall.ENOEXEC) {
-			// A script that names no interpreter is the shell's.
+			// The shell runs a script that names no interpreter.
 			argv = append([]string{"/bin/sh", path}, c.config.GetArgs()...)
 			p.child, err = ps.children.start("/bin/sh", argv, attr)
 		}
@@ -212,7 +212,7 @@ func (ps *processes) run(p *process, files *stdio, c command) {
 
 	p.ending = endEvent(status)
 	if err != nil {
-		// Nobody knows how it ended: that is no success.
+		// It is not known how it ended, so it is no success.
 		text := "exit status unknown"
 		p.ending = &processv1.ProcessEvent_EndEvent{ExitCode: -1, Status: text, Error: &text}
 	}
@@ -267,8 +267,8 @@ func (ps *processes) close() {
 	}
 }
 
-// find returns the process that the selector names; one that has just ended,
-// too. A tag may be used again: the latest process with it counts.
+// find returns the process that the selector names, which may have just ended. Of
+// several processes with one tag it returns the latest.
 func (ps *processes) find(sel *processv1.ProcessSelector) (*process, error) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
@@ -380,7 +380,7 @@ func (p *process) adjustOOM() {
 		_ = os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte("100"), 0o644)
 	}
 	adjust(p.child.pid)
-	// Rarely has it forked by now: no need to look through the whole tree.
+	// It has rarely forked by now, so its tree is searched only then.
 	if p.cgroup != nil && !p.cgroup.alone(p.child.pid) {
 		for _, pid := range p.cgroup.pids() {
 			adjust(pid)
@@ -517,10 +517,10 @@ type reader struct {
 	file   *os.File
 }
 
-// run reads until nobody can write any more. It calls drained.Done when all
-// that belongs to the process has been read: at the end, or some time after
-// the read deadline that is set when the process ends. What its descendants
-// write after that is thrown away, so that they go on undisturbed.
+// run reads until every writer has closed the stream. It calls drained.Done when
+// the output of the process has been read: at the end of the stream, or after the
+// read deadline that is set when the process ends. What descendants write later is
+// read and dropped, so that they do not block.
 func (r *reader) run(out *output, drained *sync.WaitGroup) {
 	defer r.file.Close()
 	buf := make([]byte, readSize)
@@ -547,7 +547,7 @@ func (r *reader) copy(out *output, buf []byte) error {
 	}
 }
 
-// sweep takes what a pipe holds right now, but not without end.
+// sweep reads what a pipe holds now, up to drainMax.
 func (r *reader) sweep(out *output, buf []byte) error {
 	raw, err := r.file.SyscallConn()
 	if err != nil {
@@ -578,8 +578,8 @@ func (r *reader) sweep(out *output, buf []byte) error {
 	return nil
 }
 
-// endEvent says how a process ended, in the words of Go's os package, which
-// clients know.
+// endEvent says how a process ended. The texts are those of Go's os package, on
+// which clients rely.
 func endEvent(status syscall.WaitStatus) *processv1.ProcessEvent_EndEvent {
 	end := &processv1.ProcessEvent_EndEvent{ExitCode: int32(status.ExitStatus()), Exited: status.Exited()}
 	switch {
@@ -674,8 +674,8 @@ func credential(as account) *syscall.Credential {
 	return &syscall.Credential{Uid: as.uid, Gid: as.gid, Groups: as.groups}
 }
 
-// cause strips what os adds to a system call's error: names of pipes that
-// mean nothing to a client.
+// cause returns a system call's error without what os adds: names of pipes mean
+// nothing to a client.
 func cause(err error) error {
 	var path *os.PathError
 	if errors.As(err, &path) {

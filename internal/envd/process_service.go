@@ -31,7 +31,9 @@ func (s processService) List(context.Context, *connect.Request[processv1.ListReq
 	return connect.NewResponse(&processv1.ListResponse{Processes: infos}), nil
 }
 
-func (s processService) Start(ctx context.Context, req *connect.Request[processv1.StartRequest], stream *connect.ServerStream[processv1.StartResponse]) error {
+func (s processService) Start(
+	ctx context.Context, req *connect.Request[processv1.StartRequest], stream *connect.ServerStream[processv1.StartResponse],
+) error {
 	as, err := s.requestUser(req.Header())
 	if err != nil {
 		return err
@@ -80,8 +82,8 @@ func (s processService) Start(ctx context.Context, req *connect.Request[processv
 	}
 	err = s.follow(ctx, p, sub, keepalive(req.Header()), send)
 	if err != nil && c.gentle {
-		// The client learns of the end only when nothing is left running, and
-		// gets the output up to there.
+		// The client is told of the end when no process is left, and gets the
+		// output up to then.
 		p.terminate(true)
 		p.awaitFinished(killWait)
 		for c, ok, _ := sub.take(); ok && errors.Is(err, context.DeadlineExceeded); c, ok, _ = sub.take() {
@@ -93,7 +95,9 @@ func (s processService) Start(ctx context.Context, req *connect.Request[processv
 	return err
 }
 
-func (s processService) Connect(ctx context.Context, req *connect.Request[processv1.ConnectRequest], stream *connect.ServerStream[processv1.ConnectResponse]) error {
+func (s processService) Connect(
+	ctx context.Context, req *connect.Request[processv1.ConnectRequest], stream *connect.ServerStream[processv1.ConnectResponse],
+) error {
 	p, err := s.processes.find(req.Msg.GetProcess())
 	if err != nil {
 		return err
@@ -114,7 +118,9 @@ func (s processService) Connect(ctx context.Context, req *connect.Request[proces
 
 // follow sends a process's events: its start, its output, keepalives when
 // nothing else was sent for a while, its end.
-func (s processService) follow(ctx context.Context, p *process, sub *subscriber, interval time.Duration, send func(*processv1.ProcessEvent) error) error {
+func (s processService) follow(
+	ctx context.Context, p *process, sub *subscriber, interval time.Duration, send func(*processv1.ProcessEvent) error,
+) error {
 	start := &processv1.ProcessEvent_StartEvent{Pid: uint32(p.child.pid)}
 	if err := send(&processv1.ProcessEvent{Event: &processv1.ProcessEvent_Start{Start: start}}); err != nil {
 		return err
@@ -134,7 +140,8 @@ func (s processService) follow(ctx context.Context, p *process, sub *subscriber,
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case sub.await(ctx, ticker.C):
-			if err := send(&processv1.ProcessEvent{Event: &processv1.ProcessEvent_Keepalive{Keepalive: &processv1.ProcessEvent_KeepAlive{}}}); err != nil {
+			alive := &processv1.ProcessEvent_Keepalive{Keepalive: &processv1.ProcessEvent_KeepAlive{}}
+			if err := send(&processv1.ProcessEvent{Event: alive}); err != nil {
 				return err
 			}
 		}
@@ -154,7 +161,9 @@ func dataEvent(c chunk) *processv1.ProcessEvent {
 	return &processv1.ProcessEvent{Event: &processv1.ProcessEvent_Data{Data: data}}
 }
 
-func (s processService) SendSignal(ctx context.Context, req *connect.Request[processv1.SendSignalRequest]) (*connect.Response[processv1.SendSignalResponse], error) {
+func (s processService) SendSignal(
+	ctx context.Context, req *connect.Request[processv1.SendSignalRequest],
+) (*connect.Response[processv1.SendSignalResponse], error) {
 	p, err := s.running(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
@@ -196,8 +205,8 @@ func (s *Server) resolveCwd(cwd string, as account) (string, error) {
 	return s.resolvePath(cwd, as)
 }
 
-// resolvePath makes a client's path absolute: nothing is the default
-// directory, "~" and whatever is relative lead to the user's home.
+// resolvePath makes a client's path absolute. An empty path is the default
+// directory; "~" is the user's home, and other paths are relative to it.
 func (s *Server) resolvePath(path string, as account) (string, error) {
 	if hasNUL(path) {
 		return "", errors.New("the path contains a NUL byte")
@@ -221,7 +230,9 @@ func (s *Server) resolvePath(path string, as account) (string, error) {
 	}
 }
 
-func (s processService) SendInput(_ context.Context, req *connect.Request[processv1.SendInputRequest]) (*connect.Response[processv1.SendInputResponse], error) {
+func (s processService) SendInput(
+	_ context.Context, req *connect.Request[processv1.SendInputRequest],
+) (*connect.Response[processv1.SendInputResponse], error) {
 	p, err := s.running(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
@@ -233,7 +244,9 @@ func (s processService) SendInput(_ context.Context, req *connect.Request[proces
 }
 
 // StreamInput feeds one process, piece after piece in the order sent.
-func (s processService) StreamInput(_ context.Context, stream *connect.ClientStream[processv1.StreamInputRequest]) (*connect.Response[processv1.StreamInputResponse], error) {
+func (s processService) StreamInput(
+	_ context.Context, stream *connect.ClientStream[processv1.StreamInputRequest],
+) (*connect.Response[processv1.StreamInputResponse], error) {
 	var p *process
 	for stream.Receive() {
 		switch event := stream.Msg().GetEvent().(type) {
@@ -274,7 +287,9 @@ func (p *process) feed(input *processv1.ProcessInput) error {
 	return nil
 }
 
-func (s processService) CloseStdin(_ context.Context, req *connect.Request[processv1.CloseStdinRequest]) (*connect.Response[processv1.CloseStdinResponse], error) {
+func (s processService) CloseStdin(
+	_ context.Context, req *connect.Request[processv1.CloseStdinRequest],
+) (*connect.Response[processv1.CloseStdinResponse], error) {
 	p, err := s.processes.find(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
@@ -285,7 +300,9 @@ func (s processService) CloseStdin(_ context.Context, req *connect.Request[proce
 	return connect.NewResponse(&processv1.CloseStdinResponse{}), nil
 }
 
-func (s processService) Update(_ context.Context, req *connect.Request[processv1.UpdateRequest]) (*connect.Response[processv1.UpdateResponse], error) {
+func (s processService) Update(
+	_ context.Context, req *connect.Request[processv1.UpdateRequest],
+) (*connect.Response[processv1.UpdateResponse], error) {
 	p, err := s.running(req.Msg.GetProcess())
 	if err != nil {
 		return nil, err
@@ -310,8 +327,8 @@ func (s processService) running(sel *processv1.ProcessSelector) (*process, error
 	return p, nil
 }
 
-// parseOffsets reads an guestapi.HeaderOffset. A stream that it does not name was not
-// seen at all.
+// parseOffsets reads a guestapi.HeaderOffset. Of a stream that it does not name,
+// the client has seen nothing.
 func parseOffsets(text string) (seen [streams]int64, err error) {
 	names := map[string]stream{"stdout": stdout, "stderr": stderr, "pty": terminal}
 	for item := range strings.SplitSeq(text, ",") {

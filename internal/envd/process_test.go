@@ -324,7 +324,7 @@ func TestStreamInputKeepsOrder(t *testing.T) {
 	in = c.StreamInput(t.Context())
 	_ = in.Send(&processv1.StreamInputRequest{Event: &processv1.StreamInputRequest_Data{Data: &processv1.StreamInputRequest_DataEvent{Input: stdinOf("x")}}})
 	if _, err := in.CloseAndReceive(); connect.CodeOf(err) != connect.CodeInvalidArgument {
-		t.Errorf("input for nobody: %v", err)
+		t.Errorf("input for no process: %v", err)
 	}
 }
 
@@ -469,7 +469,7 @@ func TestSignals(t *testing.T) {
 		if _, err := c.SendSignal(t.Context(), connect.NewRequest(&processv1.SendSignalRequest{Process: byPID(pid), Signal: sig})); err != nil {
 			t.Fatal(err)
 		}
-		// Not even a zombie is left for whoever looks at once.
+		// No zombie is left when the answer comes.
 		if err := syscall.Kill(int(pid), 0); !errors.Is(err, syscall.ESRCH) {
 			t.Errorf("%v: the process is still there: %v", sig, err)
 		}

@@ -9,8 +9,8 @@ import (
 	processv1 "git.omukk.dev/wrenn/sandbox/api/process"
 )
 
-// openPTY opens a new terminal: the master for us, in non-blocking mode, so
-// that closing it wakes whoever reads or writes; the slave for a process.
+// openPTY opens a new terminal: the master for envd, in non-blocking mode, so that
+// closing it wakes readers and writers, and the slave for a process.
 func openPTY() (master, slave *os.File, err error) {
 	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {

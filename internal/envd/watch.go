@@ -28,8 +28,8 @@ type fileEvent struct {
 	kind filesystem.EventType
 }
 
-// watch follows what happens in a directory. Its methods are for one
-// goroutine, but for close.
+// watch reports the changes in a directory. Its methods except close are for one
+// goroutine.
 type watch struct {
 	root      string
 	recursive bool
@@ -95,7 +95,7 @@ func (w *watch) add(dir string, found func(path string, entry fs.DirEntry)) erro
 	if !w.recursive {
 		return nil
 	}
-	// Only now look into it: what comes later is told by the kernel.
+	// The directory is read after that: later changes are events.
 	entries, err := os.ReadDir(full)
 	if err != nil {
 		return err
@@ -231,8 +231,8 @@ func (w *watch) rename(from, to string) {
 	}
 }
 
-// settle forgets what was kept for events that might have been on their way:
-// none are. Directories that left and did not arrive have left the watch.
+// settle drops what was kept for pending events, when none is pending. Directories
+// that were moved away and did not arrive have left the watch.
 func (w *watch) settle() {
 	clear(w.scanned)
 	for cookie, from := range w.leaving {
@@ -293,6 +293,5 @@ func (e fileEvent) message(full string, d *describer) *filesystem.FilesystemEven
 	return m
 }
 
-// watcherIdle is how long a polled watcher may be left alone before it is
-// given up as forgotten.
+// watcherIdle is how long after the last poll a watcher is removed.
 const watcherIdle = time.Hour

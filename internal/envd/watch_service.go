@@ -23,7 +23,9 @@ const (
 	maxWatcherEvents = 10_000
 )
 
-func (s filesystemService) WatchDir(ctx context.Context, req *connect.Request[filesystem.WatchDirRequest], stream *connect.ServerStream[filesystem.WatchDirResponse]) error {
+func (s filesystemService) WatchDir(
+	ctx context.Context, req *connect.Request[filesystem.WatchDirRequest], stream *connect.ServerStream[filesystem.WatchDirResponse],
+) error {
 	w, err := s.watch(req.Header(), req.Msg)
 	if err != nil {
 		return err
@@ -125,10 +127,10 @@ type watchers struct {
 	wg     sync.WaitGroup
 }
 
-// watcher collects a watch's events until somebody asks for them.
+// watcher collects a watch's events until a client asks for them.
 type watcher struct {
 	watch *watch
-	// idle removes a watcher that nobody has asked for a long time.
+	// idle removes a watcher that no client has polled for watcherIdle.
 	idle *time.Timer
 
 	mu     sync.Mutex
@@ -236,7 +238,9 @@ func (ws *watchers) close() {
 	ws.wg.Wait()
 }
 
-func (s filesystemService) CreateWatcher(_ context.Context, req *connect.Request[filesystem.CreateWatcherRequest]) (*connect.Response[filesystem.CreateWatcherResponse], error) {
+func (s filesystemService) CreateWatcher(
+	_ context.Context, req *connect.Request[filesystem.CreateWatcherRequest],
+) (*connect.Response[filesystem.CreateWatcherResponse], error) {
 	w, err := s.watch(req.Header(), req.Msg)
 	if err != nil {
 		return nil, err
@@ -248,7 +252,9 @@ func (s filesystemService) CreateWatcher(_ context.Context, req *connect.Request
 	return connect.NewResponse(&filesystem.CreateWatcherResponse{WatcherId: id}), nil
 }
 
-func (s filesystemService) GetWatcherEvents(_ context.Context, req *connect.Request[filesystem.GetWatcherEventsRequest]) (*connect.Response[filesystem.GetWatcherEventsResponse], error) {
+func (s filesystemService) GetWatcherEvents(
+	_ context.Context, req *connect.Request[filesystem.GetWatcherEventsRequest],
+) (*connect.Response[filesystem.GetWatcherEventsResponse], error) {
 	p, err := s.watchers.get(req.Msg.GetWatcherId())
 	if err != nil {
 		return nil, err
@@ -260,7 +266,9 @@ func (s filesystemService) GetWatcherEvents(_ context.Context, req *connect.Requ
 	return connect.NewResponse(&filesystem.GetWatcherEventsResponse{Events: events}), nil
 }
 
-func (s filesystemService) RemoveWatcher(_ context.Context, req *connect.Request[filesystem.RemoveWatcherRequest]) (*connect.Response[filesystem.RemoveWatcherResponse], error) {
+func (s filesystemService) RemoveWatcher(
+	_ context.Context, req *connect.Request[filesystem.RemoveWatcherRequest],
+) (*connect.Response[filesystem.RemoveWatcherResponse], error) {
 	if _, err := s.watchers.get(req.Msg.GetWatcherId()); err != nil {
 		return nil, err
 	}

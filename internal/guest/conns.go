@@ -11,12 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// errClosed is what a closed client answers with.
+// errClosed is the error of a closed client.
 var errClosed = errors.New("the connection to the guest is closed")
 
-// conns dials a guest's address and knows the connections that are open, so that they end with
-// the incarnation of the guest that they lead to, and no later. Safe for
-// concurrent use.
+// conns dials a guest's address and keeps the open connections, so that they end no
+// later than the guest's incarnation. Safe for concurrent use.
 type conns struct {
 	addr   string
 	dialer net.Dialer
@@ -50,7 +49,7 @@ func (c *conns) dial(ctx context.Context) (net.Conn, error) {
 	return tracked, nil
 }
 
-// closeAll closes what is open and lets nothing be opened any more.
+// closeAll closes the open connections and makes later dials fail.
 func (c *conns) closeAll() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -72,8 +71,8 @@ func (c *conn) Close() error {
 }
 
 const (
-	// partTimeout bounds the end of a connection, partPoll is how often it is
-	// looked for.
+	// partTimeout bounds the wait for a connection's end, partPoll is the time
+	// between two looks at it.
 	partTimeout = time.Second
 	partPoll    = time.Millisecond
 )
@@ -83,9 +82,9 @@ type kept struct{ net.Conn }
 
 func (k *kept) Close() error { return nil }
 
-// part ends the connection and returns when the guest knows. A guest that is
-// stopped before would go on telling nobody that it is over, and do so first of
-// all when it is restored.
+// part ends the connection and returns when the guest has acknowledged the end. A
+// guest that is snapshotted before that would repeat its last packets when it is
+// restored.
 func (k *kept) part(ctx context.Context) {
 	defer k.Conn.Close()
 	tracked, ok := k.Conn.(*conn)

@@ -17,14 +17,14 @@ import (
 )
 
 const (
-	// DefaultMaxOutput is what Exec keeps of each stream if not told.
+	// DefaultMaxOutput is Command.MaxOutput if that is zero.
 	DefaultMaxOutput = 1 << 20
 	// endSlack is how much longer than the command's time limit Exec waits
 	// for the guest to say that the command has ended.
 	endSlack = 10 * time.Second
 )
 
-// Command is one to be run to its end.
+// Command is a command that Exec runs to its end.
 type Command struct {
 	Cmd  string
 	Args []string
@@ -39,7 +39,7 @@ type Command struct {
 	MaxOutput int
 }
 
-// Result is what a command left.
+// Result is the outcome of a command.
 type Result struct {
 	// Stdout and Stderr end with a line that counts the missing bytes when
 	// there were more than Command.MaxOutput.
@@ -59,15 +59,14 @@ type Result struct {
 // as well when ctx is cancelled or the host dies. A program that does not
 // exist is errdefs.NotFound, a request that cannot be carried out
 // errdefs.InvalidArgument. A guest that dies or falls silent is
-// errdefs.Unavailable: no exit status is made up.
+// errdefs.Unavailable.
 func (c *Client) Exec(ctx context.Context, cmd Command) (Result, error) {
 	limit := cmd.MaxOutput
 	if limit <= 0 {
 		limit = DefaultMaxOutput
 	}
-	// The time limit is for the guest to keep, which knows when the command
-	// is gone: hence it travels in the header alone. ctx's own end is
-	// a cancellation.
+	// The guest keeps the time limit, because it knows when the command has
+	// ended: the limit is in the header only. The end of ctx cancels.
 	ctx, cancel := stopWith(ctx, cmd.Timeout)
 	defer cancel()
 
@@ -102,7 +101,9 @@ func (c *Client) Exec(ctx context.Context, cmd Command) (Result, error) {
 }
 
 // run reads a Start stream up to its end event.
-func (c *Client) run(ctx context.Context, req *connect.Request[process.StartRequest], out, errOut *capture) (*process.ProcessEvent_EndEvent, error) {
+func (c *Client) run(
+	ctx context.Context, req *connect.Request[process.StartRequest], out, errOut *capture,
+) (*process.ProcessEvent_EndEvent, error) {
 	stream, err := c.process.Start(ctx, req)
 	if err != nil {
 		return nil, err
@@ -159,7 +160,7 @@ func execError(ctx context.Context, cmd Command, err error) error {
 	}
 	var coded *connect.Error
 	if !errors.As(err, &coded) || !connect.IsWireError(coded) {
-		// Not the guest's word, but what became of its answer.
+		// The error is the connection's and not the guest's.
 		return errdefs.Unavailable.Errorf("run command: %s", plain(err))
 	}
 	switch code, said := coded.Code(), errdefs.Foreign(coded.Message()); {
@@ -178,9 +179,9 @@ func execError(ctx context.Context, cmd Command, err error) error {
 	}
 }
 
-// ExitCode turns an end event into a shell's exit code, 0 to 255. What no
-// process can end with is an error: a program that took it for its own exit
-// status would report its last eight bits, 256 as success.
+// ExitCode turns an end event into a shell's exit code, 0 to 255. A number that no
+// process can end with is an error: an exit status has eight bits, so 256 would
+// become success.
 func ExitCode(end *process.ProcessEvent_EndEvent) (int, error) {
 	switch code := end.GetExitCode(); {
 	case code >= 0 && code <= 255:

@@ -277,7 +277,7 @@ func TestExecCutOff(t *testing.T) {
 	}
 }
 
-func TestExecNobodyThere(t *testing.T) {
+func TestExecWithoutAGuest(t *testing.T) {
 	c := guest.New(freePort(t), "")
 	defer c.Close()
 	_, err := c.Exec(t.Context(), guest.Command{Cmd: "true"})

@@ -23,28 +23,28 @@ import (
 )
 
 const (
-	// maxClockError is by how much a restored guest's clock may be off, the way
-	// of its answer included.
+	// maxClockError is by how much a restored guest's clock may be off, including
+	// the time that its answer travels.
 	maxClockError = 20 * time.Millisecond
-	// maxCorrections bounds how often it is told the time again: on a busy host
-	// the way there and back may take too long a few times in a row.
+	// maxCorrections bounds how often the guest is told the time again: on a busy
+	// host several requests in a row may travel too long.
 	maxCorrections = 10
 
-	// A guest that boots does not answer at all: attempts that wait for the
-	// kernel to send its packets again would miss the moment it does.
+	// A booting guest does not answer at all. Short attempts notice its first
+	// answer sooner than the kernel's repetition of lost packets.
 	probeDial    = 40 * time.Millisecond
 	probeTimeout = 500 * time.Millisecond
 	probeEvery   = 4 * time.Millisecond
 
 	dialTimeout = 5 * time.Second
 	initTimeout = 10 * time.Second
-	// freezeTimeout is longer than the guest tries.
+	// freezeTimeout is longer than the guest's own limit.
 	freezeTimeout = 10 * time.Second
 )
 
-// Client speaks to one incarnation of one guest: its connections are its own,
-// so that none is ever reused for whoever gets the address next. Close it when
-// that incarnation ends. Safe for concurrent use.
+// Client speaks to one incarnation of one guest. Its connections are its own, so
+// that none reaches the next guest at the same address. Close it when the
+// incarnation ends. Safe for concurrent use.
 type Client struct {
 	base      string
 	token     string
@@ -96,8 +96,8 @@ func (t withToken) RoundTrip(r *http.Request) (*http.Response, error) {
 	return t.next.RoundTrip(r)
 }
 
-// WaitReady returns when the guest says that it is ready. Only ctx bounds the
-// wait; its end is errdefs.Unavailable, the last attempt's error in the text.
+// WaitReady returns when the guest's envd serves. Only ctx bounds the wait; its end
+// is errdefs.Unavailable with the last attempt's error in the text.
 func (c *Client) WaitReady(ctx context.Context) error {
 	dialer := net.Dialer{Timeout: probeDial}
 	transport := newTransport(func(ctx context.Context) (net.Conn, error) {
@@ -142,10 +142,10 @@ type Init struct {
 	AccessToken string
 	// Time is the wall clock; zero means now.
 	Time time.Time
-	// Env are variables for every process; nil leaves those of before.
+	// Env are variables for every process; nil keeps the previous ones.
 	Env map[string]string
 	// DefaultUser and DefaultWorkdir are for requests that name none; empty
-	// leaves what was set before.
+	// keeps the previous ones.
 	DefaultUser    string
 	DefaultWorkdir string
 	Hostname       string
@@ -153,25 +153,25 @@ type Init struct {
 	// Entropy is credited to the guest's random generator; at most 4096
 	// bytes.
 	Entropy []byte
-	// Restored says that the guest goes on from a snapshot: it drops the
+	// Restored says that the guest was restored from a snapshot: it drops the
 	// connections of before, and sets its clock however little it is off.
 	Restored bool
-	// NewBootID gives the guest another boot id: it goes on from a snapshot as
-	// another machine than the one that may have read it.
+	// NewBootID gives the guest another boot id, because another machine may
+	// have read the one in the snapshot.
 	NewBootID bool
-	// CloneKey is what opens, in the place of a token, the first Init of a guest
-	// that is restored from a snapshot of this one. The guest is told its digest
-	// alone; empty leaves that of before.
+	// CloneKey opens, in the token's place, the first Init of a guest that is
+	// restored from a snapshot of this one. This guest gets its digest only;
+	// empty keeps the previous one.
 	CloneKey string
 	// again counts the corrections of the clock.
 	again int
 }
 
 // Init initialises the guest. It may be repeated; an older Time than that of
-// the last call changes nothing. A guest that knows another token answers
+// the last call changes nothing. Errors: a guest that knows another token is
 // errdefs.Unauthenticated, one without the default user errdefs.NotFound, one that
-// does not answer is errdefs.Unavailable, one
-// of another protocol version errdefs.Unsupported.
+// does not answer errdefs.Unavailable, and one of another protocol version
+// errdefs.Unsupported.
 func (c *Client) Init(ctx context.Context, in Init) error {
 	ctx, cancel := context.WithTimeout(ctx, initTimeout)
 	defer cancel()
@@ -193,8 +193,7 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 		return fmt.Errorf("initialise the guest: %w", err)
 	}
 	if in.Time.IsZero() {
-		// The time it takes to connect to a guest that wakes up would be an
-		// error of its clock.
+		// A time that is taken before the connection is open would be too old.
 		fresh := func() (io.ReadCloser, error) { return &stamped{body: body}, nil }
 		req.Body, _ = fresh()
 		req.GetBody = fresh
@@ -212,7 +211,8 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	switch reason := errdefs.Foreign(string(text)); resp.StatusCode {
 	case http.StatusNoContent:
 		if version := resp.Header.Get(guestapi.HeaderProtocol); version != guestapi.Protocol {
-			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q", errdefs.Foreign(version), guestapi.Protocol)
+			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q",
+				errdefs.Foreign(version), guestapi.Protocol)
 		}
 		return c.adjust(ctx, in, resp.Header.Get(guestapi.HeaderClock))
 	case http.StatusUnauthorized:
@@ -233,9 +233,9 @@ func digest(secret string) []byte {
 	return sum[:]
 }
 
-// adjust tells the guest the time once more if it took the guest too long to
-// hear it: a restored one runs its first code slowly. clock is what the guest's
-// said when it answered, which is never later than now.
+// adjust tells the guest the time again if the guest took too long to set it: a
+// restored guest runs its first code slowly. clock is the guest's time when it
+// answered.
 func (c *Client) adjust(ctx context.Context, in Init, clock string) error {
 	ns, err := strconv.ParseInt(clock, 10, 64)
 	if err != nil || !in.Time.IsZero() || !in.Restored || in.again >= maxCorrections || time.Since(time.Unix(0, ns)).Abs() < maxClockError {
@@ -268,9 +268,9 @@ func (s *stamped) Read(p []byte) (int, error) {
 
 func (s *stamped) Close() error { return nil }
 
-// Quiesce has the guest write to its disk what it has in memory; with quiet it
-// returns when the guest's CPUs have nothing to do, or no later than a few
-// seconds from then. No connection is open afterwards, at the guest's end either.
+// Quiesce makes the guest write unsaved data to its disk. With quiet it also waits,
+// for a few seconds at most, until the guest's CPUs are idle. Afterwards no
+// connection is open, at the guest's end either.
 func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 	if quiet {
 		return c.still(ctx, guestapi.PathQuiesce+"?"+guestapi.QueryQuiet+"=1")
@@ -278,19 +278,19 @@ func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
 	return c.still(ctx, guestapi.PathQuiesce)
 }
 
-// Freeze stops the programs in the guest until its next Init, which has to come,
-// and has it write to its disk what it has in memory. In what is restored from a
-// snapshot that is taken then, nothing of the user's runs before Init has told it
-// who it is. No connection is open afterwards. After an error they may be stopped
-// or not. A guest that does not know how is errdefs.Unsupported.
+// Freeze stops the users' programs in the guest until the guest's next Init, which
+// must follow, and makes the guest write unsaved data to its disk. So in a guest
+// that is restored from a snapshot, no user's program runs before Init has set the
+// identity. Afterwards no connection is open. After an error the programs may be
+// stopped or not. A guest whose envd is too old is errdefs.Unsupported.
 func (c *Client) Freeze(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
 	defer cancel()
 	return c.still(ctx, guestapi.PathFreeze)
 }
 
-// still sends a request over a connection of its own and returns when the
-// guest has none any more.
+// still sends a request over a connection of its own and returns when that
+// connection has ended at both ends.
 func (c *Client) still(ctx context.Context, path string) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path, nil)
 	if err != nil {
@@ -326,8 +326,8 @@ func (c *Client) still(ctx context.Context, path string) error {
 	return nil
 }
 
-// plain is an error's text without the URL that it was made for: addresses
-// inside the host are not for clients, and a guest's words are bounded.
+// plain is an error's text without the URL of the request: clients must not see
+// addresses inside the host. The text of a guest is bounded.
 func plain(err error) string { return errdefs.Foreign(bare(err)) }
 
 func bare(err error) string {

@@ -199,7 +199,7 @@ func TestCloseEndsWhatIsUnderWay(t *testing.T) {
 }
 
 // TestQuiesceParts: when Quiesce returns, the guest knows that the connection is
-// over; it would be in the picture otherwise.
+// over; otherwise the snapshot holds it.
 func TestQuiesceParts(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -253,9 +253,9 @@ func TestFreezeAnswers(t *testing.T) {
 	}
 }
 
-// TestInitOfNobody: the host can tell a user that is not there from a guest that
+// TestInitWithAMissingUser: the host can tell a user that is not there from a guest that
 // is of no use.
-func TestInitOfNobody(t *testing.T) {
+func TestInitWithAMissingUser(t *testing.T) {
 	c := serveEnvd(t)
 	err := c.Init(t.Context(), guest.Init{DefaultUser: "no-such-user"})
 	if errdefs.ClassOf(err) != errdefs.NotFound || !strings.Contains(err.Error(), "no-such-user") {

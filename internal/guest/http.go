@@ -13,7 +13,7 @@ import (
 	"connectrpc.com/connect"
 )
 
-// What a guest sends is an adversary's. These are the bounds, in bytes.
+// A guest may be hostile. These bounds of its answers are in bytes.
 const (
 	// MaxMessage bounds one message of a Connect stream, and the whole answer
 	// to a call that has one.
@@ -30,9 +30,9 @@ const headerTimeout = time.Minute
 
 var errTooLong = errors.New("the guest's answer is too long")
 
-// newTransport returns the transport of all requests to a guest. Whatever it is
-// asked for, it connects with dial: no name, proxy or address that the guest
-// chose leads anywhere else.
+// newTransport returns the transport of all requests to a guest. It connects with
+// dial for every URL: no name, proxy or address that the guest chose leads to
+// another place.
 func newTransport(dial func(context.Context) (net.Conn, error)) *http.Transport {
 	return &http.Transport{
 		DialContext:            func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
@@ -44,8 +44,8 @@ func newTransport(dial func(context.Context) (net.Conn, error)) *http.Transport 
 	}
 }
 
-// NoRedirect is the CheckRedirect of every client whose answers may be a
-// guest's: a redirect is an answer like any other, and followed by nothing.
+// NoRedirect is the CheckRedirect of every client whose answers may come from a
+// guest. The client does not follow redirects.
 func NoRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // ClientOptions are what each Connect client of a guest is made with, besides
@@ -59,8 +59,8 @@ func ClientOptions() connect.ClientOption {
 }
 
 // Bounded is a transport that ends an answer to a Connect call where it exceeds
-// MaxMessage. Connect would keep no more either, but read on: to the end of what
-// a guest has announced, or for ever. Other answers are as they come.
+// MaxMessage. Connect itself would keep no more, but would read to the end of what
+// the guest announced, or for ever. Bounded does not change other answers.
 type Bounded struct{ Next http.RoundTripper }
 
 // RoundTrip implements http.RoundTripper.
@@ -77,7 +77,7 @@ func (b Bounded) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, nil
 }
 
-// limited fails once more was read than it lets.
+// limited is a reader that fails when more than its limit was read.
 type limited struct {
 	io.ReadCloser
 	left int64

@@ -30,7 +30,7 @@ func writeInitrd(path, envd, modulesDir string, modules []string) (err error) {
 	for _, dir := range []string{"dev", "proc", "sys", "run", "tmp", "base", "overlay", "newroot", "modules"} {
 		w.entry(cpioEntry{name: dir, mode: 0o040755})
 	}
-	// The kernel opens /dev/console for init before anybody mounts devtmpfs.
+	// The kernel opens /dev/console for init before devtmpfs is mounted.
 	w.entry(cpioEntry{name: "dev/console", mode: 0o020600, major: 5, minor: 1})
 	w.entry(cpioEntry{name: "dev/null", mode: 0o020666, major: 1, minor: 3})
 	w.file("init", 0o100755, envd)

@@ -101,8 +101,8 @@ func describe(m *template.Kernel) string {
 	return m.Release
 }
 
-// broughtSource names a kernel that the user brought by the digest of it and
-// of where its modules are.
+// broughtSource returns Kernel.Source for a kernel that the user brought: the
+// digests of the file and of the path of its modules.
 func broughtSource(o Options) (string, error) {
 	_, kernel, err := digest.File(o.Kernel)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -163,11 +163,10 @@ func fetchKernel(ctx context.Context, tmp string, m *template.Kernel, st progres
 		err = downloadPackage(ctx, work, pkg, st)
 	}
 	if err != nil && ctx.Err() == nil && !errors.Is(err, errdefs.Exhausted) {
-		// Lists that are missing or older than the archive: once more with
-		// new ones.
+		// apt's lists are missing, or older than the archive.
 		st.Detail("refreshing apt's package lists")
-		if uerr := (tool.Command{Name: "apt-get", Args: []string{"-q", "update"}}).Run(ctx); uerr != nil {
-			return errdefs.Unavailable.Errorf("refresh apt's package lists (check the network and apt's sources, then run wrenn setup again): %w", uerr)
+		if err := refreshLists(ctx); err != nil {
+			return err
 		}
 		if pkg, err = kernelDependency(ctx); err == nil {
 			err = downloadPackage(ctx, work, pkg, st)
@@ -196,7 +195,7 @@ func fetchKernel(ctx context.Context, tmp string, m *template.Kernel, st progres
 		return errdefs.Corrupt.Errorf("package %s holds %d kernels", pkg, len(images))
 	}
 	release := strings.TrimPrefix(filepath.Base(images[0]), "vmlinuz-")
-	// /usr/lib in the packages of later releases.
+	// Packages of later releases have it in /usr/lib.
 	modules := filepath.Join(root, "lib", "modules", release)
 	if _, err := os.Stat(modules); err != nil {
 		modules = filepath.Join(root, "usr", "lib", "modules", release)
@@ -204,8 +203,17 @@ func fetchKernel(ctx context.Context, tmp string, m *template.Kernel, st progres
 	if err := importKernel(tmp, images[0], modules, m); err != nil {
 		return err
 	}
-	// Which options the kernel has is asked as soon as something is missing.
+	// The configuration says which options the kernel has.
 	return os.Rename(filepath.Join(root, "boot", "config-"+release), filepath.Join(tmp, "config"))
+}
+
+// refreshLists makes apt fetch its lists of packages.
+func refreshLists(ctx context.Context) error {
+	if err := (tool.Command{Name: "apt-get", Args: []string{"-q", "update"}}).Run(ctx); err != nil {
+		return errdefs.Unavailable.Errorf(
+			"refresh apt's package lists (check the network and apt's sources, then run wrenn setup again): %w", err)
+	}
+	return nil
 }
 
 // kernelDependency finds the concrete package behind kernelPackage.
@@ -241,7 +249,7 @@ func downloadPackage(ctx context.Context, dir, pkg string, st progress.Step) err
 	st.Bytes(text, 0, total)
 	err = tool.Command{
 		Name: "apt-get",
-		// The directory is ours alone, so apt's own user could not write there.
+		// apt's own user cannot write into the directory.
 		Args: []string{"-q", "-o", "APT::Sandbox::User=root", "-o", "APT::Status-Fd=3", "download", pkg},
 		Dir:  dir,
 		OnStatus: func(line string) {

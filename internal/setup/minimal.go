@@ -26,7 +26,7 @@ var minimalPackages = []string{
 	"ca-certificates", "curl", "git", "iproute2", "netbase", "procps", "python-is-python3", "python3", "sudo",
 }
 
-// minimalDpkg keeps out what nobody reads in a sandbox; licences stay.
+// minimalDpkg leaves out manuals and translations; licences stay.
 var minimalDpkg = []string{
 	"path-exclude=/usr/share/man/*",
 	"path-exclude=/usr/share/info/*",
@@ -36,8 +36,8 @@ var minimalDpkg = []string{
 	"path-exclude=/usr/share/lintian/*",
 }
 
-// minimalUser is the account that clients of E2B's protocol expect. It may
-// become root without a password, for the sandbox is all its own.
+// minimalUser makes the account that clients of E2B's protocol expect. It may
+// become root without a password.
 const minimalUser = `chroot "$1" useradd --create-home --uid 1000 --user-group --shell /bin/bash user
 printf 'user ALL=(ALL:ALL) NOPASSWD: ALL\n' >"$1/etc/sudoers.d/user"
 chmod 0440 "$1/etc/sudoers.d/user"`
@@ -178,8 +178,8 @@ func hostSources(ctx context.Context, suite string) ([]string, error) {
 			return sources, nil
 		}
 		// Without package lists apt does not know whose its sources are.
-		if err := (tool.Command{Name: "apt-get", Args: []string{"-q", "update"}}).Run(ctx); err != nil {
-			return nil, errdefs.Unavailable.Errorf("refresh apt's package lists (check the network and apt's sources, then run wrenn setup again): %w", err)
+		if err := refreshLists(ctx); err != nil {
+			return nil, err
 		}
 	}
 }

@@ -106,7 +106,8 @@ func (a apt) install(ctx context.Context, want []Package, report progress.Func) 
 	case ctx.Err() != nil:
 		return fmt.Errorf("install packages: %w", context.Cause(ctx))
 	case err != nil && updateErr != nil:
-		return errdefs.Unavailable.Errorf("install packages (check the network and apt's sources, then run: sudo %s): %w", byHand, errors.Join(updateErr, err))
+		return errdefs.Unavailable.Errorf("install packages (check the network and apt's sources, then run: sudo %s): %w",
+			byHand, errors.Join(updateErr, err))
 	case err != nil:
 		return errdefs.Unavailable.Errorf("install packages (to see more run: sudo %s): %w", byHand, err)
 	}

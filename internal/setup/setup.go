@@ -64,7 +64,8 @@ func needSpace(dir string, mib int64, what string) error {
 	}
 	free >>= 20
 	if free < mib {
-		return errdefs.Exhausted.Errorf("%s needs %d MiB of disk for a while and %d MiB are free: free some, or choose another --state-dir", what, mib, free)
+		return errdefs.Exhausted.Errorf("%s needs %d MiB of disk for a while and %d MiB are free: free some, or choose another --state-dir",
+			what, mib, free)
 	}
 	return nil
 }

@@ -8,9 +8,9 @@ import (
 )
 
 // Run carries to b what comes from a, and to a what comes from b. It passes on
-// the end of each direction, and returns when both have ended. What a sends is
-// read from fromA, and what b sends from fromB: the first bytes may have been read
-// already. Whoever wants an earlier end closes both connections.
+// the end of each direction, and returns when both have ended. It reads a's bytes
+// from fromA and b's from fromB, because the first ones may have been read already.
+// To end it earlier, close both connections.
 func Run(a, b net.Conn, fromA, fromB io.Reader) {
 	var up sync.WaitGroup
 	up.Go(func() { carry(b, fromA) })

@@ -82,7 +82,7 @@ func TestNewOverlayRefuses(t *testing.T) {
 	if err := s.NewOverlay(ctx, path, MinOverlayMiB); err != nil {
 		t.Fatal(err)
 	}
-	// Somebody else's disk is not overwritten, nor removed.
+	// A disk that is there is neither overwritten nor removed.
 	if err := s.NewOverlay(ctx, path, MinOverlayMiB); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("over an existing file: %v", err)
 	}

@@ -20,23 +20,23 @@ import (
 type Source struct {
 	// Sandbox is the id of the sandbox, which may be gone.
 	Sandbox string `json:"sandbox"`
-	// Template is the one that the sandbox came from, Base the digest of its
-	// base image, which the disk is laid over.
+	// Template is the template of the sandbox, Base the digest of its base image,
+	// over which the disk is mounted.
 	Template string `json:"template"`
 	Base     string `json:"base"`
-	// CloneKey opens the guest for whoever restores it, once. Secret.
+	// CloneKey opens a restored guest once. It is secret.
 	CloneKey string `json:"clone_key"`
-	// Synced says that the disk was written to the last before the memory was
-	// copied: it can be booted by itself.
+	// Synced says that the guest had written all its data to the disk before the
+	// memory was copied: the disk can be booted without the memory.
 	Synced bool `json:"synced"`
 	// Login is the sandbox's.
 	Login     Login     `json:"login,omitzero"`
 	CreatedAt time.Time `json:"created_at"`
 }
 
-// Snapshot is a named one: memory and disk of a sandbox at one moment, from
-// which others start. Paths are absolute; the files never change, though they
-// may be removed: whoever has one open keeps it.
+// Snapshot is a named snapshot: memory and disk of a sandbox at one moment, from
+// which others start. Paths are absolute. The files never change; they may be
+// removed, and open ones stay readable.
 type Snapshot struct {
 	Name string
 	Ready
@@ -82,7 +82,7 @@ func (s *Store) Snapshot(ctx context.Context, name string) (Snapshot, error) {
 		if now, _ := os.Lstat(s.snapshotDir(name)); now != nil && os.SameFile(was, now) {
 			return Snapshot{}, errdefs.Corrupt.Errorf("snapshot %q is damaged: %w", name, err)
 		}
-		// It was deleted under our eyes, and perhaps another took its name.
+		// It was deleted while it was read; another may have its name now.
 	}
 }
 
@@ -120,7 +120,7 @@ func (s *Store) Snapshots() ([]Snapshot, error) {
 		}
 		snap, _, err := s.readNamed(e.Name())
 		if errors.Is(err, fs.ErrNotExist) {
-			continue // removed meanwhile
+			continue // it was removed
 		}
 		if err != nil {
 			s.log.Warn("snapshot is not usable", "snapshot", e.Name(), "error", err)
@@ -171,7 +171,7 @@ func (s *Store) StageSnapshot(ctx context.Context, name string) (Stage, error) {
 	if _, err := os.Lstat(filepath.Join(s.templates(), name)); err == nil {
 		return Stage{}, errdefs.AlreadyExists.Errorf("%q is the name of a template", name)
 	}
-	// Whoever clears garbage away stays out meanwhile.
+	// As long as this lock is shared, Open removes no garbage from there.
 	l, err := shareLock(ctx, s.snapshots())
 	if err != nil {
 		return Stage{}, fmt.Errorf("begin snapshot: %w", err)

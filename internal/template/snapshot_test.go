@@ -106,8 +106,8 @@ func TestNamedSnapshots(t *testing.T) {
 	}
 }
 
-// What was not finished is garbage at the next start, unless somebody is still
-// at it.
+// An unfinished snapshot is garbage at the next start, unless it is still being
+// made.
 func TestUnfinishedSnapshot(t *testing.T) {
 	s := readyStore(t)
 	stage := stageNamed(t, s, "half")

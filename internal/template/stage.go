@@ -179,9 +179,9 @@ func (t *TemplateStage) Publish(about Making) error {
 	if _, err := os.Lstat(filepath.Join(t.Dir, baseImage)); err != nil {
 		return fmt.Errorf("publish template: %w", err)
 	}
-	if about.Defaults.VCPUs < 1 || about.Defaults.MemMiB < 1 || about.Defaults.OverlayMiB < MinOverlayMiB || about.Defaults.OverlayMiB > MaxOverlayMiB {
+	if d := about.Defaults; d.VCPUs < 1 || d.MemMiB < 1 || d.OverlayMiB < MinOverlayMiB || d.OverlayMiB > MaxOverlayMiB {
 		return errdefs.InvalidArgument.Errorf("publish template: defaults of %d vCPUs, %d MiB of memory and %d MiB of disk",
-			about.Defaults.VCPUs, about.Defaults.MemMiB, about.Defaults.OverlayMiB)
+			d.VCPUs, d.MemMiB, d.OverlayMiB)
 	}
 	m := templateManifest{Making: about}
 	return noSpace("publish template", publish(t.Dir, t.dst, templateManifestFile, &m, &m.manifest))

@@ -57,7 +57,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 			return nil, fmt.Errorf("open template store: %w", err)
 		}
 	}
-	// The directory may have been made by somebody more generous.
+	// A directory that was there may have wider permissions.
 	if err := os.Chmod(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open template store: %w", err)
 	}
@@ -78,8 +78,8 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	return s, nil
 }
 
-// View is the store in dir as it is, for looking only: nothing is made, removed
-// or checked.
+// View returns the store in dir for reading only: it makes, removes and checks
+// nothing.
 func View(dir string, log *slog.Logger) *Store { return &Store{dir: dir, log: log} }
 
 // Dir is the store's directory, absolute.
@@ -120,7 +120,7 @@ type Template struct {
 	Defaults   Defaults
 }
 
-// Defaults are what a sandbox has whose creator did not say.
+// Defaults are what a sandbox has if its creator names nothing else.
 type Defaults struct {
 	VCPUs      int `json:"vcpus"`
 	MemMiB     int `json:"mem_mib"`
@@ -128,18 +128,18 @@ type Defaults struct {
 	Login
 }
 
-// Login is what programs in a sandbox begin with, unless their call says
-// otherwise.
+// Login is the user, directory and variables of programs in a sandbox, unless
+// their call names others.
 type Login struct {
-	// User is whom they run as.
+	// User is the account that they run as.
 	User string `json:"user,omitempty"`
-	// Workdir is where they begin; the user's home when empty.
+	// Workdir is their directory; the user's home if empty.
 	Workdir string `json:"workdir,omitempty"`
-	// Env are their variables. They may be secret.
+	// Env holds their variables, which may be secret.
 	Env map[string]string `json:"env,omitempty"`
 }
 
-// Over returns l, with what it does not say taken from below.
+// Over returns l with its empty fields taken from below.
 func (l Login) Over(below Login) Login {
 	env := maps.Clone(below.Env)
 	if env == nil {
@@ -163,7 +163,8 @@ func parseName(what, name string) (string, error) {
 		if len(shown) > 80 {
 			shown = shown[:80] + "…"
 		}
-		return "", errdefs.InvalidArgument.Errorf("%s name %q: want 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit, without '..'", what, shown)
+		return "", errdefs.InvalidArgument.Errorf(
+			"%s name %q: want 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit, without '..'", what, shown)
 	}
 	return name, nil
 }
@@ -273,7 +274,7 @@ func (s *Store) kernelManifest() (kernelManifest, error) {
 	return m, err
 }
 
-// unreadable is the error of what may be all right, but cannot be looked at now.
+// unreadable is the error of a thing that cannot be read now and may be undamaged.
 func unreadable(what string, err error) error {
 	var errno syscall.Errno
 	errors.As(err, &errno)
@@ -283,11 +284,11 @@ func unreadable(what string, err error) error {
 // readManifest reads dir's manifest into v, of which m is a part, and checks
 // that each file that it names is there with its size. Contents are not
 // hashed: that would make every create read the image. A dir that does not
-// exist is fs.ErrNotExist; every other error is damage, but for those that
-// errdefs.CannotRead knows.
+// exist is fs.ErrNotExist; every other error is damage, except those of
+// errdefs.CannotRead.
 func readManifest(dir, name string, v any, m *manifest) error {
 	for {
-		// Through one descriptor, so that all is of one generation.
+		// One descriptor, so that manifest and files are of one generation.
 		root, err := os.OpenRoot(dir)
 		if err != nil {
 			return err
@@ -298,7 +299,7 @@ func readManifest(dir, name string, v any, m *manifest) error {
 		if !replaced {
 			return err
 		}
-		// It was replaced and removed under our eyes.
+		// The directory was replaced while it was read.
 	}
 }
 
@@ -306,7 +307,7 @@ func readManifest(dir, name string, v any, m *manifest) error {
 func isStill(root *os.Root, dir string) bool {
 	was, err := root.Stat(".")
 	if err != nil {
-		return true // nothing is known, so nothing is tried again
+		return true // not known, so it is not read again
 	}
 	now, err := os.Stat(dir)
 	return err == nil && os.SameFile(was, now)

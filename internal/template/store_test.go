@@ -181,7 +181,7 @@ func rewrite(path, content string) error {
 	return os.WriteFile(path, []byte(content), 0o600)
 }
 
-// Whoever reads while a template is published again sees the old or the new
+// A reader that reads while a template is published again sees the old or the new
 // one, whole.
 func TestPublishIsAtomic(t *testing.T) {
 	s := open(t, t.TempDir())

@@ -31,10 +31,10 @@ type Verified struct {
 	Err error
 }
 
-// Verify reads every file of the store that has a digest, of the directories
-// that want names, and hands what it finds to fn, one directory after the other.
-// What is damaged is left as it is; a snapshot is checked again at its next use.
-// An error is fn's, or one of listing the store.
+// Verify reads every file that has a digest in the directories that want names,
+// and calls fn with the result of each directory. It leaves damaged ones in place;
+// a snapshot is checked again at its next use. An error is fn's, or one of listing
+// the store.
 func (s *Store) Verify(ctx context.Context, want func(Kind, string) bool, fn func(Verified) error) error {
 	look := func(kind Kind, name, dir string, check func() (manifest, error)) error {
 		if !want(kind, name) {

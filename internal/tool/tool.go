@@ -48,8 +48,7 @@ func (c Command) Output(ctx context.Context) (string, error) {
 	out := &lineWriter{onLine: c.OnLine}
 	cmd := exec.CommandContext(ctx, path, c.Args...)
 	cmd.Dir = c.Dir
-	// The caller's environment decides on proxies, not on languages or
-	// dialogues.
+	// Proxies come from the caller's environment, language and dialogues do not.
 	cmd.Env = append(os.Environ(), "LC_ALL=C", "LANGUAGE=", "DEBIAN_FRONTEND=noninteractive",
 		"PATH="+Path)
 	cmd.Env = append(cmd.Env, c.Env...)
@@ -64,7 +63,7 @@ func (c Command) Output(ctx context.Context) (string, error) {
 		cmd.SysProcAttr.Unshareflags = syscall.CLONE_NEWNS // Go makes it private, too
 	}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	// A grandchild that keeps the pipe does not keep us.
+	// A descendant that keeps the pipe open does not delay the return.
 	cmd.WaitDelay = 5 * time.Second
 
 	statusDone := make(chan struct{})
@@ -99,8 +98,8 @@ func (c Command) Output(ctx context.Context) (string, error) {
 		err = cmd.Wait()
 	}
 	if statusRead != nil {
-		// What it wrote last is read; a grandchild that keeps the pipe is not
-		// waited for.
+		// The tool's last lines are read; a descendant that keeps the pipe open
+		// does not delay the return.
 		statusRead.SetReadDeadline(time.Now().Add(time.Second))
 	}
 	<-statusDone
@@ -162,7 +161,7 @@ func (w *lineWriter) Write(b []byte) (int, error) {
 	for {
 		i := bytes.IndexAny(w.part, "\r\n")
 		if i < 0 {
-			// A tool that never ends its line does not fill our memory.
+			// A line without an end must not fill the memory.
 			if len(w.part) > 1<<16 {
 				w.line(string(w.part))
 				w.part = nil

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/proto"
@@ -39,7 +40,9 @@ func serve(t *testing.T) (url string, panics *atomic.Int64) {
 // post sends a request as curl does.
 func post(t *testing.T, url, rpc, contentType, encoding string, body []byte) (status int, answer string) {
 	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), "POST", url+"/hostagent.v1.HostAgentService/"+rpc, bytes.NewReader(body))
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, "POST", url+"/hostagent.v1.HostAgentService/"+rpc, bytes.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,357 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/network/networktest"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
+)
+
+// noDisks are templates whose disks have no content, and no snapshots.
+type noDisks struct{ *template.Store }
+
+func (noDisks) Get(name string) (template.Template, error) {
+	name, err := template.ParseName(name)
+	if err == nil && name != "minimal" {
+		err = errdefs.NotFound.Errorf("template %q does not exist", name)
+	}
+	return template.Template{Name: name, Boot: template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"}, Base: "/base.ext4"}, err
+}
+
+func (noDisks) NewOverlay(_ context.Context, path string, _ int) error {
+	return os.WriteFile(path, nil, 0o600)
+}
+
+func (noDisks) StageReady(context.Context, string) (template.Stage, error) {
+	return template.Stage{}, errdefs.Unavailable.Errorf("there is no room for a boot snapshot")
+}
+
+// mute is a guest without programs.
+type mute struct{}
+
+func (mute) WaitReady(context.Context) error                           { return nil }
+func (mute) Init(context.Context, guest.Init) error                    { return nil }
+func (mute) Quiesce(context.Context, bool) error                       { return nil }
+func (mute) Freeze(context.Context) error                              { return nil }
+func (mute) Exec(context.Context, guest.Command) (guest.Result, error) { return guest.Result{}, nil }
+func (mute) Close()                                                    {}
+
+// plane is a control plane in front of a manager with one running sandbox, whose
+// VMs, networks and guests are fakes.
+type plane struct {
+	*testing.T
+	url     string
+	id      string // of the sandbox
+	dir     string
+	manager *sandbox.Manager
+	net     *networktest.Network
+	vms     *vmmtest.Host
+	panics  *atomic.Int64
+}
+
+func newPlane(t *testing.T) *plane {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	p := &plane{T: t, dir: t.TempDir(), vms: vmmtest.NewHost(), panics: new(atomic.Int64)}
+	p.net = networktest.New(network.DefaultPlan(), network.Options{Log: log})
+	store, err := template.Open(p.dir, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	driver := vmmtest.NewFake(p.vms)
+	driver.Lenient = true
+	p.manager, _, err = sandbox.Open(t.Context(), sandbox.Config{
+		StateDir: p.dir, RunDir: filepath.Join(t.TempDir(), "run"),
+		Driver: driver, Network: p.net, Templates: noDisks{store},
+		Guests:     func(netip.Addr, string) sandbox.Guest { return mute{} },
+		KillStrays: func(context.Context, string, string, func(string) bool) ([]string, error) { return nil, nil },
+		NetNSOf:    func(string, string, []string) (string, error) { return "", nil },
+		Capacity: sandbox.Capacity{
+			Resources: sandbox.Resources{Sandboxes: 100, VCPUs: 100, MemMiB: 1 << 20, DiskMiB: 1 << 20},
+			Starts:    4, StartQueue: time.Minute,
+		},
+		OverlayMiB: 64, BootTimeout: time.Minute, KeepStopped: time.Hour, Log: log,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	Register(mux, Config{
+		Manager: p.manager, Version: Version{Version: "1"}, Panics: p.panics, Log: log,
+		Slots:   func() map[string]int { return p.net.Stats().ByState() },
+		Refused: func() int64 { return 0 },
+	})
+	s := httptest.NewServer(mux)
+	p.url = s.URL
+	t.Cleanup(func() {
+		s.Close()
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		defer cancel()
+		if err := p.manager.Shutdown(ctx, true); err != nil {
+			t.Errorf("shut down: %v", err)
+		}
+	})
+	created, err := p.manager.Create(t.Context(), sandbox.CreateRequest{Timeout: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.id = string(created.ID)
+	return p
+}
+
+// state is everything that a call could have changed.
+func (p *plane) state() map[string]string {
+	p.Helper()
+	state := map[string]string{
+		"sandboxes": fmt.Sprintf("%+v", p.manager.List(true)),
+		"slots":     fmt.Sprint(p.net.OpenSlots()),
+		"VMs":       fmt.Sprint(p.vms.Live(), p.vms.Paused(p.id)),
+	}
+	err := filepath.WalkDir(p.dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() {
+			return err
+		}
+		content, err := os.ReadFile(path)
+		state[path] = string(content)
+		return err
+	})
+	if err != nil {
+		p.Fatal(err)
+	}
+	return state
+}
+
+// call makes a call and returns the code and the message of its error.
+func (p *plane) call(rpc, request string) (code, message string) {
+	p.Helper()
+	kind, body := "application/json", []byte(request)
+	if streams(rpc) {
+		kind = "application/connect+json"
+		body = append([]byte{0, 0, 0, byte(len(body) >> 8), byte(len(body))}, body...)
+	}
+	_, answer := post(p.T, p.url, rpc, kind, "", body)
+	var refusal struct {
+		Code, Message string
+		Error         struct{ Code, Message string }
+	}
+	for kind == "application/connect+json" && len(answer) >= 5 && answer[0]&2 == 0 { // to the last message
+		size := int(answer[3])<<8 | int(answer[4])
+		answer = answer[5+size:]
+	}
+	if kind == "application/connect+json" && len(answer) >= 5 {
+		answer = answer[5:]
+	}
+	if err := json.Unmarshal([]byte(answer), &refusal); err != nil {
+		p.Fatalf("%s %s: %q: %v", rpc, request, answer, err)
+	}
+	return refusal.Code + refusal.Error.Code, refusal.Message + refusal.Error.Message
+}
+
+// refuse checks that a request is refused as invalid, in words that name what is
+// wrong.
+func (p *plane) refuse(rpc, request, word string) {
+	p.Helper()
+	if code, message := p.call(rpc, request); code != "invalid_argument" || !strings.Contains(message, word) {
+		p.Errorf("%s %.200s: %s, %q; want invalid_argument about %s", rpc, request, code, message, word)
+	}
+}
+
+// methods are those of the control plane.
+func methods() []protoreflect.MethodDescriptor {
+	service := hostagentv1.File_hostagent_v1_hostagent_proto.Services().ByName("HostAgentService")
+	var all []protoreflect.MethodDescriptor
+	for i := range service.Methods().Len() {
+		all = append(all, service.Methods().Get(i))
+	}
+	return all
+}
+
+func streams(rpc string) bool {
+	for _, m := range methods() {
+		if string(m.Name()) == rpc {
+			return m.IsStreamingServer()
+		}
+	}
+	return false
+}
+
+// wrong returns JSON values that a field cannot have.
+func wrong(f protoreflect.FieldDescriptor) []string {
+	switch {
+	case f.IsMap():
+		return []string{`["a"]`, `"a"`, `{"a":1}`}
+	case f.IsList():
+		return []string{`{"a":"b"}`, `"a"`, `[1]`}
+	}
+	switch f.Kind() {
+	case protoreflect.StringKind:
+		return []string{`1`, `true`, `["a"]`, `{}`}
+	case protoreflect.BoolKind:
+		return []string{`1`, `"true"`, `[]`}
+	case protoreflect.MessageKind:
+		return []string{`1`, `"a"`, `[]`}
+	default:
+		return []string{`"a"`, `1.5`, `true`, `[1]`, `1e300`, `-99999999999999999999`}
+	}
+}
+
+// named is what a refusal of one of these values has: the field's name, or the
+// place of a value that has another structure than the field.
+func named(f protoreflect.FieldDescriptor) string {
+	if f.IsMap() || f.IsList() || f.Kind() == protoreflect.MessageKind {
+		return "(line 1:"
+	}
+	return f.JSONName()
+}
+
+// Every field of every request: of a wrong kind, and of a name that it does not
+// have.
+func TestWrongAndUnknownFields(t *testing.T) {
+	p := newPlane(t)
+	before := p.state()
+	for _, m := range methods() {
+		rpc, fields := string(m.Name()), m.Input().Fields()
+		p.refuse(rpc, `{"colour":"blue"}`, "colour")
+		for i := range fields.Len() {
+			f := fields.Get(i)
+			for _, value := range wrong(f) {
+				p.refuse(rpc, fmt.Sprintf(`{%q:%s}`, f.Name(), value), named(f))
+			}
+			p.refuse(rpc, fmt.Sprintf(`{%q:null,%q:null}`, f.Name(), f.Name()), string(f.Name()))
+			if f.Kind() != protoreflect.MessageKind || f.IsMap() {
+				continue
+			}
+			p.refuse(rpc, fmt.Sprintf(`{%q:{"colour":1}}`, f.Name()), "colour")
+			for j := range f.Message().Fields().Len() {
+				inner := f.Message().Fields().Get(j)
+				for _, value := range wrong(inner) {
+					p.refuse(rpc, fmt.Sprintf(`{%q:{%q:%s}}`, f.Name(), inner.Name(), value), named(inner))
+				}
+			}
+		}
+		for _, request := range []string{`[]`, `null`, `"a"`, `{`, `{} {}`, `{"a"}`} {
+			p.refuse(rpc, request, "")
+		}
+	}
+	if diff := cmp.Diff(before, p.state()); diff != "" {
+		t.Errorf("refused requests have changed something:\n%s", diff)
+	}
+	if n := p.panics.Load(); n > 0 {
+		t.Errorf("%d requests made a handler panic", n)
+	}
+}
+
+// limits are requests that are beyond what a field can have, with a word that the
+// answer has about each. ID stands for the sandbox.
+var limits = []struct{ rpc, request, word string }{
+	{"CreateSandbox", `{"template":"../minimal"}`, "template"},
+	{"CreateSandbox", `{"template":"` + strings.Repeat("a", 64) + `"}`, "template"},
+	{"CreateSandbox", `{"vcpus":-1}`, "vcpus"},
+	{"CreateSandbox", `{"vcpus":33}`, "vcpus"},
+	{"CreateSandbox", `{"memory_mb":127}`, "memory"},
+	{"CreateSandbox", `{"memory_mb":2147483647}`, "memory"},
+	{"CreateSandbox", `{"timeout_sec":-1}`, "timeout"},
+	{"CreateSandbox", `{"timeout_sec":2147483647}`, "timeout"},
+	{"CreateSandbox", `{"on_timeout":"explode"}`, "explode"},
+	{"CreateSandbox", `{"user":"a:b"}`, "user"},
+	{"CreateSandbox", `{"user":"` + strings.Repeat("a", 33) + `"}`, "user"},
+	{"CreateSandbox", `{"envs":{"":"x"}}`, "variable"},
+	{"CreateSandbox", `{"envs":{"a=b":"x"}}`, "variable"},
+	{"CreateSandbox", `{"envs":{"a":"\u0000"}}`, "variable"},
+	{"CreateSandbox", `{"envs":{"a":"` + strings.Repeat("x", sandbox.MaxEnvBytes) + `"}}`, "variables"},
+	{"CreateSandbox", `{"network":{"allow_out":["no name!"]}}`, "allow"},
+	{"CreateSandbox", `{"network":{"deny_out":["no name!"]}}`, "deny"},
+	{"CreateSandbox", `{"network":{"in_bytes_per_sec":-1}}`, "bytes per second in"},
+	{"CreateSandbox", `{"network":{"out_bytes_per_sec":1}}`, "bytes per second out"},
+	{"CreateSandbox", `{"network":{"in_packets_per_sec":-1}}`, "packets per second in"},
+	{"CreateSandbox", `{"network":{"out_packets_per_sec":100000001}}`, "packets per second out"},
+	{"CreateSandbox", `{"network":{"max_connections":-1}}`, "connections"},
+	{"UpdateNetwork", `{"sandbox_id":"ID","network":{"allow_out":["no name!"]}}`, "allow"},
+	{"UpdateNetwork", `{"sandbox_id":"ID","network":{"in_bytes_per_sec":1}}`, "bytes per second in"},
+	{"UpdateNetwork", `{"sandbox_id":"ID","network":{"max_connections":-5}}`, "connections"},
+	{"ForkSandbox", `{"sandbox_id":"ID","count":-1}`, "count"},
+	{"ForkSandbox", `{"sandbox_id":"ID","count":100000}`, "count"},
+	{"SnapshotSandbox", `{"sandbox_id":"ID","name":"../x"}`, "name"},
+	{"SnapshotSandbox", `{"sandbox_id":"ID","name":".x"}`, "name"},
+	{"DeleteSnapshot", `{}`, "name"},
+	{"DeleteSnapshot", `{"name":"a/b"}`, "name"},
+	{"Exec", `{"sandbox_id":"ID"}`, "cmd"},
+	{"Exec", `{"sandbox_id":"ID","cmd":"a\u0000b"}`, "NUL"},
+	{"Exec", `{"sandbox_id":"ID","cmd":"a","args":["\u0000"]}`, "NUL"},
+	{"Exec", `{"sandbox_id":"ID","cmd":"a","args":["` + strings.Repeat("x", maxArgBytes+1) + `"]}`, "argument"},
+	{"Exec", `{"sandbox_id":"ID","cmd":"a","timeout_sec":-1}`, "timeout_sec"},
+	{"Exec", `{"sandbox_id":"ID","cmd":"a","timeout_sec":86401}`, "timeout_sec"},
+	{"Exec", `{"sandbox_id":"ID","cmd":"a","user":"a b"}`, "user"},
+	{"Exec", `{"sandbox_id":"ID","cmd":"a","envs":{"a=":""}}`, "variable"},
+	{"Exec", `{"sandbox_id":"ID","cmd":"a","cwd":"/\u0000"}`, "cwd"},
+	{"SetTimeout", `{"sandbox_id":"ID","timeout_sec":-1}`, "timeout"},
+	{"SetTimeout", `{"sandbox_id":"ID","timeout_sec":2147483647}`, "timeout"},
+	{"GetConsole", `{"sandbox_id":"ID","tail_bytes":-1}`, "tail_bytes"},
+	{"GetConsole", `{"sandbox_id":"ID","tail_bytes":1048577}`, "tail_bytes"},
+	{"WatchEvents", `{"after":18446744073709551615,"no_follow":true}`, "cursor"},
+	{"WatchEvents", `{"sandbox_id":"x"}`, "sandbox_id"},
+}
+
+func TestLimitsOfFields(t *testing.T) {
+	p := newPlane(t)
+	before := p.state()
+	tried := map[string]bool{}
+	for _, c := range limits {
+		tried[c.rpc] = true
+		p.refuse(c.rpc, strings.ReplaceAll(c.request, "ID", p.id), c.word)
+	}
+	for _, m := range methods() {
+		rpc := string(m.Name())
+		if m.Input().Fields().ByName("sandbox_id") == nil {
+			// ListSandboxes takes any bool, and Verify looks for any name.
+			if !tried[rpc] && m.Input().Fields().Len() > 0 && rpc != "ListSandboxes" && rpc != "Verify" {
+				t.Errorf("%s has fields, and no limit of them is tried", rpc)
+			}
+			continue
+		}
+		if rpc != "WatchEvents" { // which watches all sandboxes without one
+			p.refuse(rpc, `{}`, "sandbox_id")
+			p.refuse(rpc, `{"sandbox_id":""}`, "sandbox_id")
+		}
+		for _, id := range []string{"x", "sb-", "sb-../x", "SB-0123456789ABCDEF", p.id + `\n`, p.id + `\u0000`, strings.Repeat("sb-0", 1000)} {
+			p.refuse(rpc, `{"sandbox_id":"`+id+`"}`, "sandbox_id")
+		}
+	}
+	if diff := cmp.Diff(before, p.state()); diff != "" {
+		t.Errorf("refused requests have changed something:\n%s", diff)
+	}
+	if n := p.panics.Load(); n > 0 {
+		t.Errorf("%d requests made a handler panic", n)
+	}
+	// The word ID has stood for a sandbox that works.
+	if code, message := p.call("Exec", `{"sandbox_id":"`+p.id+`","cmd":"true"}`); code != "" {
+		t.Errorf("exec: %s, %s", code, message)
+	}
+	if got := slices.Sorted(maps.Keys(before)); len(got) < 5 {
+		t.Errorf("the state is looked at in too few places: %q", got)
+	}
+}

@@ -17,7 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
-	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
 )
 
@@ -121,15 +121,15 @@ func TestUnknownBinaryFields(t *testing.T) {
 		agent := hostagentv1connect.NewHostAgentServiceClient(c.client, url, c.opts...)
 		for where, call := range map[string]func() error{
 			"GetVersionRequest": func() error {
-				_, err := agent.GetVersion(t.Context(), connect.NewRequest(with(&hostagentv1.GetVersionRequest{})))
+				_, err := agent.GetVersion(t.Context(), connect.NewRequest(with(&pb.GetVersionRequest{})))
 				return err
 			},
 			"NetworkPolicy": func() error {
-				_, err := agent.CreateSandbox(t.Context(), connect.NewRequest(&hostagentv1.CreateSandboxRequest{Network: with(&hostagentv1.NetworkPolicy{})}))
+				_, err := agent.CreateSandbox(t.Context(), connect.NewRequest(&pb.CreateSandboxRequest{Network: with(&pb.NetworkPolicy{})}))
 				return err
 			},
 			"WatchEventsRequest": func() error {
-				stream, err := agent.WatchEvents(t.Context(), connect.NewRequest(with(&hostagentv1.WatchEventsRequest{})))
+				stream, err := agent.WatchEvents(t.Context(), connect.NewRequest(with(&pb.WatchEventsRequest{})))
 				if err != nil {
 					return err
 				}
@@ -143,7 +143,7 @@ func TestUnknownBinaryFields(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
-		if _, err := agent.GetVersion(t.Context(), connect.NewRequest(&hostagentv1.GetVersionRequest{})); err != nil {
+		if _, err := agent.GetVersion(t.Context(), connect.NewRequest(&pb.GetVersionRequest{})); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -152,14 +152,14 @@ func TestUnknownBinaryFields(t *testing.T) {
 // Every kind of field is looked into.
 func TestCheckKnown(t *testing.T) {
 	for name, m := range map[string]proto.Message{
-		"list":     &hostagentv1.ListSandboxesResponse{Sandboxes: []*hostagentv1.SandboxInfo{{}, with(&hostagentv1.SandboxInfo{})}},
-		"in depth": &hostagentv1.GetSandboxResponse{Sandbox: &hostagentv1.SandboxInfo{Traffic: with(&hostagentv1.NetworkTraffic{})}},
+		"list":     &pb.ListSandboxesResponse{Sandboxes: []*pb.SandboxInfo{{}, with(&pb.SandboxInfo{})}},
+		"in depth": &pb.GetSandboxResponse{Sandbox: &pb.SandboxInfo{Traffic: with(&pb.NetworkTraffic{})}},
 	} {
 		if err := checkKnown(m.ProtoReflect()); err == nil {
 			t.Errorf("%s: not found", name)
 		}
 	}
-	if err := checkKnown((&hostagentv1.ListSandboxesResponse{Sandboxes: []*hostagentv1.SandboxInfo{{Vcpus: 1}}}).ProtoReflect()); err != nil {
+	if err := checkKnown((&pb.ListSandboxesResponse{Sandboxes: []*pb.SandboxInfo{{Vcpus: 1}}}).ProtoReflect()); err != nil {
 		t.Error(err)
 	}
 }
@@ -169,8 +169,8 @@ type newer struct {
 	hostagentv1connect.UnimplementedHostAgentServiceHandler
 }
 
-func (newer) GetVersion(context.Context, *connect.Request[hostagentv1.GetVersionRequest]) (*connect.Response[hostagentv1.GetVersionResponse], error) {
-	return connect.NewResponse(with(&hostagentv1.GetVersionResponse{Version: "2"})), nil
+func (newer) GetVersion(context.Context, *connect.Request[pb.GetVersionRequest]) (*connect.Response[pb.GetVersionResponse], error) {
+	return connect.NewResponse(with(&pb.GetVersionResponse{Version: "2"})), nil
 }
 
 // A client takes what a newer agent answers.
@@ -179,7 +179,7 @@ func TestClientsAreTolerant(t *testing.T) {
 	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(newer{}, withStrictCodecs()))
 	s := httptest.NewServer(mux)
 	defer s.Close()
-	resp, err := hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, s.URL).GetVersion(t.Context(), connect.NewRequest(&hostagentv1.GetVersionRequest{}))
+	resp, err := hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, s.URL).GetVersion(t.Context(), connect.NewRequest(&pb.GetVersionRequest{}))
 	if err != nil || resp.Msg.Version != "2" || len(resp.Msg.ProtoReflect().GetUnknown()) == 0 {
 		t.Errorf("%v, %v", resp, err)
 	}

@@ -13,20 +13,25 @@ import (
 // metrics reads the numbers of Config when it is asked; it keeps none.
 type metrics struct{ Config }
 
+// The metrics; their names and labels are an interface.
 var (
-	sandboxesDesc = prometheus.NewDesc("wrenn_sandboxes", "Sandboxes by state.", []string{"state"}, nil)
-	endedDesc     = prometheus.NewDesc("wrenn_sandboxes_ended_total", "Sandboxes that ended since the agent started, by reason.", []string{"reason"}, nil)
-	usedDesc      = prometheus.NewDesc("wrenn_reserved", "What sandboxes have reserved of the host: sandboxes, vcpus, memory_mib, disk_mib.", []string{"resource"}, nil)
-	limitDesc     = prometheus.NewDesc("wrenn_limit", "What sandboxes may reserve of the host.", []string{"resource"}, nil)
-	markedDesc    = prometheus.NewDesc("wrenn_sandboxes_marked", "Sandboxes that run or are paused but do not work as they should, by reason.", []string{"reason"}, nil)
-	diskDesc      = prometheus.NewDesc("wrenn_disk_bytes", "What is free on the file system of the state directory, and what of it is kept free.", []string{"what"}, nil)
-	warmDesc      = prometheus.NewDesc("wrenn_warm", "Guests that wait for a sandbox to be: those that are ready, and those that are wanted.", []string{"state"}, nil)
-	slotsDesc     = prometheus.NewDesc("wrenn_network_slots", "Network slots: reserved (all that are not free), open (with something on the host), pool (built and waiting), fenced (not removed yet, kept from use).", []string{"state"}, nil)
-	fencedDesc    = prometheus.NewDesc("wrenn_cleanup_pending", "Sandboxes and slots that could not be freed yet.", nil, nil)
-	panicsDesc    = prometheus.NewDesc("wrenn_panics_total", "Requests whose handling panicked since the agent started.", nil, nil)
-	refusedDesc   = prometheus.NewDesc("wrenn_connections_refused_total",
-		"Connections closed since the agent started because there were too many.", nil, nil)
+	sandboxesDesc = desc("sandboxes", "Sandboxes by state.", "state")
+	endedDesc     = desc("sandboxes_ended_total", "Sandboxes that ended since the agent started, by reason.", "reason")
+	usedDesc      = desc("reserved", "What sandboxes have reserved of the host: sandboxes, vcpus, memory_mib, disk_mib.", "resource")
+	limitDesc     = desc("limit", "What sandboxes may reserve of the host.", "resource")
+	markedDesc    = desc("sandboxes_marked", "Sandboxes that run or are paused but do not work as they should, by reason.", "reason")
+	diskDesc      = desc("disk_bytes", "What is free on the file system of the state directory, and what of it is kept free.", "what")
+	warmDesc      = desc("warm", "Waiting guests: those that are ready, and those that are wanted.", "state")
+	slotsDesc     = desc("network_slots", "Network slots: reserved (all that are not free), open (with something on the host), "+
+		"pool (built and waiting), fenced (not removed yet, kept from use).", "state")
+	fencedDesc  = desc("cleanup_pending", "Sandboxes and slots that could not be freed yet.")
+	panicsDesc  = desc("panics_total", "Requests whose handling panicked since the agent started.")
+	refusedDesc = desc("connections_refused_total", "Connections closed since the agent started because there were too many.")
 )
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc("wrenn_"+name, help, labels, nil)
+}
 
 func (m metrics) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(m, ch) }
 

@@ -21,7 +21,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
-	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
@@ -182,7 +182,7 @@ func (p *plane) refuse(rpc, request, word string) {
 
 // methods are those of the control plane.
 func methods() []protoreflect.MethodDescriptor {
-	service := hostagentv1.File_hostagent_v1_hostagent_proto.Services().ByName("HostAgentService")
+	service := pb.File_hostagent_v1_hostagent_proto.Services().ByName("HostAgentService")
 	var all []protoreflect.MethodDescriptor
 	for i := range service.Methods().Len() {
 		all = append(all, service.Methods().Get(i))

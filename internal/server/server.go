@@ -3,7 +3,9 @@
 package server
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -14,7 +16,7 @@ import (
 
 	"connectrpc.com/connect"
 
-	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
@@ -45,6 +47,12 @@ type service struct {
 	version Version
 	log     *slog.Logger
 }
+
+// Of the control plane's calls.
+type (
+	request[T any]  = connect.Request[T]
+	response[T any] = connect.Response[T]
+)
 
 var _ hostagentv1connect.HostAgentServiceHandler = (*service)(nil)
 
@@ -100,7 +108,7 @@ func ready(manager *sandbox.Manager) http.HandlerFunc {
 	}
 }
 
-func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostagentv1.CreateSandboxRequest]) (*connect.Response[hostagentv1.CreateSandboxResponse], error) {
+func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandboxRequest]) (*response[pb.CreateSandboxResponse], error) {
 	created, err := s.manager.Create(ctx, sandbox.CreateRequest{
 		Template: req.Msg.Template,
 		VCPUs:    int(req.Msg.Vcpus),
@@ -118,25 +126,25 @@ func (s *service) CreateSandbox(ctx context.Context, req *connect.Request[hostag
 	if err != nil {
 		return nil, err
 	}
-	resp := &hostagentv1.CreateSandboxResponse{
+	resp := &pb.CreateSandboxResponse{
 		SandboxId: string(created.ID), Status: string(created.State), HostIp: created.HostIP.String(),
 		StartedFrom: created.From, Why: validText(created.Why), AccessToken: token,
 	}
 	for _, p := range created.Phases {
-		resp.Phases = append(resp.Phases, &hostagentv1.Phase{Name: p.Name, Ms: float64(p.Took.Microseconds()) / 1000})
+		resp.Phases = append(resp.Phases, &pb.Phase{Name: p.Name, Ms: float64(p.Took.Microseconds()) / 1000})
 	}
 	return connect.NewResponse(resp), nil
 }
 
-func (s *service) DestroySandbox(ctx context.Context, req *connect.Request[hostagentv1.DestroySandboxRequest]) (*connect.Response[hostagentv1.DestroySandboxResponse], error) {
+func (s *service) DestroySandbox(ctx context.Context, req *request[pb.DestroySandboxRequest]) (*response[pb.DestroySandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.DestroySandboxResponse{}), s.manager.Destroy(ctx, id)
+	return connect.NewResponse(&pb.DestroySandboxResponse{}), s.manager.Destroy(ctx, id)
 }
 
-func (s *service) RecoverSandbox(ctx context.Context, req *connect.Request[hostagentv1.RecoverSandboxRequest]) (*connect.Response[hostagentv1.RecoverSandboxResponse], error) {
+func (s *service) RecoverSandbox(ctx context.Context, req *request[pb.RecoverSandboxRequest]) (*response[pb.RecoverSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -145,10 +153,10 @@ func (s *service) RecoverSandbox(ctx context.Context, req *connect.Request[hosta
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.RecoverSandboxResponse{Sandbox: sandboxInfo(info)}), nil
+	return connect.NewResponse(&pb.RecoverSandboxResponse{Sandbox: sandboxInfo(info)}), nil
 }
 
-func (s *service) PauseSandbox(ctx context.Context, req *connect.Request[hostagentv1.PauseSandboxRequest]) (*connect.Response[hostagentv1.PauseSandboxResponse], error) {
+func (s *service) PauseSandbox(ctx context.Context, req *request[pb.PauseSandboxRequest]) (*response[pb.PauseSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -157,21 +165,21 @@ func (s *service) PauseSandbox(ctx context.Context, req *connect.Request[hostage
 		if err := s.manager.Hibernate(ctx, id); err != nil {
 			return nil, err
 		}
-		info, _ := s.manager.Get(id) // gone by now is hibernated, too
-		return connect.NewResponse(&hostagentv1.PauseSandboxResponse{Detail: info.Detail}), nil
+		info, _ := s.manager.Get(id) // it may have been destroyed since
+		return connect.NewResponse(&pb.PauseSandboxResponse{Detail: info.Detail}), nil
 	}
-	return connect.NewResponse(&hostagentv1.PauseSandboxResponse{}), s.manager.Pause(ctx, id)
+	return connect.NewResponse(&pb.PauseSandboxResponse{}), s.manager.Pause(ctx, id)
 }
 
-func (s *service) ResumeSandbox(ctx context.Context, req *connect.Request[hostagentv1.ResumeSandboxRequest]) (*connect.Response[hostagentv1.ResumeSandboxResponse], error) {
+func (s *service) ResumeSandbox(ctx context.Context, req *request[pb.ResumeSandboxRequest]) (*response[pb.ResumeSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.ResumeSandboxResponse{}), s.manager.Resume(ctx, id)
+	return connect.NewResponse(&pb.ResumeSandboxResponse{}), s.manager.Resume(ctx, id)
 }
 
-func (s *service) ForkSandbox(ctx context.Context, req *connect.Request[hostagentv1.ForkSandboxRequest]) (*connect.Response[hostagentv1.ForkSandboxResponse], error) {
+func (s *service) ForkSandbox(ctx context.Context, req *request[pb.ForkSandboxRequest]) (*response[pb.ForkSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -185,14 +193,14 @@ func (s *service) ForkSandbox(ctx context.Context, req *connect.Request[hostagen
 	if err != nil {
 		return nil, err
 	}
-	resp := &hostagentv1.ForkSandboxResponse{PausedMs: forked.Paused.Milliseconds(), TookMs: time.Since(began).Milliseconds()}
+	resp := &pb.ForkSandboxResponse{PausedMs: forked.Paused.Milliseconds(), TookMs: time.Since(began).Milliseconds()}
 	for _, info := range forked.Sandboxes {
 		resp.Sandboxes = append(resp.Sandboxes, sandboxInfo(info))
 	}
 	return connect.NewResponse(resp), nil
 }
 
-func (s *service) SnapshotSandbox(ctx context.Context, req *connect.Request[hostagentv1.SnapshotSandboxRequest]) (*connect.Response[hostagentv1.SnapshotSandboxResponse], error) {
+func (s *service) SnapshotSandbox(ctx context.Context, req *request[pb.SnapshotSandboxRequest]) (*response[pb.SnapshotSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -202,35 +210,35 @@ func (s *service) SnapshotSandbox(ctx context.Context, req *connect.Request[host
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.SnapshotSandboxResponse{
+	return connect.NewResponse(&pb.SnapshotSandboxResponse{
 		Snapshot: snapshotInfo(made.Snapshot), PausedMs: made.Paused.Milliseconds(), TookMs: time.Since(began).Milliseconds(),
 	}), nil
 }
 
-func (s *service) ListSnapshots(context.Context, *connect.Request[hostagentv1.ListSnapshotsRequest]) (*connect.Response[hostagentv1.ListSnapshotsResponse], error) {
+func (s *service) ListSnapshots(context.Context, *request[pb.ListSnapshotsRequest]) (*response[pb.ListSnapshotsResponse], error) {
 	snapshots, err := s.manager.Snapshots()
 	if err != nil {
 		return nil, err
 	}
-	resp := &hostagentv1.ListSnapshotsResponse{}
+	resp := &pb.ListSnapshotsResponse{}
 	for _, snapshot := range snapshots {
 		resp.Snapshots = append(resp.Snapshots, snapshotInfo(snapshot))
 	}
 	return connect.NewResponse(resp), nil
 }
 
-func (s *service) DeleteSnapshot(_ context.Context, req *connect.Request[hostagentv1.DeleteSnapshotRequest]) (*connect.Response[hostagentv1.DeleteSnapshotResponse], error) {
-	return connect.NewResponse(&hostagentv1.DeleteSnapshotResponse{}), s.manager.DeleteSnapshot(req.Msg.Name)
+func (s *service) DeleteSnapshot(_ context.Context, req *request[pb.DeleteSnapshotRequest]) (*response[pb.DeleteSnapshotResponse], error) {
+	return connect.NewResponse(&pb.DeleteSnapshotResponse{}), s.manager.DeleteSnapshot(req.Msg.Name)
 }
 
-func snapshotInfo(s sandbox.Snapshot) *hostagentv1.Snapshot {
-	return &hostagentv1.Snapshot{
+func snapshotInfo(s sandbox.Snapshot) *pb.Snapshot {
+	return &pb.Snapshot{
 		Name: s.Name, SandboxId: string(s.Source), Template: s.Template,
 		Vcpus: int32(s.VCPUs), MemoryMb: int32(s.MemMiB), CreatedAtUnix: s.CreatedAt.Unix(), SizeBytes: s.Bytes,
 	}
 }
 
-func (s *service) Exec(ctx context.Context, req *connect.Request[hostagentv1.ExecRequest]) (*connect.Response[hostagentv1.ExecResponse], error) {
+func (s *service) Exec(ctx context.Context, req *request[pb.ExecRequest]) (*response[pb.ExecResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -243,44 +251,30 @@ func (s *service) Exec(ctx context.Context, req *connect.Request[hostagentv1.Exe
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.ExecResponse{
+	return connect.NewResponse(&pb.ExecResponse{
 		Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: int32(result.ExitCode),
 	}), nil
 }
 
-// command checks what is to be executed.
-func command(req *hostagentv1.ExecRequest) (sandbox.Command, error) {
+// command returns the command that a request says, if it is one.
+func command(req *pb.ExecRequest) (sandbox.Command, error) {
 	timeout := time.Duration(req.TimeoutSec) * time.Second
 	if timeout == 0 {
 		timeout = execTimeout
 	}
-	size := len(req.Cmd)
-	for i, arg := range append([]string{req.Cmd}, req.Args...) {
-		size += len(arg)
-		switch {
-		case strings.ContainsRune(arg, 0):
-			return sandbox.Command{}, errdefs.InvalidArgument.Errorf("argument %d has a NUL byte", i)
-		case len(arg) > maxArgBytes:
-			return sandbox.Command{}, errdefs.InvalidArgument.Errorf("argument %d is %d bytes long, at most %d are possible", i, len(arg), maxArgBytes)
-		}
-	}
+	err := checkArgs(req)
 	switch {
-	case req.Cmd == "":
-		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("cmd is empty")
-	case len(req.Args) > maxArgs:
-		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("%d arguments, at most %d are possible", len(req.Args), maxArgs)
-	case size > maxArgsBytes:
-		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("the arguments are %d bytes long, at most %d are possible", size, maxArgsBytes)
+	case err != nil:
 	case timeout < 0 || timeout > maxExecTimeout:
-		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("timeout_sec is %d, must be 0 (the default, %d) to %d", req.TimeoutSec, execTimeout/time.Second, maxExecTimeout/time.Second)
+		err = fmt.Errorf("timeout_sec is %d, must be 0 (the default, %d) to %d",
+			req.TimeoutSec, execTimeout/time.Second, maxExecTimeout/time.Second)
+	case len(req.Cwd) > maxPathBytes || strings.ContainsRune(req.Cwd, 0):
+		err = errors.New("cwd is no path")
+	default:
+		err = cmp.Or(sandbox.CheckUser(req.User), sandbox.CheckEnv(req.Envs))
 	}
-	for _, err := range []error{sandbox.CheckUser(req.User), sandbox.CheckEnv(req.Envs)} {
-		if err != nil {
-			return sandbox.Command{}, errdefs.InvalidArgument.Errorf("%w", err)
-		}
-	}
-	if len(req.Cwd) > maxPathBytes || strings.ContainsRune(req.Cwd, 0) {
-		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("cwd is no path")
+	if err != nil {
+		return sandbox.Command{}, errdefs.InvalidArgument.Errorf("%w", err)
 	}
 	return sandbox.Command{
 		Cmd: req.Cmd, Args: req.Args, User: req.User, Env: req.Envs, Cwd: req.Cwd,
@@ -288,33 +282,57 @@ func command(req *hostagentv1.ExecRequest) (sandbox.Command, error) {
 	}, nil
 }
 
-func (s *service) UpdateNetwork(ctx context.Context, req *connect.Request[hostagentv1.UpdateNetworkRequest]) (*connect.Response[hostagentv1.UpdateNetworkResponse], error) {
+// checkArgs returns what no program can be started with; argument 0 is cmd.
+func checkArgs(req *pb.ExecRequest) error {
+	switch {
+	case req.Cmd == "":
+		return errors.New("cmd is empty")
+	case len(req.Args) > maxArgs:
+		return fmt.Errorf("%d arguments, at most %d are possible", len(req.Args), maxArgs)
+	}
+	size := 0
+	for i, arg := range append([]string{req.Cmd}, req.Args...) {
+		size += len(arg)
+		switch {
+		case strings.ContainsRune(arg, 0):
+			return fmt.Errorf("argument %d has a NUL byte", i)
+		case len(arg) > maxArgBytes:
+			return fmt.Errorf("argument %d is %d bytes long, at most %d are possible", i, len(arg), maxArgBytes)
+		}
+	}
+	if size > maxArgsBytes {
+		return fmt.Errorf("the arguments are %d bytes long, at most %d are possible", size, maxArgsBytes)
+	}
+	return nil
+}
+
+func (s *service) UpdateNetwork(ctx context.Context, req *request[pb.UpdateNetworkRequest]) (*response[pb.UpdateNetworkResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.UpdateNetworkResponse{}), s.manager.UpdateNetwork(ctx, id, networkSettings(req.Msg.Network))
+	return connect.NewResponse(&pb.UpdateNetworkResponse{}), s.manager.UpdateNetwork(ctx, id, networkSettings(req.Msg.Network))
 }
 
-func networkSettings(pb *hostagentv1.NetworkPolicy) sandbox.NetworkSettings {
-	if pb == nil {
+func networkSettings(p *pb.NetworkPolicy) sandbox.NetworkSettings {
+	if p == nil {
 		return sandbox.NetworkSettings{}
 	}
 	return sandbox.NetworkSettings{
-		AllowInternet: pb.AllowInternet, Allow: pb.AllowOut, Deny: pb.DenyOut,
+		AllowInternet: p.AllowInternet, Allow: p.AllowOut, Deny: p.DenyOut,
 		Limits: sandbox.NetworkLimits{
-			InBytes: pb.InBytesPerSec, OutBytes: pb.OutBytesPerSec,
-			InPackets: pb.InPacketsPerSec, OutPackets: pb.OutPacketsPerSec,
-			Connections: int(pb.MaxConnections),
+			InBytes: p.InBytesPerSec, OutBytes: p.OutBytesPerSec,
+			InPackets: p.InPacketsPerSec, OutPackets: p.OutPacketsPerSec,
+			Connections: int(p.MaxConnections),
 		},
 	}
 }
 
-func networkPolicy(s sandbox.NetworkSettings) *hostagentv1.NetworkPolicy {
+func networkPolicy(s sandbox.NetworkSettings) *pb.NetworkPolicy {
 	if s.IsZero() {
 		return nil
 	}
-	return &hostagentv1.NetworkPolicy{
+	return &pb.NetworkPolicy{
 		AllowInternet: s.AllowInternet, AllowOut: s.Allow, DenyOut: s.Deny,
 		InBytesPerSec: s.Limits.InBytes, OutBytesPerSec: s.Limits.OutBytes,
 		InPacketsPerSec: s.Limits.InPackets, OutPacketsPerSec: s.Limits.OutPackets,
@@ -322,8 +340,8 @@ func networkPolicy(s sandbox.NetworkSettings) *hostagentv1.NetworkPolicy {
 	}
 }
 
-// addTraffic fills in the counters. A listing without them is better than none.
-func (s *service) addTraffic(ctx context.Context, infos ...*hostagentv1.SandboxInfo) {
+// addTraffic fills in the counters. Without them the answer is still of use.
+func (s *service) addTraffic(ctx context.Context, infos ...*pb.SandboxInfo) {
 	traffic, err := s.manager.Traffic(ctx)
 	if err != nil {
 		s.log.Warn("traffic not counted", "err", err)
@@ -331,13 +349,13 @@ func (s *service) addTraffic(ctx context.Context, infos ...*hostagentv1.SandboxI
 	}
 	for _, info := range infos {
 		if c, ok := traffic[sandbox.ID(info.SandboxId)]; ok {
-			info.Traffic = &hostagentv1.NetworkTraffic{InBytes: c.InBytes, InPackets: c.InPackets, OutBytes: c.OutBytes, OutPackets: c.OutPackets}
+			info.Traffic = &pb.NetworkTraffic{InBytes: c.InBytes, InPackets: c.InPackets, OutBytes: c.OutBytes, OutPackets: c.OutPackets}
 		}
 	}
 }
 
-func (s *service) ListSandboxes(ctx context.Context, req *connect.Request[hostagentv1.ListSandboxesRequest]) (*connect.Response[hostagentv1.ListSandboxesResponse], error) {
-	resp := &hostagentv1.ListSandboxesResponse{}
+func (s *service) ListSandboxes(ctx context.Context, req *request[pb.ListSandboxesRequest]) (*response[pb.ListSandboxesResponse], error) {
+	resp := &pb.ListSandboxesResponse{}
 	for _, info := range s.manager.List(req.Msg.All) {
 		resp.Sandboxes = append(resp.Sandboxes, sandboxInfo(info))
 	}
@@ -345,12 +363,12 @@ func (s *service) ListSandboxes(ctx context.Context, req *connect.Request[hostag
 	return connect.NewResponse(resp), nil
 }
 
-// validText is text that may quote a VMM, whose log may be any bytes: one field
-// that is not UTF-8 would make an error of the whole answer.
+// validText makes UTF-8 of a text that may quote a VMM, whose log may have any
+// bytes. A single field that is not UTF-8 makes the whole answer an error.
 func validText(text string) string { return strings.ToValidUTF8(text, "\ufffd") }
 
-func sandboxInfo(info sandbox.Info) *hostagentv1.SandboxInfo {
-	pb := &hostagentv1.SandboxInfo{
+func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
+	out := &pb.SandboxInfo{
 		SandboxId: string(info.ID), Status: string(info.State), Template: info.Template,
 		Vcpus: int32(info.VCPUs), MemoryMb: int32(info.MemMiB), OnTimeout: string(info.OnTimeout),
 		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
@@ -359,15 +377,15 @@ func sandboxInfo(info sandbox.Info) *hostagentv1.SandboxInfo {
 		User: info.User,
 	}
 	if info.HostIP.IsValid() {
-		pb.HostIp = info.HostIP.String()
+		out.HostIp = info.HostIP.String()
 	}
 	if !info.ExpiresAt.IsZero() {
-		pb.ExpiresAtUnix = info.ExpiresAt.Unix()
+		out.ExpiresAtUnix = info.ExpiresAt.Unix()
 	}
-	return pb
+	return out
 }
 
-func (s *service) GetSandbox(ctx context.Context, req *connect.Request[hostagentv1.GetSandboxRequest]) (*connect.Response[hostagentv1.GetSandboxResponse], error) {
+func (s *service) GetSandbox(ctx context.Context, req *request[pb.GetSandboxRequest]) (*response[pb.GetSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -380,12 +398,12 @@ func (s *service) GetSandbox(ctx context.Context, req *connect.Request[hostagent
 	if err != nil {
 		return nil, err
 	}
-	pb := sandboxInfo(info)
-	s.addTraffic(ctx, pb)
-	return connect.NewResponse(&hostagentv1.GetSandboxResponse{Sandbox: pb, AccessToken: token}), nil
+	found := sandboxInfo(info)
+	s.addTraffic(ctx, found)
+	return connect.NewResponse(&pb.GetSandboxResponse{Sandbox: found, AccessToken: token}), nil
 }
 
-func (s *service) SetTimeout(ctx context.Context, req *connect.Request[hostagentv1.SetTimeoutRequest]) (*connect.Response[hostagentv1.SetTimeoutResponse], error) {
+func (s *service) SetTimeout(ctx context.Context, req *request[pb.SetTimeoutRequest]) (*response[pb.SetTimeoutResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -394,10 +412,10 @@ func (s *service) SetTimeout(ctx context.Context, req *connect.Request[hostagent
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.SetTimeoutResponse{ExpiresAtUnix: sandboxInfo(info).ExpiresAtUnix}), nil
+	return connect.NewResponse(&pb.SetTimeoutResponse{ExpiresAtUnix: sandboxInfo(info).ExpiresAtUnix}), nil
 }
 
-func (s *service) WatchEvents(ctx context.Context, req *connect.Request[hostagentv1.WatchEventsRequest], stream *connect.ServerStream[hostagentv1.WatchEventsResponse]) error {
+func (s *service) WatchEvents(ctx context.Context, req *request[pb.WatchEventsRequest], stream *connect.ServerStream[pb.WatchEventsResponse]) error {
 	var only sandbox.ID
 	if req.Msg.SandboxId != "" {
 		id, err := sandbox.ParseID(req.Msg.SandboxId)
@@ -406,22 +424,22 @@ func (s *service) WatchEvents(ctx context.Context, req *connect.Request[hostagen
 		}
 		only = id
 	}
-	// The headers go out at once: the caller knows that it watches.
-	if err := stream.Send(&hostagentv1.WatchEventsResponse{}); err != nil {
+	// The headers go out at once, so that the caller knows that it watches.
+	if err := stream.Send(&pb.WatchEventsResponse{}); err != nil {
 		return err
 	}
 	return s.manager.Events(ctx, req.Msg.After, !req.Msg.NoFollow, func(e sandbox.Event) error {
 		if only != "" && e.ID != only {
 			return nil
 		}
-		return stream.Send(&hostagentv1.WatchEventsResponse{Event: &hostagentv1.Event{
+		return stream.Send(&pb.WatchEventsResponse{Event: &pb.Event{
 			Cursor: e.Cursor, TimeUnixMs: e.Time.UnixMilli(), SandboxId: string(e.ID),
 			From: string(e.From), To: string(e.To), Reason: string(e.Reason),
 		}})
 	})
 }
 
-func (s *service) GetConsole(_ context.Context, req *connect.Request[hostagentv1.GetConsoleRequest]) (*connect.Response[hostagentv1.GetConsoleResponse], error) {
+func (s *service) GetConsole(_ context.Context, req *request[pb.GetConsoleRequest]) (*response[pb.GetConsoleResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -431,18 +449,19 @@ func (s *service) GetConsole(_ context.Context, req *connect.Request[hostagentv1
 	case n == 0:
 		n = consoleBytes
 	case n < 0 || n > maxConsoleBytes:
-		return nil, errdefs.InvalidArgument.Errorf("tail_bytes is %d, must be 0 (the default, %d) to %d", n, consoleBytes, maxConsoleBytes)
+		return nil, errdefs.InvalidArgument.Errorf("tail_bytes is %d, must be 0 (the default, %d) to %d",
+			n, consoleBytes, maxConsoleBytes)
 	}
 	console, err := s.manager.Console(id, n)
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&hostagentv1.GetConsoleResponse{Console: console}), nil
+	return connect.NewResponse(&pb.GetConsoleResponse{Console: console}), nil
 }
 
-func (s *service) Verify(ctx context.Context, req *connect.Request[hostagentv1.VerifyRequest], stream *connect.ServerStream[hostagentv1.VerifyResponse]) error {
+func (s *service) Verify(ctx context.Context, req *request[pb.VerifyRequest], stream *connect.ServerStream[pb.VerifyResponse]) error {
 	return s.manager.Verify(ctx, req.Msg.Names, func(v sandbox.Verified) error {
-		resp := &hostagentv1.VerifyResponse{Kind: string(v.Kind), Name: v.Name, Bytes: v.Bytes}
+		resp := &pb.VerifyResponse{Kind: string(v.Kind), Name: v.Name, Bytes: v.Bytes}
 		switch {
 		case v.Err != nil && errdefs.ClassOf(v.Err) == nil:
 			s.log.Error("not verified", "kind", v.Kind, "name", v.Name, "err", v.Err)
@@ -454,8 +473,8 @@ func (s *service) Verify(ctx context.Context, req *connect.Request[hostagentv1.V
 	})
 }
 
-func (s *service) GetVersion(context.Context, *connect.Request[hostagentv1.GetVersionRequest]) (*connect.Response[hostagentv1.GetVersionResponse], error) {
-	return connect.NewResponse(&hostagentv1.GetVersionResponse{
+func (s *service) GetVersion(context.Context, *request[pb.GetVersionRequest]) (*response[pb.GetVersionResponse], error) {
+	return connect.NewResponse(&pb.GetVersionResponse{
 		Version: s.version.Version, Vmm: s.version.VMM, VmmVersion: s.version.VMMVersion,
 	}), nil
 }

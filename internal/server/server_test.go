@@ -8,13 +8,13 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
-	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 func TestCommandBounds(t *testing.T) {
-	for name, req := range map[string]*hostagentv1.ExecRequest{
+	for name, req := range map[string]*pb.ExecRequest{
 		"empty":            {},
 		"NUL in cmd":       {Cmd: "a\x00b"},
 		"NUL in args":      {Cmd: "a", Args: []string{"\x00"}},
@@ -35,7 +35,7 @@ func TestCommandBounds(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	cmd, err := command(&hostagentv1.ExecRequest{Cmd: "a", Args: []string{"b"}})
+	cmd, err := command(&pb.ExecRequest{Cmd: "a", Args: []string{"b"}})
 	if err != nil || cmd.Timeout != 30*time.Second || cmd.MaxOutput != maxOutputBytes {
 		t.Errorf("defaults: %+v, %v", cmd, err)
 	}
@@ -43,14 +43,14 @@ func TestCommandBounds(t *testing.T) {
 
 // A VMM's log may be any bytes: they must not make every list an error.
 func TestDetailOfAnyBytes(t *testing.T) {
-	pb := sandboxInfo(sandbox.Info{Detail: "qemu said \xff\x9b"})
-	if _, err := proto.Marshal(pb); err != nil || pb.Detail != "qemu said \ufffd" {
-		t.Errorf("%q: %v", pb.Detail, err)
+	info := sandboxInfo(sandbox.Info{Detail: "qemu said \xff\x9b"})
+	if _, err := proto.Marshal(info); err != nil || info.Detail != "qemu said \ufffd" {
+		t.Errorf("%q: %v", info.Detail, err)
 	}
 }
 
 func TestCommandLogin(t *testing.T) {
-	cmd, err := command(&hostagentv1.ExecRequest{Cmd: "a", User: "user", Envs: variables(sandbox.MaxEnv), Cwd: "/tmp"})
+	cmd, err := command(&pb.ExecRequest{Cmd: "a", User: "user", Envs: variables(sandbox.MaxEnv), Cwd: "/tmp"})
 	if err != nil || cmd.User != "user" || len(cmd.Env) != sandbox.MaxEnv || cmd.Cwd != "/tmp" {
 		t.Errorf("%+v, %v", cmd, err)
 	}
@@ -76,7 +76,7 @@ func FuzzCommand(f *testing.F) {
 	f.Add("sh", "-c", int32(0))
 	f.Add("", "\x00", int32(-1))
 	f.Fuzz(func(t *testing.T, cmd, arg string, timeout int32) {
-		c, err := command(&hostagentv1.ExecRequest{Cmd: cmd, Args: []string{arg}, TimeoutSec: timeout})
+		c, err := command(&pb.ExecRequest{Cmd: cmd, Args: []string{arg}, TimeoutSec: timeout})
 		if err != nil {
 			if errdefs.ClassOf(err) != errdefs.InvalidArgument {
 				t.Errorf("error of another class: %v", err)

@@ -18,7 +18,7 @@ import (
 // version is set by the build.
 var version = "dev"
 
-// exitError ends the program with a status of somebody else's choosing.
+// exitError ends the program with the status of a command that it ran.
 type exitError int
 
 func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }

@@ -28,7 +28,8 @@ func newHostFlags(cmd *cobra.Command) *hostFlags {
 	c := &hostFlags{Config: agent.Defaults()}
 	c.Version = buildVersion()
 	f := cmd.Flags()
-	f.StringVar(&c.StateDir, "state-dir", env("WRENN_STATE_DIR", c.StateDir), "directory of kernels, templates, disks and records (env WRENN_STATE_DIR)")
+	f.StringVar(&c.StateDir, "state-dir", env("WRENN_STATE_DIR", c.StateDir),
+		"directory of kernels, templates, disks and records (env WRENN_STATE_DIR)")
 	f.StringVar(&c.VMM, "vmm", env("WRENN_VMM", c.VMM), "VMM to run sandboxes with: auto, firecracker or qemu (env WRENN_VMM)")
 	f.StringVar(&c.Firecracker, "firecracker", env("WRENN_FIRECRACKER", c.Firecracker), "Firecracker's program (env WRENN_FIRECRACKER)")
 	f.StringVar(&c.Jailer, "jailer", env("WRENN_JAILER", c.Jailer),

@@ -270,7 +270,7 @@ func TestAgentServesAndLeavesNothing(t *testing.T) {
 	}
 }
 
-// Paths that are nobody's are left to what else the agent will serve.
+// Other paths belong to no part of the agent, / among them.
 func TestUnknownPaths(t *testing.T) {
 	r := newRig(t)
 	r.start()

@@ -21,20 +21,20 @@ import (
 // the ranges that container tools hand out. Each agent has a block of them, one
 // for each slot, so that no VMM can signal or trace one of another agent.
 const (
-	// probeUID is what a guest runs as that shows whether KVM works; it is in no
-	// agent's block. (Earlier versions used the users from here on for all.)
+	// probeUID is the user of the guest that shows whether KVM works. It is in no
+	// agent's block.
 	probeUID  = 1_900_000_000
 	blockUIDs = int(network.MaxSlot) + 1
 	uidBlocks = 6000
 )
 
-// uidClaims has a file for each block that is taken, which holds the state
-// directory of its agent. It is gone after a boot, and so is every VMM.
+// uidClaims has a file for each block that is taken; the file holds the state
+// directory of the block's agent. A boot of the host removes the claims and ends
+// every VMM.
 const uidClaims = "/run/wrenn-uids"
 
-// claimUIDs returns the first user of the agent's block, which stays the same
-// for as long as the claim is there: from one agent on a state directory to the
-// next.
+// claimUIDs returns the first user of the agent's block. While the claim is there,
+// the next agent on the state directory gets the same block.
 func claimUIDs(claims, stateDir string) (base int, err error) {
 	defer func() {
 		if err != nil {
@@ -67,8 +67,8 @@ func claimUIDs(claims, stateDir string) (base int, err error) {
 		if err == nil && exists(string(owner)) {
 			continue
 		}
-		// Nobody's, or that of an agent whose directory is gone: but its VMMs
-		// may still run, or others who do not know of claims.
+		// No agent has the block, or its agent's directory is gone. A VMM of that
+		// agent, or a program that knows nothing of claims, may still run in it.
 		used, err := usersInUse(base)
 		if err != nil {
 			return 0, err
@@ -80,7 +80,7 @@ func claimUIDs(claims, stateDir string) (base int, err error) {
 	return 0, errdefs.Exhausted.Errorf("all %d blocks of users are taken", uidBlocks)
 }
 
-// releaseUIDs gives the block back; no VMM of the agent runs any more.
+// releaseUIDs gives the block back. No VMM of the agent may run any more.
 func releaseUIDs(claims string, base int) error {
 	if err := os.Remove(claimFile(claims, base)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("release users of VMMs: %w", err)

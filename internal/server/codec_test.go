@@ -73,13 +73,15 @@ func TestUnknownJSONFields(t *testing.T) {
 			{"Exec", `{"sandbox_id":"sb-1","cmd":"true","secure":true}`, "secure"},
 		} {
 			status, answer := post(t, url, c.rpc, kind, "", []byte(c.body))
-			if status != 400 || !strings.Contains(answer, `"invalid_argument"`) || !strings.Contains(answer, "unknown field") || !strings.Contains(answer, strings.Trim(c.field, `"`)) {
+			if status != 400 || !strings.Contains(answer, `"invalid_argument"`) ||
+				!strings.Contains(answer, "unknown field") || !strings.Contains(answer, strings.Trim(c.field, `"`)) {
 				t.Errorf("%s %s as %s: HTTP %d %s", c.rpc, c.body, kind, status, answer)
 			}
 		}
 		for _, body := range []string{"{}", "  { }\n", `{"sandbox_id":null}`} {
 			rpc := map[bool]string{true: "GetSandbox", false: "GetVersion"}[strings.Contains(body, "null")]
-			if status, answer := post(t, url, rpc, kind, "", []byte(body)); rpc == "GetVersion" && status != 200 || strings.Contains(answer, "unknown field") {
+			status, answer := post(t, url, rpc, kind, "", []byte(body))
+			if rpc == "GetVersion" && status != 200 || strings.Contains(answer, "unknown field") {
 				t.Errorf("%s as %s: HTTP %d %s", body, kind, status, answer)
 			}
 		}
@@ -98,7 +100,7 @@ func TestUnknownJSONFields(t *testing.T) {
 	}
 }
 
-// with adds a field that nobody knows.
+// with adds a field that no version has.
 func with[M proto.Message](m M) M {
 	m.ProtoReflect().SetUnknown(protoreflect.RawFields{0xf8, 0x3f, 1}) // 1023: 1
 	return m
@@ -179,7 +181,8 @@ func TestClientsAreTolerant(t *testing.T) {
 	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(newer{}, withStrictCodecs()))
 	s := httptest.NewServer(mux)
 	defer s.Close()
-	resp, err := hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, s.URL).GetVersion(t.Context(), connect.NewRequest(&pb.GetVersionRequest{}))
+	client := hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, s.URL)
+	resp, err := client.GetVersion(t.Context(), connect.NewRequest(&pb.GetVersionRequest{}))
 	if err != nil || resp.Msg.Version != "2" || len(resp.Msg.ProtoReflect().GetUnknown()) == 0 {
 		t.Errorf("%v, %v", resp, err)
 	}
@@ -195,7 +198,8 @@ func TestGiantMessages(t *testing.T) {
 		t.Fatal(err)
 	}
 	for encoding, body := range map[string][]byte{"": giant, "gzip": packed.Bytes()} {
-		if status, answer := post(t, url, "CreateSandbox", "application/json", encoding, body); status != 429 || !strings.Contains(answer, "resource_exhausted") {
+		status, answer := post(t, url, "CreateSandbox", "application/json", encoding, body)
+		if status != 429 || !strings.Contains(answer, "resource_exhausted") {
 			t.Errorf("%q: HTTP %d %.200s", encoding, status, answer)
 		}
 	}

@@ -136,7 +136,9 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 	return connect.NewResponse(resp), nil
 }
 
-func (s *service) DestroySandbox(ctx context.Context, req *request[pb.DestroySandboxRequest]) (*response[pb.DestroySandboxResponse], error) {
+func (s *service) DestroySandbox(
+	ctx context.Context, req *request[pb.DestroySandboxRequest],
+) (*response[pb.DestroySandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -144,7 +146,9 @@ func (s *service) DestroySandbox(ctx context.Context, req *request[pb.DestroySan
 	return connect.NewResponse(&pb.DestroySandboxResponse{}), s.manager.Destroy(ctx, id)
 }
 
-func (s *service) RecoverSandbox(ctx context.Context, req *request[pb.RecoverSandboxRequest]) (*response[pb.RecoverSandboxResponse], error) {
+func (s *service) RecoverSandbox(
+	ctx context.Context, req *request[pb.RecoverSandboxRequest],
+) (*response[pb.RecoverSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -200,7 +204,9 @@ func (s *service) ForkSandbox(ctx context.Context, req *request[pb.ForkSandboxRe
 	return connect.NewResponse(resp), nil
 }
 
-func (s *service) SnapshotSandbox(ctx context.Context, req *request[pb.SnapshotSandboxRequest]) (*response[pb.SnapshotSandboxResponse], error) {
+func (s *service) SnapshotSandbox(
+	ctx context.Context, req *request[pb.SnapshotSandboxRequest],
+) (*response[pb.SnapshotSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
 		return nil, err
@@ -415,7 +421,9 @@ func (s *service) SetTimeout(ctx context.Context, req *request[pb.SetTimeoutRequ
 	return connect.NewResponse(&pb.SetTimeoutResponse{ExpiresAtUnix: sandboxInfo(info).ExpiresAtUnix}), nil
 }
 
-func (s *service) WatchEvents(ctx context.Context, req *request[pb.WatchEventsRequest], stream *connect.ServerStream[pb.WatchEventsResponse]) error {
+func (s *service) WatchEvents(
+	ctx context.Context, req *request[pb.WatchEventsRequest], stream *connect.ServerStream[pb.WatchEventsResponse],
+) error {
 	var only sandbox.ID
 	if req.Msg.SandboxId != "" {
 		id, err := sandbox.ParseID(req.Msg.SandboxId)

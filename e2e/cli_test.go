@@ -19,6 +19,7 @@ import (
 //	id FULL SHORT       name the id just printed, and its beginning
 func TestCLI(t *testing.T) {
 	testenv.StateDir(t)
+	testenv.Program(t, "curl")
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/cli",
 		Setup: func(e *testscript.Env) error {

@@ -20,7 +20,7 @@ import (
 // pool beside making it.
 func BenchmarkNetwork(b *testing.B) {
 	testenv.Root(b)
-	testenv.Program(b, "nft")
+	testenv.Program(b, "ip", "nft", "sysctl")
 	plan := network.Plan{Instance: "wbench", Hosts: netip.MustParsePrefix("10.177.0.0/16"), Veths: netip.MustParsePrefix("10.178.0.0/16")}
 	testenv.NoLeaks(b, plan.Instance)
 	ctx := b.Context()

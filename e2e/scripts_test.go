@@ -10,6 +10,7 @@ import (
 )
 
 func TestHostScript(t *testing.T) {
+	testenv.Program(t, "curl")
 	a := startAgent(t)
 	out, err := exec.Command("../scripts/test-host.sh", a.url).CombinedOutput()
 	if err != nil {
@@ -22,6 +23,7 @@ func TestHostScript(t *testing.T) {
 }
 
 func TestHostScriptFailsWithoutHost(t *testing.T) {
+	testenv.Program(t, "curl")
 	out, err := exec.Command("../scripts/test-host.sh", "http://127.0.0.1:1").CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "FAIL") {
 		t.Errorf("against nobody: %v\n%s", err, out)

@@ -1,4 +1,5 @@
-// Package internal_test holds the table of which room may import which.
+// Package internal_test holds what is true of all packages of this module: the
+// table of what each may import, and what none may use.
 package internal_test
 
 import (
@@ -8,16 +9,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
 
 const module = "git.omukk.dev/wrenn/sandbox/"
 
-// rooms says what each package may import of this module; a "/..." at the end
-// of a room covers the packages below it. "*" is everything.
-var rooms = map[string][]string{
+// mayImport says which packages of this module each package may import. A "/..."
+// at the end of a path covers the packages below it. "*" is everything.
+var mayImport = map[string][]string{
 	"cmd/wrenn": {"*"},
 	"cmd/envd":  {"internal/envd", "internal/guestapi"},
 
@@ -67,8 +70,8 @@ var rooms = map[string][]string{
 	"internal/client/clienttest": {"api/..."},
 }
 
-// foreign are packages that a room must not import, though they are not ours.
-var foreign = map[string][]string{
+// forbidden are packages that a package must not import.
+var forbidden = map[string][]string{
 	"internal/sandbox":  {"net/http", "connectrpc.com/connect", "internal/atomicfile"},
 	"internal/network":  {"os/exec", "internal/atomicfile"},
 	"internal/guestapi": {"net/http", "encoding/json"},
@@ -81,35 +84,70 @@ type pkg struct {
 	Imports    []string
 	Doc        string
 	GoFiles    []string
+
+	TestGoFiles, XTestGoFiles []string
 }
 
 func TestImportTable(t *testing.T) {
 	for _, p := range listPackages(t) {
-		room := strings.TrimPrefix(p.ImportPath, module)
+		name := strings.TrimPrefix(p.ImportPath, module)
 		if len(p.GoFiles) == 0 {
 			continue // tests only
 		}
-		allowed, ok := lookup(room)
+		allowed, ok := lookup(name)
 		if !ok {
-			t.Errorf("%s is not a room of the house: add it to the table with what it may import, or move its code", room)
+			t.Errorf("%s is not in the import table: add it with what it may import, or move its code", name)
 			continue
 		}
 		for _, imp := range p.Imports {
-			if slices.Contains(foreign[room], imp) {
-				t.Errorf("%s imports %s, which is not its business", room, imp)
+			if slices.Contains(forbidden[name], imp) {
+				t.Errorf("%s imports %s: the table of forbidden packages has it", name, imp)
 			}
 			if target, ours := strings.CutPrefix(imp, module); ours && !covers(allowed, target) {
-				t.Errorf("%s imports %s: the table does not allow it", room, target)
+				t.Errorf("%s imports %s: the import table does not allow it", name, target)
 			}
 		}
-		if p.Doc == "" && !strings.HasPrefix(room, "api/") {
-			t.Errorf("%s has no package comment", room)
+		if p.Doc == "" && !strings.HasPrefix(name, "api/") {
+			t.Errorf("%s has no package comment", name)
 		}
 	}
 }
 
-// TestNoDefaultClient: the default client follows what an answer says, through
-// the proxy that the environment names. No program of ours uses it.
+// basic are the programs that every machine has on which the tests run: those
+// of Debian's essential packages, and go.
+var basic = []string{"cat", "cp", "go", "nsenter", "sh", "sleep", "tar", "true", "unshare"}
+
+var (
+	started  = regexp.MustCompile(`exec\.Command(?:Context\([\w.()]+, |\()"([^"/]+)"`)
+	askedFor = regexp.MustCompile(`testenv\.Program\(\w+, (.*)\)`)
+)
+
+// TestProgramsAreAskedFor: the tests of a package that start a program ask
+// testenv.Program for it, so that a machine without it skips them.
+func TestProgramsAreAskedFor(t *testing.T) {
+	for _, p := range listPackages(t) {
+		var source []byte
+		for _, name := range slices.Concat(p.TestGoFiles, p.XTestGoFiles) {
+			text, err := os.ReadFile(filepath.Join(p.Dir, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			source = append(source, text...)
+		}
+		var asked string
+		for _, m := range askedFor.FindAllSubmatch(source, -1) {
+			asked += string(m[1])
+		}
+		for _, m := range started.FindAllSubmatch(source, -1) {
+			if program := string(m[1]); !slices.Contains(basic, program) && !strings.Contains(asked, strconv.Quote(program)) {
+				t.Errorf("tests of %s start %s: ask for it with testenv.Program", p.ImportPath, program)
+			}
+		}
+	}
+}
+
+// TestNoDefaultClient: no program of this module uses the default HTTP client,
+// which follows redirects and uses the proxy that the environment names.
 func TestNoDefaultClient(t *testing.T) {
 	for _, p := range listPackages(t) {
 		for _, name := range p.GoFiles {
@@ -129,19 +167,19 @@ func TestNoDefaultClient(t *testing.T) {
 	}
 }
 
-func lookup(room string) ([]string, bool) {
-	for name, allowed := range rooms {
-		if covers([]string{name}, room) {
+func lookup(name string) ([]string, bool) {
+	for pattern, allowed := range mayImport {
+		if covers([]string{pattern}, name) {
 			return allowed, true
 		}
 	}
 	return nil, false
 }
 
-func covers(patterns []string, room string) bool {
+func covers(patterns []string, name string) bool {
 	for _, p := range patterns {
 		prefix, tree := strings.CutSuffix(p, "/...")
-		if p == "*" || p == room || tree && strings.HasPrefix(room, prefix+"/") {
+		if p == "*" || p == name || tree && strings.HasPrefix(name, prefix+"/") {
 			return true
 		}
 	}
@@ -150,7 +188,7 @@ func covers(patterns []string, room string) bool {
 
 func listPackages(t *testing.T) []pkg {
 	t.Helper()
-	cmd := exec.Command("go", "list", "-json=ImportPath,Dir,Imports,Doc,GoFiles", module+"...")
+	cmd := exec.Command("go", "list", "-json=ImportPath,Dir,Imports,Doc,GoFiles,TestGoFiles,XTestGoFiles", module+"...")
 	out, err := cmd.Output()
 	if err != nil {
 		t.Fatalf("go list: %v", err)

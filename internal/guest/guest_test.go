@@ -21,6 +21,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
 // TestInitBody: the guest is told the time at which the body is sent, and a
@@ -176,6 +177,7 @@ func TestInitRefusesAnotherProtocol(t *testing.T) {
 
 // Nothing of a client outlives the incarnation of its guest.
 func TestCloseEndsWhatIsUnderWay(t *testing.T) {
+	testenv.Program(t, "pgrep")
 	c := serveEnvd(t)
 	ended := make(chan error, 1)
 	go func() {

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
 // BenchmarkOpenClose times a slot's making and removal, and beside it the same
@@ -30,6 +32,7 @@ func BenchmarkOpenClose(b *testing.B) {
 		ours.open, ours.all = opened/time.Duration(b.N), b.Elapsed()/time.Duration(b.N)
 	})
 	b.Run("commands", func(b *testing.B) {
+		testenv.Program(b, "ip", "nft", "sysctl")
 		open, closing := commands(b, n.Plan(), a)
 		var opened time.Duration
 		for b.Loop() {

@@ -33,6 +33,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/osthread"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
 // The internet of the tests with names: two owners and a resolver, which also
@@ -823,6 +824,7 @@ func TestNamesAfterTheAgentsRestart(t *testing.T) {
 
 // The kernel holds what the golden file shows.
 func TestNamesRulesAreWhatTheKernelHolds(t *testing.T) {
+	testenv.Program(t, "nft")
 	n := world(t, Options{Resolvers: []netip.Addr{privateAddr}, Egress: Policy{Deny: prefixes("198.51.100.0/24")}})
 	s, a, _ := open(t, n)
 	ns, err := netns.GetFromPath(a.NetNSPath)

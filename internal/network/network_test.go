@@ -22,6 +22,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/osthread"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
 var here = netns.None() // the host's namespace, for serve and ask
@@ -502,6 +503,7 @@ func TestOpenConcurrently(t *testing.T) {
 // "ip netns add" mounts the directory of namespaces over itself the first time;
 // what we pinned before must stay removable.
 func TestCloseAfterOthersAddNamespaces(t *testing.T) {
+	testenv.Program(t, "ip")
 	n := world(t, Options{})
 	s, err := n.Acquire(t.Context())
 	must(t, err)
@@ -616,6 +618,7 @@ func TestSetup(t *testing.T) {
 }
 
 func TestRulesAreWhatTheKernelHolds(t *testing.T) {
+	testenv.Program(t, "nft")
 	n := world(t, Options{
 		Resolvers: []netip.Addr{privateAddr},
 		Egress:    Policy{Deny: []netip.Prefix{netip.MustParsePrefix("198.51.100.0/24")}},

@@ -46,10 +46,12 @@ func StateDir(t testing.TB) string {
 	return dir
 }
 
-// Program skips the test unless a program is installed.
-func Program(t testing.TB, name string) {
+// Program skips the test unless all programs are installed.
+func Program(t testing.TB, names ...string) {
 	t.Helper()
-	if _, err := exec.LookPath(name); err != nil {
-		missing(t, name, "install it")
+	for _, name := range names {
+		if _, err := exec.LookPath(name); err != nil {
+			missing(t, "the program "+name, "install it")
+		}
 	}
 }

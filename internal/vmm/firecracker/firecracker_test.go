@@ -563,6 +563,7 @@ func TestTapOfAnOldVersion(t *testing.T) {
 // returns its path.
 func tapNamespace(t testing.TB, tap string, owner int) string {
 	t.Helper()
+	testenv.Program(t, "ip")
 	hold := exec.Command("unshare", "-n", "cat")
 	in, err := hold.StdinPipe()
 	if err == nil {

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -41,10 +42,25 @@ const (
 	logRate = 10
 )
 
-// Shared bounds what all proxies of an agent take together.
+// Shared bounds and counts what all proxies of an agent take together.
 type Shared struct {
 	conns, http, questions chan struct{}
 	asked                  *rate
+
+	open              atomic.Int64
+	accepted, refused atomic.Uint64
+}
+
+// Counts are what all proxies have done so far, those that are closed among them.
+type Counts struct {
+	Open     int    // connections at present
+	Accepted uint64 // connections begun
+	Refused  uint64 // connections, requests and questions that were refused
+}
+
+// Counts returns the present counts.
+func (s *Shared) Counts() Counts {
+	return Counts{Open: int(s.open.Load()), Accepted: s.accepted.Load(), Refused: s.refused.Load()}
 }
 
 // NewShared bounds the connections of all proxies to conns.

@@ -296,7 +296,7 @@ func TestLogIsBounded(t *testing.T) {
 	if len(lines) > most || len(lines[0]) > 1000 {
 		t.Errorf("%d lines of %d bytes, want up to %d", len(lines), len(lines[0]), most)
 	}
-	if n := w.proxy.Counts().Refused; n < 200 {
+	if n := w.proxy.cfg.Shared.Counts().Refused; n < 200 {
 		t.Errorf("%d refusals are counted", n)
 	}
 }

@@ -56,8 +56,8 @@ type Policy struct {
 	Allow, Deny []string
 	// Open lets through names that neither list has.
 	Open bool
-	// Reach says which addresses a name may lead to.
-	Reach func(netip.Addr) bool
+	// MayDial says which addresses the proxy may connect to for a name.
+	MayDial func(netip.Addr) bool
 	// Direct says which addresses a guest may choose itself, so that nothing
 	// but a denied name is refused there. Nil is none.
 	Direct func(netip.Addr) bool
@@ -75,19 +75,13 @@ type Config struct {
 	Dial func(context.Context, netip.AddrPort) (*net.TCPConn, error)
 	// Resolvers are asked from the host.
 	Resolvers []netip.AddrPort
-	// MaxConns bounds the connections at a time; Shared what all proxies that
-	// have it take together, nobody else if it is nil.
+	// MaxConns bounds the connections at a time. Shared bounds and counts what
+	// all proxies that have it take together; if it is nil, the proxy makes one
+	// for itself.
 	MaxConns int
 	Shared   *Shared
 	// Log receives refusals at debug level, some a second.
 	Log *slog.Logger
-}
-
-// Counts are what a proxy has done so far.
-type Counts struct {
-	Open     int    // connections at present
-	Accepted uint64 // connections begun
-	Refused  uint64 // connections, requests and questions that were refused
 }
 
 // Proxy serves one sandbox. Safe for concurrent use.
@@ -100,13 +94,11 @@ type Proxy struct {
 	wg       sync.WaitGroup
 	asked    *rate // questions
 	logged   *rate
-	accepted atomic.Uint64
-	refused  atomic.Uint64
 
 	mu sync.Mutex
-	// All of rules must let something through: the settled policy, and while
-	// a change is under way the coming one.
-	rules []rules
+	// All of policies must let a use through: the settled policy, and while a
+	// change is under way the coming one.
+	policies []parsedPolicy
 	// seen are the addresses of names that are or were denied, and until when
 	// they count; banned are those of the names that are denied now.
 	seen   map[string]map[netip.Addr]time.Time
@@ -114,8 +106,8 @@ type Proxy struct {
 	links  map[*link]struct{}
 }
 
-// rules are a policy made to be asked.
-type rules struct {
+// parsedPolicy is a policy whose lists of names are ready for a look-up.
+type parsedPolicy struct {
 	Policy
 	allow, deny names
 }
@@ -128,18 +120,18 @@ type use struct {
 	direct bool
 }
 
-func rulesOf(p Policy) rules { return rules{p, namesOf(p.Allow), namesOf(p.Deny)} }
+func parse(p Policy) parsedPolicy { return parsedPolicy{p, namesOf(p.Allow), namesOf(p.Deny)} }
 
 // name says whether the name alone is let through.
-func (r rules) name(name string) bool {
+func (r parsedPolicy) name(name string) bool {
 	return name != "" && !r.deny.match(name) && (r.Open || r.allow.match(name))
 }
 
-func (r rules) permits(u use) bool {
+func (r parsedPolicy) permits(u use) bool {
 	if u.direct {
 		return r.Direct != nil && r.Direct(u.addr) && (u.name == "" || !r.deny.match(u.name))
 	}
-	return r.name(u.name) && r.Reach(u.addr)
+	return r.name(u.name) && r.MayDial(u.addr)
 }
 
 // New serves the sockets of cfg until Close. It returns when the addresses of
@@ -157,7 +149,7 @@ func New(ctx context.Context, cfg Config, policy Policy) *Proxy {
 	p := &Proxy{
 		cfg: cfg, resolver: resolver{servers: cfg.Resolvers, shared: cfg.Shared},
 		asked: newRate(questionRate), logged: newRate(logRate),
-		rules: []rules{rulesOf(policy)}, seen: map[string]map[netip.Addr]time.Time{}, links: map[*link]struct{}{},
+		policies: []parsedPolicy{parse(policy)}, seen: map[string]map[netip.Addr]time.Time{}, links: map[*link]struct{}{},
 	}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.http = newHTTPSide(p)
@@ -191,7 +183,7 @@ func (p *Proxy) Close() {
 // this one; Settle makes the policy the only one.
 func (p *Proxy) Restrict(ctx context.Context, policy Policy) {
 	p.mu.Lock()
-	p.rules = append(p.rules[:1:1], rulesOf(policy))
+	p.policies = append(p.policies[:1:1], parse(policy))
 	p.mu.Unlock()
 	p.learn(ctx)
 	p.sweep()
@@ -200,17 +192,10 @@ func (p *Proxy) Restrict(ctx context.Context, policy Policy) {
 // Settle makes the policy of the last Restrict the only one.
 func (p *Proxy) Settle() {
 	p.mu.Lock()
-	p.rules = p.rules[len(p.rules)-1:]
+	p.policies = p.policies[len(p.policies)-1:]
 	p.banLocked()
 	p.mu.Unlock()
 	p.sweep()
-}
-
-// Counts returns the present counts.
-func (p *Proxy) Counts() Counts {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return Counts{Open: len(p.links), Accepted: p.accepted.Load(), Refused: p.refused.Load()}
 }
 
 // sweep ends the connections that are used for what is refused by now.
@@ -232,7 +217,7 @@ func (p *Proxy) permitsLocked(u use) bool {
 	if p.banned[u.addr] {
 		return false
 	}
-	for _, r := range p.rules {
+	for _, r := range p.policies {
 		if !r.permits(u) {
 			return false
 		}
@@ -264,7 +249,7 @@ func (p *Proxy) passes(l *link, name string) bool {
 }
 
 func (p *Proxy) nameLocked(name string) bool {
-	for _, r := range p.rules {
+	for _, r := range p.policies {
 		if !r.name(name) {
 			return false
 		}
@@ -293,7 +278,7 @@ func (p *Proxy) direct(l *link) bool {
 func (p *Proxy) learn(ctx context.Context) {
 	p.mu.Lock()
 	var list []string
-	for _, r := range p.rules {
+	for _, r := range p.policies {
 		for name := range r.deny.exact {
 			list = append(list, name)
 		}
@@ -333,7 +318,7 @@ func (p *Proxy) banLocked() {
 	p.banned = map[netip.Addr]bool{}
 	now := time.Now()
 	for name, addrs := range p.seen {
-		denied := slices.ContainsFunc(p.rules, func(r rules) bool { return r.deny.exact[name] })
+		denied := slices.ContainsFunc(p.policies, func(r parsedPolicy) bool { return r.deny.exact[name] })
 		if !denied {
 			delete(p.seen, name)
 		}
@@ -366,7 +351,7 @@ const maxLogged = 256
 
 // refuse counts and logs a refusal.
 func (p *Proxy) refuse(what, name string, dst netip.AddrPort, why string) {
-	p.refused.Add(1)
+	p.cfg.Shared.refused.Add(1)
 	if !p.logged.allow() {
 		return
 	}
@@ -443,7 +428,9 @@ func reset(c *net.TCPConn) {
 }
 
 func (p *Proxy) serve(c *net.TCPConn) {
-	p.accepted.Add(1)
+	p.cfg.Shared.accepted.Add(1)
+	p.cfg.Shared.open.Add(1)
+	defer p.cfg.Shared.open.Add(-1)
 	// A guest that is paused does not answer, and is there all the same.
 	c.SetKeepAlive(false)
 	dst, err := p.cfg.Original(c)

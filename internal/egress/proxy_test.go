@@ -82,7 +82,7 @@ func TestTLSGoesToTheOwnerOfTheName(t *testing.T) {
 		if got != c.want {
 			t.Errorf("allow %v deny %v: %q at %s led to %q, %v; want %q", c.policy.Allow, c.policy.Deny, c.name, c.to, got, err, c.want)
 		}
-		if n := w.proxy.Counts(); (n.Refused > 0) != (c.want == "") {
+		if n := w.proxy.cfg.Shared.Counts(); (n.Refused > 0) != (c.want == "") {
 			t.Errorf("allow %v deny %v: %q at %s: counts %+v", c.policy.Allow, c.policy.Deny, c.name, c.to, n)
 		}
 		if c.want == "" && len(w.dialed) > 0 {
@@ -243,7 +243,7 @@ func TestHTTPIsJudgedByRequest(t *testing.T) {
 		}
 		w.proxy.Close() // which waits for what is counted
 		refusals := c.want == nil || strings.Contains(what, "switch")
-		if n := w.proxy.Counts(); (n.Refused > 0) != refusals {
+		if n := w.proxy.cfg.Shared.Counts(); (n.Refused > 0) != refusals {
 			t.Errorf("%s: counts %+v", what, n)
 		}
 		for _, d := range w.dialed {
@@ -417,9 +417,9 @@ func TestHalfCloseAndBulk(t *testing.T) {
 
 func waitOpen(t *testing.T, p *Proxy, want int) {
 	t.Helper()
-	for end := time.Now().Add(timeout); p.Counts().Open != want; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(timeout); p.cfg.Shared.Counts().Open != want; time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatalf("%d connections are open, want %d", p.Counts().Open, want)
+			t.Fatalf("%d connections are open, want %d", p.cfg.Shared.Counts().Open, want)
 		}
 	}
 }
@@ -551,7 +551,7 @@ func TestCloseEndsEverything(t *testing.T) {
 			}
 		}
 	}
-	if n := w.proxy.Counts(); n.Open != 0 || n.Accepted != 2 {
+	if n := w.proxy.cfg.Shared.Counts(); n.Open != 0 || n.Accepted != 2 {
 		t.Errorf("counts %+v", n)
 	}
 }
@@ -687,7 +687,7 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(question("evil.example.", dnsmessage.TypeTXT, 1))
 	f.Add([]byte{0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0xc0, 12, 0, 1, 0, 1})
 	// Without resolvers, so that only refusals and errors can come.
-	p := &Proxy{cfg: Config{Log: discard}, logged: newRate(logRate), rules: []rules{rulesOf(Policy{Allow: []string{"good.example"}})}}
+	p := &Proxy{cfg: Config{Log: discard}, logged: newRate(logRate), policies: []parsedPolicy{parse(Policy{Allow: []string{"good.example"}})}}
 	f.Fuzz(func(t *testing.T, query []byte) {
 		msg := p.answer(t.Context(), query, true)
 		if msg == nil {

@@ -102,8 +102,8 @@ func (w *world) start(policy Policy) {
 }
 
 func reaching(p Policy) Policy {
-	if p.Reach == nil {
-		p.Reach = func(a netip.Addr) bool { return !never.Contains(a) }
+	if p.MayDial == nil {
+		p.MayDial = func(a netip.Addr) bool { return !never.Contains(a) }
 	}
 	return p
 }

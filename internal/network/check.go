@@ -165,7 +165,8 @@ func (v view) checkHostSide(a Addrs) error {
 	return errors.Join(errs...)
 }
 
-// checkNS looks into a slot's namespace, on a thread that may change its own.
+// checkNS compares a slot's namespace with what it should be. It changes the
+// namespace of the calling thread.
 func (n *Network) checkNS(s Slot, a Addrs) error {
 	ns, err := netns.GetFromPath(a.NetNSPath)
 	if err != nil {
@@ -180,16 +181,37 @@ func (n *Network) checkNS(s Slot, a Addrs) error {
 		return fmt.Errorf("open netlink in namespace: %w", err)
 	}
 	defer h.Close()
-	var errs []error
+	index, wrong, err := checkLinks(h)
+	if err != nil {
+		return err
+	}
+	errs := []error{wrong}
+	for _, check := range []func(*netlink.Handle, map[string]int, Addrs) (error, error){checkAddrs, checkRoute, checkNeighbour} {
+		wrong, err := check(h, index, a)
+		if err != nil {
+			return err
+		}
+		errs = append(errs, wrong)
+	}
+	for _, c := range nsSysctls {
+		errs = append(errs, checkSysctl("the namespace", c.name, c.value))
+	}
+	wrong, err = n.checkRules(s, a)
+	if err != nil {
+		return err
+	}
+	return errors.Join(append(errs, wrong)...)
+}
+
+// checkLinks returns the index of each link by its name, what is wrong with the
+// slot's links, and why they could not be listed.
+func checkLinks(h *netlink.Handle) (index map[string]int, wrong, err error) {
 	links, err := listed(h.LinkList)
 	if err != nil {
-		return fmt.Errorf("list links of namespace: %w", err)
+		return nil, nil, fmt.Errorf("list links of namespace: %w", err)
 	}
-	addrs, err := listed(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_V4) })
-	if err != nil {
-		return fmt.Errorf("list addresses of namespace: %w", err)
-	}
-	index := map[string]int{}
+	var errs []error
+	index = map[string]int{}
 	for _, l := range links {
 		index[l.Attrs().Name] = l.Attrs().Index
 		if (l.Attrs().Name == Tap || l.Attrs().Name == peerName) && l.Attrs().Flags&net.FlagUp == 0 {
@@ -202,6 +224,16 @@ func (n *Network) checkNS(s Slot, a Addrs) error {
 	if index[Tap] == 0 {
 		errs = append(errs, errNoTap)
 	}
+	return index, errors.Join(errs...), nil
+}
+
+// checkAddrs compares the addresses of the links that exist.
+func checkAddrs(h *netlink.Handle, index map[string]int, a Addrs) (wrong, err error) {
+	addrs, err := listed(func() ([]netlink.Addr, error) { return h.AddrList(nil, netlink.FAMILY_V4) })
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of namespace: %w", err)
+	}
+	var errs []error
 	for name, addr := range map[string]netip.Prefix{Tap: netip.PrefixFrom(GuestGateway, GuestAddr.Bits()), peerName: a.NSVeth} {
 		if index[name] != 0 && !slices.ContainsFunc(addrs, func(ad netlink.Addr) bool {
 			p, _ := prefixOf(ad.IPNet)
@@ -210,44 +242,56 @@ func (n *Network) checkNS(s Slot, a Addrs) error {
 			errs = append(errs, fmt.Errorf("the address of %s is missing", name))
 		}
 	}
+	return errors.Join(errs...), nil
+}
+
+// checkRoute looks for the default route.
+func checkRoute(h *netlink.Handle, index map[string]int, a Addrs) (wrong, err error) {
 	routes, err := listed(func() ([]netlink.Route, error) { return h.RouteList(nil, netlink.FAMILY_V4) })
 	if err != nil {
-		return fmt.Errorf("list routes of namespace: %w", err)
+		return nil, fmt.Errorf("list routes of namespace: %w", err)
 	}
-	routed := false
-	for _, r := range routes {
+	if !slices.ContainsFunc(routes, func(r netlink.Route) bool {
 		def := r.Dst == nil || r.Dst.IP.IsUnspecified() && isAll(r.Dst)
-		routed = routed || def && r.LinkIndex == index[peerName] && r.Gw.Equal(a.HostVeth.Addr().AsSlice())
+		return def && r.LinkIndex == index[peerName] && r.Gw.Equal(a.HostVeth.Addr().AsSlice())
+	}) {
+		wrong = errors.New("the namespace's default route is missing")
 	}
-	if !routed {
-		errs = append(errs, errors.New("the namespace's default route is missing"))
+	return wrong, nil
+}
+
+// checkNeighbour looks for the guest's hardware address.
+func checkNeighbour(h *netlink.Handle, index map[string]int, _ Addrs) (wrong, err error) {
+	if index[Tap] == 0 {
+		return nil, nil
 	}
 	neighs, err := listed(func() ([]netlink.Neigh, error) { return h.NeighList(index[Tap], netlink.FAMILY_V4) })
 	if err != nil {
-		return fmt.Errorf("list neighbours: %w", err)
+		return nil, fmt.Errorf("list neighbours: %w", err)
 	}
-	known := false
-	for _, ng := range neighs {
-		known = known || ng.IP.Equal(GuestAddr.Addr().AsSlice()) && strings.EqualFold(ng.HardwareAddr.String(), GuestMAC)
+	if !slices.ContainsFunc(neighs, func(ng netlink.Neigh) bool {
+		return ng.IP.Equal(GuestAddr.Addr().AsSlice()) && strings.EqualFold(ng.HardwareAddr.String(), GuestMAC)
+	}) {
+		wrong = errors.New("the guest's hardware address is not known")
 	}
-	if !known && index[Tap] != 0 {
-		errs = append(errs, errors.New("the guest's hardware address is not known"))
-	}
-	for _, c := range nsSysctls {
-		errs = append(errs, checkSysctl("the namespace", c.name, c.value))
-	}
+	return wrong, nil
+}
+
+// checkRules compares the rules of the calling thread's namespace, unless they
+// were right after the last nftables transaction there.
+func (n *Network) checkRules(s Slot, a Addrs) (wrong, err error) {
 	gen, err := generation()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if !n.whole.at(s, gen) {
-		if err := errors.Join(checkTables(slotRules(a, nil)...), checkPolicy()); err != nil {
-			errs = append(errs, errors.Join(errNoRules, err))
-		} else {
-			n.whole.set(s, gen)
-		}
+	if n.whole.at(s, gen) {
+		return nil, nil
 	}
-	return errors.Join(errs...)
+	if err := errors.Join(checkTables(slotRules(a, nil)...), checkPolicy()); err != nil {
+		return errors.Join(errNoRules, err), nil
+	}
+	n.whole.set(s, gen)
+	return nil, nil
 }
 
 // generations are the numbers of the last nftables transactions in the
@@ -440,6 +484,8 @@ func (n *Network) Repair(ctx context.Context, s Slot, p Policy, l Limits) error 
 	return nil
 }
 
+// rebuild makes all of a slot anew except its namespace and its tap. It resets
+// the rules, to ones that refuse everything, only if rules is true.
 func (n *Network) rebuild(ctx context.Context, s Slot, rules bool) error {
 	a := n.plan.Addrs(s)
 	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
@@ -457,15 +503,7 @@ func (n *Network) rebuild(ctx context.Context, s Slot, rules bool) error {
 			return fmt.Errorf("enter namespace: %w", err)
 		}
 		if rules {
-			if err := transact(func(c *nftables.Conn) error {
-				for _, r := range slotRules(a, []rule{{reject()}}) {
-					queueRemoval(c, r)
-					if err := r.add(c); err != nil {
-						return err
-					}
-				}
-				return nil
-			}); err != nil {
+			if err := resetRules(a); err != nil {
 				return fmt.Errorf("set sandbox rules: %w", err)
 			}
 		}
@@ -479,28 +517,47 @@ func (n *Network) rebuild(ctx context.Context, s Slot, rules bool) error {
 			return fmt.Errorf("open netlink in namespace: %w", err)
 		}
 		defer h.Close()
-		// The ends of a pair go together. One that somebody gave another name
-		// or namespace is of no use: it goes, and with it the other.
-		_, inside := h.LinkByName(peerName)
-		_, outside := host.LinkByName(a.Veth)
-		if inside != nil || outside != nil {
-			if err := removeLink(host, a); err != nil {
-				return fmt.Errorf("remove half a link: %w", err)
-			}
-			if l, err := h.LinkByName(peerName); err == nil {
-				if err := h.LinkDel(l); err != nil {
-					return fmt.Errorf("remove half a link: %w", err)
-				}
-			}
-			if err := addVeth(host, a, ns); err != nil {
-				return err
-			}
+		if err := rebuildVeth(host, h, a, ns); err != nil {
+			return err
 		}
 		return n.wireNS(ctx, s, a, h)
 	}); err != nil {
 		return err
 	}
 	return n.wireHost(ctx, s, a, host)
+}
+
+// resetRules makes the tables of the calling thread's namespace anew, with a
+// policy that refuses everything.
+func resetRules(a Addrs) error {
+	return transact(func(c *nftables.Conn) error {
+		for _, r := range slotRules(a, []rule{{reject()}}) {
+			queueRemoval(c, r)
+			if err := r.add(c); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// rebuildVeth makes the veth pair anew if an end of it is missing, or has
+// another name or namespace. h speaks to the slot's namespace ns.
+func rebuildVeth(host, h *netlink.Handle, a Addrs, ns netns.NsHandle) error {
+	_, inside := h.LinkByName(peerName)
+	_, outside := host.LinkByName(a.Veth)
+	if inside == nil && outside == nil {
+		return nil
+	}
+	if err := removeLink(host, a); err != nil {
+		return fmt.Errorf("remove half a link: %w", err)
+	}
+	if l, err := h.LinkByName(peerName); err == nil {
+		if err := h.LinkDel(l); err != nil {
+			return fmt.Errorf("remove half a link: %w", err)
+		}
+	}
+	return addVeth(host, a, ns)
 }
 
 func isAll(n *net.IPNet) bool {

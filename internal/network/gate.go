@@ -91,14 +91,8 @@ func (n *Network) Detach() {
 	wg.Wait()
 }
 
-// NameCounts returns what the proxy of a slot has done since it came; zero if
-// the slot's policy needs none.
-func (n *Network) NameCounts(s Slot) egress.Counts {
-	if g := n.gates.of(s); g != nil {
-		return g.proxy.Counts()
-	}
-	return egress.Counts{}
-}
+// NameCounts returns what the proxies of all slots have done since New.
+func (n *Network) NameCounts() egress.Counts { return n.gates.shared.Counts() }
 
 // openGate opens the sockets in the namespace at path and serves them.
 func (n *Network) openGate(ctx context.Context, path string, policy egress.Policy) (*gate, error) {
@@ -249,7 +243,7 @@ type policyChain struct {
 
 // policyChainsOf are all chains of a policy; without a gate only what the
 // guest sends out has rules.
-func policyChainsOf(v verdicts, p Policy, g *gate) []policyChain {
+func policyChainsOf(v rangePolicy, p Policy, g *gate) []policyChain {
 	if g == nil {
 		return []policyChain{{egressChain, v.rules()}, {turnChain, nil}, {hearChain, nil}, {speakChain, nil}}
 	}
@@ -262,13 +256,13 @@ func policyChainsOf(v verdicts, p Policy, g *gate) []policyChain {
 }
 
 // named says whether names make a difference.
-func (v verdicts) named(p Policy) bool {
+func (v rangePolicy) named(p Policy) bool {
 	return len(p.DenyNames) > 0 || len(p.AllowNames) > 0 && v.mode == None
 }
 
 // beside is what passes without the proxy: the ranges that are allowed, unless
 // a denied name may be behind them.
-func (v verdicts) beside(p Policy) verdicts {
+func (v rangePolicy) beside(p Policy) rangePolicy {
 	v.mode, v.resolvers = None, nil
 	if len(p.DenyNames) > 0 {
 		v.allow = nil
@@ -277,7 +271,7 @@ func (v verdicts) beside(p Policy) verdicts {
 }
 
 // dialled is what the proxy may connect to.
-func (v verdicts) dialled() verdicts {
+func (v rangePolicy) dialled() rangePolicy {
 	v.resolvers = nil
 	if v.mode == None {
 		v.mode = Public
@@ -286,17 +280,17 @@ func (v verdicts) dialled() verdicts {
 }
 
 // names is the policy as the proxy asks it.
-func (v verdicts) names(p Policy) egress.Policy {
+func (v rangePolicy) names(p Policy) egress.Policy {
 	return egress.Policy{
 		Allow: p.AllowNames, Deny: p.DenyNames,
-		Open:   v.mode != None,
-		Reach:  v.dialled().permits,
-		Direct: v.beside(Policy{}).permits,
+		Open:    v.mode != None,
+		MayDial: v.dialled().permits,
+		Direct:  v.beside(Policy{}).permits,
 	}
 }
 
 // turn sends the guest's new connections to the agent. What is not turned meets the egress chain as ever.
-func (v verdicts) turn(p Policy, ports gatePorts) []rule {
+func (v rangePolicy) turn(p Policy, ports gatePorts) []rule {
 	to := func(port uint16) term { return dnatTo(netip.AddrPortFrom(GuestGateway, port)) }
 	rules := []rule{
 		{dport(unix.IPPROTO_UDP, 53), to(ports.dnsPacket)},
@@ -328,7 +322,7 @@ func (ports gatePorts) hear() []rule {
 
 // speak lets the agent answer the guest, and the proxy connect to what the
 // policy's ranges permit.
-func (v verdicts) speak() []rule {
+func (v rangePolicy) speak() []rule {
 	rules := []rule{{oif(Tap), dnatted(), replyDirection(), accept()}}
 	for _, r := range v.dialled().rules() {
 		rules = append(rules, append(rule{oif(peerName), marked(proxyMark)}, r...))

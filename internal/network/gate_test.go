@@ -422,7 +422,7 @@ func TestNamesCannotBeBypassed(t *testing.T) {
 	if got := w.reached(); len(got) > 0 {
 		t.Errorf("questions got through to %v", got)
 	}
-	if n := w.NameCounts(s); n.Refused == 0 || n.Accepted == 0 {
+	if n := w.NameCounts(); n.Refused == 0 || n.Accepted == 0 {
 		t.Errorf("counts %+v", n)
 	}
 }
@@ -833,7 +833,7 @@ func TestNamesRulesAreWhatTheKernelHolds(t *testing.T) {
 	for i, p := range append(namedPolicies, Policy{}) {
 		must(t, n.SetPolicy(t.Context(), s, p))
 		in(t, ns, func() {
-			v := verdictsOf(n.plan, n.opts, p)
+			v := rangePolicyOf(n.plan, n.opts, p)
 			for _, c := range policyChainsOf(v, p, n.gates.of(s)) {
 				var want []string
 				if len(c.rules) > 0 {
@@ -874,7 +874,7 @@ func kernelChain(t testing.TB, name string) (rules []string) {
 }
 
 // What the proxy thinks of an address is what the rules say of it.
-func TestVerdictsAgreeWithRules(t *testing.T) {
+func TestPolicyAgreesWithRules(t *testing.T) {
 	opts := Options{Resolvers: []netip.Addr{privateAddr}, Egress: Policy{Allow: prefixes("10.0.0.0/9"), Deny: prefixes("198.51.100.0/24")}}
 	var interesting []netip.Addr
 	for _, p := range append(slices.Concat(neverRanges, privateRanges), DefaultPlan().Hosts, DefaultPlan().Veths, opts.Egress.Allow[0], opts.Egress.Deny[0]) {
@@ -887,7 +887,7 @@ func TestVerdictsAgreeWithRules(t *testing.T) {
 		interesting = append(interesting, addr4(mathrand.Uint32()))
 	}
 	for _, p := range append(testPolicies, namedPolicies...) {
-		v := verdictsOf(DefaultPlan(), opts, p).dialled()
+		v := rangePolicyOf(DefaultPlan(), opts, p).dialled()
 		for _, a := range interesting {
 			if got, want := v.permits(a), evaluate(v.rules(), a); got != want {
 				t.Errorf("%+v: %s permitted: %v, the rules say %v", p, a, got, want)

@@ -101,6 +101,21 @@ func removeNS(path string) error {
 	return nil
 }
 
+// inNS calls fn on a thread in the namespace at path.
+func inNS(path string, fn func() error) error {
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		return fmt.Errorf("open namespace: %w", err)
+	}
+	defer ns.Close()
+	return osthread.Do(func() error {
+		if err := netns.Set(ns); err != nil {
+			return fmt.Errorf("enter namespace: %w", err)
+		}
+		return fn()
+	})
+}
+
 // makeTap makes a persistent tap in the calling thread's namespace. A process
 // of user uid may attach to it by name.
 func makeTap(name string, uid int) error {

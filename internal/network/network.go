@@ -26,12 +26,10 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 
-	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -298,20 +296,19 @@ func (n *Network) Claim(s Slot) error { return n.slots.claim(s) }
 // that was not opened goes back to the pool.
 func (n *Network) Release(s Slot) error { return n.slots.release(s) }
 
-// Strays returns, in order, the slots of which something exists on the host
-// under our instance's names, though nobody has reserved them and used, which
-// may be nil, does not claim them. It may be called at any time: a slot being
-// built or removed, or in the pool, is reserved throughout. One that is taken
-// after the look cannot be claimed; so Claim each before Close and Release,
-// or let RemoveStrays do that. Routes need no look of their own: they go with
-// their link.
-func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, error) {
+// Strays returns, in order, the slots that are not reserved though something of
+// their name exists on the host. It may be called at any time: a slot that is
+// being built or removed, or is in the pool, is reserved throughout. Another
+// caller may reserve a stray after Strays returned, so Claim each before Close
+// and Release, or call RemoveStrays, which does. Strays looks for no routes:
+// the kernel removes a route with its link.
+func (n *Network) Strays(ctx context.Context) ([]Slot, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	found := map[Slot]bool{}
 	add := func(name string) {
-		if s, ok := n.plan.slotOf(name); ok && !n.slots.reserved(s) && (used == nil || !used(s)) {
+		if s, ok := n.plan.slotOf(name); ok && !n.slots.reserved(s) {
 			found[s] = true
 		}
 	}
@@ -341,7 +338,7 @@ func (n *Network) Strays(ctx context.Context, used func(Slot) bool) ([]Slot, err
 // removed is fenced: it stays reserved, counts in Stats, and is tried again by
 // the next call.
 func (n *Network) RemoveStrays(ctx context.Context) (removed []Slot, err error) {
-	strays, err := n.Strays(ctx, nil)
+	strays, err := n.Strays(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -369,77 +366,6 @@ func (n *Network) RemoveStrays(ctx context.Context) (removed []Slot, err error) 
 		removed = append(removed, s)
 	}
 	return removed, errors.Join(errs...)
-}
-
-// transact sends what fill queues as one nftables transaction, in the network
-// namespace of the calling thread.
-func transact(fill func(c *nftables.Conn) error) error {
-	c, err := nftables.New(nftables.AsLasting())
-	if err != nil {
-		return err
-	}
-	defer c.CloseLasting()
-	if err := fill(c); err != nil {
-		return err
-	}
-	return c.Flush()
-}
-
-// addTables adds tables that are known not to be there.
-func addTables(rs ...ruleset) error {
-	return transact(func(c *nftables.Conn) error {
-		for _, r := range rs {
-			if err := r.add(c); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-}
-
-// refillTable makes a table hold r, whatever it held. Chains that are there
-// stay, so that there is no moment in which a packet meets an empty one; only
-// if theirs is another definition, an earlier version's, is the table made
-// anew.
-func refillTable(r ruleset) error {
-	err := transact(func(c *nftables.Conn) error {
-		t := c.AddTable(r.nftTable())
-		sets, err := c.GetSets(t)
-		if err != nil && !errors.Is(err, unix.ENOENT) {
-			return fmt.Errorf("list sets: %w", err)
-		}
-		c.FlushTable(t)
-		for _, s := range sets {
-			// A meter's elements keep the number that they began with, so one
-			// with another number has another name.
-			if s.Dynamic && !slices.ContainsFunc(r.meters, func(m meter) bool { return m.name == s.Name }) {
-				c.DelSet(s)
-			}
-		}
-		return r.add(c)
-	})
-	if err == nil {
-		return nil
-	}
-	return transact(func(c *nftables.Conn) error {
-		queueRemoval(c, r)
-		return r.add(c)
-	})
-}
-
-func removeTable(r ruleset) error {
-	return transact(func(c *nftables.Conn) error {
-		queueRemoval(c, r)
-		return nil
-	})
-}
-
-// queueRemoval adds the table before it deletes it, so that the deletion
-// succeeds whether or not it was there.
-func queueRemoval(c *nftables.Conn, r ruleset) {
-	t := r.nftTable()
-	c.AddTable(t)
-	c.DelTable(t)
 }
 
 // writeSysctl sets a value under /proc/sys in the calling thread's network

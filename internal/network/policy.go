@@ -2,23 +2,18 @@ package network
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
 // Mode is what a sandbox reaches when no list says otherwise.
@@ -108,66 +103,76 @@ func ParsePolicy(host Mode, allowInternet *bool, allow, deny []string) (Policy, 
 		host = Public
 	}
 	var p Policy
-	var errs []error
+	allowed, allowErr := readList("allow", allow, &p.Allow, &p.AllowNames)
+	denied, denyErr := readList("deny", deny, &p.Deny, &p.DenyNames)
 	open := allowInternet == nil || *allowInternet
-	read := func(what string, list []string, ranges *[]netip.Prefix, names *[]string) (internet bool) {
-		if len(list) > MaxPolicyRanges+MaxPolicyNames {
-			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list has %d entries, at most %d are possible", what, len(list), MaxPolicyRanges+MaxPolicyNames))
-			return false
-		}
-		bad := 0
-		for _, text := range list {
-			r, err := netip.ParsePrefix(text)
-			if a, aerr := netip.ParseAddr(text); aerr == nil && a.Zone() == "" {
-				r, err = netip.PrefixFrom(a, a.BitLen()), nil
-			}
-			if err == nil {
-				if r = r.Masked(); r == theInternet {
-					internet = true
-				} else if !slices.Contains(*ranges, r) {
-					*ranges = append(*ranges, r)
-				}
-				continue
-			}
-			name, err := egress.ParseName(text)
-			if err != nil {
-				if bad++; bad <= maxReported {
-					errs = append(errs, fmt.Errorf("%s list: %w", what, err))
-				}
-			} else if !slices.Contains(*names, name) {
-				*names = append(*names, name)
-			}
-		}
-		if bad > maxReported {
-			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list: %d more entries are wrong", what, bad-maxReported))
-		}
-		return internet
-	}
-	allowed := read("allow", allow, &p.Allow, &p.AllowNames)
-	denied := read("deny", deny, &p.Deny, &p.DenyNames)
-	errs = append(errs, p.Validate())
 	if denied || !open && !allowed {
 		p.Mode = None
 	}
-	if host == None {
-		if allowInternet != nil && *allowInternet || len(allow) > 0 {
-			errs = append(errs, errdefs.Denied.Errorf("this host lets its sandboxes reach nothing (--egress none): nothing can be allowed to one"))
-		}
+	errs := []error{allowErr, denyErr, p.Validate()}
+	if host == None && (allowInternet != nil && *allowInternet || len(allow) > 0) {
+		errs = append(errs, errdefs.Denied.Errorf("this host lets its sandboxes reach nothing (--egress none): "+
+			"a sandbox's policy cannot allow anything"))
 	}
 	if host == Public {
-		for _, r := range p.Allow {
-			for _, private := range privateRanges {
-				if r.Overlaps(private) {
-					errs = append(errs, errdefs.Denied.Errorf("allow list: %s: this host does not let its sandboxes reach private addresses (--egress public), which %s are", r, private))
-					break
-				}
-			}
-		}
+		errs = append(errs, refusePrivate(p.Allow))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return Policy{}, err
 	}
 	return p, nil
+}
+
+// readList sorts the entries of a list into ranges and names, and says whether
+// the internet is one of them.
+func readList(what string, list []string, ranges *[]netip.Prefix, names *[]string) (internet bool, err error) {
+	if most := MaxPolicyRanges + MaxPolicyNames; len(list) > most {
+		return false, errdefs.InvalidArgument.Errorf("%s list has %d entries, at most %d are possible", what, len(list), most)
+	}
+	var errs []error
+	bad := 0
+	for _, text := range list {
+		if r, ok := parseRange(text); ok {
+			internet = internet || r == theInternet
+			if r != theInternet && !slices.Contains(*ranges, r) {
+				*ranges = append(*ranges, r)
+			}
+			continue
+		}
+		name, err := egress.ParseName(text)
+		if err != nil {
+			if bad++; bad <= maxReported {
+				errs = append(errs, fmt.Errorf("%s list: %w", what, err))
+			}
+		} else if !slices.Contains(*names, name) {
+			*names = append(*names, name)
+		}
+	}
+	if bad > maxReported {
+		errs = append(errs, errdefs.InvalidArgument.Errorf("%s list: %d more entries are wrong", what, bad-maxReported))
+	}
+	return internet, errors.Join(errs...)
+}
+
+// parseRange reads an address or a range.
+func parseRange(text string) (r netip.Prefix, ok bool) {
+	if a, err := netip.ParseAddr(text); err == nil && a.Zone() == "" {
+		return netip.PrefixFrom(a, a.BitLen()), true
+	}
+	r, err := netip.ParsePrefix(text)
+	return r.Masked(), err == nil
+}
+
+// refusePrivate reports, as Denied, the ranges that overlap private ones.
+func refusePrivate(allow []netip.Prefix) error {
+	var errs []error
+	for _, r := range allow {
+		if i := slices.IndexFunc(privateRanges, r.Overlaps); i >= 0 {
+			errs = append(errs, errdefs.Denied.Errorf("allow list: %s: this host does not let its sandboxes reach private addresses "+
+				"(--egress public), which %s are", r, privateRanges[i]))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // ParsePolicy is ParsePolicy on this host.
@@ -235,14 +240,14 @@ var (
 	}
 )
 
-// verdicts is a policy with the host's in it, as ranges.
-type verdicts struct {
+// rangePolicy is a sandbox's policy joined with the host's, as ranges.
+type rangePolicy struct {
 	never, deny, resolvers, allow []addrRange
 	mode                          Mode
 }
 
-func verdictsOf(plan Plan, opts Options, p Policy) verdicts {
-	v := verdicts{
+func rangePolicyOf(plan Plan, opts Options, p Policy) rangePolicy {
+	v := rangePolicy{
 		never: rangesOf(append(slices.Clone(neverRanges), plan.Hosts, plan.Veths)),
 		deny:  rangesOf(append(slices.Clone(opts.Egress.Deny), p.Deny...)),
 		allow: rangesOf(append(slices.Clone(opts.Egress.Allow), p.Allow...)),
@@ -258,7 +263,7 @@ func verdictsOf(plan Plan, opts Options, p Policy) verdicts {
 }
 
 // rules are those of the egress chain.
-func (v verdicts) rules() []rule {
+func (v rangePolicy) rules() []rule {
 	rules := []rule{{ipv4.daddrIn(v.never), reject()}}
 	add := func(list []addrRange, terms ...term) {
 		switch {
@@ -285,7 +290,7 @@ func (v verdicts) rules() []rule {
 }
 
 // permits is what the rules say of an address, but for the resolvers.
-func (v verdicts) permits(a netip.Addr) bool {
+func (v rangePolicy) permits(a netip.Addr) bool {
 	switch {
 	case !a.Is4() || contains(v.never, a) || contains(v.deny, a):
 		return false
@@ -297,7 +302,7 @@ func (v verdicts) permits(a netip.Addr) bool {
 
 // egressRules are the rules of the egress chain.
 func egressRules(plan Plan, opts Options, p Policy) []rule {
-	v := verdictsOf(plan, opts, p)
+	v := rangePolicyOf(plan, opts, p)
 	if v.named(p) {
 		v = v.beside(p)
 	}
@@ -339,7 +344,7 @@ func (n *Network) SetPolicy(ctx context.Context, s Slot, p Policy) error {
 
 func (n *Network) setPolicy(ctx context.Context, s Slot, p Policy) error {
 	path := n.plan.Addrs(s).NetNSPath
-	v := verdictsOf(n.plan, n.opts, p)
+	v := rangePolicyOf(n.plan, n.opts, p)
 	if !v.named(p) {
 		if g := n.gates.of(s); g != nil {
 			g.proxy.Restrict(ctx, v.names(p))
@@ -432,145 +437,4 @@ func swapPolicy(chains []policyChain) error {
 		}
 		return nil
 	})
-}
-
-// forgetGuest deletes what the guest began from the calling thread's namespace.
-func forgetGuest() error {
-	_, err := forget(func(f *netlink.ConntrackFilter) error {
-		return f.AddIP(netlink.ConntrackOrigSrcIP, GuestAddr.Addr().AsSlice())
-	})
-	return err
-}
-
-// forgetAll forgets until a look at the whole table finds nothing.
-func forgetAll(describe ...func(*netlink.ConntrackFilter) error) error {
-	for range 5 {
-		if found, err := forget(describe...); found == 0 || err != nil {
-			return err
-		}
-	}
-	return errors.New("forget connections: new ones keep coming")
-}
-
-// forget deletes the connections that any of the filters describes from the
-// calling thread's namespace, and says how many there were.
-func forget(describe ...func(*netlink.ConntrackFilter) error) (found uint, err error) {
-	// Looking for them means walking the kernel's whole table.
-	if b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count"); err == nil && strings.TrimSpace(string(b)) == "0" {
-		return 0, nil
-	}
-	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
-	if err != nil {
-		return 0, fmt.Errorf("open conntrack: %w", err)
-	}
-	defer h.Close()
-	var filters []netlink.CustomConntrackFilter
-	for _, d := range describe {
-		f := new(netlink.ConntrackFilter)
-		if err := d(f); err != nil {
-			return 0, fmt.Errorf("describe connections: %w", err)
-		}
-		filters = append(filters, f)
-	}
-	found, err = h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, filters...)
-	if err != nil {
-		return found, fmt.Errorf("forget connections: %w", err)
-	}
-	return found, nil
-}
-
-// inNS calls fn on a thread in the namespace at path.
-func inNS(path string, fn func() error) error {
-	ns, err := netns.GetFromPath(path)
-	if err != nil {
-		return fmt.Errorf("open namespace: %w", err)
-	}
-	defer ns.Close()
-	return osthread.Do(func() error {
-		if err := netns.Set(ns); err != nil {
-			return fmt.Errorf("enter namespace: %w", err)
-		}
-		return fn()
-	})
-}
-
-// addrRange is an inclusive range of IPv4 addresses.
-type addrRange struct{ first, last uint32 }
-
-var everything = addrRange{0, 1<<32 - 1}
-
-// rangesOf returns the IPv4 prefixes as sorted ranges that neither overlap nor
-// touch, as the kernel's sets want them.
-func rangesOf(prefixes []netip.Prefix) []addrRange {
-	var rs []addrRange
-	for _, p := range prefixes {
-		if !p.IsValid() || !p.Addr().Is4() {
-			continue
-		}
-		b := p.Masked().Addr().As4()
-		first := binary.BigEndian.Uint32(b[:])
-		rs = append(rs, addrRange{first, first | uint32(1<<(32-p.Bits())-1)})
-	}
-	slices.SortFunc(rs, func(a, b addrRange) int {
-		if a.first < b.first {
-			return -1
-		}
-		return 1
-	})
-	var out []addrRange
-	for _, r := range rs {
-		// In 64 bits: the end of the last range has no successor.
-		if k := len(out) - 1; k >= 0 && uint64(r.first) <= uint64(out[k].last)+1 {
-			out[k].last = max(out[k].last, r.last)
-			continue
-		}
-		out = append(out, r)
-	}
-	return out
-}
-
-func singles(addrs []netip.Addr) []netip.Prefix {
-	var ps []netip.Prefix
-	for _, a := range addrs {
-		ps = append(ps, netip.PrefixFrom(a, a.BitLen()))
-	}
-	return ps
-}
-
-func addr4(n uint32) netip.Addr {
-	return netip.AddrFrom4([4]byte(binary.BigEndian.AppendUint32(nil, n)))
-}
-
-// String renders a range as nft does: an address, a prefix, or both ends.
-func (r addrRange) String() string {
-	size := uint64(r.last-r.first) + 1
-	switch {
-	case size == 1:
-		return addr4(r.first).String()
-	case size&(size-1) == 0 && uint64(r.first)%size == 0:
-		bits := 32
-		for ; size > 1; size >>= 1 {
-			bits--
-		}
-		return netip.PrefixFrom(addr4(r.first), bits).String()
-	}
-	return addr4(r.first).String() + "-" + addr4(r.last).String()
-}
-
-// contains says whether an IPv4 address is in one of the ranges.
-func contains(rs []addrRange, a netip.Addr) bool {
-	b := a.As4()
-	n := binary.BigEndian.Uint32(b[:])
-	return slices.ContainsFunc(rs, func(r addrRange) bool { return r.first <= n && n <= r.last })
-}
-
-// daddrIn matches a destination in one of the ranges.
-func (f family) daddrIn(rs []addrRange) term { return f.addrIn("daddr", 16, rs) }
-
-func joinRanges(rs []addrRange) string {
-	texts := make([]string, len(rs))
-	for i, r := range rs {
-		texts[i] = r.String()
-	}
-	return strings.Join(texts, ", ")
 }

@@ -166,7 +166,7 @@ func TestPolicyEndsConnections(t *testing.T) {
 	}
 	// The new rules alone refuse what exists; the old ones let it go on.
 	for _, p := range []Policy{{Deny: prefixes("203.0.113.2/32")}, {}} {
-		must(t, inNS(a.NetNSPath, func() error { return swapPolicy(policyChainsOf(verdictsOf(n.plan, n.opts, p), p, nil)) }))
+		must(t, inNS(a.NetNSPath, func() error { return swapPolicy(policyChainsOf(rangePolicyOf(n.plan, n.opts, p), p, nil)) }))
 		out, _ := exchange(timeout / 4)
 		if want := p.Deny == nil; (out != "") != want {
 			t.Errorf("with deny %v: %q got out", p.Deny, out)

@@ -42,7 +42,7 @@ func TestPool(t *testing.T) {
 	ctx := t.Context()
 	stop := run(t, n)
 	full(t, n)
-	if strays, err := n.Strays(ctx, func(Slot) bool { return false }); err != nil || len(strays) > 0 {
+	if strays, err := n.Strays(ctx); err != nil || len(strays) > 0 {
 		t.Errorf("the pool's slots are strays: %v, %v", strays, err)
 	}
 

@@ -119,7 +119,7 @@ func (n *Network) settle(ctx context.Context, h *netlink.Handle) (Plan, error) {
 	plan := n.plan
 	fill(&plan.Hosts, recorded.Hosts)
 	fill(&plan.Veths, recorded.Veths)
-	inUse, err := n.Strays(ctx, nil)
+	inUse, err := n.Strays(ctx)
 	if err != nil {
 		return Plan{}, err
 	}

@@ -63,7 +63,7 @@ func TestRulesGolden(t *testing.T) {
 	var named strings.Builder
 	for _, pol := range namedPolicies {
 		fmt.Fprintf(&named, "# mode %s, allow %v %v, deny %v %v\n", pol.Mode, pol.Allow, pol.AllowNames, pol.Deny, pol.DenyNames)
-		v := verdictsOf(p, opts, pol)
+		v := rangePolicyOf(p, opts, pol)
 		var g *gate
 		if v.named(pol) {
 			g = &gate{ports: testPorts}

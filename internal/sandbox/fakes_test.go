@@ -323,7 +323,7 @@ func (n *fakeNetwork) CountersAll(ctx context.Context) (map[network.Slot]network
 	return all, nil
 }
 
-func (n *fakeNetwork) Strays(ctx context.Context, _ func(network.Slot) bool) (strays []network.Slot, err error) {
+func (n *fakeNetwork) Strays(ctx context.Context) (strays []network.Slot, err error) {
 	if err := n.called(ctx, "network.look"); err != nil {
 		return nil, err
 	}

@@ -34,7 +34,7 @@ type Network interface {
 	Release(network.Slot) error
 	Open(context.Context, network.Slot) error
 	Close(context.Context, network.Slot) error
-	Strays(ctx context.Context, used func(network.Slot) bool) ([]network.Slot, error)
+	Strays(context.Context) ([]network.Slot, error)
 	RemoveStrays(context.Context) ([]network.Slot, error)
 	ParsePolicy(allowInternet *bool, allow, deny []string) (network.Policy, error)
 	SetPolicy(context.Context, network.Slot, network.Policy) error

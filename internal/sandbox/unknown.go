@@ -36,7 +36,7 @@ func (m *Manager) fence(ctx context.Context) error {
 	if len(unknown) == 0 {
 		return m.unfence(ctx)
 	}
-	strays, err := m.cfg.Network.Strays(ctx, nil)
+	strays, err := m.cfg.Network.Strays(ctx)
 	if err != nil {
 		return fmt.Errorf("look for the networks of unknown sandboxes: %w", err)
 	}

@@ -136,7 +136,7 @@ func (n *Network) CountersAll(context.Context) (map[network.Slot]network.Counter
 }
 
 // Strays finds none: a slot that is open is taken.
-func (n *Network) Strays(context.Context, func(network.Slot) bool) ([]network.Slot, error) {
+func (n *Network) Strays(context.Context) ([]network.Slot, error) {
 	return nil, nil
 }
 

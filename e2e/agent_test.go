@@ -70,7 +70,7 @@ func (a *agent) instance() string {
 func (a *agent) hostRange() string { return fmt.Sprintf("10.%d.0.0/16", 181+2*a.ranges) }
 func (a *agent) linkRange() string { return fmt.Sprintf("10.%d.0.0/16", 182+2*a.ranges) }
 
-// markers are in every line of a picture that is about the agent.
+// markers are in every line of an inventory that is about the agent.
 func (a *agent) markers() []string {
 	return []string{a.instance(), a.stateDir, a.hostRange(), a.linkRange()}
 }
@@ -101,7 +101,7 @@ func newAgent(prepared, bin string) (*agent, error) {
 		bin: bin, ranges: int(n) % ranges, addr: fmt.Sprintf("127.0.0.1:%d", port),
 		stateDir: filepath.Join(filepath.Dir(prepared), "wrenn-e2e-"+strings.ToLower(rand.Text()[:12])),
 	}
-	// Whoever else runs agents on this machine may have chosen as we did.
+	// Other agents on this machine may have chosen the same ranges.
 	for range ranges {
 		hosts, herr := testenv.Take(a.hostRange())
 		links, lerr := testenv.Take(a.linkRange())
@@ -167,7 +167,7 @@ func freePort() (int, error) {
 
 // serveCommand is the command that serves on the agent's state directory.
 func (a *agent) serveCommand(args ...string) *exec.Cmd {
-	// No pool, unless args have one: it comes and goes in the pictures.
+	// No pool, unless args have one: its slots come and go in the inventories.
 	args = append([]string{
 		"serve", "--state-dir", a.stateDir, "--listen", a.addr,
 		"--host-range", a.hostRange(), "--link-range", a.linkRange(), "--pool=0",

@@ -31,7 +31,7 @@ func (b *sandbox) direct() *guest.Client {
 }
 
 // bareHost runs VMs as a shell script would: the arguments are those of the
-// agent's VMMs, and nobody writes down that there is one.
+// agent's VMMs, and no record is written.
 type bareHost struct {
 	dir string
 	net *network.Network
@@ -217,7 +217,7 @@ func (t turns) take(do func() error) error {
 	return do()
 }
 
-// bareVM is a VM that nobody looks after.
+// bareVM is a VM without an agent.
 type bareVM struct {
 	cmd    *exec.Cmd
 	stderr bytes.Buffer // to be read when it has ended

@@ -213,8 +213,7 @@ func printMeasured(w io.Writer) {
 	}
 }
 
-// benchAgent starts an agent with the settings that its users have, but for
-// args.
+// benchAgent starts an agent with the settings that its users have, and args.
 func benchAgent(b *testing.B, args ...string) *agent {
 	b.Helper()
 	load, _ := os.ReadFile("/proc/loadavg")

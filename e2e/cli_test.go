@@ -31,7 +31,7 @@ func TestCLI(t *testing.T) {
 			e.Setenv("PATH", dir+":"+e.Getenv("PATH"))
 			e.Setenv("WRENN_HOST", a.url)
 			e.Setenv("WRENN_STATE_DIR", a.stateDir)
-			e.Setenv("NOBODY", "http://127.0.0.1:1")
+			e.Setenv("NO_HOST", "http://127.0.0.1:1")
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status, "id": rememberID},

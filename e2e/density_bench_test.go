@@ -75,7 +75,7 @@ func cpuTime(b *testing.B, pid int) time.Duration {
 	return time.Duration(user+system) * tick
 }
 
-// BenchmarkDensity measures what one more sandbox takes that nobody uses.
+// BenchmarkDensity measures what one more idle sandbox takes.
 func BenchmarkDensity(b *testing.B) {
 	repeat(b, 1, time.Minute, func() {
 		a, cold := benchAgent(b), coldAgent(b)
@@ -100,7 +100,7 @@ func BenchmarkDensity(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		remark("All of these have run one command. The snapshot's memory, %s MiB of data, is in the host's memory once, whoever maps it.",
+		remark("All of these have run one command. The snapshot's memory, %s MiB of data, is in the host's memory once, however many VMMs map it.",
 			mib(file.Sys().(*syscall.Stat_t).Blocks*512))
 
 		paused := used(a)

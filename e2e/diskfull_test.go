@@ -17,7 +17,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
-// small is a file system of the test's own, and what of it is taken by nobody.
+// small is a file system of the test's own, with a ballast file that fills it.
 type small struct {
 	t       *testing.T
 	dir     string

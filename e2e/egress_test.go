@@ -390,7 +390,7 @@ func TestEgress(t *testing.T) {
 			{"dns", resolverAddr, 53, "good.example"}: "no",
 		})
 	}
-	inForce("without internet, but for one address")
+	inForce("without internet, except one address")
 
 	// It stays so, whatever happens to sandbox and agent.
 	if err := errors.Join(b.pause(), b.resume()); err != nil {
@@ -443,7 +443,7 @@ func TestEgressByName(t *testing.T) {
 		// The name decides where the connection goes, not the address.
 		{"http", evil, 80, "good.example"}:   "good",
 		{"https", evil, 443, "good.example"}: "good",
-		// Whoever says another name, or none, is refused.
+		// Another name, or none, is refused.
 		{"http", good, 80, "evil.example"}:              "no",
 		{"https", good, 443, "evil.example"}:            "no",
 		{"https", good, 443, ""}:                        "no",

@@ -185,8 +185,8 @@ func (b *sandbox) endureFullDisk() {
 	}
 }
 
-// endureNoMemory: who takes all memory is killed, and whoever waits for it
-// learns why.
+// endureNoMemory: a process that takes all memory is killed, and the caller that
+// waits for it learns why.
 func (b *sandbox) endureNoMemory() {
 	t := b.t
 	const hog = `exec python3 -c "
@@ -214,8 +214,8 @@ while True: held.append(b'x' * (8 << 20))"`
 	}
 }
 
-// endureForkBomb: a fork bomb stays within its limits, envd answers meanwhile
-// and commands run, and the bomb's end is the end of all of it.
+// endureForkBomb: a fork bomb stays within its limits, envd answers and commands
+// run while it goes on, and its end is the end of all its processes.
 func (b *sandbox) endureForkBomb() {
 	t := b.t
 	// The limit that there is would take an emulated guest half a minute to

@@ -118,12 +118,12 @@ func TestAgentKilledAtAnyMoment(t *testing.T) {
 // traces lists what is on the machine of an agent's sandboxes.
 func traces(t *testing.T, a *agent) []string {
 	t.Helper()
-	picture, err := testenv.Take(a.instance())
+	inventory, err := testenv.Take(a.instance())
 	if err != nil {
 		t.Fatal(err)
 	}
 	var left []string
-	for _, line := range picture.Lines() {
+	for _, line := range inventory.Lines() {
 		kind, _, _ := strings.Cut(line, " ")
 		switch {
 		case kind == "nft" || kind == "process" && strings.Contains(line, " serve "):
@@ -139,8 +139,9 @@ func traces(t *testing.T, a *agent) []string {
 	return append(left, disks...)
 }
 
-// Networks that are built ahead of use are nobody's: an agent that is killed
-// leaves them to the next, one that ends takes them along.
+// Networks that are built ahead of use belong to no sandbox: the next agent
+// removes those of an agent that was killed, and an agent that ends removes its
+// own.
 func TestPoolOfNetworks(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "--pool=3")
@@ -275,7 +276,7 @@ func TestSoak(t *testing.T) {
 		cycle()
 	}
 	took := time.Since(start)
-	// Connections that nobody uses any more go on their own time.
+	// Idle connections close after a while.
 	var after map[string]int
 	waitFor(t, "the agent to come to rest", func() bool {
 		after = a.vitals(t)

@@ -160,7 +160,7 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 		wantRefusal(t, req, 400, "port")
 	}
 	wantRefusal(t, viaHeaders(t, &sandbox{t, b.a, "../../etc/passwd"}, 80, "GET", "/"), 404)
-	// The caller's token is what counts, and nobody adds one.
+	// The caller's token is what counts; the gateway adds none.
 	for token, want := range map[string]int{b.token(): 200, "wrong": 401, "": 401} {
 		for name, req := range map[string]*http.Request{"headers": viaHeaders(t, b, guestapi.Port, "GET", "/envs"), "host": viaHost(t, b, guestapi.Port, "GET", "/envs")} {
 			if req.Header.Set(guestapi.HeaderToken, token); token == "" {

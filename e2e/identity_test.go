@@ -17,7 +17,7 @@ import (
 
 // printRandom is a program of the user's that never rests. What it draws goes to
 // the console, one line at a time: a copy's console begins empty, so what is in it
-// was drawn after the copy, but for the first line, which was on its way.
+// was drawn after the copy, except the first line, which was on its way.
 const printRandom = `
 import os, sys, termios, time, socket
 name = sys.argv[1].encode()
@@ -101,8 +101,8 @@ func distinct(t *testing.T, seen map[string]string, after time.Time, boxes ...*s
 }
 
 // TestIdentityOfCopies: a program that draws random numbers all the time, with its
-// host name and the time of day, draws none in a copy before that is somebody of
-// its own.
+// host name and the time of day, draws none in a copy before the copy has its
+// own identity.
 func TestIdentityOfCopies(t *testing.T) {
 	a := startAgent(t)
 	b := a.create(t, nil)

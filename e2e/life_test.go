@@ -77,7 +77,7 @@ func TestCreateGivenUp(t *testing.T) {
 	a := startAgent(t)
 	for name, giveUp := range map[string]func(id string, cancel func()) error{
 		"the client leaves": func(_ string, cancel func()) error { cancel(); return nil },
-		"somebody destroys it": func(id string, _ func()) error {
+		"another client destroys it": func(id string, _ func()) error {
 			_, err := a.DestroySandbox(context.Background(), connect.NewRequest(&hostagentv1.DestroySandboxRequest{SandboxId: id}))
 			return err
 		},
@@ -229,7 +229,7 @@ func TestAgentKilledDuringCreate(t *testing.T) {
 	wantCode(t, err, connect.CodeFailedPrecondition, "stopped")
 }
 
-// An agent whose log nobody reads any more goes on, and cleans up at its end.
+// An agent whose log has lost its reader goes on, and cleans up at its end.
 func TestLogReaderGoesAway(t *testing.T) {
 	t.Parallel()
 	a := startAgent(t, "--on-shutdown=leave")
@@ -267,7 +267,7 @@ func TestLogReaderGoesAway(t *testing.T) {
 	}
 }
 
-// --on-shutdown=destroy: startAgent's pictures show that nothing is left.
+// --on-shutdown=destroy: startAgent's inventories show that nothing is left.
 // An agent that is told to end while it starts leaves nothing, at whatever
 // moment that is.
 func TestEndedWhileItStarts(t *testing.T) {
@@ -500,7 +500,7 @@ func TestDestroyTogether(t *testing.T) {
 		}
 	}
 	if done == 0 {
-		t.Error("nobody has destroyed it")
+		t.Error("no client has destroyed it")
 	}
 	if s := b.info(); s != nil {
 		t.Errorf("it is listed: %v", s)
@@ -527,7 +527,7 @@ func TestFullHost(t *testing.T) {
 	}
 }
 
-// An agent that nobody can misuse by accident.
+// An agent refuses settings that would be a mistake.
 func TestServeRefusesBadSettings(t *testing.T) {
 	testenv.Root(t)
 	a := &agent{bin: binDir(t), stateDir: t.TempDir(), addr: "127.0.0.1:0"}

@@ -154,7 +154,7 @@ func TestGuestsOutOfReachOutliveTheAgent(t *testing.T) {
 }
 
 // TestUnusableRecords: sandboxes with records that an agent cannot use run on,
-// and end or go on when somebody says so.
+// until a user ends or recovers them.
 func TestUnusableRecords(t *testing.T) {
 	a := startAgent(t, "--on-shutdown=leave")
 	newer, torn := a.create(t, nil), a.create(t, nil)

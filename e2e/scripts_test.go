@@ -26,7 +26,7 @@ func TestHostScriptFailsWithoutHost(t *testing.T) {
 	testenv.Program(t, "curl")
 	out, err := exec.Command("../scripts/test-host.sh", "http://127.0.0.1:1").CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "FAIL") {
-		t.Errorf("against nobody: %v\n%s", err, out)
+		t.Errorf("without a host: %v\n%s", err, out)
 	}
 }
 

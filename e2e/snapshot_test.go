@@ -49,7 +49,7 @@ func (a *agent) from(t testing.TB, snapshot, startedFrom string) (*sandbox, stri
 }
 
 // TestSnapshot: sandboxes go on from a snapshot after its source, and the agent
-// that made it, are gone; each is somebody of its own.
+// that made it, are gone; each has its own identity.
 func TestSnapshot(t *testing.T) {
 	a := startAgent(t)
 	b := a.create(t, &hostagentv1.CreateSandboxRequest{MemoryMb: 256})

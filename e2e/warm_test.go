@@ -73,9 +73,9 @@ func (a *agent) createFrom(t testing.TB, from string, req *hostagentv1.CreateSan
 	return &sandbox{t, a, resp.Msg.SandboxId}
 }
 
-// TestWarm: guests that wait for their sandboxes are nobody's until they are
-// handed out, and no two sandboxes made of them have anything in common. Those
-// that die are replaced.
+// TestWarm: waiting guests belong to no sandbox until a create takes them, and no
+// two sandboxes made of them have anything in common. A waiting guest that dies
+// is replaced.
 func TestWarm(t *testing.T) {
 	a := startAgent(t, "--warm=3")
 	restoredBoxes(t, a, 0) // there is a ready snapshot

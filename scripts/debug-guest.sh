@@ -48,7 +48,7 @@ truncate -s 2G "$overlay"
 mke2fs -q -F -t ext4 -E lazy_itable_init=1,lazy_journal_init=1 "$overlay"
 
 echo "booting $template with $accel; Ctrl-a x leaves"
-# The machine is the one that sandboxes get, but for disk and network.
+# The machine is the one that sandboxes get, without their disk and network.
 qemu-system-x86_64 \
     -name debug-guest \
     -no-user-config -nodefaults -display none -no-reboot \

@@ -137,7 +137,7 @@ type headConn struct {
 	in    bool   // a head
 	lines int    // of it
 	first []byte // line of it, its begin
-	line  int    // bytes of the present line, but for the end
+	line  int    // bytes of the present line without its end
 }
 
 // expect says that the next that comes is the head of an answer.

@@ -44,7 +44,7 @@ func newHTTPSide(p *Proxy) *httpSide {
 				return nil
 			},
 			ErrorLog: log.New(io.Discard, "", 0),
-			// Whom the proxy cannot connect gets what it would get without one.
+			// A client without a server sees what it would see without a proxy.
 			ErrorHandler: func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
 		},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
@@ -205,7 +205,7 @@ func (h *httpSide) rewrite(r *httputil.ProxyRequest) {
 	}
 	r.Out.URL.Scheme, r.Out.URL.Host = "http", to
 	r.Out.Host = r.In.Host
-	// As they came, whatever they mean to whom they are for.
+	// ReverseProxy would change these; the server gets them as the client sent them.
 	r.Out.URL.RawQuery = r.In.URL.RawQuery
 	for _, f := range []string{"Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto"} {
 		if v, ok := r.In.Header[f]; ok {

@@ -31,10 +31,11 @@ const (
 	deadlineStep = time.Second
 )
 
-// hear reads what the client says first, as much of it as tells whom it wants,
-// and keeps it. The name is of TLS alone, "" if it shows none. Nothing at all
-// is silent, with io.EOF if nothing will come. Other errors are refusals: what
-// began and did not go on, or only looks like TLS.
+// hear reads and keeps the client's first bytes, until they show the name of a
+// server. It returns the name that TLS shows, or "". If the client sends nothing,
+// hear returns silent, with io.EOF after the client's end of the stream. Other
+// errors are refusals: of what began and did not go on, and of what only looks
+// like TLS.
 func (l *link) hear(wait time.Duration) (speech, string, error) {
 	l.client.SetReadDeadline(time.Now().Add(wait))
 	defer l.client.SetReadDeadline(time.Time{})

@@ -33,8 +33,8 @@ func ParseName(s string) (string, error) {
 }
 
 // canonical returns a host name as names are compared: lower case, without the
-// trailing dot. It is false for what is no name, IP addresses in any notation
-// among it: whoever shows one shows no name.
+// trailing dot. It is false for a text that is no name. IP addresses in any
+// notation are no names.
 func canonical(host string) (string, bool) {
 	host = strings.TrimSuffix(host, ".")
 	if host == "" || len(host) > 253 {

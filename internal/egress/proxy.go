@@ -7,9 +7,9 @@
 // goes on inside of TLS is not seen: a server that a policy lets through may
 // serve, or relay to, other names than the one shown.
 //
-// The package knows nothing of namespaces and rules. Its sockets are given to
-// it, and how to dial; whoever gives them sees to it that nothing gets out
-// beside the proxy.
+// The package knows nothing of namespaces and rules. The caller gives it sockets
+// and a function that dials, and makes sure that nothing gets out beside the
+// proxy.
 package egress
 
 import (
@@ -28,7 +28,7 @@ import (
 )
 
 const (
-	// firstBytes is how long a client may take to show whom it wants.
+	// firstBytes is how long a client may take to show the name of a server.
 	firstBytes = 10 * time.Second
 	// serverFirst is how long a client whose address is let through anyway is
 	// given to speak, before its server is.
@@ -225,8 +225,8 @@ func (p *Proxy) permitsLocked(u use) bool {
 	return true
 }
 
-// admit notes a use of the connection, if it is permitted. A later change of
-// policy that refuses it ends the connection, whatever it has come to by then.
+// admit notes a use of the connection, if the policy permits it. A later policy
+// that refuses the use ends the connection.
 func (p *Proxy) admit(l *link, u use) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -240,8 +240,8 @@ func (p *Proxy) admit(l *link, u use) bool {
 	return true
 }
 
-// passes says whether a client that shows the name may go on, before anybody
-// is asked for the name's addresses.
+// passes says whether a client that shows the name may go on. It is called before
+// a resolver is asked for the name's addresses.
 func (p *Proxy) passes(l *link, name string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -257,8 +257,9 @@ func (p *Proxy) nameLocked(name string) bool {
 	return true
 }
 
-// resolvable says whether a name may be asked for: what is asked, and what is
-// answered, carries more than addresses if somebody wants it to.
+// resolvable says whether the guest may ask for a name. A question and its answer
+// can carry data of the guest's, so a name that is not let through is not asked
+// for.
 func (p *Proxy) resolvable(name string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -516,7 +517,7 @@ func (p *Proxy) carrySilent(l *link) error {
 	}()
 	defer func() { <-down }()
 	defer up.Close()
-	// The server may have much to say meanwhile.
+	// While the client is silent, the server may send much.
 	first, name, err := l.hear(2 * idleTimeout)
 	for last := int64(0); first == silent && err == nil && moved.Load() != last; {
 		last = moved.Load()
@@ -592,7 +593,7 @@ func (p *Proxy) connect(l *link, name string) (*upstream, error) {
 		}
 	}
 	if dialErr == nil {
-		dialErr = refused(name, "the name leads to %v, where the policy lets nobody", addrs)
+		dialErr = refused(name, "the name leads to %v, which the policy does not permit", addrs)
 	}
 	return nil, dialErr
 }

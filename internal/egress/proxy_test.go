@@ -65,7 +65,7 @@ func TestTLSGoesToTheOwnerOfTheName(t *testing.T) {
 		{closed, goodAddr, "other.example", ""},
 		{closed, goodAddr, "a.good.example", ""},
 		{closed, evilAddr, "wild.example", ""},
-		{closed, evilAddr, "inside.example", ""}, // leads to an address that nobody may
+		{closed, evilAddr, "inside.example", ""}, // leads to an address that no policy permits
 		{open, evilAddr, "good.example", "good"},
 		{open, goodAddr, "other.example", "other"},
 		{open, evilAddr, "evil.example", ""},
@@ -354,7 +354,7 @@ func TestServerSpeaksFirst(t *testing.T) {
 	if b, err := io.ReadAll(c); string(b) != "Tue Nov 24\n" {
 		t.Errorf("heard %q, %v", b, err)
 	}
-	// Whoever waits until the server is connected is judged after that.
+	// A client that waits until the server is connected is judged after that.
 	quiet := make(chan struct{}, 8)
 	w.serve(goodAddr+":8443", func(c net.Conn) {
 		quiet <- struct{}{}

@@ -84,7 +84,7 @@ func (w *world) start(policy Policy) {
 			at, ok := w.servers[to]
 			w.mu.Unlock()
 			if !ok {
-				return nil, errors.New("nobody is there")
+				return nil, errors.New("no server is there")
 			}
 			var d net.Dialer
 			c, err := d.DialContext(ctx, "tcp4", at.String())
@@ -180,8 +180,8 @@ func (w *world) serveHTTP(at, name string) {
 	})
 }
 
-// serveTLS says its name to whoever has shaken hands, whatever name was asked
-// for.
+// serveTLS says its name to every client after the handshake, whatever name the
+// client asked for.
 func (w *world) serveTLS(at, name string) {
 	cert := certificate(w.t)
 	w.serve(at, func(c net.Conn) {
@@ -251,7 +251,7 @@ func newFakeResolver(t testing.TB) *fakeResolver {
 			if err != nil {
 				return
 			}
-			// Answers of somebody who guesses come first.
+			// Forged answers come first.
 			forged := slices.Clone(f.reply(buf[:n], false))
 			forged[0] ^= 0xff
 			forged[3] |= byte(dnsmessage.RCodeServerFailure)

@@ -142,8 +142,8 @@ func (a *allocator) closed(s Slot) {
 	}
 }
 
-// fence notes that a slot's removal failed. It stays dirty, so that nobody
-// gets it, until a removal succeeds.
+// fence notes that a slot's removal failed. It stays dirty, so that it
+// is not handed out, until a removal succeeds.
 func (a *allocator) fence(s Slot) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

@@ -46,8 +46,8 @@ type Findings struct {
 }
 
 // CheckAll checks many slots: it looks once at the host and once into each
-// namespace. What it says of a slot that somebody opens or closes meanwhile
-// means nothing: look again, by Check or Repair, where nobody else can.
+// namespace. What it says of a slot that is opened or closed at the same time
+// means nothing: call Check or Repair again while no other call can change it.
 func (n *Network) CheckAll(ctx context.Context, slots []Slot) (Findings, error) {
 	found := Findings{Slots: map[Slot]error{}}
 	v, err := n.look()

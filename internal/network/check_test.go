@@ -168,7 +168,7 @@ func TestCheckAndRepair(t *testing.T) {
 func TestStraysAtRuntime(t *testing.T) {
 	n := world(t, Options{Pool: 2})
 	ctx := t.Context()
-	before := picture(t)
+	before := inventory(t)
 	stop := run(t, n)
 	done := make(chan struct{})
 	var wg sync.WaitGroup
@@ -181,7 +181,7 @@ func TestStraysAtRuntime(t *testing.T) {
 					t.Errorf("open slot %d: %v", s, err)
 				}
 				if err := n.Check(ctx, s); err != nil {
-					t.Errorf("slot %d of somebody was touched: %v", s, err)
+					t.Errorf("slot %d of another sandbox was changed: %v", s, err)
 				}
 				must(t, errors.Join(n.Close(ctx, s), n.Release(s)))
 			}
@@ -225,7 +225,7 @@ func TestStraysAtRuntime(t *testing.T) {
 	if st := n.Stats(); st != (Stats{}) {
 		t.Errorf("stats = %+v, want none", st)
 	}
-	if after := picture(t); !slices.Equal(before, after) {
+	if after := inventory(t); !slices.Equal(before, after) {
 		t.Errorf("before %v\nafter %v", before, after)
 	}
 }

@@ -17,10 +17,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Obstacle is a chain of somebody else's (Docker's, a firewall's) that drops
-// what sandboxes send or are answered: in netfilter a packet passes only if
-// every table lets it. We do not touch the tables of others; whoever keeps
-// them may.
+// Obstacle is a chain of another program (Docker, a firewall) that drops packets
+// from or to sandboxes. In netfilter a packet passes only if every table lets it
+// through. This package never changes the tables of other programs; the host's
+// administrator may.
 type Obstacle struct {
 	// Chain is its family, table and name, as in "ip filter FORWARD".
 	Chain string

@@ -186,7 +186,7 @@ func TestObstaclesOfLegacy(t *testing.T) {
 	testenv.Root(t)
 	in(t, newNS(t), func() {
 		if names, err := os.ReadFile("/proc/thread-self/net/ip_tables_names"); err != nil || len(names) > 0 {
-			t.Skipf("the kernel has no iptables-legacy, or tells nobody: %q, %v", names, err)
+			t.Skipf("the kernel has no iptables-legacy, or does not say so: %q, %v", names, err)
 		}
 		p := testPlan()
 		if found, err := p.Obstacles(nil); err != nil || len(found) > 0 {

@@ -258,7 +258,7 @@ func TestFramesThatStayInside(t *testing.T) {
 			t.Errorf("the other sandbox saw % x", f)
 		}
 	}
-	// Nobody moved the guest: its neighbour entry is what it was.
+	// No frame moved the guest: its neighbour entry is what it was.
 	in(t, ns, func() {
 		l, err := netlink.LinkByName(Tap)
 		must(t, err)
@@ -280,8 +280,8 @@ func TestFramesThatStayInside(t *testing.T) {
 	far.gets(t, "fragments", "udp in two fragments from 203.0.113.1")
 }
 
-// Every address of the host refuses a sandbox, on whatever link it is, and
-// whoever listens: all addresses, or that one alone.
+// Every address of the host, on any link, refuses a sandbox, whether a server
+// listens on all addresses or on that one alone.
 func TestHostAddressesRefuse(t *testing.T) {
 	n := world(t, Options{})
 	_, a, g := open(t, n)

@@ -21,10 +21,10 @@ import (
 // have neither.
 const proxyMark = 0x5772656e // "Wren"
 
-// gate is where a sandbox with names in its policy gets out: a proxy in the
+// gate is the way out of a sandbox that has names in its policy: a proxy in the
 // agent whose sockets are in the sandbox's namespace. They listen on the tap's
-// address there, so nobody but that guest reaches them, the host neither; and
-// when the agent is gone, so are they, while the rules still point to them.
+// address there, so only that guest reaches them. When the agent ends they are
+// gone, and the rules that point to them let nothing pass.
 type gate struct {
 	proxy *egress.Proxy
 	ports gatePorts
@@ -140,9 +140,9 @@ func (g *gate) serves(f *netlink.ConntrackFlow) bool {
 	return f.Reverse.SrcPort == g.ports.conns || f.Reverse.SrcPort == g.ports.dnsConns
 }
 
-// forgetBeside deletes what the guest began from the calling thread's
-// namespace, but for what goes to the gate: that must stay known, or its
-// answers would come from where the guest never was.
+// forgetBeside deletes, in the calling thread's namespace, the connections that
+// the guest began, except those to the gate. The kernel must still know these, or
+// their answers would come from an address that the guest did not connect to.
 func forgetBeside(g *gate) error {
 	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 	if err != nil {

@@ -50,14 +50,14 @@ type namesWorld struct {
 	hits  map[string]int
 }
 
-// hit notes that somebody got through to a server.
+// hit notes that a connection got through to a server.
 func (w *namesWorld) hit(server string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.hits[server]++
 }
 
-// reached returns the servers that somebody got through to, and forgets them.
+// reached returns the servers that connections got through to, and forgets them.
 func (w *namesWorld) reached() (servers []string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -391,7 +391,7 @@ func TestNamesCannotBeBypassed(t *testing.T) {
 		}
 	}
 
-	// The same questions, whoever they are put to.
+	// The same questions to every server.
 	for _, network := range []string{"udp", "tcp"} {
 		for _, server := range []netip.Addr{privateAddr, evilAddr, GuestGateway, metadataAddr} {
 			for _, q := range []struct {
@@ -500,7 +500,7 @@ func TestDeniedNames(t *testing.T) {
 }
 
 // The proxy is one guest's, and its way out is the agent's alone.
-func TestGateIsNobodyElses(t *testing.T) {
+func TestGateServesItsGuestAlone(t *testing.T) {
 	w := worldWithNames(t, map[string]netip.Addr{"good.example": goodAddr})
 	s, a, g := open(t, w.Network)
 	_, b, gb := open(t, w.Network)
@@ -673,7 +673,7 @@ func TestNamesChangeAtRuntime(t *testing.T) {
 		t.Error("a connection that both policies let through ended")
 	}
 	// The other side speaks first after the change: the kernel must still know
-	// whom it is speaking to.
+	// the connection.
 	set(both)
 	_, err := far.Write([]byte("y"))
 	must(t, err)
@@ -756,7 +756,7 @@ func descriptorCount(t *testing.T) int {
 // its proxy.
 func TestGateGoesWithItsSlot(t *testing.T) {
 	w := worldWithNames(t, map[string]netip.Addr{"good.example": goodAddr})
-	before := picture(t)
+	before := inventory(t)
 	fds, goroutines := descriptorCount(t), runtime.NumGoroutine()
 	s, err := w.Acquire(t.Context())
 	must(t, err)
@@ -778,7 +778,7 @@ func TestGateGoesWithItsSlot(t *testing.T) {
 	}
 	must(t, w.Release(s))
 	// The last line counts descriptors; others of before may be gone by now.
-	after := picture(t)
+	after := inventory(t)
 	last := len(before) - 1
 	if d := cmp.Diff(before[:last], after[:len(after)-1]); d != "" {
 		t.Errorf("left (-before +after):\n%s", d)

@@ -100,8 +100,8 @@ func TestSetLimits(t *testing.T) {
 		must(t, n.SetLimits(ctx, s, Limits{}))
 		expect("none set", host)
 
-		// A change that fails half way is taken back: somebody made a chain of
-		// our name that is another kind.
+		// A change that fails half way is taken back. It fails because a chain of
+		// another type has the name.
 		must(t, n.SetLimits(ctx, s, Limits{OutBytes: 1 << 20}))
 		must(t, inNS(a.NetNSPath, func() error {
 			return transact(func(c *nftables.Conn) error {

@@ -90,7 +90,7 @@ func makeNS(path string, fn func(ns netns.NsHandle) error) error {
 // removeNS unpins the namespace at path; the kernel frees it when the last
 // process in it is gone. Not there is done.
 func removeNS(path string) error {
-	// Lazily, because somebody may be looking at it through "ip netns".
+	// Lazily, because a command such as "ip netns exec" may use it.
 	if err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil &&
 		!errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("unpin namespace: %w", err)

@@ -54,7 +54,7 @@ type Options struct {
 	// RangesFile, if not empty, is where Setup records the plan's ranges, and
 	// finds those that the plan does not name.
 	RangesFile string
-	// Log receives what nobody is there to be told as an error. Nil discards.
+	// Log receives what no call can return as an error. Nil discards it.
 	Log *slog.Logger
 }
 
@@ -105,10 +105,9 @@ func (n *Network) Plan() Plan { return n.plan }
 
 // Setup prepares the host: it chooses the ranges that the plan leaves open,
 // refuses those that collide with a route of the host (InvalidArgument, naming
-// the link), turns on IPv4 forwarding, refills
-// our table atomically, and makes the plan's ranges unreachable but for the
-// slots in use, so that packets to a sandbox that is gone do not leave by the
-// default route. It is idempotent and leaves open slots working.
+// the link), turns on IPv4 forwarding, and refills our table atomically. It makes
+// the plan's ranges unreachable except for the slots in use, so that packets to a
+// sandbox that is gone do not leave by the default route. It is idempotent and leaves open slots working.
 func (n *Network) Setup(ctx context.Context) error {
 	valid := n.plan.Validate
 	if n.opts.RangesFile != "" {
@@ -207,8 +206,8 @@ func (n *Network) rangeRoutes() []netlink.Route {
 	return rs
 }
 
-// listed lists again while somebody else's changes cut the kernel's answer
-// short, which on a busy host is no fault of anybody's.
+// listed calls list again if the kernel says that a change cut its answer short,
+// which happens on a busy host.
 func listed[T any](list func() ([]T, error)) (all []T, err error) {
 	for range 20 {
 		if all, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -218,7 +217,7 @@ func listed[T any](list func() ([]T, error)) (all []T, err error) {
 	return all, err
 }
 
-// checkRoutes finds a route of somebody else that overlaps our ranges. Default
+// checkRoutes finds a route of another program that overlaps our ranges. Default
 // routes, also those cut in two halves as VPNs do, overlap everything and
 // collide with nothing.
 func (n *Network) checkRoutes(h *netlink.Handle, plan Plan) error {
@@ -346,7 +345,7 @@ func (n *Network) RemoveStrays(ctx context.Context) (removed []Slot, err error) 
 	n.strays.Lock()
 	defer n.strays.Unlock()
 	for _, s := range strays {
-		// Somebody who took it meanwhile has found the name in use.
+		// A claim fails if the slot was reserved after Strays returned.
 		if n.slots.claim(s) == nil {
 			n.strays.left = append(n.strays.left, s)
 		}

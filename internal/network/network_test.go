@@ -111,8 +111,8 @@ func TestIsolation(t *testing.T) {
 		t.Errorf("packets from outside came up to the sandbox's link: %+v, before %+v, %v", after, before, err)
 	}
 
-	// Whatever runs in the namespace beside the guest, such as a VMM gone
-	// astray, speaks to nobody.
+	// A process in the namespace, such as a VMM that was taken over, reaches
+	// nothing.
 	ns, err := netns.GetFromPath(a.NetNSPath)
 	must(t, err)
 	defer ns.Close()
@@ -133,7 +133,7 @@ func TestIsolation(t *testing.T) {
 	onHost.nothing(t, "namespace itself")
 	far.nothing(t, "namespace itself")
 
-	// The host knows at once that nobody has an address of ours.
+	// The host knows at once that no slot has the address.
 	if _, err := net.DialTimeout("tcp4", netip.AddrPortFrom(n.Plan().Addrs(free).HostIP, 1).String(), timeout); !errors.Is(err, unix.EHOSTUNREACH) {
 		t.Errorf("host to a slot that is not open: %v, want no route to host", err)
 	}
@@ -181,7 +181,7 @@ func TestSpoofedFramesAreDropped(t *testing.T) {
 		"own link address":    a.NSVeth.Addr(),
 		"internet address":    netip.MustParseAddr("198.51.100.1"),
 		"loopback":            netip.MustParseAddr("127.0.0.1"),
-		"nobody":              netip.IPv4Unspecified(),
+		"no address":          netip.IPv4Unspecified(),
 	} {
 		send(mac, src, what)
 	}
@@ -346,7 +346,7 @@ func TestTapBelongsToItsUser(t *testing.T) {
 		t.Errorf("attach as the tap's owner: %v", err)
 	}
 	if err := attach(base + int(s) + 1); !errors.Is(err, unix.EPERM) {
-		t.Errorf("attach as somebody else: %v, want it refused", err)
+		t.Errorf("attach as another user: %v, want it refused", err)
 	}
 }
 
@@ -359,7 +359,7 @@ func TestCloseRemovesEverythingTwice(t *testing.T) {
 		t.Errorf("close of a slot never opened: %v", err)
 	}
 	for range 2 {
-		before := picture(t)
+		before := inventory(t)
 		must(t, n.Open(ctx, s))
 		if err := n.Open(ctx, s); !errors.Is(err, errdefs.WrongState) {
 			t.Errorf("second open = %v", err)
@@ -370,7 +370,7 @@ func TestCloseRemovesEverythingTwice(t *testing.T) {
 		cancelled, cancel := context.WithCancel(ctx)
 		cancel()
 		must(t, n.Close(cancelled, s))
-		if d := cmp.Diff(before, picture(t)); d != "" {
+		if d := cmp.Diff(before, inventory(t)); d != "" {
 			t.Errorf("close left (-before +after):\n%s", d)
 		}
 		must(t, n.Close(ctx, s))
@@ -413,7 +413,7 @@ func TestOpenFailsAtEachStep(t *testing.T) {
 	if len(steps) < 10 {
 		t.Fatalf("steps = %v, too few", steps)
 	}
-	before := picture(t)
+	before := inventory(t)
 	injected := errors.New("injected")
 	for _, step := range steps {
 		for _, how := range []string{"error", "cancel"} {
@@ -433,7 +433,7 @@ func TestOpenFailsAtEachStep(t *testing.T) {
 			if want := map[string]error{"error": injected, "cancel": context.Canceled}[how]; !errors.Is(err, want) {
 				t.Errorf("%s at %q: open = %v", how, step, err)
 			}
-			if d := cmp.Diff(before, picture(t)); d != "" {
+			if d := cmp.Diff(before, inventory(t)); d != "" {
 				t.Errorf("%s at %q left (-before +after):\n%s", how, step, d)
 			}
 		}
@@ -453,14 +453,14 @@ func TestOpenDoesNotTouchWhatExists(t *testing.T) {
 	must(t, n.Open(ctx, s))
 	must(t, other.slots.claim(s))
 	other.slots.closed(s)
-	before := picture(t)
+	before := inventory(t)
 	if err := other.Open(ctx, s); err == nil {
 		t.Error("open of a slot that exists succeeded")
 	}
 	if err := other.Release(s); !errors.Is(err, errdefs.WrongState) {
 		t.Errorf("release = %v", err)
 	}
-	if d := cmp.Diff(before, picture(t)); d != "" {
+	if d := cmp.Diff(before, inventory(t)); d != "" {
 		t.Errorf("failed open changed (-before +after):\n%s", d)
 	}
 	must(t, n.Close(ctx, s))
@@ -468,7 +468,7 @@ func TestOpenDoesNotTouchWhatExists(t *testing.T) {
 
 func TestOpenConcurrently(t *testing.T) {
 	n := world(t, Options{})
-	before := picture(t)
+	before := inventory(t)
 	var wg sync.WaitGroup
 	for range 8 {
 		wg.Go(func() {
@@ -485,7 +485,7 @@ func TestOpenConcurrently(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	if d := cmp.Diff(before, picture(t)); d != "" {
+	if d := cmp.Diff(before, inventory(t)); d != "" {
 		t.Errorf("left (-before +after):\n%s", d)
 	}
 	// No thread of ours is left in another namespace.
@@ -663,8 +663,8 @@ func kernelHolds(t testing.TB, r ruleset) {
 	}
 }
 
-// picture is everything in the host's network, a line each.
-func picture(t testing.TB) []string {
+// inventory is everything in the host's network, a line each.
+func inventory(t testing.TB) []string {
 	t.Helper()
 	var p []string
 	links, err := netlink.LinkList()

@@ -74,8 +74,8 @@ const (
 //
 // A denied name without a * also denies the addresses that it has. What a
 // server that is let through does inside of its TLS connections cannot be
-// seen; where the internet is open but for denied names, any relay leads
-// around them.
+// seen; where a policy denies names and opens the rest of the internet, any
+// relay leads around the denied names.
 //
 // The proxy is the agent's: without an agent nothing passes by name.
 type Policy struct {
@@ -289,7 +289,8 @@ func (v rangePolicy) rules() []rule {
 	}
 }
 
-// permits is what the rules say of an address, but for the resolvers.
+// permits says whether the rules let an address through. It leaves the rules for
+// resolvers out.
 func (v rangePolicy) permits(a netip.Addr) bool {
 	switch {
 	case !a.Is4() || contains(v.never, a) || contains(v.deny, a):
@@ -317,7 +318,7 @@ func egressRules(plan Plan, opts Options, p Policy) []rule {
 //
 // The policy lives in the sandbox's namespace, not in the host's table: it
 // needs no entry on the host that could outlive the sandbox, it goes with the
-// namespace and survives the agent, and long lists cost nobody else. NotFound
+// namespace and survives the agent, and long lists cost other sandboxes nothing. NotFound
 // if the slot is not open.
 //
 // Names need the agent: a policy that has them must be set again after its
@@ -392,7 +393,7 @@ func (n *Network) swap(ctx context.Context, s Slot, chains []policyChain) error 
 //
 // Replacing the rules in place, in one transaction, is not enough: a packet
 // that is among the old rules when the new ones come looks in sets that are
-// gone by then, finds nothing, and walks past what refused it. So the old
+// gone, finds nothing, and passes the rule that refused it. So the old
 // chains and their sets stay as they are until the next change.
 func swapPolicy(chains []policyChain) error {
 	t := &nftables.Table{Family: nftables.TableFamilyIPv4, Name: slotTable}

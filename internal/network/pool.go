@@ -8,11 +8,11 @@ import (
 // retryAfter is how long Run waits after a slot could not be built or removed.
 const retryAfter = time.Second
 
-// Run keeps Options.Pool slots built ahead until ctx ends; then it removes
-// those nobody has taken, and returns. The namespaces are always new: a used
-// one is never handed to another sandbox, only its number is, last of all
-// free ones and after Close has found nothing left. Call it once, after Setup
-// and after the slots of the records are claimed.
+// Run keeps Options.Pool slots built ahead until ctx ends. Then it removes those
+// that are still in the pool, and returns. Every sandbox gets a new namespace. A
+// slot's number is used again after Close has found nothing left of it, and after
+// all other free numbers. Call Run once, after Setup and after the slots of the
+// records are claimed.
 func (n *Network) Run(ctx context.Context) {
 	var fenced []Slot // could be neither built nor removed; still reserved
 	retry := time.NewTimer(0)
@@ -78,7 +78,7 @@ type Stats struct {
 	Reserved int // all slots that are not free, those below among them
 	Open     int // with something on the host
 	Pool     int // built and waiting
-	Fenced   int // whose removal failed; tried again, and nobody's until it succeeds
+	Fenced   int // whose removal failed; it is tried again, and the slot is not handed out before
 }
 
 // Stats returns the present counts.

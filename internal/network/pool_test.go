@@ -66,7 +66,7 @@ func TestPool(t *testing.T) {
 		t.Errorf("close of a slot in the pool = %v", err)
 	}
 
-	// One that somebody took apart meanwhile is made again.
+	// A slot that was removed while it waited in the pool is made again.
 	s, err = n.Acquire(ctx)
 	must(t, err)
 	must(t, removeNS(n.plan.Addrs(s).NetNSPath))
@@ -85,11 +85,11 @@ func TestPool(t *testing.T) {
 
 func TestPoolEndsClean(t *testing.T) {
 	n := world(t, Options{Pool: 4})
-	before := picture(t)
+	before := inventory(t)
 	stop := run(t, n)
 	full(t, n)
 	stop()
-	if d := cmp.Diff(before, picture(t)); d != "" {
+	if d := cmp.Diff(before, inventory(t)); d != "" {
 		t.Errorf("the pool left (-before +after):\n%s", d)
 	}
 	if st := n.Stats(); st != (Stats{}) {
@@ -143,7 +143,7 @@ func TestPoolFencesAndRetries(t *testing.T) {
 
 func TestPoolConcurrently(t *testing.T) {
 	n := world(t, Options{Pool: 3})
-	before := picture(t)
+	before := inventory(t)
 	stop := run(t, n)
 	var (
 		mu   sync.Mutex
@@ -178,7 +178,7 @@ func TestPoolConcurrently(t *testing.T) {
 	}
 	wg.Wait()
 	stop()
-	if d := cmp.Diff(before, picture(t)); d != "" {
+	if d := cmp.Diff(before, inventory(t)); d != "" {
 		t.Errorf("left (-before +after):\n%s", d)
 	}
 	if st := n.Stats(); st != (Stats{}) {

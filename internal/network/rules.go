@@ -49,7 +49,7 @@ func hostRules(p Plan, resolvers []netip.Addr, share tableShare) ruleset {
 		// Nothing on the host is reachable but a resolver there, if it is the
 		// configured one; the host may ask, and is answered.
 		base("input", nftables.ChainTypeFilter, "filter", false, input...),
-		// Sandboxes reach out, never each other, and nobody reaches in. What
+		// Sandboxes reach out, never each other, and nothing reaches in. What
 		// is let out here is still subject to the host's other tables.
 		base("forward", nftables.ChainTypeFilter, "filter", false,
 			rule{iif(ours), oif(ours), drop()},
@@ -93,9 +93,9 @@ func slotRules(a Addrs, egress []rule) []ruleset {
 				rule{oif(peerName), ipv4.saddr(eq, guest), snat(a.HostIP)},
 				rule{oif(peerName), marked(proxyMark), snat(a.HostIP)},
 			),
-			// Nobody speaks to the namespace itself, and nothing in it speaks,
-			// a VMM that got out of hand included; only the errors that make
-			// the guest's connections work, and the agent, if names say so.
+			// The namespace itself takes in and sends nothing, so that a VMM that
+			// was taken over cannot use it. Exceptions are the ICMP errors that the
+			// guest's connections need, and the agent's proxy.
 			base("input", nftables.ChainTypeFilter, "filter", true, rule{jump(hearChain)}),
 			base("output", nftables.ChainTypeFilter, "filter", true,
 				rule{oif(Tap), icmpType("destination-unreachable", 3), accept()},

@@ -31,7 +31,7 @@ const (
 	// of the table.
 	shares = 32
 	// closedSecs is how long a connection that has ended is kept. The kernel
-	// counts it no more, so what bounds it is how many can begin meanwhile. It
+	// counts it no more, so it is bounded by how many begin in that time. It
 	// may tidy up a minute later, but gives the room to others before.
 	closedSecs = 5
 	// minBegin is how many connections a second each sandbox may begin at least.

@@ -22,16 +22,16 @@ import (
 // the host at the slot's HostIP.
 //
 // NotFound for a slot that is not reserved, WrongState for one that is open.
-// On any error nothing is left, but for two cases, in which Release refuses
-// the slot until a Close succeeds: the removal failed too (the error says so),
-// or something of the slot's name existed before, which Open does not touch.
+// After an error nothing is left, except in two cases: the removal failed too
+// (the error says so), or something of the slot's name existed before, which
+// Open does not touch. Release then refuses the slot until a Close succeeds.
 func (n *Network) Open(ctx context.Context, s Slot) (err error) {
 	built, err := n.slots.opening(s)
 	if err != nil || built && n.exists(s) {
 		return err
 	}
 	if built {
-		// Somebody took it apart while it waited.
+		// It was removed while it waited in the pool.
 		if err := n.Close(ctx, s); err != nil {
 			return err
 		}
@@ -251,8 +251,8 @@ func (n *Network) wireNS(ctx context.Context, s Slot, a Addrs, h *netlink.Handle
 
 // Close removes everything of a slot, the namespace last, so that whatever
 // fails can be found and tried again by its name. What is gone already is
-// done, and a slot that was never opened, or is nobody's, can be closed too.
-// It finishes even if ctx is cancelled. The VMM must be gone by then: a process
+// done, and a slot that was never opened, or is not reserved, can be closed too.
+// It finishes even if ctx is cancelled. The VMM must be gone before: a process
 // left in the namespace keeps it, nameless and cut off, until it ends.
 func (n *Network) Close(_ context.Context, s Slot) (err error) {
 	if !s.Valid() {
@@ -299,8 +299,8 @@ func (n *Network) Close(_ context.Context, s Slot) (err error) {
 	return nil
 }
 
-// verifyGone looks once more before a slot may be somebody else's: nothing of
-// it is on the host, whoever put it there.
+// verifyGone checks that nothing of a slot's name is on the host, before the slot
+// may be handed out again.
 func (n *Network) verifyGone(host *netlink.Handle, a Addrs) error {
 	if _, err := os.Lstat(a.NetNSPath); !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("the namespace is still there: %w", err)
@@ -329,7 +329,7 @@ func (n *Network) verifyGone(host *netlink.Handle, a Addrs) error {
 
 // removeLink deletes the veth pair, and with it the addresses and routes on
 // the host. Most of a Close is the kernel's waiting here until no CPU can see
-// the link any more; it holds no lock meanwhile, so closes run side by side.
+// the link any more; the wait holds no lock, so closes run side by side.
 // (Moving the link into its dying namespace looks quicker and is not: the
 // kernel waits just as long, with its global lock held.)
 func removeLink(host *netlink.Handle, a Addrs) error {

@@ -1,5 +1,5 @@
-// Package testenv says what a test may need of its machine, and takes the
-// picture that shows whether a test left anything behind.
+// Package testenv says what a test may need of its machine, and lists what
+// exists there, to show whether a test left anything behind.
 package testenv
 
 import (

@@ -30,16 +30,17 @@ type CreateSandboxRequest struct {
 	// Number of virtual CPUs; 1 when zero. A snapshot has its own, which zero
 	// takes and nothing else may contradict.
 	Vcpus int32 `protobuf:"varint,2,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
-	// Guest memory in MiB; 512 when zero, or the snapshot's.
+	// Guest memory in MiB (1,048,576 bytes), whatever the name says; 512 when
+	// zero, or the snapshot's.
 	MemoryMb int32 `protobuf:"varint,3,opt,name=memory_mb,json=memoryMb,proto3" json:"memory_mb,omitempty"`
 	// Seconds without activity after which the sandbox expires; 0 is never.
 	TimeoutSec int32 `protobuf:"varint,4,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
 	// What happens to it then: "destroy" (also when empty) or "hibernate".
 	OnTimeout string `protobuf:"bytes,5,opt,name=on_timeout,json=onTimeout,proto3" json:"on_timeout,omitempty"`
-	// What the sandbox may reach; the host's setting when absent.
+	// What the sandbox may reach; the host's policy when absent.
 	Network *NetworkPolicy `protobuf:"bytes,6,opt,name=network,proto3" json:"network,omitempty"`
-	// Whom its programs run as, and whose home files land in, if a call names
-	// nobody; the template's or the snapshot's when empty.
+	// User whose programs run in the sandbox, and in whose home files land, if a
+	// call names no user; that of the template or the snapshot when empty.
 	User string `protobuf:"bytes,7,opt,name=user,proto3" json:"user,omitempty"`
 	// Variables of all its programs, beside those of the template or the snapshot
 	// and over them.
@@ -142,8 +143,8 @@ type CreateSandboxResponse struct {
 	Status string `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
 	// Address of the sandbox as seen from the host.
 	HostIp string `protobuf:"bytes,3,opt,name=host_ip,json=hostIp,proto3" json:"host_ip,omitempty"`
-	// What it started from: "warm" (a guest that was waiting), "ready snapshot",
-	// "snapshot" or "cold boot".
+	// What it started from: "warm" (a waiting guest), "ready snapshot" (the boot
+	// snapshot), "snapshot" or "cold boot".
 	StartedFrom string `protobuf:"bytes,4,opt,name=started_from,json=startedFrom,proto3" json:"started_from,omitempty"`
 	// Why it had to boot; empty when it did not.
 	Why string `protobuf:"bytes,5,opt,name=why,proto3" json:"why,omitempty"`
@@ -151,7 +152,7 @@ type CreateSandboxResponse struct {
 	// time.
 	Phases []*Phase `protobuf:"bytes,6,rep,name=phases,proto3" json:"phases,omitempty"`
 	// What the sandbox's daemon demands of its callers in the header
-	// X-Access-Token. Secret: whoever has it commands the sandbox. It is the same
+	// X-Access-Token. Secret: a client that has it controls the sandbox. It is the same
 	// for the sandbox's whole life.
 	AccessToken   string `protobuf:"bytes,7,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -296,7 +297,7 @@ func (x *Phase) GetMs() float64 {
 type NetworkPolicy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Whether it reaches what no list names: the public internet, or what the
-	// host lets its sandboxes reach. The host's setting when absent.
+	// host lets its sandboxes reach. The host's policy when absent.
 	AllowInternet *bool `protobuf:"varint,1,opt,name=allow_internet,json=allowInternet,proto3,oneof" json:"allow_internet,omitempty"`
 	// IPv4 addresses and ranges ("192.0.2.0/24"), and domain names ("example.com",
 	// "*.example.com" for all below it) that it reaches all the same.
@@ -609,8 +610,8 @@ func (x *PauseSandboxRequest) GetToDisk() bool {
 
 type PauseSandboxResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What should be known of it: that the guest did not help, and its disk by
-	// itself may lack the last writes. Empty otherwise.
+	// Says so when the guest did not help, so that its disk alone may lack the
+	// last writes. Empty otherwise.
 	Detail        string `protobuf:"bytes,1,opt,name=detail,proto3" json:"detail,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1063,10 +1064,11 @@ type Snapshot struct {
 	// The sandbox that it was made of, which may be gone.
 	SandboxId string `protobuf:"bytes,2,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// The template that this one began with.
-	Template      string `protobuf:"bytes,3,opt,name=template,proto3" json:"template,omitempty"`
-	Vcpus         int32  `protobuf:"varint,4,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
-	MemoryMb      int32  `protobuf:"varint,5,opt,name=memory_mb,json=memoryMb,proto3" json:"memory_mb,omitempty"`
-	CreatedAtUnix int64  `protobuf:"varint,6,opt,name=created_at_unix,json=createdAtUnix,proto3" json:"created_at_unix,omitempty"`
+	Template string `protobuf:"bytes,3,opt,name=template,proto3" json:"template,omitempty"`
+	Vcpus    int32  `protobuf:"varint,4,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	// In MiB.
+	MemoryMb      int32 `protobuf:"varint,5,opt,name=memory_mb,json=memoryMb,proto3" json:"memory_mb,omitempty"`
+	CreatedAtUnix int64 `protobuf:"varint,6,opt,name=created_at_unix,json=createdAtUnix,proto3" json:"created_at_unix,omitempty"`
 	// What it takes on the host's disk.
 	SizeBytes     int64 `protobuf:"varint,7,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1409,7 +1411,7 @@ type ExecRequest struct {
 	Args []string `protobuf:"bytes,3,rep,name=args,proto3" json:"args,omitempty"`
 	// Seconds after which the command is killed; 30 when zero.
 	TimeoutSec int32 `protobuf:"varint,4,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
-	// Whom it runs as; the sandbox's user when empty.
+	// User of the command; the sandbox's user when empty.
 	User string `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"`
 	// Its variables, beside those of the sandbox and over them.
 	Envs map[string]string `protobuf:"bytes,6,rep,name=envs,proto3" json:"envs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -1654,12 +1656,13 @@ func (x *ListSandboxesResponse) GetSandboxes() []*SandboxInfo {
 type SandboxInfo struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
-	// creating, running, paused, hibernated, stopping or stopped; unknown if what
-	// the host has on record of it cannot be used: then it is left alone.
+	// creating, running, paused, hibernated, stopping or stopped; unknown if its
+	// record cannot be used: then the host changes nothing of it.
 	Status   string `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
 	Template string `protobuf:"bytes,3,opt,name=template,proto3" json:"template,omitempty"`
 	Vcpus    int32  `protobuf:"varint,4,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
-	MemoryMb int32  `protobuf:"varint,5,opt,name=memory_mb,json=memoryMb,proto3" json:"memory_mb,omitempty"`
+	// In MiB.
+	MemoryMb int32 `protobuf:"varint,5,opt,name=memory_mb,json=memoryMb,proto3" json:"memory_mb,omitempty"`
 	// Address of the sandbox as seen from the host; empty when it is hibernated,
 	// and another one afterwards.
 	HostIp        string `protobuf:"bytes,6,opt,name=host_ip,json=hostIp,proto3" json:"host_ip,omitempty"`
@@ -1670,8 +1673,8 @@ type SandboxInfo struct {
 	// Seconds without activity after which the sandbox expires; 0 is never.
 	TimeoutSec int32 `protobuf:"varint,9,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
 	// Why the sandbox is stopping or stopped: destroyed, expired, create_failed,
-	// vm_exited, out_of_memory or lost; why one that runs or is paused does not work as it should:
-	// disk_full or unreachable; or why one is unknown: unreadable, which is tried
+	// vm_exited, out_of_memory or lost. Why it does not work though it is running or
+	// paused: disk_full or unreachable. Why it is unknown: unreadable, which is tried
 	// again, or not_understood. Empty otherwise.
 	Reason string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
 	// What is known about the reason, for a person.
@@ -1680,11 +1683,11 @@ type SandboxInfo struct {
 	ExpiresAtUnix int64 `protobuf:"varint,12,opt,name=expires_at_unix,json=expiresAtUnix,proto3" json:"expires_at_unix,omitempty"`
 	// What happens when it expires: destroy or hibernate.
 	OnTimeout string `protobuf:"bytes,13,opt,name=on_timeout,json=onTimeout,proto3" json:"on_timeout,omitempty"`
-	// What it may reach, if that is not the host's setting alone.
+	// What it may reach, if that is not the host's policy alone.
 	Network *NetworkPolicy `protobuf:"bytes,14,opt,name=network,proto3" json:"network,omitempty"`
 	// Absent while it has no network.
 	Traffic *NetworkTraffic `protobuf:"bytes,15,opt,name=traffic,proto3" json:"traffic,omitempty"`
-	// Whom its programs run as if a call names nobody.
+	// User whose programs run in the sandbox if a call names no user.
 	User          string `protobuf:"bytes,16,opt,name=user,proto3" json:"user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

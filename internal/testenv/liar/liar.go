@@ -188,7 +188,7 @@ func (c *Canary) Hits() []string {
 	return append([]string(nil), c.hits...)
 }
 
-// Growth runs f and returns by how many bytes the heap grew at most meanwhile.
+// Growth runs f and returns by how many bytes the heap grew at most while f ran.
 func Growth(f func()) int64 {
 	runtime.GC()
 	before, peak := heap(), int64(0)

@@ -16,13 +16,13 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
-// Picture is what exists on this machine that a sandbox host could leave
+// Inventory is what exists on this machine that a sandbox host could leave
 // behind, a line each: processes, namespaces, links, routes, nftables objects,
 // mounts, loop devices, cgroups, runtime files, and this process's own file
 // descriptors.
-type Picture map[string]bool
+type Inventory map[string]bool
 
-// NoLeaks takes the picture now and again when the test has ended, and fails
+// NoLeaks takes an inventory now and another when the test has ended, and fails
 // the test if they differ. Only lines that contain marker count, so that tests
 // beside each other do not disturb; an empty marker counts every line. What is
 // still on its way out gets two seconds.
@@ -30,14 +30,14 @@ func NoLeaks(t testing.TB, marker string) {
 	t.Helper()
 	before, err := Take(marker)
 	if err != nil {
-		t.Fatalf("take picture: %v", err)
+		t.Fatalf("take inventory: %v", err)
 	}
 	t.Cleanup(func() {
 		var diff []string
 		for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 			after, err := Take(marker)
 			if err != nil {
-				t.Errorf("take picture: %v", err)
+				t.Errorf("take inventory: %v", err)
 				return
 			}
 			if diff = before.Diff(after); len(diff) == 0 {
@@ -51,9 +51,9 @@ func NoLeaks(t testing.TB, marker string) {
 	})
 }
 
-// Diff lists what is in only one of the pictures: "- " was there before,
+// Diff lists what is in only one of the inventories: "- " was there before,
 // "+ " has come.
-func (p Picture) Diff(after Picture) []string {
+func (p Inventory) Diff(after Inventory) []string {
 	var out []string
 	for line := range p {
 		if !after[line] {
@@ -69,12 +69,12 @@ func (p Picture) Diff(after Picture) []string {
 	return out
 }
 
-// Lines returns the picture sorted.
-func (p Picture) Lines() []string { return slices.Sorted(maps.Keys(p)) }
+// Lines returns the inventory sorted.
+func (p Inventory) Lines() []string { return slices.Sorted(maps.Keys(p)) }
 
-// Take takes the picture of the lines that contain marker. It is taken again
-// while somebody's changes cut one of the kernel's lists short.
-func Take(marker string) (p Picture, err error) {
+// Take returns the lines of the inventory that contain marker. It starts again if
+// the kernel says that a change cut one of its lists short.
+func Take(marker string) (p Inventory, err error) {
 	for range 20 {
 		if p, err = take(marker); !errors.Is(err, netlink.ErrDumpInterrupted) {
 			break
@@ -83,8 +83,8 @@ func Take(marker string) (p Picture, err error) {
 	return p, err
 }
 
-func take(marker string) (Picture, error) {
-	p := Picture{}
+func take(marker string) (Inventory, error) {
+	p := Inventory{}
 	add := func(format string, args ...any) {
 		if line := fmt.Sprintf(format, args...); strings.Contains(line, marker) {
 			p[line] = true
@@ -109,7 +109,7 @@ func processes(add func(string, ...any)) error {
 	for _, dir := range dirs {
 		cmdline, err := os.ReadFile(dir + "/cmdline")
 		if err != nil || len(cmdline) == 0 {
-			continue // gone meanwhile, or a kernel thread
+			continue // it has ended, or is a kernel thread
 		}
 		argv := strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00")
 		name := filepath.Base(argv[0])

@@ -72,8 +72,8 @@ var mayImport = map[string][]string{
 
 // forbidden are packages that a package must not import.
 var forbidden = map[string][]string{
-	"internal/sandbox":  {"net/http", "connectrpc.com/connect", "internal/atomicfile"},
-	"internal/network":  {"os/exec", "internal/atomicfile"},
+	"internal/sandbox":  {"net/http", "connectrpc.com/connect"},
+	"internal/network":  {"os/exec"},
 	"internal/guestapi": {"net/http", "encoding/json"},
 	"internal/client":   {"github.com/spf13/cobra", "flag"},
 }

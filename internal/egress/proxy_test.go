@@ -687,7 +687,7 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(question("evil.example.", dnsmessage.TypeTXT, 1))
 	f.Add([]byte{0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0xc0, 12, 0, 1, 0, 1})
 	// Without resolvers, so that only refusals and errors can come.
-	p := &Proxy{cfg: Config{Log: discard}, logged: newRate(logRate), policies: []parsedPolicy{parse(Policy{Allow: []string{"good.example"}})}}
+	p := &Proxy{cfg: Config{Log: discard, Shared: NewShared(1)}, logged: newRate(logRate), policies: []parsedPolicy{parse(Policy{Allow: []string{"good.example"}})}}
 	f.Fuzz(func(t *testing.T, query []byte) {
 		msg := p.answer(t.Context(), query, true)
 		if msg == nil {

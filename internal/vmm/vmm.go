@@ -82,7 +82,7 @@ type Staller interface {
 	// Stalled says why the VMM has stopped the VM, and is nil if it has not:
 	// errdefs.Exhausted if the host's disk is full, another error otherwise.
 	// With an err the VM could not be asked. A VM that can never go on, because
-	// its VMM has failed, is errdefs.Corrupt.
+	// its VMM has failed, is no stalled one: the driver ends it.
 	Stalled(ctx context.Context) (why, err error)
 }
 

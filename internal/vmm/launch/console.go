@@ -13,53 +13,54 @@ import (
 )
 
 const (
-	// pipeSuffix is added to a file's name for the pipe that leads to it.
+	// pipeSuffix makes a file's name the name of the pipe that leads to it.
 	pipeSuffix = ".pipe"
-	// outletBytes is how much is taken out of a pipe at a time.
+	// outletBytes is how much is read from a pipe at a time.
 	outletBytes = 64 << 10
-	// outletPace is the time between two reads, and floodPace that after one
-	// that found as much as it could take: a guest that prints without end
-	// costs the agent 1.3 MB/s and no more.
+	// outletPace is the time between two reads. floodPace is that time after a
+	// read that filled its buffer, so that a guest that prints without end costs
+	// the agent at most 1.3 MB/s.
 	outletPace = 5 * time.Millisecond
 	floodPace  = 50 * time.Millisecond
 )
 
 // outlet carries what a program prints from a named pipe into a file, and keeps
-// that file within its bound. A program cannot fill a disk that way: while no
-// agent reads, what it prints is lost, but for the 64 KiB that the pipe holds,
-// and it does not wait for a reader.
+// that file within its bound, so that a program cannot fill a disk. While no agent
+// reads, the pipe holds 64 KiB of the output and the rest is lost: the program
+// does not wait for a reader.
 type outlet struct {
-	file *os.File
-	pipe *os.File
-	quit chan struct{} // closed by close
-	done chan struct{} // closed when nothing is carried any more
+	file    *os.File
+	pipe    *os.File
+	carried func()        // called after a write into the file; may be nil
+	quit    chan struct{} // closed by close
+	done    chan struct{} // closed when carry has ended
 }
 
 // makeOutlet makes the pipe and returns the end that the program writes to,
 // which the caller closes.
-func makeOutlet(pipe, path string) (*outlet, *os.File, error) {
+func makeOutlet(pipe, path string, carried func()) (*outlet, *os.File, error) {
 	if err := os.Remove(pipe); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, nil, err
 	}
 	if err := unix.Mkfifo(pipe, 0o600); err != nil {
 		return nil, nil, fmt.Errorf("make pipe: %w", err)
 	}
-	o, err := openOutlet(pipe, path)
+	o, err := openOutlet(pipe, path, carried)
 	if err != nil {
 		return nil, nil, errors.Join(err, os.Remove(pipe))
 	}
-	// Non-blocking for the program, too.
+	// The pipe does not block the program either.
 	fd, err := unix.Open(pipe, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("open pipe: %w", err), o.pipe.Close(), o.file.Close(), os.Remove(pipe))
 	}
-	go o.carry() // a pipe without a writer would be at its end
+	go o.carry() // not before: a pipe without a writer is at its end
 	return o, os.NewFile(uintptr(fd), pipe), nil
 }
 
 // takeOutlet carries on from the pipe of a program that runs.
-func takeOutlet(pipe, path string) (*outlet, error) {
-	o, err := openOutlet(pipe, path)
+func takeOutlet(pipe, path string, carried func()) (*outlet, error) {
+	o, err := openOutlet(pipe, path, carried)
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +68,7 @@ func takeOutlet(pipe, path string) (*outlet, error) {
 	return o, nil
 }
 
-func openOutlet(pipe, path string) (*outlet, error) {
+func openOutlet(pipe, path string, carried func()) (*outlet, error) {
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -76,10 +77,10 @@ func openOutlet(pipe, path string) (*outlet, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open pipe: %w", err), file.Close())
 	}
-	return &outlet{file: file, pipe: in, quit: make(chan struct{}), done: make(chan struct{})}, nil
+	return &outlet{file: file, pipe: in, carried: carried, quit: make(chan struct{}), done: make(chan struct{})}, nil
 }
 
-// carry ends when the program has, or by close.
+// carry ends when the program has ended or close is called.
 func (o *outlet) carry() {
 	defer close(o.done)
 	defer o.pipe.Close()
@@ -95,9 +96,12 @@ func (o *outlet) carry() {
 		}
 		n, err := o.pipe.Read(buf)
 		if n > 0 {
-			// What the disk does not take is lost, as without an agent.
+			// What the disk does not take is lost, as it is without an agent.
 			_, _ = o.file.Write(buf[:n])
 			_ = trim(o.file.Name(), vmm.MaxConsoleBytes)
+			if o.carried != nil {
+				o.carried()
+			}
 		}
 		if err != nil {
 			return
@@ -110,14 +114,15 @@ func (o *outlet) carry() {
 	}
 }
 
-// drain returns when all that a program printed that has ended is in the file.
+// drain returns when all that a program printed, which has ended, is in the file.
 func (o *outlet) drain() {
-	// Its end is the pipe's, unless something else has it open.
+	// The pipe is at its end when no process has it open. Another process than
+	// the program might, so the wait is bounded.
 	_ = o.pipe.SetReadDeadline(time.Now().Add(time.Second))
 	<-o.done
 }
 
-// close leaves the rest to the next agent.
+// close ends carry and leaves the rest of the output to the next agent.
 func (o *outlet) close() {
 	close(o.quit)
 	_ = o.pipe.SetReadDeadline(time.Unix(1, 0))
@@ -126,10 +131,10 @@ func (o *outlet) close() {
 
 const trimmedMarker = "[earlier output was cut]\n"
 
-// trim cuts a file that has grown beyond limit to its last half, from a line's
-// beginning where there is one. Whoever appends to it (O_APPEND) goes on
-// undisturbed; what it writes during the cut may be lost, or stand before what
-// was kept. No file is no error.
+// trim cuts a file that has grown beyond limit to its last half, from the beginning
+// of a line where there is one. A program that appends to the file (O_APPEND) goes
+// on undisturbed; what the program writes during the cut may be lost, or stand
+// before what was kept. No file is no error.
 func trim(path string, limit int64) error {
 	info, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) || err == nil && info.Size() <= limit {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +38,8 @@ type Process struct {
 	// opener gives the process its read-only file; nil if it has none.
 	opener  *opener
 	outlets []*outlet
+	printed chan struct{}
+	failed  atomic.Bool // Fail was called
 
 	ended   chan struct{} // closed when the watcher has ended
 	done    chan struct{}
@@ -54,13 +57,17 @@ func Adopt(ctx context.Context, ref Ref) (*Process, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{ref: ref}
+	p := &Process{ref: ref, printed: make(chan struct{}, 1)}
 	for _, to := range ref.prints() {
 		if to.pipe == "" {
 			continue
 		}
+		var carried func()
+		if to.path == ref.Log {
+			carried = notify(p.printed)
+		}
 		// A process whose pipe is gone runs on; only its output is lost.
-		if o, err := takeOutlet(to.pipe, to.path); err == nil {
+		if o, err := takeOutlet(to.pipe, to.path, carried); err == nil {
 			p.outlets = append(p.outlets, o)
 		}
 	}
@@ -85,6 +92,7 @@ func watch(p *Process, pidfd int) (*Process, error) {
 // wait is the watcher. It ends when the process has exited or was released.
 func (p *Process) wait() {
 	defer close(p.ended)
+	defer close(p.printed) // no outlet sends any more then
 	defer p.pidfd.Close()
 	for {
 		p.trim()
@@ -119,6 +127,9 @@ func (p *Process) wait() {
 		console, _ = vmm.Tail(p.ref.Console, lastConsole) // likewise
 	}
 	p.exit.Cause = causeOf(p.exit, oomKilled, console)
+	if p.failed.Load() {
+		p.exit.Cause = vmm.VMMFailed
+	}
 }
 
 // finishOutput brings into the files what the process, which has exited, printed
@@ -171,6 +182,31 @@ func (p *Process) trim() {
 			_ = trim(to.path, vmm.MaxConsoleBytes) // the next look tries again
 		}
 	}
+}
+
+// notify returns a function that sends to a channel with room for one value, unless
+// a value waits there already.
+func notify(c chan<- struct{}) func() {
+	return func() {
+		select {
+		case c <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Printed receives a value after the program has printed to its log. It is closed
+// when the process has ended or was released.
+func (p *Process) Printed() <-chan struct{} { return p.printed }
+
+// Fail ends a process whose VM can never go on. The exit's cause is then
+// vmm.VMMFailed. Fail does not wait for the end.
+func (p *Process) Fail() error {
+	p.failed.Store(true)
+	if err := p.signal(unix.SIGKILL); err != nil {
+		return fmt.Errorf("kill process %d: %w", p.ref.PID, err)
+	}
+	return nil
 }
 
 // Ref is what Adopt needs.

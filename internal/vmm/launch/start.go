@@ -23,7 +23,7 @@ import (
 // The program is watched until it has exited. After an error nothing of it is
 // left, except its log.
 func Start(p Program) (_ *Process, err error) {
-	s := starting{Program: p, pidfd: -1}
+	s := starting{Program: p, printed: make(chan struct{}, 1), pidfd: -1}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("launch %s: %w", filepath.Base(p.Args[0]), err), s.steps.Unwind(context.Background()))
@@ -43,7 +43,7 @@ func Start(p Program) (_ *Process, err error) {
 	ref.LogPipe, ref.ConsolePipe = s.logPipe, s.consolePipe
 	pidfd := s.pidfd
 	s.pidfd = -1 // watch takes it over
-	process, err := watch(&Process{ref: ref, child: true, opener: s.opener, outlets: s.outlets}, pidfd)
+	process, err := watch(&Process{ref: ref, child: true, opener: s.opener, outlets: s.outlets, printed: s.printed}, pidfd)
 	if err != nil {
 		return nil, err
 	}
@@ -59,6 +59,7 @@ type starting struct {
 	stdin, stdout, stderr *os.File
 	logPipe, consolePipe  string
 	outlets               []*outlet
+	printed               chan struct{}
 	copies                []*os.File // the program has its own once it runs
 
 	group    cgroup
@@ -83,20 +84,20 @@ func (s *starting) openOutput() (err error) {
 	s.copies = append(s.copies, s.stdin)
 	s.stdout, s.stderr = s.stdin, s.stdin
 	if s.Log != "" {
-		if s.logPipe, s.stderr, err = s.openOutlet(s.Log); err != nil {
+		if s.logPipe, s.stderr, err = s.openOutlet(s.Log, notify(s.printed)); err != nil {
 			return err
 		}
 		s.stdout = s.stderr
 	}
 	if s.Console != "" {
-		s.consolePipe, s.stdout, err = s.openOutlet(s.Console)
+		s.consolePipe, s.stdout, err = s.openOutlet(s.Console, nil)
 	}
 	return err
 }
 
-func (s *starting) openOutlet(path string) (pipe string, write *os.File, err error) {
+func (s *starting) openOutlet(path string, carried func()) (pipe string, write *os.File, err error) {
 	pipe = filepath.Join(cmp.Or(s.RunDir, filepath.Dir(path)), filepath.Base(path)) + pipeSuffix
-	o, write, err := makeOutlet(pipe, path)
+	o, write, err := makeOutlet(pipe, path, carried)
 	if err != nil {
 		return "", nil, err
 	}

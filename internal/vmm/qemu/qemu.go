@@ -22,6 +22,10 @@ const Name = "qemu"
 // loadPoll is the time between two questions whether a VM has been restored.
 const loadPoll = time.Millisecond
 
+// logPace is the least time between two questions for a VM's state that messages in
+// QEMU's log cause.
+const logPace = time.Second
+
 // Config says what a Driver works with.
 type Config struct {
 	// Binary is qemu-system-x86_64's path or its name in PATH; empty for that
@@ -132,6 +136,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		return nil, err
 	}
 	steps.Keep()
+	go v.watch()
 	return v, nil
 }
 
@@ -159,10 +164,41 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 		return nil, err
 	}
 	v.VM = base
-	if _, err := v.status(ctx); err != nil {
+	status, err := v.status(ctx)
+	if err != nil {
 		return nil, v.GiveUp(ctx, err)
 	}
+	go v.watch()
+	if v.endIfFailed(status) {
+		return nil, errdefs.NotFound.Errorf("attach: the VMM has failed: vm is %s", status)
+	}
 	return v, nil
+}
+
+// watch ends a VM whose VMM has failed. QEMU keeps such a VM, and writes to its log
+// what has happened; so watch asks for the VM's state after each message in the log.
+// watch ends with the process, or when that is released.
+func (v *vm) watch() {
+	for range v.Printed() {
+		status, err := v.status(context.Background())
+		if err == nil && v.endIfFailed(status) {
+			continue // until the process has ended
+		}
+		// A log that grows without end leads to a question each logPace.
+		select {
+		case <-time.After(logPace):
+		case <-v.Done():
+		}
+	}
+}
+
+// endIfFailed ends the VMM if its VM can never go on, and says whether it did.
+func (v *vm) endIfFailed(status string) bool {
+	if status != statusInternalError {
+		return false
+	}
+	_ = v.Fail() // a VMM that cannot be killed is found by the next question
+	return true
 }
 
 // state is the driver's part of a handle.
@@ -230,6 +266,9 @@ func is(status, want string) bool {
 func (v *vm) Stalled(ctx context.Context) (why, err error) {
 	err = v.with(ctx, callTimeout, func(m *monitor) error {
 		status, err := m.status()
+		if err == nil && v.endIfFailed(status) {
+			return errdefs.Unavailable.Errorf("the VMM has failed: vm is %s", status)
+		}
 		if err != nil || status != statusIOError {
 			return err
 		}

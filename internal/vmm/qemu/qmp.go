@@ -36,8 +36,11 @@ const (
 	statusRunning   = "running"
 	statusPaused    = "paused"
 	statusInMigrate = "inmigrate"
-	// statusIOError is a VM that QEMU stopped because a disk took no more.
+	// statusIOError is a VM that QEMU stopped because a disk did not take a write.
 	statusIOError = "io-error"
+	// statusInternalError is a VM that QEMU stopped because KVM cannot run it on.
+	// It can only be reset.
+	statusInternalError = "internal-error"
 )
 
 // refusal is QEMU's own no: the call has had no effect.

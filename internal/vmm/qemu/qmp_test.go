@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/launch"
 )
 
@@ -191,5 +192,50 @@ func TestAnswerToAnother(t *testing.T) {
 	}))
 	if status, err := v.status(t.Context()); err != nil || status != statusPaused {
 		t.Errorf("status %q, %v", status, err)
+	}
+}
+
+// A VM that KVM cannot run on is ended at once, as its VMM's failure, whether this
+// agent sees it happen, finds it so or asks for something else.
+func TestInternalError(t *testing.T) {
+	for name, find := range map[string]func(t *testing.T, v *vm){
+		"log": func(*testing.T, *vm) {},
+		"stalled": func(t *testing.T, v *vm) {
+			if why, err := v.Stalled(t.Context()); why != nil || !errors.Is(err, errdefs.Unavailable) {
+				t.Errorf("stalled: %v, %v", why, err)
+			}
+		},
+		"attach": func(t *testing.T, v *vm) {
+			if _, err := New(Config{}).Attach(t.Context(), v.Handle()); !errors.Is(err, errdefs.NotFound) {
+				t.Errorf("attach: %v, want not found", err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := monitorOf(t, greeting, func(string) string { return `{"return": {"status": "internal-error"}}` })
+			script := "exec sleep 60"
+			if name == "log" {
+				script = "echo 'KVM internal error. Suberror: 1' >&2; " + script
+			}
+			process, err := launch.Start(launch.Program{Args: []string{"/bin/sh", "-c", script}, Log: filepath.Join(t.TempDir(), launch.LogName)})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { process.Kill(context.Background()) })
+			v := newVM(process, "7.2.22", state{Process: process.Ref(), QMP: path})
+			if name == "log" {
+				go v.watch()
+			}
+			find(t, v)
+			select {
+			case <-v.Done():
+			case <-time.After(10 * time.Second):
+				t.Fatal("the VM is still there")
+			}
+			// An agent learns the cause from the driver that ended the VM.
+			if exit := v.Exit(); name != "attach" && exit.Cause != vmm.VMMFailed {
+				t.Errorf("it %s", exit)
+			}
+		})
 	}
 }

@@ -3,8 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -57,24 +55,6 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
 		User: s.user, Envs: env,
 	}, nil
-}
-
-// parseMiB reads a size as docker writes it; a bare number is MiB.
-func parseMiB(s string) (int32, error) {
-	text := strings.ToLower(strings.TrimSpace(s))
-	text = strings.TrimSuffix(strings.TrimSuffix(text, "b"), "i")
-	factor := 1.0
-	switch {
-	case strings.HasSuffix(text, "g"):
-		factor, text = 1024, strings.TrimSuffix(text, "g")
-	case strings.HasSuffix(text, "m"):
-		text = strings.TrimSuffix(text, "m")
-	}
-	n, err := strconv.ParseFloat(text, 64)
-	if err != nil || n*factor < 1 || n*factor > 1<<30 {
-		return 0, fmt.Errorf("memory %q is not a size: give MiB, or a number with m or g", s)
-	}
-	return int32(n * factor), nil
 }
 
 // wholeSeconds is a timeout as the API counts it.

@@ -54,6 +54,9 @@ func (s *Sandbox) request(req *http.Request) (*http.Response, error) {
 		if cause := context.Cause(req.Context()); cause != nil {
 			return nil, cause
 		}
+		if coded := new(connect.Error); errors.As(err, &coded) {
+			return nil, coded // the agent's own, which had no token
+		}
 		return nil, connect.NewError(connect.CodeUnavailable, foreign(err))
 	}
 	if resp.StatusCode/100 == 2 {

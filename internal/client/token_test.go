@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"connectrpc.com/connect"
+	gocmp "github.com/google/go-cmp/cmp"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/process"
@@ -25,8 +26,9 @@ func TestClientShowsTheToken(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if n := a.Looks.Load(); n != 1 {
-		t.Errorf("the agent was asked %d times", n)
+	want := []string{"GetSandbox"}
+	if diff := gocmp.Diff(want, a.Calls()); diff != "" {
+		t.Error(diff)
 	}
 	h, err := New(url)
 	if err != nil {
@@ -35,8 +37,10 @@ func TestClientShowsTheToken(t *testing.T) {
 	if made, err := h.Create(t.Context(), &hostagentv1.CreateSandboxRequest{}); err != nil || made.AccessToken != secret {
 		t.Fatalf("%v, %v", made, err)
 	}
-	if _, err := h.Sandbox(clienttest.ID).Usage(t.Context()); err != nil || a.Looks.Load() != 1 {
-		t.Errorf("%v; asked %d times after a create", err, a.Looks.Load())
+	want = append(want, "CreateSandbox")
+	_, err = h.Sandbox(clienttest.ID).Usage(t.Context())
+	if diff := gocmp.Diff(want, a.Calls()); diff != "" || err != nil {
+		t.Errorf("%v, %s", err, diff)
 	}
 }
 

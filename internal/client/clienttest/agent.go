@@ -11,9 +11,10 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"path"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -53,12 +54,10 @@ type Agent struct {
 
 	// Received is what was sent to /files, or to a command.
 	Received []byte
-	// Signals are those that were sent to commands.
-	Signals []process.Signal
-	// Looks counts the calls of GetSandbox.
-	Looks atomic.Int64
 
-	mu       sync.Mutex    // guards Status and Signals once it serves
+	mu       sync.Mutex // guards Status once it serves, and signals and calls
+	signals  []process.Signal
+	calls    []string
 	Status   string        // of the sandbox; "running" if empty, "gone" if it does not exist
 	fed      chan struct{} // that the end of a command's input has come
 	signaled chan struct{} // that a command was sent a signal
@@ -69,7 +68,7 @@ func (a *Agent) Serve(t testing.TB) string {
 	t.Helper()
 	a.fed, a.signaled = make(chan struct{}, 1), make(chan struct{}, 10)
 	mux := http.NewServeMux()
-	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(a, connect.WithInterceptors(failing{a})))
+	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(a, connect.WithInterceptors(watching{a})))
 	guest := http.NewServeMux()
 	guest.Handle(processconnect.NewProcessHandler(a))
 	guest.Handle(filesystemconnect.NewFilesystemHandler(a))
@@ -93,28 +92,28 @@ func (a *Agent) Serve(t testing.TB) string {
 	return server.URL
 }
 
-// failing answers every call with Agent.Err.
-type failing struct{ *Agent }
+// watching notes every call, and answers it with Agent.Err.
+type watching struct{ *Agent }
 
-func (f failing) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+func (w watching) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, r connect.AnyRequest) (connect.AnyResponse, error) {
-		if f.Err != nil {
-			return nil, f.Err
+		if err := w.called(r.Spec().Procedure); err != nil {
+			return nil, err
 		}
 		return next(ctx, r)
 	}
 }
 
-func (f failing) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+func (w watching) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
-		if f.Err != nil {
-			return f.Err
+		if err := w.called(conn.Spec().Procedure); err != nil {
+			return err
 		}
 		return next(ctx, conn)
 	}
 }
 
-func (f failing) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+func (w watching) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
 	return next
 }
 
@@ -148,6 +147,27 @@ func (a *Agent) metrics(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// Signaled are the signals that were sent to commands.
+func (a *Agent) Signaled() []process.Signal {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.signals)
+}
+
+// Calls are the names of the agent's own calls that were made.
+func (a *Agent) Calls() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.calls)
+}
+
+func (a *Agent) called(procedure string) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.calls = append(a.calls, path.Base(procedure))
+	return a.Err
+}
+
 // SetStatus sets Status while it serves.
 func (a *Agent) SetStatus(status string) {
 	a.mu.Lock()
@@ -171,7 +191,6 @@ type (
 )
 
 func (a *Agent) GetSandbox(context.Context, request[v1.GetSandboxRequest]) (response[v1.GetSandboxResponse], error) {
-	a.Looks.Add(1)
 	box := a.sandbox()
 	if box.Status == "gone" {
 		return nil, connect.NewError(connect.CodeNotFound, errors.New("sandbox does not exist"))
@@ -282,7 +301,7 @@ func (a *Agent) StreamInput(
 func (a *Agent) SendSignal(_ context.Context, r request[process.SendSignalRequest]) (response[process.SendSignalResponse], error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.Signals = append(a.Signals, r.Msg.Signal)
+	a.signals = append(a.signals, r.Msg.Signal)
 	a.signaled <- struct{}{}
 	return connect.NewResponse(&process.SendSignalResponse{}), nil
 }

@@ -1,0 +1,202 @@
+package main
+
+import (
+	"errors"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect"
+	gocmp "github.com/google/go-cmp/cmp"
+
+	"git.omukk.dev/wrenn/sandbox/api/process"
+	"git.omukk.dev/wrenn/sandbox/internal/client/clienttest"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
+)
+
+// verbs are all commands that ask the agent, as far as arguments go.
+func verbs() [][]string {
+	id := clienttest.ID
+	return [][]string{
+		{"create"}, {"run", "true"}, {"exec", id, "true"}, {"shell", id}, {"cp", id + ":/x", "-"}, {"cp", "/proc/self/comm", id + ":/x"},
+		{"top", id}, {"port", id, "80"}, {"ps"}, {"exec", "012", "true"}, {"pause", id}, {"resume", id}, {"recover", id}, {"fork", id},
+		{"snapshot", id}, {"snapshot", "rm", "x"}, {"snapshots"}, {"rm", id}, {"rm", "--all"}, {"timeout", id, "1m"},
+		{"network", id}, {"network", id, "--reset"}, {"inspect", id}, {"inspect", "--token", id}, {"logs", id}, {"events"}, {"verify"},
+	}
+}
+
+// ends runs wrenn in this process against an agent, and returns what it prints,
+// the message that it would end with, and its status.
+func ends(t *testing.T, agent string, args ...string) (printed, message string, status int) {
+	t.Helper()
+	printed, err := inProcess(t, append([]string{"--host", agent}, args...)...)
+	if err == nil {
+		return printed, "", 0
+	}
+	status, quiet := exitStatus(t.Context(), err)
+	if !quiet {
+		message = explain(err)
+	}
+	return printed, message, status
+}
+
+// An error of the agent ends every command with 1 and a message that has the
+// text and the code, whatever its class.
+func TestErrorsOfTheAgent(t *testing.T) {
+	codes := map[string]connect.Code{"internal": connect.CodeInternal}
+	for _, class := range errdefs.Classes() {
+		code := errhttp.OfClass(class).Code
+		codes[code.String()] = code
+	}
+	for name, code := range codes {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			url := (&clienttest.Agent{Err: connect.NewError(code, errors.New("no luck today"))}).Serve(t)
+			for _, args := range verbs() {
+				printed, said, status := ends(t, url, args...)
+				if !strings.HasPrefix(said, "no luck today") || !strings.Contains(said, "("+name+")") || printed != "" || status != 1 {
+					t.Errorf("%q: %d, %q, %q", args, status, said, printed)
+				}
+			}
+		})
+	}
+}
+
+// A command that the guest cannot start ends as it would in a shell.
+func TestCommandsThatDoNotStart(t *testing.T) {
+	for _, class := range errdefs.Classes() {
+		row := errhttp.OfClass(class)
+		fail := connect.NewError(row.Code, errors.New("exec: no"))
+		for _, args := range [][]string{{"exec", clienttest.ID, "x"}, {"run", "x"}, {"shell", clienttest.ID}} {
+			_, said, status := ends(t, (&clienttest.Agent{Fail: fail}).Serve(t), args...)
+			if want := "exec: no (" + row.Code.String() + ")"; said != want || status != row.NotStarted {
+				t.Errorf("%v, %q: status %d, want %d; %q, want %q", class, args, status, row.NotStarted, said, want)
+			}
+		}
+	}
+}
+
+// The status of a command is that of the program.
+func TestStatusOfACommand(t *testing.T) {
+	for _, want := range []int{0, 3, 255} {
+		url := (&clienttest.Agent{Exit: int32(want), Archive: []byte("out"), Stderr: "err"}).Serve(t)
+		for _, args := range [][]string{{"exec", clienttest.ID, "x"}, {"run", "--", "x"}, {"shell", clienttest.ID}} {
+			if args[0] == "shell" {
+				want = 0 // it reads commands from stdin until its end, and then ends well
+				url = (&clienttest.Agent{Archive: []byte("out"), Stderr: "err"}).Serve(t)
+			}
+			stdout, stderr, status := wrenn(t, url, args...)
+			if stdout != "out" || stderr != "err" || status != want {
+				t.Errorf("%q: %q, %q, status %d, want %d", args, stdout, stderr, status, want)
+			}
+		}
+	}
+}
+
+// A signal ends the command in the sandbox, and the status says which it was.
+// What runs in a sandbox of its own is destroyed all the same.
+func TestSignals(t *testing.T) {
+	for _, args := range [][]string{{"exec", clienttest.ID, "x"}, {"run", "x"}} {
+		for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+			a := &clienttest.Agent{Archive: []byte("started\n"), Endless: true}
+			cmd := program(t, a.Serve(t), args...)
+			var stderr strings.Builder
+			cmd.Stderr = &stderr
+			stdout, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			buf := make([]byte, 8)
+			if _, err := stdout.Read(buf); err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Process.Signal(sig); err != nil {
+				t.Fatal(err)
+			}
+			_ = cmd.Wait()
+			if got := cmd.ProcessState.ExitCode(); got != 128+int(sig) || stderr.String() != "" {
+				t.Errorf("%q, %v: status %d, %q", args, sig, got, &stderr)
+			}
+			if diff := gocmp.Diff([]process.Signal{process.Signal_SIGNAL_SIGTERM}, a.Signaled()); diff != "" {
+				t.Errorf("%q, %v: the command got other signals: %s", args, sig, diff)
+			}
+			if got := slices.Contains(a.Calls(), "DestroySandbox"); got != (args[0] == "run") {
+				t.Errorf("%q, %v: destroyed: %v", args, sig, got)
+			}
+		}
+	}
+}
+
+// Without an agent, a command says what to do.
+func TestNoAgent(t *testing.T) {
+	for _, args := range verbs() {
+		_, said, status := ends(t, nowhere, args...)
+		if status != 1 || !strings.Contains(said, "no host agent answers") || !strings.Contains(said, "`wrenn serve`") {
+			t.Errorf("%q: %d, %q", args, status, said)
+		}
+	}
+	if stdout, _, status := wrenn(t, nowhere, "version"); status != 0 || !strings.Contains(stdout, "no host agent answers") {
+		t.Errorf("version: %d, %q", status, stdout)
+	}
+}
+
+// --force takes a thing that does not exist for done, and no other error.
+func TestForce(t *testing.T) {
+	for code, want := range map[connect.Code]int{connect.CodeNotFound: 0, connect.CodeInternal: 1} {
+		url := (&clienttest.Agent{Err: connect.NewError(code, errors.New("no"))}).Serve(t)
+		for _, args := range [][]string{{"rm", "-f", clienttest.ID}, {"snapshot", "rm", "-f", "x"}} {
+			if _, stderr, status := wrenn(t, url, args...); status != want {
+				t.Errorf("%q, %v: status %d, %q", args, code, status, stderr)
+			}
+		}
+	}
+}
+
+// An error among several does not keep the others from being done.
+func TestSeveral(t *testing.T) {
+	url := (&clienttest.Agent{}).Serve(t)
+	stdout, stderr, status := wrenn(t, url, "pause", "ffff", clienttest.ID, "eeee")
+	if stdout != clienttest.ID+"\n" || strings.Count(stderr, "`wrenn ps` lists them\n") != 2 || status != 1 {
+		t.Errorf("%q, %q, %d", stdout, stderr, status)
+	}
+}
+
+// A running command passes on its environment's variables, and what it is told.
+func TestVariables(t *testing.T) {
+	t.Setenv("WRENN_TEST_PASSED", "on")
+	os.Unsetenv("WRENN_TEST_MISSING")
+	got, err := variables([]string{"A=1", "B=", "C=a=b", "WRENN_TEST_PASSED", "WRENN_TEST_MISSING", "A=2"})
+	want := map[string]string{"A": "2", "B": "", "C": "a=b", "WRENN_TEST_PASSED": "on"}
+	if diff := gocmp.Diff(want, got); diff != "" || err != nil {
+		t.Errorf("%v, %s", err, diff)
+	}
+}
+
+func TestParseMiB(t *testing.T) {
+	for text, want := range map[string]int32{
+		"512": 512, "512m": 512, "512M": 512, "512MB": 512, "512MiB": 512, "2g": 2048, "2G": 2048, "2GiB": 2048, "1.5g": 1536, " 1g ": 1024,
+		"": -1, "0": -1, "-1": -1, "m": -1, "1k": -1, "1t": -1, "NaN": -1, "Inf": -1, "1e30": -1, "two": -1,
+	} {
+		if got, err := parseMiB(text); (err != nil) != (want < 0) || err == nil && got != want {
+			t.Errorf("%q: %d, %v; want %d", text, got, err, want)
+		}
+	}
+}
+
+func TestRough(t *testing.T) {
+	for d, want := range map[time.Duration]string{
+		-time.Second: "0 seconds", 119 * time.Second: "119 seconds", 2 * time.Minute: "2 minutes", 119 * time.Minute: "119 minutes",
+		2 * time.Hour: "2 hours", 47 * time.Hour: "47 hours", 48 * time.Hour: "2 days", 1000 * time.Hour: "41 days",
+	} {
+		if got := rough(d); got != want {
+			t.Errorf("%v: %q, want %q", d, got, want)
+		}
+	}
+}

@@ -232,10 +232,18 @@ func (v *vm) Resume(ctx context.Context) error {
 func (v *vm) change(ctx context.Context, what, command, want string) error {
 	return v.Change(ctx, what, func() error {
 		return v.with(ctx, callTimeout, func(m *monitor) error {
-			if err := m.call(command, nil, nil); err != nil {
+			done, err := m.send(command, nil, nil)
+			if err != nil {
 				return err
 			}
-			status, err := m.status()
+			after, err := m.send(queryStatus, nil, nil)
+			if err != nil {
+				return err
+			}
+			if err := m.receive(command, done, nil); err != nil {
+				return err
+			}
+			status, err := m.receiveStatus(after)
 			if err == nil && !is(status, want) {
 				err = errdefs.WrongState.Errorf("vm is %s", status)
 			}

@@ -109,6 +109,12 @@ func (m *monitor) connect(path string) error {
 	m.conn, m.in = conn.(*net.UnixConn), &bounded{conn, maxAnswer}
 	m.dec = json.NewDecoder(m.in)
 	m.stop = context.AfterFunc(m.ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	// QEMU reads the first command after its greeting: it need not be waited for.
+	const first = "qmp_capabilities"
+	id, err := m.send(first, nil, nil)
+	if err != nil {
+		return err
+	}
 	var greeting struct {
 		QMP *json.RawMessage `json:"QMP"`
 	}
@@ -118,7 +124,7 @@ func (m *monitor) connect(path string) error {
 	if greeting.QMP == nil {
 		return errdefs.Unavailable.Errorf("the VMM's control socket does not speak QMP")
 	}
-	return m.call("qmp_capabilities", nil, nil)
+	return m.receive(first, id, nil)
 }
 
 func (m *monitor) close() {
@@ -137,19 +143,34 @@ func (m *monitor) call(command string, arguments, result any) error {
 
 // callWith passes descriptors along with the command.
 func (m *monitor) callWith(command string, arguments, result any, rights []byte) error {
+	id, err := m.send(command, arguments, rights)
+	if err != nil {
+		return err
+	}
+	return m.receive(command, id, result)
+}
+
+// send sends a command. QEMU runs one after the other: more may be sent before the
+// answer to the first is received.
+func (m *monitor) send(command string, arguments any, rights []byte) (id string, err error) {
 	// A command whose connection broke off may be answered on the next one.
-	id := rand.Text()
+	id = rand.Text()
 	request, err := json.Marshal(struct {
 		Execute   string `json:"execute"`
 		Arguments any    `json:"arguments,omitempty"`
 		ID        string `json:"id"`
 	}{command, arguments, id})
 	if err != nil {
-		return fmt.Errorf("qmp %s: %w", command, err)
+		return "", fmt.Errorf("qmp %s: %w", command, err)
 	}
 	if _, _, err := m.conn.WriteMsgUnix(append(request, '\n'), rights, nil); err != nil {
-		return fmt.Errorf("qmp %s: %w", command, m.broken(err))
+		return "", fmt.Errorf("qmp %s: %w", command, m.broken(err))
 	}
+	return id, nil
+}
+
+// receive reads up to the answer to a command that was sent.
+func (m *monitor) receive(command, id string, result any) error {
 	m.in.left = maxAnswer
 	for {
 		var reply struct {
@@ -186,12 +207,22 @@ func (m *monitor) broken(err error) error {
 	return vmm.Cancelled(m.ctx, errdefs.Unavailable.Errorf("the VMM does not answer: %s", errdefs.Foreign(err.Error())))
 }
 
-// status is query-status.
+const queryStatus = "query-status"
+
+// status asks for the VM's state.
 func (m *monitor) status() (string, error) {
+	id, err := m.send(queryStatus, nil, nil)
+	if err != nil {
+		return "", err
+	}
+	return m.receiveStatus(id)
+}
+
+func (m *monitor) receiveStatus(id string) (string, error) {
 	var s struct {
 		Status string `json:"status"`
 	}
-	err := m.call("query-status", nil, &s)
+	err := m.receive(queryStatus, id, &s)
 	return errdefs.Foreign(s.Status), err
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -85,10 +86,20 @@ func (v *vm) Snapshot(ctx context.Context, dir string) (err error) {
 		if !is(status, statusPaused) {
 			return errdefs.WrongState.Errorf("vm is %s, not paused", status)
 		}
-		if err := m.saveDevicesTo(filepath.Join(dir, snapfile.StateName)); err != nil {
-			return err
+		// A save of the devices changes no memory: QEMU's own migration copies the
+		// last of the memory before it saves them.
+		copying, cancel := context.WithCancel(m.ctx)
+		defer cancel()
+		var copied error
+		var wg sync.WaitGroup
+		wg.Go(func() { memory, copied = v.copyMemory(copying, filepath.Join(dir, snapfile.MemoryName)) })
+		if err = m.saveDevicesTo(filepath.Join(dir, snapfile.StateName)); err != nil {
+			cancel()
 		}
-		memory, err = v.copyMemory(m.ctx, filepath.Join(dir, snapfile.MemoryName))
+		wg.Wait()
+		if err == nil {
+			err = copied
+		}
 		return err
 	})
 	if exit, ok := v.Process.EndedBy(err); ok {

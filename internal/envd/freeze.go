@@ -36,8 +36,8 @@ type freezer struct {
 	// mu guards frozen, and serialises freezes and thaws.
 	mu     sync.Mutex
 	frozen bool
-	// cuts counts the thaws of machines that are another one than was frozen, or
-	// the same at a later time: requests from before are nobody's any more.
+	// cuts counts the thaws after a snapshot, in a copy or after a hibernation. A
+	// request from before has no caller any more.
 	cuts atomic.Int64
 }
 

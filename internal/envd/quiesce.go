@@ -37,8 +37,8 @@ const (
 	maxQuiet = 5 * time.Second
 )
 
-// quiesce brings what is written to the disk, before the host takes a picture
-// of it. With ?quiet=1 it waits, too, until the guest has nothing to do.
+// quiesce writes what is in memory to the disk, before the host makes a snapshot.
+// With ?quiet=1 it rehearses first and waits until the guest has nothing to do.
 func (s *Server) quiesce(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Query().Get(guestapi.QueryQuiet) != "" && s.guest {
 		s.rehearse(r.Context())
@@ -47,37 +47,35 @@ func (s *Server) quiesce(w http.ResponseWriter, r *http.Request) {
 	if s.guest {
 		unix.Sync()
 	}
-	// The connection would be in the picture.
+	// The connection would be in the snapshot.
 	w.Header().Set("Connection", "close")
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// rehearse does once what every clone does first, so that what is made or read
-// at the first use, and translated where that is how the guest's CPU works, is
-// there already. Nothing of it is visible afterwards: another Server answers,
-// on the loopback, and only the processes are the same.
+// rehearse does what every copy of this guest does first. What is made, read or
+// translated at its first use is in the snapshot then. A second Server answers, on
+// the loopback, so that this one does not change; only the processes are shared.
 func (s *Server) rehearse(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(ctx, maxQuiet)
 	defer cancel()
 	if err := s.playOnce(ctx); err != nil {
 		s.log.Warn("rehearse", "err", err)
 	}
-	// What it left behind is cleared away now and not in the middle of the first
-	// requests.
+	// The garbage is collected now and not during the first requests.
 	debug.FreeOSMemory()
 }
 
 func (s *Server) playOnce(ctx context.Context) error {
-	understudy := New(Config{Log: slog.New(slog.DiscardHandler), Guest: true, Addr: s.addr})
-	understudy.processes.children, understudy.processes.cgroups = s.processes.children, s.processes.cgroups
-	defer understudy.Close()
+	second := New(Config{Log: slog.New(slog.DiscardHandler), Guest: true, Addr: s.addr})
+	second.processes.children, second.processes.cgroups = s.processes.children, s.processes.cgroups
+	defer second.Close()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return err
 	}
 	serving, stop := context.WithCancel(ctx)
 	served := make(chan error, 1)
-	go func() { served <- understudy.Serve(serving, l) }()
+	go func() { served <- second.Serve(serving, l) }()
 	defer func() { stop(); <-served }()
 
 	var uts unix.Utsname
@@ -192,8 +190,8 @@ func busyTicks() (n uint64, ok bool) {
 	return n, true
 }
 
-// setMachineID gives the machine an identity of its own: no two sandboxes
-// have the same, though they come from one image or one snapshot.
+// setMachineID gives the machine a new id, so that no two sandboxes from one image
+// or snapshot have the same.
 func setMachineID() error {
 	id := randomUUID() // as machine-id(5) has it
 	if err := replaceFile("/etc/machine-id", hex.EncodeToString(id[:])+"\n"); err != nil {
@@ -205,8 +203,8 @@ func setMachineID() error {
 // bootIDFile is where the kernel tells boots apart.
 const bootIDFile = "/proc/sys/kernel/random/boot_id"
 
-// setBootID gives this boot another id. The kernel draws its own when somebody
-// first reads it, and never again; so a file is laid over it.
+// setBootID gives this boot another id. The kernel draws its own at the first read
+// and keeps it, so a file is mounted over it.
 func setBootID() error {
 	id := randomUUID()
 	f, err := os.CreateTemp("/run", ".boot-id-")
@@ -239,8 +237,7 @@ func randomUUID() (id [16]byte) {
 	return id
 }
 
-// openConns knows the connections that are open, and since when each has had
-// something to say.
+// openConns knows the open connections and when each last began a request.
 type openConns struct {
 	mu   sync.Mutex
 	open map[net.Conn]time.Time

@@ -102,11 +102,13 @@ func seal(tmp, manifestName string, v any, m *manifest, hash func(path string) (
 		switch {
 		case err != nil:
 			return err
+		case path == tmp: // it is flushed when the manifest is in it
+			return os.Chmod(path, 0o755)
 		case d.IsDir():
 			return errors.Join(os.Chmod(path, 0o755), flush(path))
 		case d.Type().IsRegular():
-			// Published is immutable. Whoever may enter the state directory,
-			// such as a VMM under its own user, may read it.
+			// What is published is immutable. Every user that may enter the state
+			// directory may read it, such as that of a VMM.
 			return os.Chmod(path, 0o444)
 		}
 		return nil

@@ -18,21 +18,21 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
-// The files of a ready snapshot beside those that the VMM's driver wrote.
+// The files of a boot snapshot beside those that the VMM's driver wrote.
 const (
 	readyOverlay  = "overlay.ext4"
 	readyManifest = "manifest.json"
 )
 
-// maxReady is how many ready snapshots a template keeps: those used last.
-// Whoever may choose a sandbox's size could fill the disk with them otherwise.
+// maxReady is how many boot snapshots a template keeps: those used last. Without it
+// creates of many sizes fill the disk with them.
 const maxReady = 8
 
 var readyKey = regexp.MustCompile(`^[0-9a-f]{16,64}$`)
 
-// Ready is a ready snapshot: a freshly booted, healthy and quiet guest of a
-// template, before anybody told it who it is. Paths are absolute; the files
-// never change, though they may be removed: whoever has one open keeps it.
+// Ready is a boot snapshot: the state of a freshly booted, healthy and quiet guest
+// of a template that has no identity. Paths are absolute. The files never change.
+// They may be removed; a VM that has them open keeps them.
 type Ready struct {
 	// Dir holds what the VMM's driver wrote.
 	Dir string
@@ -65,7 +65,7 @@ type snapshotManifest struct {
 	Meta
 }
 
-// check is a directory of which somebody may have read all files.
+// check says of which directory all files were read and had their digests.
 type check struct {
 	mu sync.Mutex
 	// manifest is that of the files that were read.
@@ -74,7 +74,7 @@ type check struct {
 
 func (s *Store) readyDir(name string) string { return filepath.Join(s.templates(), name, "ready") }
 
-// Ready returns the ready snapshot of a template with that key:
+// Ready returns the boot snapshot of a template with that key:
 // errdefs.NotFound if there is none, errdefs.Corrupt if it is not what was
 // published. Its contents are read and checked the first time that this Store
 // is asked, later its sizes alone.
@@ -84,13 +84,13 @@ func (s *Store) Ready(ctx context.Context, name, key string) (Ready, error) {
 		return Ready{}, err
 	}
 	if !readyKey.MatchString(key) {
-		return Ready{}, errdefs.InvalidArgument.Errorf("ready snapshot key %.80q is malformed", key)
+		return Ready{}, errdefs.InvalidArgument.Errorf("boot snapshot key %.80q is malformed", key)
 	}
 	dir := filepath.Join(s.readyDir(name), key)
 	m, err := readSnapshot(dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return Ready{}, errdefs.NotFound.Errorf("template %q has no ready snapshot of this kind", name)
+		return Ready{}, errdefs.NotFound.Errorf("template %q has no boot snapshot of this kind", name)
 	case err == nil && m.Key != key:
 		err = errors.New("it was made for another key")
 	}
@@ -101,10 +101,10 @@ func (s *Store) Ready(ctx context.Context, name, key string) (Ready, error) {
 		return Ready{}, context.Cause(ctx)
 	}
 	if errdefs.CannotRead(err) {
-		return Ready{}, unreadable("a ready snapshot", err)
+		return Ready{}, unreadable("a boot snapshot", err)
 	}
 	if err != nil {
-		return Ready{}, errdefs.Corrupt.Errorf("a ready snapshot of template %q is damaged: %w", name, err)
+		return Ready{}, errdefs.Corrupt.Errorf("a boot snapshot of template %q is damaged: %w", name, err)
 	}
 	now := time.Now()
 	_ = os.Chtimes(dir, now, now) // for removeOldReady; a guess is as good
@@ -152,12 +152,12 @@ func (s *Store) verify(ctx context.Context, dir string, m snapshotManifest) erro
 	return nil
 }
 
-// DropReady removes a ready snapshot that turned out to be of no use. VMs that
+// DropReady removes a boot snapshot that cannot be used. VMs that
 // run from it go on.
 func (s *Store) DropReady(name, key string) error {
 	name, err := ParseName(name)
 	if err != nil || !readyKey.MatchString(key) {
-		return errors.Join(err, errors.New("drop ready snapshot: malformed name"))
+		return errors.Join(err, errors.New("drop boot snapshot: malformed name"))
 	}
 	return s.dropSnapshot(filepath.Join(s.readyDir(name), key))
 }
@@ -191,21 +191,21 @@ func dropDir(dir string) error {
 type Stage struct {
 	// Dir is for what the VMM's driver writes.
 	Dir string
-	// AddOverlay adds the disk, cloned from a file that does not change
-	// meanwhile.
+	// AddOverlay adds a copy of the disk, a file that must not change until
+	// AddOverlay returns.
 	AddOverlay func(ctx context.Context, disk string) error
-	// Publish makes the snapshot visible: a ready one under its key, and those
-	// of the same shape with other keys are removed; a named one under its
-	// name, unless somebody was faster (errdefs.AlreadyExists).
+	// Publish makes the snapshot visible. A boot snapshot gets the name of its
+	// key, and those of the same shape with other keys are removed. A named
+	// snapshot gets its name, unless that is taken (errdefs.AlreadyExists).
 	Publish func(ctx context.Context, m Meta) error
 	// Discard removes what was not published and lets the next one begin. It
 	// must be called, after Publish too.
 	Discard func()
 }
 
-// StageReady begins a ready snapshot of a template, of which one caller of one
-// process makes one at a time. It waits, within ctx, until nobody else makes one
-// of it: look for yours again then.
+// StageReady begins a boot snapshot of a template. One caller of one process makes
+// one of a template at a time; StageReady waits for its turn within ctx. The caller
+// must then look for the snapshot again, for another may have made it.
 func (s *Store) StageReady(ctx context.Context, name string) (Stage, error) {
 	name, err := ParseName(name)
 	if err != nil {
@@ -213,11 +213,11 @@ func (s *Store) StageReady(ctx context.Context, name string) (Stage, error) {
 	}
 	parent := s.readyDir(name)
 	if err := os.Mkdir(parent, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-		return Stage{}, fmt.Errorf("begin ready snapshot: %w", err)
+		return Stage{}, fmt.Errorf("begin boot snapshot: %w", err)
 	}
 	l, err := waitLock(ctx, parent, nil)
 	if err != nil {
-		return Stage{}, fmt.Errorf("begin ready snapshot: %w", err)
+		return Stage{}, fmt.Errorf("begin boot snapshot: %w", err)
 	}
 	err = removeGarbage(parent)
 	var tmp string
@@ -226,13 +226,13 @@ func (s *Store) StageReady(ctx context.Context, name string) (Stage, error) {
 	}
 	if err != nil {
 		l.unlock()
-		return Stage{}, fmt.Errorf("begin ready snapshot: %w", err)
+		return Stage{}, fmt.Errorf("begin boot snapshot: %w", err)
 	}
 	return s.stage(tmp, l, func(ctx context.Context, m Meta, disk File) error {
 		if !readyKey.MatchString(m.Key) {
 			return fmt.Errorf("key %.80q is malformed", m.Key)
 		}
-		// What is there is damaged, or nobody would make another.
+		// A snapshot with this key is damaged, otherwise none would be made.
 		if err := s.publishSnapshot(ctx, tmp, filepath.Join(parent, m.Key), m, disk, replace); err != nil {
 			return err
 		}

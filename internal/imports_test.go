@@ -66,7 +66,7 @@ var mayImport = map[string][]string{
 	"internal/testenv":      {},
 	"internal/testenv/liar": {"api/..."},
 
-	"internal/client":            {"api/...", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/client":            {"api/...", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp", "internal/splice"},
 	"internal/client/clienttest": {"api/..."},
 }
 
@@ -75,7 +75,7 @@ var forbidden = map[string][]string{
 	"internal/sandbox":  {"net/http", "connectrpc.com/connect"},
 	"internal/network":  {"os/exec"},
 	"internal/guestapi": {"net/http", "encoding/json"},
-	"internal/client":   {"github.com/spf13/cobra", "flag"},
+	"internal/client":   {"github.com/spf13/cobra", "flag", "internal/splice"},
 }
 
 type pkg struct {

@@ -12,6 +12,8 @@ import (
 	"sync"
 
 	"connectrpc.com/connect"
+
+	"git.omukk.dev/wrenn/sandbox/internal/splice"
 )
 
 // ErrEnded says that a sandbox does not exist any more.
@@ -89,22 +91,8 @@ func (s *Sandbox) carry(ctx context.Context, conn net.Conn, port uint16) error {
 	}
 	defer agent.Close()
 	defer context.AfterFunc(ctx, func() { conn.Close(); agent.Close() })()
-	var up sync.WaitGroup
-	up.Go(func() {
-		_, _ = io.Copy(agent, conn)
-		closeWrite(agent)
-	})
-	_, _ = io.Copy(conn, rest)
-	closeWrite(conn)
-	up.Wait()
+	splice.Run(conn, agent, conn, rest)
 	return nil
-}
-
-// closeWrite tells the other end of a connection that no more comes.
-func closeWrite(conn net.Conn) {
-	if half, ok := conn.(interface{ CloseWrite() error }); ok {
-		_ = half.CloseWrite()
-	}
 }
 
 // tunnel opens a connection to a port of the sandbox through the agent; the

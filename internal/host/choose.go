@@ -9,27 +9,28 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-// AutoVMM lets Choose decide.
+// AutoVMM is the name with which Choose decides.
 const AutoVMM = "auto"
 
 // Choice is the driver that sandboxes are run with.
 type Choice struct {
 	Driver vmm.Driver
 	Report vmm.Report
-	// Others are the drivers that were not chosen. The VMs that they have
-	// started, when it was otherwise, are still theirs.
+	// Others are the drivers that were not chosen. VMs that they started under
+	// another choice still belong to them.
 	Others []vmm.Driver
-	// Why it is this one, in a sentence.
+	// Why gives the reason for this driver in a sentence.
 	Why string
 }
 
 // Choose asks the drivers, which come in the order of preference, and takes the
-// first that has KVM, or else the first that works. With a name it takes that
-// one. If none can be used the error says of each why.
+// first of those with the fastest guests. With a name other than AutoVMM it takes
+// the driver of that name. If no driver can be used the error gives the reason for
+// each.
 func Choose(ctx context.Context, name string, drivers []vmm.Driver) (Choice, error) {
 	chosen := -1
-	var reports = make([]vmm.Report, len(drivers))
-	var notes, failures []string
+	reports := make([]vmm.Report, len(drivers))
+	var failures []string
 	for i, d := range drivers {
 		if name != AutoVMM && name != d.Name() {
 			continue
@@ -43,7 +44,7 @@ func Choose(ctx context.Context, name string, drivers []vmm.Driver) (Choice, err
 			continue
 		}
 		reports[i] = report
-		if chosen < 0 || report.Accel == "kvm" && reports[chosen].Accel != "kvm" {
+		if chosen < 0 || report.Speed > reports[chosen].Speed {
 			chosen = i
 		}
 	}
@@ -59,18 +60,22 @@ func Choose(ctx context.Context, name string, drivers []vmm.Driver) (Choice, err
 			c.Others = append(c.Others, d)
 		}
 	}
+	c.Why = c.reason(name, failures)
+	return c, nil
+}
+
+// reason says why a driver was chosen by that name, while others failed.
+func (c Choice) reason(name string, failures []string) string {
+	notes := []string{"it works without KVM"}
 	switch {
 	case name != AutoVMM:
-		notes = append(notes, "the settings say so")
-	case c.Report.Accel == "kvm":
-		notes = append(notes, "the first choice that has KVM")
-	default:
-		notes = append(notes, "it works without KVM")
+		notes[0] = "the settings say so"
+	case c.Report.Speed == vmm.Native:
+		notes[0] = "the first choice that has KVM"
 	}
 	notes = append(notes, failures...)
 	if c.Report.Why != "" {
 		notes = append(notes, c.Driver.Name()+": "+c.Report.Why)
 	}
-	c.Why = strings.Join(notes, "; ")
-	return c, nil
+	return strings.Join(notes, "; ")
 }

@@ -3,6 +3,7 @@
 package host
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -83,6 +84,13 @@ func Doctor(ctx context.Context, o Options) []Check {
 	return m.doctor(ctx, o)
 }
 
+// wants says whether a driver that may be used needs something.
+func (o Options) wants(needed func(vmm.Needs) bool) bool {
+	return slices.ContainsFunc(o.Drivers, func(d vmm.Driver) bool {
+		return (o.VMM == "" || o.VMM == AutoVMM || o.VMM == d.Name()) && needed(d.Needs())
+	})
+}
+
 // machine is the host, or the one that a test describes.
 type machine struct {
 	fsRoot  string // where /proc, /sys and /dev are found
@@ -95,16 +103,18 @@ type machine struct {
 	obstacles func(resolvers []netip.Addr) ([]network.Obstacle, error)
 }
 
-// networkProbe is what came of trying, in a namespace of its own.
+// networkProbe is what an attempt in a network namespace came to.
 type networkProbe struct {
-	netns error
-	nft   error // of nftables with NAT; nil and meaningless if netns is not
+	netns error // of making the namespace
+	nft   error // of nftables with NAT in it; nil if netns is not
 }
 
 func (m machine) doctor(ctx context.Context, o Options) []Check {
 	checks := []Check{m.packages()}
 	checks = append(checks, m.drivers(ctx, o)...)
-	checks = append(checks, m.tun())
+	if o.wants(func(n vmm.Needs) bool { return n.Link == vmm.Tap }) {
+		checks = append(checks, m.tun())
+	}
 	checks = append(checks, m.network()...)
 	checks = append(checks, m.forwarding(), m.firewall(), m.dns())
 	checks = append(checks, m.store(o)...)
@@ -132,43 +142,30 @@ func (m machine) packages() Check {
 	return c
 }
 
-// drivers reports each VMM, whether any of them has KVM, and which one is used.
-// One that works is enough.
+// drivers reports each VMM, whether one of them has KVM, and which one is used. One
+// VMM that works is enough.
 func (m machine) drivers(ctx context.Context, o Options) []Check {
 	kvm := Check{
 		Name: "kvm", Level: Optional,
-		Why: "with hardware virtualisation a guest runs about as fast as the host; without it is emulated, and many times slower",
+		Why: "with hardware virtualisation a guest runs about as fast as the host; without it a guest is emulated, and many times slower",
+	}
+	if o.VMM != "" && o.VMM != AutoVMM && o.wants(func(n vmm.Needs) bool { return n.KVM }) {
+		kvm.Level = Required
 	}
 	var list []Check
-	works := false
 	var notes []string
+	works := false
 	for _, d := range o.Drivers {
-		c := Check{Name: "vmm " + d.Name(), Level: Required, Why: "the program that runs microVMs; one is enough"}
 		report, err := d.Check(ctx)
+		list = append(list, m.driver(d, report, err))
 		if err != nil {
-			c.Found = err.Error()
-			if !errors.Is(err, errdefs.Unsupported) { // which says itself what is needed
-				c.Fix = driverFix(d.Name())
-			}
-			// Without the right to look, "not there" would be a guess.
-			if !m.root && errors.Is(err, fs.ErrPermission) {
-				c.Unknown, c.Fix = true, "sudo wrenn doctor"
-			}
-		} else {
-			works = true
-			c.OK = true
-			c.Found = strings.TrimSpace(report.Version + " with " + report.Accel)
-			if report.Accel == "kvm" {
-				kvm.OK = true
-			}
-			if report.Warning != "" {
-				c.Found += "; " + report.Warning
-			}
-			if report.Why != "" {
-				notes = append(notes, d.Name()+": "+report.Why)
-			}
+			continue
 		}
-		list = append(list, c)
+		works = true
+		kvm.OK = kvm.OK || report.Accel == "kvm"
+		if report.Why != "" {
+			notes = append(notes, d.Name()+": "+report.Why)
+		}
 	}
 	if works {
 		for i := range list {
@@ -177,39 +174,55 @@ func (m machine) drivers(ctx context.Context, o Options) []Check {
 			}
 		}
 	}
-	kvm.Found = m.kvmFacts()
-	if len(notes) > 0 {
-		kvm.Found += "; " + strings.Join(notes, "; ")
-	}
+	kvm.Found = strings.Join(append([]string{m.kvmFacts()}, notes...), "; ")
 	if !kvm.OK {
 		kvm.Unknown = !works && !m.root
 		kvm.Fix = m.kvmFix()
 	}
-	used := Check{Name: "vmm in use", Level: Required, Why: "what sandboxes are started with; --vmm chooses another"}
-	name := o.VMM
-	if name == "" {
-		name = AutoVMM
-	}
-	if choice, err := Choose(ctx, name, o.Drivers); err != nil {
-		used.Found = err.Error()
+	used := m.used(ctx, o, works)
+	if !used.OK {
 		used.Unknown = !m.root && slices.ContainsFunc(list, func(c Check) bool { return c.Unknown })
-		if name != AutoVMM && works {
-			used.Fix = "# use --vmm auto"
-		}
-	} else {
-		used.OK, used.Found = true, strings.TrimSpace(choice.Driver.Name()+" with "+choice.Report.Accel)+": "+choice.Why
 	}
 	return append(append([]Check{kvm}, list...), used)
 }
 
-func driverFix(name string) string {
-	switch name {
-	case "qemu":
-		return "sudo apt-get install -y --no-install-recommends qemu-system-x86"
-	case "firecracker":
-		return "sudo install firecracker jailer /usr/local/bin/ # both come with a Firecracker release; it needs KVM"
+// driver reports what a driver's own check came to.
+func (m machine) driver(d vmm.Driver, report vmm.Report, err error) Check {
+	c := Check{Name: "vmm " + d.Name(), Level: Required, Why: "the program that runs microVMs; one is enough"}
+	switch {
+	case err == nil:
+		c.OK = true
+		c.Found = report.Version + " with " + report.Accel
+		if report.Warning != "" {
+			c.Found += "; " + report.Warning
+		}
+		c.Found += fmt.Sprintf("; guests run %s, isolated by %s and a jail", report.Speed, report.Isolation)
+	case !m.root && errors.Is(err, fs.ErrPermission):
+		// Without the right to look it is not known whether something is missing.
+		c.Found, c.Unknown, c.Fix = err.Error(), true, "sudo wrenn doctor"
+	default:
+		c.Found = err.Error()
+		if !errors.Is(err, errdefs.Unsupported) { // whose text says what is needed
+			c.Fix = d.Needs().Install
+		}
 	}
-	return ""
+	return c
+}
+
+// used reports which VMM sandboxes are started with.
+func (m machine) used(ctx context.Context, o Options, works bool) Check {
+	c := Check{Name: "vmm in use", Level: Required, Why: "what sandboxes are started with; --vmm chooses another"}
+	name := cmp.Or(o.VMM, AutoVMM)
+	choice, err := Choose(ctx, name, o.Drivers)
+	if err != nil {
+		c.Found = err.Error()
+		if name != AutoVMM && works {
+			c.Fix = "# use --vmm auto"
+		}
+		return c
+	}
+	c.OK, c.Found = true, fmt.Sprintf("%s with %s: %s", choice.Driver.Name(), choice.Report.Accel, choice.Why)
+	return c
 }
 
 // kvmFacts is what can be seen without booting anything. A device that opens

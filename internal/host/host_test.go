@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -30,12 +31,23 @@ type driver struct {
 func (d driver) Name() string                              { return d.name }
 func (d driver) Check(context.Context) (vmm.Report, error) { return d.report, d.err }
 
+func (d driver) Needs() vmm.Needs {
+	switch d.name {
+	case "sentry":
+		return vmm.Needs{Link: vmm.Packet}
+	case "firecracker":
+		return vmm.Needs{Kernel: true, KVM: true, Link: vmm.Tap, Install: "sudo install firecracker /usr/local/bin/"}
+	}
+	return vmm.Needs{Kernel: true, Link: vmm.Tap, Install: "sudo apt-get install qemu"}
+}
+
 var (
-	qemuTCG     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "tcg", Why: "the CPU shows neither vmx nor svm"}}
-	qemuKVM     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "kvm", Why: "a probe guest booted"}}
+	qemuTCG     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "tcg", Isolation: vmm.Emulation, Speed: vmm.Emulated, Why: "the CPU shows neither vmx nor svm"}}
+	qemuKVM     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "kvm", Isolation: vmm.Hardware, Speed: vmm.Native, Why: "a probe guest booted"}}
+	sentry      = driver{name: "sentry", report: vmm.Report{Version: "1", Accel: "systrap", Isolation: vmm.UserSpaceKernel, Speed: vmm.NearNative, Why: "it needs nothing"}}
 	noQEMU      = driver{name: "qemu", err: errdefs.Unavailable.Errorf("qemu-system-x86_64 is not installed")}
 	noKVM       = driver{name: "firecracker", err: errdefs.Unsupported.Errorf("firecracker needs KVM")}
-	unjailed    = driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Why: "a probe guest booted", Warning: "there is no jailer"}}
+	unjailed    = driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Isolation: vmm.Hardware, Speed: vmm.Native, Why: "a probe guest booted", Warning: "there is no jailer"}}
 	firecracker = driver{name: "firecracker", err: errdefs.Unavailable.Errorf("firecracker is not installed")}
 )
 
@@ -127,7 +139,7 @@ func TestDoctor(t *testing.T) {
 		{check: "kvm", want: badOpt, drivers: []vmm.Driver{qemuTCG}, fix: "modprobe kvm_amd",
 			change: func(f map[string]string) { delete(f, "dev/kvm"); f["proc/cpuinfo"] = "flags : svm\n" }},
 		{check: "vmm qemu", want: ok, found: "7.2.22 with kvm"},
-		{check: "vmm qemu", want: ok, drivers: []vmm.Driver{qemuTCG, firecracker}, found: "7.2.22 with tcg"},
+		{check: "vmm qemu", want: ok, drivers: []vmm.Driver{qemuTCG, firecracker}, found: "7.2.22 with tcg; guests run emulated, 10 to 50 times slower than the host, isolated by emulation and a jail"},
 		{check: "vmm firecracker", want: badOpt, drivers: []vmm.Driver{qemuTCG, firecracker}, found: "not installed", fix: "/usr/local/bin"},
 		{check: "vmm qemu", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}, fix: "apt-get install"},
 		{check: "vmm firecracker", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}},
@@ -291,7 +303,7 @@ func TestProbeNetworkHere(t *testing.T) {
 }
 
 func TestChoose(t *testing.T) {
-	jailed := driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Why: "a probe guest booted"}}
+	jailed := driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Isolation: vmm.Hardware, Speed: vmm.Native, Why: "a probe guest booted"}}
 	for _, c := range []struct {
 		name    string
 		drivers []vmm.Driver
@@ -302,6 +314,7 @@ func TestChoose(t *testing.T) {
 		{"auto", []vmm.Driver{noKVM, qemuKVM}, "qemu kvm", "the first choice that has KVM; firecracker needs KVM; qemu: a probe guest booted"},
 		{"auto", []vmm.Driver{firecracker, qemuTCG}, "qemu tcg", "it works without KVM; firecracker is not installed; qemu: the CPU shows"},
 		{"auto", []vmm.Driver{qemuTCG, jailed}, "firecracker kvm", "the first choice that has KVM"},
+		{"auto", []vmm.Driver{qemuTCG, sentry}, "sentry systrap", "it works without KVM; sentry: it needs nothing"},
 		{"qemu", []vmm.Driver{jailed, qemuTCG}, "qemu tcg", "the settings say so; qemu: the CPU"},
 		{"firecracker", []vmm.Driver{jailed, qemuTCG}, "firecracker kvm", "the settings say so"},
 		{"firecracker", []vmm.Driver{noKVM, qemuTCG}, "", "no VMM can be used: firecracker needs KVM"},
@@ -321,5 +334,20 @@ func TestChoose(t *testing.T) {
 		if len(got.Others) != 1 || got.Others[0].Name() == got.Driver.Name() {
 			t.Errorf("%s: others %v", c.name, got.Others)
 		}
+	}
+}
+
+// What no driver needs is not asked for.
+func TestDoctorOfADriverWithoutTap(t *testing.T) {
+	for _, d := range []driver{sentry, qemuTCG} {
+		checks := host(t, goodFiles()).doctor(t.Context(), Options{StateDir: t.TempDir(), Drivers: []vmm.Driver{d}})
+		asked := slices.ContainsFunc(checks, func(c Check) bool { return c.Name == "tun" })
+		if asked != (d.Needs().Link == vmm.Tap) {
+			t.Errorf("%s: tun is asked for: %v", d.name, asked)
+		}
+	}
+	checks := host(t, goodFiles()).doctor(t.Context(), Options{StateDir: t.TempDir(), VMM: "firecracker", Drivers: []vmm.Driver{noKVM, qemuTCG}})
+	if c := find(t, checks, "kvm"); c.Level != Required {
+		t.Errorf("with --vmm firecracker KVM is %s", c.Level)
 	}
 }

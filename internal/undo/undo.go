@@ -1,7 +1,8 @@
-// Package undo takes back the half-done: a stack of steps, unwound last first.
+// Package undo takes back what a function did before it failed: a stack of steps,
+// the last of which runs first.
 //
-// It is for a function's temporaries, which no record names. What a sandbox
-// owns is freed through its record instead.
+// It is for what a function acquires and no record names. What a sandbox owns is
+// freed through its record instead.
 package undo
 
 import (
@@ -20,8 +21,8 @@ type step struct {
 	fn   func(context.Context) error
 }
 
-// Stack holds the steps that take back what a function acquired. The zero
-// value is ready. It is safe for concurrent use.
+// Stack holds the steps that take back what a function acquired. The zero value is
+// an empty stack. Stack is safe for concurrent use.
 type Stack struct {
 	mu      sync.Mutex
 	steps   []step
@@ -29,10 +30,10 @@ type Stack struct {
 	kept    bool
 }
 
-// Push adds a step, to be called on the line after the acquire. On a stack
-// that has been unwound the step runs at once, so that nothing acquired late
-// is left behind; its error is then returned.
-func (s *Stack) Push(name string, fn func(context.Context) error) error {
+// Push adds a step; call it on the line after the acquire. On a stack that has been
+// unwound the step runs at once, so that nothing acquired late is left behind. Its
+// error is dropped then, because Unwind has returned.
+func (s *Stack) Push(name string, fn func(context.Context) error) {
 	s.mu.Lock()
 	late := s.unwound
 	if !late && !s.kept {
@@ -40,22 +41,20 @@ func (s *Stack) Push(name string, fn func(context.Context) error) error {
 	}
 	s.mu.Unlock()
 	if late {
-		return run(context.Background(), step{name, fn})
+		_ = run(context.Background(), step{name, fn})
 	}
-	return nil
 }
 
-// Keep forgets every step: what was acquired now belongs to somebody else.
+// Keep forgets every step: what was acquired belongs to the caller now.
 func (s *Stack) Keep() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.steps, s.kept = nil, true
 }
 
-// Unwind runs all steps, last first, each under its own time-out on a context
-// that outlives ctx's cancellation. A step's failure does not stop the others;
-// their errors come back joined. After Keep, and when called again, it does
-// nothing.
+// Unwind runs all steps, the last one first, each with a time limit of its own and
+// also after ctx was cancelled. After a step that fails it runs the others, and
+// returns their errors joined. After Keep, and when called again, it does nothing.
 func (s *Stack) Unwind(ctx context.Context) error {
 	s.mu.Lock()
 	steps := s.steps

@@ -17,24 +17,24 @@ const (
 	// of a request's body sends nothing.
 	controlIdle = 30 * time.Second
 	dataIdle    = 5 * time.Minute
-	// drainTime bounds how long a client that goes on sending after its answer
-	// is listened to: one that reads late would lose the answer otherwise.
+	// drainTime bounds how long the rest of a body is read after the answer. If it
+	// were not read, a client that reads its answer late would lose it.
 	drainTime = 500 * time.Millisecond
 )
 
-// errStalled is that a client owes more of a body and has sent nothing for too
+// errStalled: more of a body is to come, and the client has sent nothing for too
 // long.
 var errStalled = fmt.Errorf("the client stopped sending: %w", os.ErrDeadlineExceeded)
 
-// body is what a client sends in one request. It keeps three promises that
-// net/http does not give to a proxy, whose transport reads the body in a
-// goroutine of its own: no read is under way when the handler returns, none
-// begins later, and one that finds no bytes ends.
+// body is what a client sends in one request. The transport of a proxy reads it in
+// a goroutine of its own, for which net/http promises too little. body promises
+// that no read is under way when the handler returns, that none begins later, and
+// that a read which gets no bytes ends.
 type body struct {
 	from io.ReadCloser
 	// stop makes the read that is under way fail, and all later ones.
 	stop func()
-	// panicked is told what a read panicked with.
+	// panicked gets what a read panicked with.
 	panicked func(any)
 	idle     time.Duration // 0 for no bound
 	timer    *time.Timer   // runs while a read does; nil without a bound
@@ -95,7 +95,7 @@ func (b *body) Read(p []byte) (n int, err error) {
 	return b.read(p)
 }
 
-// read reads for the one that has set reading.
+// read reads for the caller that has set reading.
 func (b *body) read(p []byte) (n int, err error) {
 	if b.idle > 0 {
 		if b.timer == nil {
@@ -131,12 +131,11 @@ func (b *body) stall() {
 	b.stop()
 }
 
-// bodyKey is under what a request's context has its body, if there is one.
+// bodyKey is the key of a request's body in its context.
 type bodyKey struct{}
 
-// answering is the connection to a guest that is used for one request. When it
-// ends without an answer, none will come, and the body is not waited for: the
-// transport would.
+// answering is a connection to a guest that is used for one request. When it ends
+// without an answer, it abandons the body, for which the transport would wait.
 type answering struct {
 	net.Conn
 	body     *body
@@ -174,7 +173,7 @@ func (b *body) hasStalled() bool {
 	return b.stalled
 }
 
-// Close ends reading for the transport; what is left is end's.
+// Close ends reading for the transport; end reads what is left.
 func (b *body) Close() error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -182,11 +181,10 @@ func (b *body) Close() error {
 	return nil
 }
 
-// end is called by the handler before it returns. A body of which not all has
-// come ends its connection of HTTP/1: the rest must not be taken for the next
-// request, and net/http, which would look for its end later, starts a second
-// reader of the connection when it finds that. drain is false where the answer
-// has been cut off anyway.
+// end is called by the handler before it returns. A body that has not come in full
+// ends its connection of HTTP/1, so that the rest is not taken for the next
+// request. (net/http would look for the body's end later, and then start a second
+// reader of the connection.) drain is false where the answer was cut off anyway.
 func (b *body) end(w http.ResponseWriter, r *http.Request, drain bool) {
 	b.mu.Lock()
 	b.ended = true

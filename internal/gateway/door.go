@@ -11,8 +11,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
-// door tells requests of those who may command the agent from requests that a
-// web page made somebody's browser send.
+// door tells requests of clients that may command the agent from requests that a
+// web page made a browser send.
 type door struct {
 	// names are the host names of this agent beside localhost, in lower case.
 	names []string
@@ -25,8 +25,7 @@ func (d door) check(r *http.Request) error {
 		return errdefs.Denied.Errorf("%.100q is no name of this host agent: use its address or localhost, "+
 			"or give it that name with --allow-host", hostOf(r.Host))
 	}
-	// A page of ours does not exist, but one that a browser takes for ours may
-	// be read.
+	// The agent has no page. One that a browser takes for the agent's own may ask.
 	for _, origin := range r.Header.Values("Origin") {
 		if !strings.EqualFold(origin, "http://"+r.Host) {
 			return errdefs.Denied.Errorf("a web page of %.100q may not use this host agent", origin)
@@ -40,8 +39,8 @@ func (d door) check(r *http.Request) error {
 	return nil
 }
 
-// checkType refuses bodies of the types that browsers send anywhere without
-// asking first. What names a sandbox by a header is asked for in any case.
+// checkType refuses bodies of the types that browsers send to any site without
+// asking it first. For a request with a header that names a sandbox they ask.
 func (d door) checkType(r *http.Request) error {
 	if r.Method == http.MethodGet || r.Method == http.MethodHead {
 		return nil
@@ -53,8 +52,8 @@ func (d door) checkType(r *http.Request) error {
 	return errdefs.Denied.Errorf("the content type %.50q is not taken: send JSON as application/json", r.Header.Get("Content-Type"))
 }
 
-// ours reports whether a request was sent to a name of this agent: an address
-// is one if the connection came to it.
+// ours reports whether a request was sent to a name of this agent. The address that
+// the connection came to is one.
 func (d door) ours(r *http.Request) bool {
 	name := strings.ToLower(strings.TrimSuffix(hostOf(r.Host), "."))
 	ip, err := netip.ParseAddr(name)

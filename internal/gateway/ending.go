@@ -9,16 +9,16 @@ import (
 )
 
 const (
-	// A message of a Connect stream stands behind a byte of flags and its length.
+	// Before each message of a Connect stream come a byte of flags and its length.
 	prefixBytes = 5
 	// flagEnd marks the last message, which has the stream's error.
 	flagEnd = 0x02
 )
 
 // ending is the body of a Connect stream from a guest. If the sandbox ends before
-// the guest has ended the stream, ending ends it in the guest's place, with an
-// error that says why. It can do so between two messages only: a message that is
-// cut short stays so, and the stream is aborted.
+// the guest has ended the stream, ending ends the stream with an error that says
+// why. It can do so between two messages only: after a message that is cut short,
+// the stream is aborted.
 type ending struct {
 	io.ReadCloser
 	// why says why the sandbox ended; empty if it did not.
@@ -27,10 +27,10 @@ type ending struct {
 	prefix []byte // of the message that begins
 	left   uint32 // bytes of the message that are still to come
 	ended  bool   // the last message has begun
-	rest   []byte // of our own last message
+	rest   []byte // of the last message, which is not the guest's
 }
 
-// endWell makes the guest's answer end with a reason; see ending.
+// endWell puts ending around the guest's answer if it is a Connect stream.
 func endWell(resp *http.Response, why func() string) {
 	if strings.HasPrefix(resp.Header.Get("Content-Type"), "application/connect+") {
 		resp.Body = &ending{ReadCloser: resp.Body, why: why}
@@ -58,7 +58,7 @@ func (e *ending) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// follow keeps account of where messages begin and end.
+// follow notes where messages begin and end.
 func (e *ending) follow(data []byte) {
 	for len(data) > 0 {
 		if e.left > 0 {

@@ -1,5 +1,5 @@
-// Package gateway is the agent's door: its server, the checks of who may use the
-// control plane, and the data plane, one reverse proxy to the ports of the
+// Package gateway is the agent's HTTP server. It checks which requests may reach
+// the control plane, and is the data plane: a reverse proxy to the ports of the
 // guests.
 package gateway
 
@@ -37,7 +37,7 @@ const (
 	maxControl    = 4096
 )
 
-// kind is what requests are counted apart by, so that none locks others out.
+// kind is a kind of request. Each is counted apart, so that none locks others out.
 type kind int
 
 const (
@@ -46,7 +46,8 @@ const (
 	// health, questions of browsers, files by signature, and what envd refuses.
 	ofOwner
 	ofOthers
-	// toPort are requests to the ports of users' servers, which anybody may send.
+	// toPort are requests to the ports of users' servers, for which the gateway asks
+	// for nothing.
 	toPort
 )
 
@@ -57,7 +58,7 @@ func (k kind) most() int {
 	return maxPerSandbox
 }
 
-// load is what is counted: requests of a kind to a sandbox.
+// load is what the gateway counts: requests of one kind to one sandbox.
 type load struct {
 	id   sandbox.ID
 	kind kind
@@ -92,11 +93,11 @@ type Config struct {
 
 // Gateway sends requests that name a sandbox to that sandbox's guest, and all
 // others to the control plane, if they come from where they may. A request to a
-// sandbox is activity in it until it ends.
+// sandbox is activity in it until the request ends.
 //
-// Bodies are streamed, both ways at once, and have no limit of size here: what
-// they fill is the guest's. A client may not leave one half sent; how slowly it
-// reads an answer is its own affair.
+// Bodies are streamed, both ways at once. The gateway does not limit their size,
+// because the guest keeps what it receives. A client that stops in the middle of
+// a request's body is cut off; one that reads an answer slowly is not.
 type Gateway struct {
 	sandboxes Sandboxes
 	control   http.Handler
@@ -133,13 +134,13 @@ func (g *Gateway) Refused() int64 { return g.listener.refused.Load() }
 // place is a port of a sandbox as a request names it.
 type place struct {
 	id, port string
-	// byName says that the host name does so: the request belongs to that
-	// sandbox whoever sent it, and to no other.
+	// byName says that the host name does so. Such a request goes to that sandbox,
+	// from wherever it was sent.
 	byName bool
 }
 
-// placeOf returns what a request names; nil where that is no sandbox. An error
-// is that it names two.
+// placeOf returns what a request names; nil if it names no sandbox. A request that
+// names two is an errdefs.InvalidArgument.
 func placeOf(r *http.Request) (*place, error) {
 	ids, ports := r.Header.Values(guestapi.HeaderSandboxID), r.Header.Values(guestapi.HeaderSandboxPort)
 	p := &place{}
@@ -155,12 +156,12 @@ func placeOf(r *http.Request) (*place, error) {
 	}
 	for _, id := range ids {
 		if id != p.id && id != "" {
-			return p, fmt.Errorf("the request names two sandboxes, %.40q and %.40q", p.id, id)
+			return p, errdefs.InvalidArgument.Errorf("the request names two sandboxes, %.40q and %.40q", p.id, id)
 		}
 	}
 	for _, port := range ports {
 		if port != p.port && port != "" {
-			return p, fmt.Errorf("the request names two ports, %.10q and %.10q", p.port, port)
+			return p, errdefs.InvalidArgument.Errorf("the request names two ports, %.10q and %.10q", p.port, port)
 		}
 	}
 	return p, nil
@@ -201,13 +202,13 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case place == nil:
 		g.serveControl(w, r)
 	case err != nil:
-		refuse(w, refusal{http.StatusBadRequest, err.Error(), place.id, 0})
+		refuse(w, place.refusal(0, err))
 	default:
 		g.serveData(w, r, place, b)
 	}
 }
 
-// panicked notes a panic, which must not end the program.
+// panicked counts and logs a panic, which must not end the program.
 func (g *Gateway) panicked(what any) {
 	g.panics.Add(1)
 	g.log.Error("panic in a request", "panic", what, "stack", string(debug.Stack()))
@@ -232,22 +233,30 @@ func (g *Gateway) serveControl(w http.ResponseWriter, r *http.Request) {
 	g.control.ServeHTTP(w, r)
 }
 
-// serveData answers a request that names a sandbox.
-func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place, b *body) {
+// checkPort returns the port that a request names, or why the request may not go
+// there.
+func (g *Gateway) checkPort(r *http.Request, place *place) (uint16, error) {
 	number, err := strconv.ParseUint(place.port, 10, 16)
 	port := uint16(number)
 	if err != nil || port == 0 {
-		refuse(w, refusal{http.StatusBadRequest, fmt.Sprintf("port %.10q is not a number from 1 to 65535", place.port), place.id, 0})
-		return
+		return 0, errdefs.InvalidArgument.Errorf("port %.10q is not a number from 1 to 65535", place.port)
 	}
 	if !place.byName {
 		if err := g.door.check(r); err != nil {
-			refuse(w, refusal{http.StatusForbidden, err.Error(), place.id, port})
-			return
+			return port, err
 		}
 	}
 	if port == guestapi.Port && (r.Method == http.MethodConnect || isReserved(r.URL.Path)) {
-		refuse(w, refusal{http.StatusNotFound, "this endpoint is reserved for the host agent", place.id, port})
+		return port, errdefs.NotFound.Errorf("this endpoint is reserved for the host agent")
+	}
+	return port, nil
+}
+
+// serveData answers a request that names a sandbox.
+func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place, b *body) {
+	port, err := g.checkPort(r, place)
+	if err != nil {
+		refuse(w, place.refusal(port, err))
 		return
 	}
 	id, err := sandbox.ParseID(place.id)
@@ -258,8 +267,8 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 	this := load{id, g.kindOf(r, id, port)}
 	if !g.enter(this) {
 		w.Header().Set("Retry-After", "1")
-		message := fmt.Sprintf("sandbox %s has %d requests of this kind under way, which is the most", id, maxPerSandbox)
-		refuse(w, refusal{http.StatusTooManyRequests, message, place.id, port})
+		refuse(w, place.refusal(port, errdefs.Exhausted.Errorf(
+			"sandbox %s has %d requests of this kind under way, which is the most", id, maxPerSandbox)))
 		return
 	}
 	defer g.leave(this)
@@ -269,45 +278,71 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 		return
 	}
 	defer lease.Release()
-	caller := r.Context()
-	ctx, cancel := lease.Context(caller)
+	g.serveGuest(w, r, passing{g, r.Context(), lease, place.id, port, b})
+}
+
+// passing is a request on its way to a guest.
+type passing struct {
+	*Gateway
+	caller context.Context
+	lease  *sandbox.Lease
+	id     string
+	port   uint16
+	body   *body // nil without one
+}
+
+// serveGuest lets the guest that a request is for answer it.
+func (g *Gateway) serveGuest(w http.ResponseWriter, r *http.Request, p passing) {
+	ctx, cancel := p.lease.Context(p.caller)
 	defer cancel()
 	r = r.WithContext(ctx)
-	if b != nil {
-		r = r.WithContext(context.WithValue(ctx, bodyKey{}, b))
-		// What would be the body's and what the other protocol's? A server may
-		// always go on in this one, and one that changes unasked is refused.
+	if p.body != nil {
+		r = r.WithContext(context.WithValue(ctx, bodyKey{}, p.body))
+		// It is not clear which bytes after an upgrade are the body's. A server may
+		// always go on without the upgrade that it was asked for.
 		r.Header = r.Header.Clone()
 		r.Header.Del("Upgrade")
 	}
-	fail := func(w http.ResponseWriter, err error) {
-		g.log.Debug("data plane request failed", "sandbox", id, "port", port, "err", err)
-		var why string
-		if port == guestapi.Port || lease.Alive.Err() != nil {
-			why = ended(caller, lease)
-		}
-		switch {
-		case b.hasStalled():
-			refuse(w, refusal{http.StatusRequestTimeout, fmt.Sprintf("nothing more of the request came for %s", dataIdle), place.id, port})
-		case why != "":
-			refuse(w, refusal{http.StatusServiceUnavailable, why, place.id, port})
-		case errors.Is(err, errNotOpen):
-			// These words are E2B's; its clients look for them.
-			refuse(w, refusal{http.StatusBadGateway, "The sandbox is running but port is not open", place.id, port})
-		default:
-			refuse(w, refusal{http.StatusBadGateway, fmt.Sprintf("port %d of sandbox %s gave no answer that can be passed on", port, id), place.id, port})
-		}
-	}
-	link, addr := g.links.of(lease), netip.AddrPortFrom(lease.Addr, port).String()
+	link, addr := g.links.of(p.lease), netip.AddrPortFrom(p.lease.Addr, p.port).String()
 	if r.Method == http.MethodConnect {
-		g.tunnel(w, r, link, addr, fail)
+		g.tunnel(w, r, link, addr, p.fail)
 		return
 	}
-	g.forward(w, r, link.transport(r, port == guestapi.Port), addr, fail, func() string { return ended(caller, lease) })
+	g.forward(w, r, link.transport(r, p.port == guestapi.Port), addr, p.fail, p.ended)
 }
 
-// kindOf is what a request counts as. Of a sandbox that does not exist, it does
-// not matter.
+// ended says why the sandbox ended; it is empty if the sandbox did not.
+func (p passing) ended() string {
+	if err := p.lease.Ended(p.caller); err != nil {
+		return err.Error()
+	}
+	return ""
+}
+
+// fail answers a request that the guest did not answer.
+func (p passing) fail(w http.ResponseWriter, err error) {
+	p.log.Debug("data plane request failed", "sandbox", p.id, "port", p.port, "err", err)
+	var why string
+	if p.port == guestapi.Port || p.lease.Alive.Err() != nil {
+		why = p.ended()
+	}
+	no := refusal{http.StatusBadGateway, "", p.id, p.port}
+	switch {
+	case p.body.hasStalled():
+		no.Code, no.Message = http.StatusRequestTimeout, fmt.Sprintf("nothing more of the request came for %s", dataIdle)
+	case why != "":
+		no.Code, no.Message = errhttp.OfClass(errdefs.Unavailable).Status, why
+	case errors.Is(err, errNotOpen):
+		// These words are E2B's; its clients look for them.
+		no.Message = "The sandbox is running but port is not open"
+	default:
+		no.Message = fmt.Sprintf("port %d of sandbox %s gave no answer that can be passed on", p.port, p.id)
+	}
+	refuse(w, no)
+}
+
+// kindOf returns the kind of a request. A request to a sandbox that does not exist
+// has any kind.
 func (g *Gateway) kindOf(r *http.Request, id sandbox.ID, port uint16) kind {
 	if port != guestapi.Port {
 		return toPort
@@ -320,8 +355,8 @@ func (g *Gateway) kindOf(r *http.Request, id sandbox.ID, port uint16) kind {
 }
 
 // forward passes a request on to an address in the guest; ended says why the
-// sandbox ended, if it did. The token that envd demands is the client's to bring:
-// the gateway has no way to know whom a request is from.
+// sandbox ended, if it did. The client sends the token that envd demands. The
+// gateway adds none, because it does not know who sent the request.
 func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, transport http.RoundTripper, addr string,
 	fail func(http.ResponseWriter, error), ended func() string) {
 	proxy := httputil.ReverseProxy{
@@ -344,15 +379,7 @@ func (g *Gateway) forward(w http.ResponseWriter, r *http.Request, transport http
 	proxy.ServeHTTP(w, r)
 }
 
-// ended says why the sandbox of a lease ended, or nothing if it did not.
-func ended(ctx context.Context, lease *sandbox.Lease) string {
-	if err := lease.Ended(ctx); err != nil {
-		return err.Error()
-	}
-	return ""
-}
-
-// enter counts a request, unless there are too many; leave takes it back.
+// enter counts a request until leave; it returns false if there are too many.
 func (g *Gateway) enter(l load) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -382,9 +409,8 @@ func status(err error) int {
 	}
 }
 
-// absent is the status for a sandbox that cannot be asked. Of envd's health
-// it is always that of a gateway with nothing behind it, which is how E2B's
-// clients learn that a sandbox does not run.
+// absent returns the status for a sandbox that cannot be asked. For envd's health
+// it is 502, by which E2B's clients learn that a sandbox does not run.
 func absent(r *http.Request, port uint16, status int) int {
 	if port == guestapi.Port && r.URL.Path == guestapi.PathHealth {
 		return http.StatusBadGateway
@@ -399,6 +425,12 @@ type refusal struct {
 	Message   string `json:"message"`
 	SandboxID string `json:"sandboxId"`
 	Port      uint16 `json:"port,omitempty"`
+}
+
+// refusal returns the answer to a request for the place that has failed with a
+// classed error.
+func (p *place) refusal(port uint16, err error) refusal {
+	return refusal{errhttp.OfClass(errdefs.ClassOf(err)).Status, err.Error(), p.id, port}
 }
 
 func refuse(w http.ResponseWriter, r refusal) {

@@ -320,7 +320,8 @@ func doorCases(at, port string) []doorCase {
 		{rpc, "localhost:" + at, json + "Origin: https://localhost:" + at + "\r\n", 403, "web page"},
 		{rpc, "localhost:" + at, json + "Origin: http://localhost:" + at + "\r\nOrigin: http://evil.example\r\n", 403, "web page"},
 		{rpc, "localhost:" + at, json + "Origin: http://localhost:" + at + "\r\n", 200, "control"},
-		{"OPTIONS /hostagent.v1.HostAgentService/CreateSandbox", "localhost:" + at, pageOfA + "Access-Control-Request-Method: POST\r\n", 403, "web page"},
+		{"OPTIONS /hostagent.v1.HostAgentService/CreateSandbox", "localhost:" + at,
+			pageOfA + "Access-Control-Request-Method: POST\r\n", 403, "web page"},
 		{"GET /metrics", "localhost:" + at, "Sec-Fetch-Site: cross-site\r\n", 403, "another site"},
 		{"GET /metrics", "localhost:" + at, "Sec-Fetch-Site: same-site\r\n", 403, "another site"},
 		{"GET /metrics", "localhost:" + at, "Sec-Fetch-Site: none\r\n", 200, "control"},
@@ -338,7 +339,7 @@ func doorCases(at, port string) []doorCase {
 		{"POST /x", "evil.example:" + at, headers(idA), 403, "no name"},
 		{"POST /x", "localhost:" + at, headers(idB) + pageOfA, 403, "web page"},
 		{"POST /x", "localhost:" + at, headers(idB) + "Sec-Fetch-Site: same-site\r\n", 403, "another site"},
-		// By host name: that sandbox, no other, whoever asks.
+		// By host name: that sandbox and no other, for every page.
 		{"POST /x", port + "-" + idA + ".localhost:" + at, pageOfA, 200, "guest"},
 		{"POST /x", port + "-" + idA + ".any.example", "Origin: http://else.example\r\nSec-Fetch-Site: cross-site\r\n", 200, "guest"},
 		{"POST /x", port + "-" + idA + ".localhost:" + at, headers(idA) + pageOfA, 200, "guest"},
@@ -379,7 +380,8 @@ func TestDoorAnswersInConnectsForm(t *testing.T) {
 	e := serve(t, nil)
 	_, body := e.ask(t, "POST /x HTTP/1.1\r\nHost: evil.example\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
 	var got struct{ Code, Message string }
-	if err := json.Unmarshal([]byte(body), &got); err != nil || got.Code != "permission_denied" || !strings.Contains(got.Message, "--allow-host") {
+	err := json.Unmarshal([]byte(body), &got)
+	if err != nil || got.Code != "permission_denied" || !strings.Contains(got.Message, "--allow-host") {
 		t.Errorf("%s (%v)", body, err)
 	}
 }
@@ -387,7 +389,9 @@ func TestDoorAnswersInConnectsForm(t *testing.T) {
 // The same in every dialect: a client by a foreign name learns what is wrong.
 func TestDoorInEveryDialect(t *testing.T) {
 	e := serve(t, nil)
-	for name, opts := range map[string][]connect.ClientOption{"Connect": nil, "gRPC": {connect.WithGRPC()}, "gRPC-Web": {connect.WithGRPCWeb()}} {
+	for name, opts := range map[string][]connect.ClientOption{
+		"Connect": nil, "gRPC": {connect.WithGRPC()}, "gRPC-Web": {connect.WithGRPCWeb()},
+	} {
 		client := h2c(t)
 		client.Transport.(*http.Transport).DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "tcp", e.addr)
@@ -600,7 +604,8 @@ func TestStalledBody(t *testing.T) {
 // Calls that are streams may be silent; what uploads may not.
 func TestIdleFor(t *testing.T) {
 	for kind, want := range map[string]time.Duration{
-		"application/connect+proto": 0, "application/connect+json": 0, "application/grpc": 0, "application/grpc+proto": 0, "Application/gRPC-Web": 0,
+		"application/connect+proto": 0, "application/connect+json": 0, "application/grpc": 0,
+		"application/grpc+proto": 0, "Application/gRPC-Web": 0,
 		"": dataIdle, "application/json": dataIdle, "application/octet-stream": dataIdle, "multipart/form-data; boundary=x": dataIdle,
 	} {
 		if got := idleFor(&http.Request{Header: http.Header{"Content-Type": {kind}}}); got != want {
@@ -654,7 +659,7 @@ type badBody struct{ io.ReadCloser }
 
 func (badBody) Read([]byte) (int, error) { panic("bad body") }
 
-// A transport's goroutine that reads a body has nobody who would recover it.
+// Nothing recovers a panic of the transport's goroutine that reads a body.
 func TestBodyPanicsInAnotherGoroutine(t *testing.T) {
 	read := make(chan error, 1)
 	e := serve(t, nil)
@@ -758,7 +763,8 @@ func TestTunnelWithABody(t *testing.T) {
 	port := guest(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "guest") })
 	e := serve(t, nil)
 	c := e.dial(t)
-	fmt.Fprintf(c, "CONNECT %s-%s.x:80 HTTP/1.1\r\nContent-Length: 1000\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", port, idA)
+	fmt.Fprintf(c, "CONNECT %s-%s.x:80 HTTP/1.1\r\nContent-Length: 1000\r\n\r\n"+
+		"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", port, idA)
 	if all, err := io.ReadAll(c); err != nil || !strings.HasSuffix(string(all), "guest") {
 		t.Errorf("%q, %v", all, err)
 	}
@@ -785,7 +791,8 @@ func TestUpgradeWithABody(t *testing.T) {
 	})
 	e := serve(t, nil)
 	for path, want := range map[string]int{"/": 200, "/named": 502, "/unnamed": 502} {
-		status, body := e.ask(t, "POST "+path+" HTTP/1.1\r\nHost: "+port+"-"+idA+".x\r\nConnection: Upgrade\r\nUpgrade: x\r\nContent-Length: 2\r\n\r\n{}")
+		status, body := e.ask(t, "POST "+path+" HTTP/1.1\r\nHost: "+port+"-"+idA+".x\r\n"+
+			"Connection: Upgrade\r\nUpgrade: x\r\nContent-Length: 2\r\n\r\n{}")
 		if status != want || asked.Load() != "" {
 			t.Errorf("%s: HTTP %d %s, want %d; the guest was asked for %q", path, status, body, want, asked.Load())
 		}
@@ -793,8 +800,8 @@ func TestUpgradeWithABody(t *testing.T) {
 	e.quiet(t)
 }
 
-// Whoever asks envd's way by host name gets envd's answer, a browser's question
-// included; the token goes through as it came.
+// A request to envd by host name gets envd's answer, a browser's question too. The
+// token goes through as it came.
 func TestHeadersPassThrough(t *testing.T) {
 	var mu sync.Mutex
 	var got http.Header
@@ -810,7 +817,8 @@ func TestHeadersPassThrough(t *testing.T) {
 		"Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: x-access-token\r\nX-Access-Token: mine\r\n\r\n")
 	mu.Lock()
 	defer mu.Unlock()
-	if status != http.StatusNoContent || got.Get("Origin") != "http://app.example" || got.Get("Access-Control-Request-Headers") != "x-access-token" || got.Get(guestapi.HeaderToken) != "mine" {
+	if status != http.StatusNoContent || got.Get("Origin") != "http://app.example" ||
+		got.Get("Access-Control-Request-Headers") != "x-access-token" || got.Get(guestapi.HeaderToken) != "mine" {
 		t.Errorf("HTTP %d, the guest got %v", status, got)
 	}
 }
@@ -864,8 +872,8 @@ type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 
-// A small body that nobody reads does not cost the connection.
-func TestConnectionOutlivesABodyNobodyReads(t *testing.T) {
+// A small body that the guest does not read does not cost the connection.
+func TestConnectionOutlivesAnUnreadBody(t *testing.T) {
 	e := serve(t, nil)
 	c := e.dial(t)
 	r := bufio.NewReader(c)

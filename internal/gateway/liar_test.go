@@ -106,7 +106,8 @@ func checkPassed(t *testing.T, lie liar.Lie, resp *http.Response) {
 			t.Errorf("the redirect did not come: %s", resp.Status)
 		}
 		return
-	case strings.HasPrefix(lie.Name, "endless 10"), lie.Name == "endless headers", strings.HasSuffix(lie.Name, "of a gigabyte") && !lie.OfStreams:
+	case strings.HasPrefix(lie.Name, "endless 10"), lie.Name == "endless headers",
+		strings.HasSuffix(lie.Name, "of a gigabyte") && !lie.OfStreams:
 		status = http.StatusBadGateway
 	default:
 		return

@@ -40,32 +40,32 @@ const (
 )
 
 var (
-	// errNotOpen is that nothing listens on a port of a guest.
+	// errNotOpen: nothing listens on a port of a guest.
 	errNotOpen = errors.New("the port is not open")
 
 	errInformational = errors.New("the guest answers with 1xx again and again")
 	errLongHeader    = errors.New("the headers of the guest's answer are too long")
 )
 
-// links knows the link to each guest that lives. The zero value is ready; safe
-// for concurrent use.
+// links has the link to each guest that runs. The zero value is ready; safe for
+// concurrent use.
 type links struct {
 	mu   sync.Mutex
 	open map[context.Context]*link
 }
 
-// link holds the connections to one incarnation of one guest, which are used
-// for no other. A connection to envd is kept for later requests. One to a
-// user's server is not: one that answers a client at a time would be blocked,
-// and one that closes idle connections would now and then lose a request.
+// link holds the connections to one run of one guest; no other guest gets them. A
+// connection to envd is kept for later requests. A connection to a user's server
+// is not: it would block a server that answers one client at a time, and a server
+// that closes idle connections would now and then lose a request.
 type link struct {
 	lease *sandbox.Lease
 	// By HTTP version; the kept are for envd.
 	once1, once2, kept1, kept2 transport
 }
 
-// transport passes on what a guest answers: a redirect too, which is for the
-// client to follow or not.
+// transport passes on every answer of a guest. The client decides whether it
+// follows a redirect.
 type transport struct{ *http.Transport }
 
 // RoundTrip implements http.RoundTripper. The headers of each answer of 1xx are
@@ -201,11 +201,12 @@ func (l *link) dialInside(ctx context.Context, port uint16) (_ net.Conn, err err
 	}
 	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
 	target := net.JoinHostPort("localhost", strconv.Itoa(int(port)))
-	if _, err := fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s: %s\r\n\r\n", target, target, guestapi.HeaderToken, l.lease.Token); err != nil {
+	if _, err := fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s: %s\r\n\r\n",
+		target, target, guestapi.HeaderToken, l.lease.Token); err != nil {
 		return nil, err
 	}
-	// A header that is not to end does not reach memory; what follows it is the
-	// stream, which has no end.
+	// The header is bounded, so that one without an end does not fill memory. The
+	// stream that follows is not.
 	header := &io.LimitedReader{R: conn, N: maxAnswerHeader}
 	r := bufio.NewReader(header)
 	resp, err := http.ReadResponse(r, &http.Request{Method: http.MethodConnect})

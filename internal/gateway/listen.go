@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Bounds of the agent's server beside those of Config.
+// Bounds of the agent's server that Config does not set.
 const (
 	headerTimeout    = 10 * time.Second
 	betweenRequests  = 10 * time.Minute
@@ -22,8 +22,8 @@ const (
 	clientPrefixBits = 64 // of an IPv6 address: one client has all below it
 )
 
-// listener hands out connections, a bounded number in all and to one client;
-// it closes those above.
+// listener accepts a bounded number of connections, in all and of one client. It
+// closes those above.
 type listener struct {
 	net.Listener
 	most, mostEach int
@@ -49,7 +49,7 @@ func (l *listener) Accept() (net.Conn, error) {
 	}
 }
 
-// clientOf is whom an address counts for.
+// clientOf returns the client that a connection from an address counts for.
 func clientOf(addr net.Addr) netip.Prefix {
 	ip := addr.(*net.TCPAddr).AddrPort().Addr().Unmap()
 	bits := ip.BitLen()
@@ -80,7 +80,7 @@ func (l *listener) leave(client netip.Prefix) {
 	}
 }
 
-// conn is a client's connection. It counts until it is closed, a tunnel's too.
+// conn is a client's connection. It counts until it is closed, also as a tunnel.
 type conn struct {
 	*net.TCPConn
 	leave func()
@@ -131,7 +131,7 @@ func (g *Gateway) Serve(l net.Listener) error {
 // Shutdown refuses new requests and waits, within ctx, for those under way.
 func (g *Gateway) Shutdown(ctx context.Context) error { return g.server.Shutdown(ctx) }
 
-// Close ends all connections but tunnels, which end with their guests.
+// Close ends all connections except tunnels, which end with their guests.
 func (g *Gateway) Close() error { return g.server.Close() }
 
 func (g *Gateway) newServer(log *slog.Logger) *http.Server {

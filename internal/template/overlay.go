@@ -33,7 +33,7 @@ func (s *Store) NewOverlay(ctx context.Context, path string, sizeMiB int) error 
 	if _, err := s.EnsureSeed(ctx, sizeMiB); err != nil {
 		return fmt.Errorf("make overlay: %w", errdefs.DiskFull(err))
 	}
-	if err := copyDisk(ctx, path, s.seedPath(sizeMiB)); err != nil {
+	if err := snapfile.Copy(ctx, path, s.seedPath(sizeMiB)); err != nil {
 		return fmt.Errorf("make overlay: %w", errdefs.DiskFull(err))
 	}
 	return nil
@@ -115,9 +115,3 @@ const (
 	// BuildTime is what images are dated from, in seconds since 1970.
 	BuildTime = "1700000000"
 )
-
-// copyDisk makes the new file dst a copy of the disk src.
-func copyDisk(ctx context.Context, dst, src string) error {
-	_, err := snapfile.Copy(ctx, dst, src)
-	return err
-}

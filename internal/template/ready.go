@@ -248,7 +248,7 @@ func (s *Store) stage(tmp string, l *lock, publish func(ctx context.Context, m M
 	return Stage{
 		Dir: tmp,
 		AddOverlay: func(ctx context.Context, from string) (err error) {
-			disk, err = snapfile.Copy(ctx, filepath.Join(tmp, readyOverlay), from)
+			disk, err = snapfile.CopyToKeep(ctx, filepath.Join(tmp, readyOverlay), from)
 			return noSpace("clone overlay", err)
 		},
 		Publish: func(ctx context.Context, m Meta) error { return noSpace("publish snapshot", publish(ctx, m, disk)) },
@@ -320,7 +320,7 @@ func (s *Store) removeOldReady(parent, key string, shape Shape) error {
 // CloneOverlay makes the new file path a copy of the overlay from, for the
 // caller to own; see NewOverlay.
 func (s *Store) CloneOverlay(ctx context.Context, path, from string) error {
-	return noSpace("clone overlay", copyDisk(ctx, path, from))
+	return noSpace("clone overlay", snapfile.Copy(ctx, path, from))
 }
 
 func noSpace(what string, err error) error {

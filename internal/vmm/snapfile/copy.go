@@ -2,8 +2,10 @@ package snapfile
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"path/filepath"
@@ -46,33 +48,43 @@ func FileSource(f *os.File) (Source, error) {
 // is zero. It returns the digest of what it wrote, as Digest computes it, and has
 // started the write-back to the disk. The CPUs share the pieces.
 func Write(ctx context.Context, out *os.File, from Source) (File, error) {
-	if err := out.Truncate(from.Size); err != nil {
-		return File{}, err
-	}
 	back, err := startWriteBack(out)
 	if err != nil {
 		return File{}, err
 	}
 	defer back.end()
-	sum, err := digestPieces(ctx, from.Pieces, func(at int64, buf []byte) (*sum256, error) {
+	sum, err := write(ctx, out, from, sha256.New, back.wrote)
+	return File{Size: from.Size, Pieces: sum}, err
+}
+
+// write writes a source to an empty file, with the digest if newHash is not nil.
+func write(ctx context.Context, out *os.File, from Source, newHash func() hash.Hash, wrote func(n int)) (sum string, err error) {
+	if err := out.Truncate(from.Size); err != nil {
+		return "", err
+	}
+	sum, err = eachPiece(ctx, from.Pieces, func(at int64, buf []byte) (*sum256, error) {
 		piece := buf[:min(PieceBytes, from.Size-at)]
 		none, err := from.ReadAt(piece, at)
 		if none || err != nil {
 			return nil, err
 		}
-		return digestPiece(piece, func(begin, end int, empty bool) error {
+		var h hash.Hash
+		if newHash != nil {
+			h = newHash()
+		}
+		return digestPiece(piece, h, func(begin, end int, empty bool) error {
 			if empty {
 				return nil
 			}
-			_, err := out.WriteAt(piece[begin:end], at+int64(begin))
-			back.wrote(end - begin)
+			n, err := out.WriteAt(piece[begin:end], at+int64(begin))
+			wrote(n)
 			return err
 		})
 	})
 	if err != nil {
-		return File{}, fmt.Errorf("write %s: %w", filepath.Base(out.Name()), err)
+		return "", fmt.Errorf("write %s: %w", filepath.Base(out.Name()), err)
 	}
-	return File{Size: from.Size, Pieces: sum}, nil
+	return sum, nil
 }
 
 // writeBack has the kernel write a file to the disk while more is written to it.
@@ -120,17 +132,35 @@ func (b *writeBack) end() {
 
 // Copy makes the new file dst a copy of src, which must not change until Copy
 // returns: a clone where the file system can, otherwise a copy without the holes.
-// On error, a cancelled ctx included, dst does not exist. The digest is zero for a
-// clone, which reads nothing.
-func Copy(ctx context.Context, dst, src string) (_ File, err error) {
+// On error, a cancelled ctx included, dst does not exist.
+func Copy(ctx context.Context, dst, src string) error {
+	return copyFile(dst, src, func(out *os.File, from Source) error {
+		_, err := write(ctx, out, from, nil, func(int) {})
+		return err
+	})
+}
+
+// CopyToKeep is Copy of a file that is to be published: it returns the digest and
+// has started the write-back, as Write does. The digest is zero for a clone, which
+// reads nothing.
+func CopyToKeep(ctx context.Context, dst, src string) (file File, err error) {
+	err = copyFile(dst, src, func(out *os.File, from Source) (err error) {
+		file, err = Write(ctx, out, from)
+		return err
+	})
+	return file, err
+}
+
+// copyFile makes dst a clone of src, or has write fill it.
+func copyFile(dst, src string, write func(out *os.File, from Source) error) (err error) {
 	in, err := os.Open(src)
 	if err != nil {
-		return File{}, err
+		return err
 	}
 	defer in.Close()
 	out, err := os.OpenFile(dst, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return File{}, err
+		return err
 	}
 	defer func() {
 		if err = errors.Join(err, out.Close()); err != nil {
@@ -138,13 +168,13 @@ func Copy(ctx context.Context, dst, src string) (_ File, err error) {
 		}
 	}()
 	if Clone(out, in) == nil {
-		return File{}, nil
+		return nil
 	}
 	from, err := FileSource(in)
 	if err != nil {
-		return File{}, err
+		return err
 	}
-	return Write(ctx, out, from)
+	return write(out, from)
 }
 
 // Clone makes out share the contents of in, where the file system can.

@@ -53,10 +53,18 @@ func TestCopy(t *testing.T) {
 		src, dst := filepath.Join(dir, "src"), filepath.Join(dir, "dst")
 		randomFile(t, rnd, src)
 		want := digestOf(t, src)
-		got, err := Copy(t.Context(), dst, src)
+		got, err := CopyToKeep(t.Context(), dst, src)
 		if err != nil {
 			t.Fatal(err)
 		}
+		plain := filepath.Join(dir, "plain")
+		if err := Copy(t.Context(), plain, src); err != nil {
+			t.Fatal(err)
+		}
+		if of := digestOf(t, plain); of != want {
+			t.Errorf("seed %d: the plain copy's digest is %+v, want %+v", seed, of, want)
+		}
+		os.Remove(plain)
 		if got != want && got != (File{}) { // a clone has none
 			t.Errorf("seed %d: copied with digest %+v, want %+v", seed, got, want)
 		}
@@ -96,7 +104,7 @@ func TestCopyLeavesNothing(t *testing.T) {
 	gone := errors.New("gone")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(gone)
-	if _, err := Copy(ctx, dst, src); !errors.Is(err, gone) {
+	if err := Copy(ctx, dst, src); !errors.Is(err, gone) {
 		t.Errorf("cancelled: %v", err)
 	}
 	if _, err := os.Lstat(dst); !errors.Is(err, os.ErrNotExist) {
@@ -105,7 +113,7 @@ func TestCopyLeavesNothing(t *testing.T) {
 	if err := os.WriteFile(dst, []byte("mine"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Copy(t.Context(), dst, src); !errors.Is(err, os.ErrExist) {
+	if err := Copy(t.Context(), dst, src); !errors.Is(err, os.ErrExist) {
 		t.Errorf("there is a file: %v", err)
 	}
 	if b, err := os.ReadFile(dst); string(b) != "mine" {
@@ -156,7 +164,7 @@ func TestCopyToFullDisk(t *testing.T) {
 	if err := os.WriteFile(src, bytes.Repeat([]byte{1}, 8*PieceBytes), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Copy(t.Context(), dst, src); !errdefs.IsDiskFull(err) {
+	if _, err := CopyToKeep(t.Context(), dst, src); !errdefs.IsDiskFull(err) {
 		t.Errorf("full disk: %v", err)
 	}
 	if _, err := os.Lstat(dst); !errors.Is(err, os.ErrNotExist) {

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"path/filepath"
@@ -23,8 +24,10 @@ const (
 	// PieceBytes is how much of a file one worker reads, digests and writes at a
 	// time. It is part of the format of Digest.
 	PieceBytes = 1 << 20
-	// maxWorkers bounds the CPUs that work on one file.
+	// maxWorkers bounds the CPUs that work on one file. Another worker is worth its
+	// buffer if it has piecesEach to work on.
 	maxWorkers = 8
+	piecesEach = 4
 )
 
 // File is what a manifest says about one file, with one of the digests.
@@ -81,12 +84,12 @@ func digestFile(ctx context.Context, f *os.File, zero func(at, n int64) error) (
 	if err != nil {
 		return File{}, fmt.Errorf("digest %s: %w", name, err)
 	}
-	sum, err := digestPieces(ctx, numbers, func(at int64, buf []byte) (*sum256, error) {
+	sum, err := eachPiece(ctx, numbers, func(at int64, buf []byte) (*sum256, error) {
 		n, err := f.ReadAt(buf, at)
 		if err != nil && !errors.Is(err, io.EOF) {
 			return nil, err
 		}
-		return digestPiece(buf[:n], func(begin, end int, empty bool) error {
+		return digestPiece(buf[:n], sha256.New(), func(begin, end int, empty bool) error {
 			if !empty || zero == nil {
 				return nil
 			}
@@ -101,19 +104,22 @@ func digestFile(ctx context.Context, f *os.File, zero func(at, n int64) error) (
 
 type sum256 = [sha256.Size]byte
 
-// digestPieces calls do with the offset of each numbered piece, from several
+var buffers = sync.Pool{New: func() any { return new([PieceBytes]byte) }}
+
+// eachPiece calls do with the offset of each numbered piece, from several
 // goroutines, and returns the digest of the digests that do returns. A nil digest
 // says that the piece is all zero. do may use buf, of PieceBytes, as it likes.
-func digestPieces(ctx context.Context, numbers []int64, do func(at int64, buf []byte) (*sum256, error)) (string, error) {
+func eachPiece(ctx context.Context, numbers []int64, do func(at int64, buf []byte) (*sum256, error)) (string, error) {
 	digests := make([]*sum256, len(numbers))
-	workers := max(1, min(runtime.GOMAXPROCS(0), maxWorkers, len(numbers)))
+	workers := min(runtime.GOMAXPROCS(0), maxWorkers, (len(numbers)+piecesEach-1)/piecesEach)
 	errs := make([]error, workers)
 	var next atomic.Int64
 	var failed atomic.Bool
 	var wg sync.WaitGroup
 	for w := range workers {
 		wg.Go(func() {
-			buf := make([]byte, PieceBytes)
+			buf := buffers.Get().(*[PieceBytes]byte)
+			defer buffers.Put(buf)
 			for !failed.Load() {
 				i := int(next.Add(1)) - 1
 				if i >= len(numbers) {
@@ -122,7 +128,7 @@ func digestPieces(ctx context.Context, numbers []int64, do func(at int64, buf []
 				if ctx.Err() != nil {
 					errs[w] = context.Cause(ctx)
 				} else {
-					digests[i], errs[w] = do(numbers[i]*PieceBytes, buf)
+					digests[i], errs[w] = do(numbers[i]*PieceBytes, buf[:])
 				}
 				if errs[w] != nil {
 					failed.Store(true)
@@ -170,11 +176,11 @@ func piecesWithData(f *os.File, size int64) (numbers []int64, err error) {
 	return numbers, nil
 }
 
-// digestPiece computes the digest of one piece; nil says that it is all zero. It
-// calls run for each run of pages that are all zero, or all not.
-func digestPiece(piece []byte, run func(begin, end int, empty bool) error) (*sum256, error) {
+// digestPiece computes the digest of one piece with h, unless that is nil; nil says
+// that the piece is all zero. It calls run for each run of pages that are all zero,
+// or all not.
+func digestPiece(piece []byte, h hash.Hash, run func(begin, end int, empty bool) error) (*sum256, error) {
 	var there [PieceBytes / PageBytes / 8]byte
-	h := sha256.New()
 	found := false
 	n := len(piece)
 	for i := 0; i < n; {
@@ -185,7 +191,7 @@ func digestPiece(piece []byte, run func(begin, end int, empty bool) error) (*sum
 			}
 			end = min(end+PageBytes, n)
 		}
-		if !empty {
+		if !empty && h != nil {
 			h.Write(piece[i:end])
 			found = true
 		}

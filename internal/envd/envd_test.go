@@ -106,12 +106,14 @@ func digest(s string) string {
 	return base64.StdEncoding.EncodeToString(sum[:])
 }
 
+// step is a request with the status that answers it.
+type step struct {
+	name, method, path, header, body string
+	code                             int
+}
+
 func TestInitTokens(t *testing.T) {
-	type step struct {
-		name, method, path, header, body string
-		code                             int
-	}
-	for name, steps := range map[string][]step{
+	runSteps(t, map[string][]step{
 		"none is needed before one is set": {
 			{"list", "POST", list, "", "{}", 200},
 			{"init", "POST", "/init", "", "", 204},
@@ -164,6 +166,11 @@ func TestInitTokens(t *testing.T) {
 			{"set", "POST", "/init", "", `{"accessToken":"a"}`, 204},
 			{"empty", "POST", "/init", "", `{"accessToken":"b","restored":true}`, 401},
 		},
+	})
+}
+
+func TestInitOfALateCopyAndOfAClone(t *testing.T) {
+	runSteps(t, map[string][]step{
 		"a late copy changes nothing": {
 			{"set", "POST", "/init", "", `{"accessToken":"a","timestamp":"2030-01-01T00:00:02Z"}`, 204},
 			{"late", "POST", "/init", "a", `{"accessToken":"b","timestamp":"2030-01-01T00:00:01Z"}`, 204},
@@ -177,7 +184,13 @@ func TestInitTokens(t *testing.T) {
 			{"the old token", "POST", list, "a", "{}", 401},
 			{"the new token", "POST", list, "b", "{}", 200},
 		},
-	} {
+	})
+}
+
+// runSteps sends the requests of each case to a new server.
+func runSteps(t *testing.T, cases map[string][]step) {
+	t.Helper()
+	for name, steps := range cases {
 		t.Run(name, func(t *testing.T) {
 			s, _ := serve(t, Config{})
 			for i, st := range steps {

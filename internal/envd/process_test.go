@@ -137,6 +137,17 @@ func stdinOf(text string) *processv1.ProcessInput {
 	return &processv1.ProcessInput{Input: &processv1.ProcessInput_Stdin{Stdin: []byte(text)}}
 }
 
+// input is a request that sends in to a process.
+func input(to *processv1.ProcessSelector, in *processv1.ProcessInput) *connect.Request[processv1.SendInputRequest] {
+	return connect.NewRequest(&processv1.SendInputRequest{Process: to, Input: in})
+}
+
+// more is a message of a stream of input.
+func more(in *processv1.ProcessInput) *processv1.StreamInputRequest {
+	data := &processv1.StreamInputRequest_DataEvent{Input: in}
+	return &processv1.StreamInputRequest{Event: &processv1.StreamInputRequest_Data{Data: data}}
+}
+
 func ptyOf(text string) *processv1.ProcessInput {
 	return &processv1.ProcessInput{Input: &processv1.ProcessInput_Pty{Pty: []byte(text)}}
 }
@@ -233,12 +244,12 @@ func TestStdin(t *testing.T) {
 	c := processClient(url)
 	e, pid := start(t, c, bySh("cat; echo end"))
 	for _, text := range []string{"one ", "two\n"} {
-		if _, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byPID(pid), Input: stdinOf(text)})); err != nil {
+		if _, err := c.SendInput(t.Context(), input(byPID(pid), stdinOf(text))); err != nil {
 			t.Fatal(err)
 		}
 	}
 	readUntil(t, e, "one two\n")
-	if _, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byPID(pid), Input: ptyOf("x")})); connect.CodeOf(err) != connect.CodeInternal {
+	if _, err := c.SendInput(t.Context(), input(byPID(pid), ptyOf("x"))); connect.CodeOf(err) != connect.CodeInternal {
 		t.Errorf("terminal input without a terminal: %v", err)
 	}
 	for range 2 {
@@ -249,7 +260,7 @@ func TestStdin(t *testing.T) {
 	if out, _, _, _ := all(t, e); out != "end\n" {
 		t.Errorf("got %q", out)
 	}
-	_, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byPID(pid), Input: stdinOf("x")}))
+	_, err := c.SendInput(t.Context(), input(byPID(pid), stdinOf("x")))
 	if connect.CodeOf(err) != connect.CodeNotFound {
 		t.Errorf("input after the end: %v", err)
 	}
@@ -261,7 +272,7 @@ func TestStdinDisabled(t *testing.T) {
 	msg := bySh("cat; exec sleep 100")
 	msg.Stdin = new(bool)
 	_, pid := start(t, c, msg)
-	_, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byPID(pid), Input: stdinOf("x")}))
+	_, err := c.SendInput(t.Context(), input(byPID(pid), stdinOf("x")))
 	if connect.CodeOf(err) != connect.CodeInternal || !strings.Contains(err.Error(), "stdin not enabled or closed") {
 		t.Errorf("got %v", err)
 	}
@@ -274,7 +285,7 @@ func TestBlockedInputEndsWithTheProcess(t *testing.T) {
 	_, pid := start(t, c, bySh("exec sleep 100"))
 	sent := make(chan error, 1)
 	go func() {
-		_, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byPID(pid), Input: stdinOf(strings.Repeat("x", 1<<20))}))
+		_, err := c.SendInput(t.Context(), input(byPID(pid), stdinOf(strings.Repeat("x", 1<<20))))
 		sent <- err
 	}()
 	time.Sleep(20 * time.Millisecond) // for the pipe to be full
@@ -307,7 +318,7 @@ func TestStreamInputKeepsOrder(t *testing.T) {
 	for i := range 500 {
 		line := fmt.Sprintf("%d\n", i)
 		want.WriteString(line)
-		send(&processv1.StreamInputRequest{Event: &processv1.StreamInputRequest_Data{Data: &processv1.StreamInputRequest_DataEvent{Input: stdinOf(line)}}})
+		send(more(stdinOf(line)))
 		if i == 100 {
 			send(&processv1.StreamInputRequest{Event: &processv1.StreamInputRequest_Keepalive{Keepalive: &processv1.StreamInputRequest_KeepAlive{}}})
 		}
@@ -322,7 +333,7 @@ func TestStreamInputKeepsOrder(t *testing.T) {
 		t.Errorf("got %.40q…", out)
 	}
 	in = c.StreamInput(t.Context())
-	_ = in.Send(&processv1.StreamInputRequest{Event: &processv1.StreamInputRequest_Data{Data: &processv1.StreamInputRequest_DataEvent{Input: stdinOf("x")}}})
+	_ = in.Send(more(stdinOf("x")))
 	if _, err := in.CloseAndReceive(); connect.CodeOf(err) != connect.CodeInvalidArgument {
 		t.Errorf("input for no process: %v", err)
 	}
@@ -342,7 +353,7 @@ func TestPTY(t *testing.T) {
 		t.Fatal(err)
 	}
 	send := func(text string) {
-		if _, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byPID(pid), Input: ptyOf(text)})); err != nil {
+		if _, err := c.SendInput(t.Context(), input(byPID(pid), ptyOf(text))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -350,7 +361,7 @@ func TestPTY(t *testing.T) {
 	if got := readUntil(t, e, "got hello"); !strings.Contains(got, "40 100\r\n") {
 		t.Errorf("the new size did not arrive: %q", got)
 	}
-	if _, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byPID(pid), Input: stdinOf("x")})); connect.CodeOf(err) != connect.CodeInternal {
+	if _, err := c.SendInput(t.Context(), input(byPID(pid), stdinOf("x"))); connect.CodeOf(err) != connect.CodeInternal {
 		t.Errorf("stdin to a terminal: %v", err)
 	}
 	if _, err := c.CloseStdin(t.Context(), connect.NewRequest(&processv1.CloseStdinRequest{Process: byPID(pid)})); connect.CodeOf(err) != connect.CodeUnknown {
@@ -369,7 +380,7 @@ func TestPTYInterrupt(t *testing.T) {
 	msg.Pty = &processv1.PTY{}
 	e, pid := start(t, c, msg)
 	readUntil(t, e, "ready")
-	if _, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byPID(pid), Input: ptyOf("\x03")})); err != nil {
+	if _, err := c.SendInput(t.Context(), input(byPID(pid), ptyOf("\x03"))); err != nil {
 		t.Fatal(err)
 	}
 	if _, _, _, end := all(t, e); end.GetStatus() != "signal: interrupt" {
@@ -392,7 +403,7 @@ func TestConnect(t *testing.T) {
 		list.Msg.Processes[0].GetConfig().GetCmd() != "sh" {
 		t.Errorf("list: %v, %v", list, err)
 	}
-	if _, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byTag(tag), Input: stdinOf("go\n")})); err != nil {
+	if _, err := c.SendInput(t.Context(), input(byTag(tag), stdinOf("go\n"))); err != nil {
 		t.Fatal(err)
 	}
 	for i, s := range append(others, e) {
@@ -430,7 +441,7 @@ func TestProcessSurvivesItsClient(t *testing.T) {
 	for e.Receive() {
 	}
 	other := attach(t, c, byPID(pid))
-	if _, err := c.SendInput(t.Context(), connect.NewRequest(&processv1.SendInputRequest{Process: byPID(pid), Input: stdinOf("\n")})); err != nil {
+	if _, err := c.SendInput(t.Context(), input(byPID(pid), stdinOf("\n"))); err != nil {
 		t.Fatal(err)
 	}
 	if out, _, _, _ := all(t, other); out != "still here\n" {

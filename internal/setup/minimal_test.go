@@ -16,7 +16,7 @@ Debian|bookworm|http://apt.test/debian/|bookworm|contrib
 Debian|bookworm-updates|http://apt.test/debian/|bookworm-updates|main
 Debian|bookworm-security|mirror+file:` + mirrors + `/|bookworm-security|main
 Debian|trixie|http://apt.test/debian/|trixie|main
-Somebody|bookworm|http://thirdparty.test/|bookworm|main
+Vendor|bookworm|http://thirdparty.test/|bookworm|main
 Debian|bookworm|file:/srv/mirror/|bookworm|main
 Debian|bookworm|mirror+file:/nonexistent|bookworm|main
 

@@ -57,7 +57,7 @@ var mayImport = map[string][]string{
 	},
 	"internal/agent": {
 		"internal/atomicfile",
-		"internal/gateway", "internal/server", "internal/host", "internal/sandbox", "internal/network", "internal/template",
+		"internal/gateway", "internal/server", "internal/host", "internal/sandbox", "internal/network", "internal/egress", "internal/template",
 		"internal/guest", "internal/guestapi", "internal/vmm", "internal/vmm/kvm", "internal/vmm/launch", "internal/vmm/qemu",
 		"internal/vmm/firecracker", "internal/errdefs",
 	},

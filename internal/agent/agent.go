@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/gateway"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
@@ -43,6 +44,8 @@ type Network interface {
 	// Teardown removes what all networks share.
 	Teardown(ctx context.Context) error
 	Stats() network.Stats
+	// NameCounts counts what went through the proxies of all networks.
+	NameCounts() egress.Counts
 }
 
 // parts are what an agent stands on: this host's, unless a test sets others.
@@ -201,6 +204,7 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	server.Register(mux, server.Config{
 		Manager: a.base.manager, Version: version, Panics: &panics, Log: a.log,
 		Slots:   func() map[string]int { return a.base.network.Stats().ByState() },
+		Names:   func() server.NameCounts { return server.NameCounts(a.base.network.NameCounts()) },
 		Refused: door.Refused,
 	})
 	return door

@@ -247,7 +247,8 @@ func TestAgentServesAndLeavesNothing(t *testing.T) {
 		t.Errorf("exec: HTTP %d, %v", status, answer)
 	}
 	_, numbers := r.get("/metrics")
-	for _, line := range []string{`wrenn_sandboxes{state="running"} 2`, `wrenn_network_slots{state="open"} 2`, "wrenn_panics_total 0"} {
+	for _, line := range []string{`wrenn_sandboxes{state="running"} 2`, `wrenn_network_slots{state="open"} 2`, "wrenn_panics_total 0",
+		"wrenn_egress_connections 0", `wrenn_egress_total{result="refused"} 0`} {
 		if !strings.Contains(numbers, line+"\n") {
 			t.Errorf("the metrics lack %q", line)
 		}

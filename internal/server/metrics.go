@@ -24,6 +24,9 @@ var (
 	warmDesc      = desc("warm", "Waiting guests: those that are ready, and those that are wanted.", "state")
 	slotsDesc     = desc("network_slots", "Network slots: reserved (all that are not free), open (with something on the host), "+
 		"pool (built and waiting), fenced (not removed yet, kept from use).", "state")
+	namesOpenDesc = desc("egress_connections", "Connections of sandboxes by name that are open.")
+	namesDesc     = desc("egress_total", "What sandboxes asked of the way out by name since the agent started: "+
+		"accepted (connections), refused (connections, requests and questions).", "result")
 	fencedDesc  = desc("cleanup_pending", "Sandboxes and slots that could not be freed yet.")
 	panicsDesc  = desc("panics_total", "Requests whose handling panicked since the agent started.")
 	refusedDesc = desc("connections_refused_total", "Connections closed since the agent started because there were too many.")
@@ -63,6 +66,11 @@ func (m metrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(fencedDesc, stats.Pending)
 	ch <- prometheus.MustNewConstMetric(panicsDesc, prometheus.CounterValue, float64(m.Panics.Load()))
 	ch <- prometheus.MustNewConstMetric(refusedDesc, prometheus.CounterValue, float64(m.Refused()))
+	names := m.Names()
+	gauge(namesOpenDesc, names.Open)
+	for result, n := range map[string]uint64{"accepted": names.Accepted, "refused": names.Refused} {
+		ch <- prometheus.MustNewConstMetric(namesDesc, prometheus.CounterValue, float64(n), result)
+	}
 	for state, n := range m.Slots() {
 		gauge(slotsDesc, n, state)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -103,7 +104,8 @@ func newPlane(t *testing.T) *plane {
 	Register(mux, Config{
 		Manager: p.manager, Version: Version{Version: "1"}, Panics: p.panics, Log: log,
 		Slots:   func() map[string]int { return p.net.Stats().ByState() },
-		Refused: func() int64 { return 0 },
+		Names:   func() NameCounts { return NameCounts{Open: 1, Accepted: 2, Refused: 3} },
+		Refused: func() int64 { return 4 },
 	})
 	s := httptest.NewServer(mux)
 	p.url = s.URL
@@ -353,5 +355,27 @@ func TestLimitsOfFields(t *testing.T) {
 	}
 	if got := slices.Sorted(maps.Keys(before)); len(got) < 5 {
 		t.Errorf("the state is looked at in too few places: %q", got)
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	p := newPlane(t)
+	resp, err := http.Get(p.url + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("HTTP %d, %v", resp.StatusCode, err)
+	}
+	for _, line := range []string{
+		`wrenn_sandboxes{state="running"} 1`, `wrenn_network_slots{state="open"} 1`, `wrenn_reserved{resource="vcpus"} 1`,
+		"wrenn_egress_connections 1", `wrenn_egress_total{result="accepted"} 2`, `wrenn_egress_total{result="refused"} 3`,
+		"wrenn_connections_refused_total 4", "wrenn_panics_total 0", "wrenn_cleanup_pending 0",
+	} {
+		if !strings.Contains(string(body), "\n"+line+"\n") {
+			t.Errorf("the metrics lack %q", line)
+		}
 	}
 }

@@ -56,6 +56,14 @@ type (
 
 var _ hostagentv1connect.HostAgentServiceHandler = (*service)(nil)
 
+// NameCounts counts what sandboxes asked of the way out by name since the agent
+// started.
+type NameCounts struct {
+	Open     int    // connections that are open
+	Accepted uint64 // connections
+	Refused  uint64 // connections, requests and questions
+}
+
 // Config says what the control plane answers for.
 type Config struct {
 	Manager *sandbox.Manager
@@ -64,6 +72,8 @@ type Config struct {
 	// closed because there were too many.
 	Slots   func() map[string]int
 	Refused func() int64
+	// Names counts what sandboxes asked of the way out by name.
+	Names func() NameCounts
 	// Panics counts what handlers panicked with.
 	Panics *atomic.Int64
 	Log    *slog.Logger

@@ -102,7 +102,7 @@ func TestStatusOfACommand(t *testing.T) {
 func TestSignals(t *testing.T) {
 	for _, args := range [][]string{{"exec", clienttest.ID, "x"}, {"run", "x"}} {
 		for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
-			a := &clienttest.Agent{Archive: []byte("started\n"), Endless: true}
+			a := &clienttest.Agent{Archive: []byte("started\n"), Endless: 1}
 			cmd := program(t, a.Serve(t), args...)
 			var stderr strings.Builder
 			cmd.Stderr = &stderr

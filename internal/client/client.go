@@ -18,6 +18,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -31,6 +32,7 @@ type Host struct {
 	base  *url.URL
 	rpc   hostagentv1connect.HostAgentServiceClient
 	guest http.RoundTripper // for what the agent passes on to guests
+	grace time.Duration     // termGrace, except in tests
 
 	mu     sync.Mutex        // guards tokens
 	tokens map[string]string // by sandbox; those that were asked for
@@ -46,7 +48,7 @@ func New(addr string) (*Host, error) {
 	if base.Scheme != "http" && base.Scheme != "https" || base.Hostname() == "" {
 		return nil, fmt.Errorf("%q is not a URL such as http://127.0.0.1:50051", addr)
 	}
-	h := &Host{base: base, tokens: make(map[string]string)}
+	h := &Host{base: base, grace: termGrace, tokens: make(map[string]string)}
 	h.guest = h.transport(guestPatience)
 	h.rpc = hostagentv1connect.NewHostAgentServiceClient(onlyTo(h.transport(0)), h.URL(), agentOptions())
 	return h, nil

@@ -22,15 +22,14 @@ import (
 const (
 	// inputSize is how much of stdin travels at once.
 	inputSize = 32 << 10
+	// termGrace is what a command gets between SIGTERM and SIGKILL.
+	termGrace = 2 * time.Second
 	// startGraces is how many times termGrace a guest gets to start a command
 	// after ctx has ended, so that the command can be ended.
 	startGraces = 5
 	// interruptTimeout bounds all that is tried to end a command.
 	interruptTimeout = 10 * time.Second
 )
-
-// termGrace is what a command gets between SIGTERM and SIGKILL. Tests shorten it.
-var termGrace = 2 * time.Second
 
 // Command is a command to be run in a sandbox, and what it is connected to.
 type Command struct {
@@ -79,7 +78,7 @@ func (s *Sandbox) Exec(ctx context.Context, cmd Command) (status int, err error)
 	life, hangUp := context.WithCancel(context.WithoutCancel(ctx))
 	defer hangUp()
 	x := &execution{
-		Command: cmd, guest: s.processes(cmd.User),
+		Command: cmd, guest: s.processes(cmd.User), grace: s.host.grace,
 		life: life, hangUp: hangUp, started: make(chan struct{}),
 	}
 	defer context.AfterFunc(ctx, x.awaitStart)()
@@ -112,6 +111,7 @@ type execution struct {
 	guest  processconnect.ProcessClient
 	life   context.Context // of the connection
 	hangUp func()          // ends it
+	grace  time.Duration   // between SIGTERM and SIGKILL
 
 	started chan struct{}            // closed when self is known
 	self    *process.ProcessSelector // nil until then
@@ -142,7 +142,7 @@ func (x *execution) awaitStart() {
 	select {
 	case <-x.life.Done():
 	case <-x.started:
-	case <-time.After(startGraces * termGrace):
+	case <-time.After(startGraces * x.grace):
 		x.hangUp()
 	}
 }
@@ -269,7 +269,7 @@ func (x *execution) interrupt() {
 		select {
 		case <-ctx.Done(): // the end was seen
 			return
-		case <-time.After(termGrace):
+		case <-time.After(x.grace):
 		}
 	}
 }

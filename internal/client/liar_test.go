@@ -60,9 +60,6 @@ var fine = map[string]bool{
 // TestLiars has a guest lie in every way to exec, top and cp: what comes of it is
 // an error, in bounded memory and in time, and no other server hears of it.
 func TestLiars(t *testing.T) {
-	grace := termGrace
-	termGrace = 20 * time.Millisecond
-	defer func() { termGrace = grace }()
 	for _, lie := range liar.Lies() {
 		t.Run(strings.ReplaceAll(lie.Name, " ", "_"), func(t *testing.T) {
 			for _, x := range liedTo {
@@ -78,6 +75,7 @@ func (x lied) check(t *testing.T, lie liar.Lie) {
 	g := liar.Start(t, lie, "127.0.0.1:0")
 	_, g.Honest = hostagentv1connect.NewHostAgentServiceHandler(&clienttest.Agent{})
 	s := sandboxOf(t, g.URL())
+	s.host.grace = 20 * time.Millisecond
 	limit := 30 * time.Second
 	if lie.Endless {
 		limit = 50 * time.Millisecond

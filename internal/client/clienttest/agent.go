@@ -41,12 +41,14 @@ type Agent struct {
 	Err       error                 // every call of the agent's own answers it, if not nil
 	Token     string                // of the sandbox; if not empty, the guest demands it
 	Text      string                // in every field of an answer that is text
+	Also      []string              // IDs of other sandboxes, in ListSandboxes
 	Console   []byte                // of GetConsole
 	Entry     *filesystem.EntryInfo // of Stat
 	Archive   []byte                // what tar writes, and any other command
 	Stderr    string                // what they say beside it
 	Exit      int32                 // and end with
-	Endless   bool                  // they end when they are sent a signal
+	Endless   int                   // they end when they were sent so many signals
+	Missing   []string              // commands that do not exist
 	Fail      error                 // Start answers it, if not nil
 	File      []byte                // content of /files
 	Refusal   string                // answer of /files, /metrics and CONNECT, if not empty
@@ -55,9 +57,10 @@ type Agent struct {
 	// Received is what was sent to /files, or to a command.
 	Received []byte
 
-	mu       sync.Mutex // guards Status once it serves, and signals and calls
+	mu       sync.Mutex // guards Status once it serves, and what follows
 	signals  []process.Signal
 	calls    []string
+	started  []string
 	Status   string        // of the sandbox; "running" if empty, "gone" if it does not exist
 	fed      chan struct{} // that the end of a command's input has come
 	signaled chan struct{} // that a command was sent a signal
@@ -83,7 +86,7 @@ func (a *Agent) Serve(t testing.TB) string {
 	})
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodConnect {
-			refuse(w, a.Refusal)
+			a.port(w)
 			return
 		}
 		mux.ServeHTTP(w, r)
@@ -124,6 +127,22 @@ func refuse(w http.ResponseWriter, text string) {
 	_, _ = io.WriteString(w, `{"code":502,"message":"`+text+`"}`)
 }
 
+// port is a port of the sandbox that sends back what it gets, and ends when that
+// does.
+func (a *Agent) port(w http.ResponseWriter) {
+	if a.Refusal != "" {
+		refuse(w, a.Refusal)
+		return
+	}
+	conn, buffered, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\n\r\n")
+	_, _ = io.Copy(conn, buffered)
+}
+
 func (a *Agent) files(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case a.Refusal != "":
@@ -152,6 +171,13 @@ func (a *Agent) Signaled() []process.Signal {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return slices.Clone(a.signals)
+}
+
+// Started are the commands that were started.
+func (a *Agent) Started() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.started)
 }
 
 // Calls are the names of the agent's own calls that were made.
@@ -199,7 +225,11 @@ func (a *Agent) GetSandbox(context.Context, request[v1.GetSandboxRequest]) (resp
 }
 
 func (a *Agent) ListSandboxes(context.Context, request[v1.ListSandboxesRequest]) (response[v1.ListSandboxesResponse], error) {
-	return connect.NewResponse(&v1.ListSandboxesResponse{Sandboxes: []*v1.SandboxInfo{a.sandbox()}}), nil
+	boxes := []*v1.SandboxInfo{a.sandbox()}
+	for _, id := range a.Also {
+		boxes = append(boxes, &v1.SandboxInfo{SandboxId: id, Status: "running"})
+	}
+	return connect.NewResponse(&v1.ListSandboxesResponse{Sandboxes: boxes}), nil
 }
 
 func (a *Agent) CreateSandbox(context.Context, request[v1.CreateSandboxRequest]) (response[v1.CreateSandboxResponse], error) {
@@ -254,6 +284,12 @@ func (a *Agent) Start(ctx context.Context, req request[process.StartRequest], s 
 	if a.Fail != nil {
 		return a.Fail
 	}
+	if slices.Contains(a.Missing, req.Msg.Process.Cmd) {
+		return connect.NewError(connect.CodeNotFound, errors.New(req.Msg.Process.Cmd+" does not exist"))
+	}
+	a.mu.Lock()
+	a.started = append(a.started, req.Msg.Process.Cmd)
+	a.mu.Unlock()
 	send := func(e *process.ProcessEvent) error { return s.Send(&process.StartResponse{Event: e}) }
 	data := func(d *process.ProcessEvent_DataEvent) error {
 		return send(&process.ProcessEvent{Event: &process.ProcessEvent_Data{Data: d}})
@@ -270,7 +306,7 @@ func (a *Agent) Start(ctx context.Context, req request[process.StartRequest], s 
 	if err == nil && req.Msg.GetStdin() {
 		err = await(ctx, a.fed)
 	}
-	if err == nil && a.Endless {
+	for n := 0; err == nil && n < a.Endless; n++ {
 		err = await(ctx, a.signaled)
 	}
 	if err != nil {

@@ -17,18 +17,18 @@ func newCp(c *cli) *cobra.Command {
 		Use:   "cp SRC DST",
 		Short: "Copy files and directories into and out of a sandbox",
 		Long: `Copy a file or a directory with all that is in it into a running sandbox or out
-of it. One of the two is ID:PATH; a relative PATH begins at the user's home. In
-place of the other, - is stdin or stdout.
+of it. One of SRC and DST is ID:PATH; a relative PATH begins at the user's home. The
+other may be -, for stdin or stdout.
 
-A target that is a directory gets the source inside it; of DIR/. only what is in
-DIR is copied. Modes are kept, owners are not: what is copied belongs to who
-copied it. Directories need tar in the sandbox.
+If DST is a directory, the source is copied into it; DIR/. copies what is in DIR.
+Modes are kept, owners are not: a copy belongs to the user who makes it, in the
+sandbox to --user. To copy a directory, the sandbox needs tar.
 
-A copy out of a sandbox stays in the directory that DST names. Links on the way to
-that directory are followed, links in it are not: a file or a link of the sandbox
-replaces what has its name there, but never a directory, and a directory replaces
-nothing. A DST that is itself neither a file nor a directory is refused. Files,
-directories and links are copied, and no others.`,
+A copy out of a sandbox writes only into the directory that DST names. Links on the
+way to that directory are followed, links in it are not. A file or a link of the
+sandbox replaces what has its name there, except a directory; a directory replaces
+nothing. A DST that is neither a file nor a directory is refused. Only files,
+directories and links are copied.`,
 		Example: "  wrenn cp main.py 3fa:/root/\n  wrenn cp 3fa:/var/log ./logs\n  wrenn cp 3fa:results.csv - | head",
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -26,8 +26,8 @@ func (s *size) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&s.template, "template", "", `template or snapshot to start from (default "minimal")`)
 	cmd.Flags().Int32Var(&s.vcpus, "vcpus", 0, "number of virtual CPUs (default 1, or the snapshot's)")
 	cmd.Flags().StringVarP(&s.memory, "memory", "m", "", "memory in MiB, or with a unit: 512m, 2g (default 512, or the snapshot's)")
-	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox after so long without activity (10m, 1h); 0 is never")
-	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens then: destroy, or hibernate to disk")
+	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox when this time passes without activity (10m, 1h); 0 is never")
+	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens when --timeout passes: destroy, or hibernate to disk")
 	s.reach.flags(cmd)
 }
 
@@ -65,8 +65,8 @@ func wholeSeconds(d time.Duration) (int32, error) {
 	return int32(min(d/time.Second, 1<<31-1)), nil
 }
 
-// create makes a sandbox, with a sign of life while it boots. The answer is
-// without the access token, so that no command prints it by the way.
+// create makes a sandbox, and shows on a terminal how long that takes. The answer
+// has no access token, so that no command can print it by mistake.
 func (c *cli) create(ctx context.Context, s *size) (*hostagentv1.CreateSandboxResponse, error) {
 	req, err := s.request()
 	if err != nil {
@@ -88,8 +88,8 @@ func newCreate(c *cli) *cobra.Command {
 		Use:   "create [TEMPLATE]",
 		Short: "Create a sandbox and print its id",
 		Long: `Create a sandbox from a template or a snapshot, wait until commands can run in
-it, and print its id. It stays until 'wrenn rm', or until its --timeout has
-passed without activity.`,
+it, and print its id. The sandbox stays until 'wrenn rm' destroys it, or until
+its --timeout passes without activity.`,
 		Example: "  wrenn create --memory 1g --vcpus 2 --timeout 30m\n  wrenn create my-snapshot",
 		Args:    cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -114,10 +114,10 @@ passed without activity.`,
 		},
 	}
 	s.flags(cmd)
-	cmd.Flags().StringVarP(&s.user, "user", "u", "", "user of programs in the sandbox whose callers name none (default the template's)")
-	cmd.Flags().StringArrayVarP(&s.env, "env", "e", nil, "set NAME=VALUE for all programs, or pass on our NAME; may be repeated")
+	cmd.Flags().StringVarP(&s.user, "user", "u", "", "user of programs that are started without a user (default the template's)")
+	cmd.Flags().StringArrayVarP(&s.env, "env", "e", nil, "set NAME=VALUE for all programs, or NAME to pass on your variable; may be repeated")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
-	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "say on stderr what the sandbox started from and what the time went into")
+	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "print on stderr what the sandbox started from and how long each step took")
 	return cmd
 }
 

@@ -23,7 +23,7 @@ type command struct {
 }
 
 func (x *command) flags(cmd *cobra.Command) {
-	cmd.Flags().StringArrayVarP(&x.env, "env", "e", nil, "set NAME=VALUE for the command, or pass on our NAME; may be repeated")
+	cmd.Flags().StringArrayVarP(&x.env, "env", "e", nil, "set NAME=VALUE for the command, or NAME to pass on your variable; may be repeated")
 	cmd.Flags().StringVarP(&x.cwd, "workdir", "w", "", "directory of the command in the sandbox")
 	cmd.Flags().StringVarP(&x.user, "user", "u", "", "user of the command in the sandbox")
 	cmd.Flags().BoolVarP(&x.interactive, "interactive", "i", false, "connect stdin")
@@ -31,8 +31,8 @@ func (x *command) flags(cmd *cobra.Command) {
 	cmd.Flags().SetInterspersed(false) // flags behind the command are its own
 }
 
-// variables reads flags of the form NAME=VALUE, or NAME for our own variable,
-// whose value no list of processes shows then.
+// variables reads flags of the form NAME=VALUE, or NAME for a variable of this
+// program, whose value then stands in no list of processes.
 func variables(flags []string) (map[string]string, error) {
 	env := map[string]string{}
 	for _, kv := range flags {
@@ -77,13 +77,13 @@ func newExec(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "exec ID [--] COMMAND [ARG...]",
 		Short: "Run a command in a running sandbox",
-		Long: `Run a command in a running sandbox. Its output comes as it is written; the exit
-status is the command's own, 128+N when signal N ended it, 127 when it does not
-exist, 126 when it cannot be executed.
+		Long: `Run a command in a running sandbox. Output is printed as the command writes it.
+The exit status is the command's own, or 128+N if signal N ended the command,
+127 if the command does not exist, 126 if it cannot be executed.
 
-With -i the command reads our stdin, with -t it runs in our terminal: keys,
-Ctrl-C too, go to it. Without -t, Ctrl-C ends the command, and the exit status
-is 130.`,
+With -i, the command reads stdin. With -t, it runs in this terminal, and all
+keys go to it, Ctrl-C too. Without -t, Ctrl-C ends the command, and the exit
+status is 130.`,
 		Example: `  wrenn exec 3fa -- sh -c 'echo $HOME; exit 3'
   wrenn exec -it 3fa -- python3
   tar c dir | wrenn exec -i 3fa -- tar x -C /tmp`,
@@ -132,9 +132,9 @@ func newShell(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "shell ID",
 		Short: "Open a shell in a running sandbox",
-		Long: `Open a login shell, bash or else sh, in a running sandbox; the exit status is
-the shell's. The shell and what runs in it end when the connection does. Where
-stdin is no terminal, the shell reads its commands from it.`,
+		Long: `Open a login shell in a running sandbox: bash, or sh if there is no bash. The exit
+status is the shell's. When the connection ends, the shell and its programs end
+too. If stdin is not a terminal, the shell reads its commands from stdin.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := c.find(cmd.Context(), args[0])
@@ -159,8 +159,8 @@ func newRun(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "run [--] COMMAND [ARG...]",
 		Short: "Run a command in a sandbox of its own, destroyed afterwards",
-		Long: `Create a sandbox, run a command in it with its output here, destroy the sandbox,
-and exit with the command's status.`,
+		Long: `Create a sandbox, run a command in it, print its output, destroy the sandbox, and
+exit with the command's status.`,
 		Example: "  wrenn run -- sh -c 'uname -a; id'\n  wrenn run -m 1g -it -- bash",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {

@@ -56,8 +56,8 @@ func newPs(c *cli) *cobra.Command {
 			return w.Flush()
 		},
 	}
-	cmd.Flags().BoolVarP(&all, "all", "a", false, "also those that ended by themselves not long ago")
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print ids alone")
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "also list sandboxes that ended by themselves, for as long as the agent remembers them")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only ids")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
 }
@@ -80,10 +80,10 @@ func newInspect(c *cli) *cobra.Command {
 	var token bool
 	cmd := &cobra.Command{
 		Use:   "inspect ID",
-		Short: "Print all that is known of a sandbox, as JSON",
-		Long: `Print all that is known of a sandbox, as JSON; also of one that has ended by
-itself not long ago, with the reason. Its access token is not part of that:
---token prints it alone, for clients of the sandbox's daemon.`,
+		Short: "Print all that the agent knows of a sandbox, as JSON",
+		Long: `Print all that the agent knows of a sandbox, as JSON. A sandbox that ended by itself
+is known for some time, with the reason. The access token is not printed; --token
+prints nothing else, for clients of the sandbox's daemon.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := c.find(cmd.Context(), args[0])
@@ -123,10 +123,10 @@ func newLogs(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "logs ID",
 		Short: "Print a guest's console",
-		Long: `Print the end of a guest's serial console: what its kernel and envd had to say.
-A program in the sandbox can write there, too. What would move a cursor, or do
-more to a terminal, is shown as \uXXXX, also where stdout is none; --raw prints the
-bytes as they are.`,
+		Long: `Print the end of a guest's serial console: the messages of its kernel and of envd.
+Programs in the sandbox can write there, too. Characters that control a terminal
+are printed as \uXXXX, even if stdout is not a terminal; --raw prints all bytes as
+they are.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := c.find(cmd.Context(), args[0])
@@ -156,9 +156,9 @@ func newEvents(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "events [ID]",
 		Short: "Print changes of state as they happen",
-		Long: `Print every change of state of every sandbox, or of one: first those that are
-remembered, then new ones as they happen. Each has a cursor; --after CURSOR goes
-on where an earlier look ended.`,
+		Long: `Print each change of state of all sandboxes, or of one: first the changes that the
+agent remembers, then new ones as they happen. Each line begins with a cursor.
+--after CURSOR prints only what came after that line.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req := &hostagentv1.WatchEventsRequest{After: after, NoFollow: noFollow}

@@ -40,8 +40,8 @@ func (e signalError) Error() string { return e.Signal.String() + " signal receiv
 // status is the exit status of a program that the signal ended.
 func (e signalError) status() int { return 128 + int(e.Signal) }
 
-// untilSignal returns a context that the first signal to end ends. A second
-// one ends the program the hard way.
+// untilSignal returns a context that ends with the first SIGINT, SIGTERM or SIGHUP.
+// The second one ends the program at once, as if it were not handled.
 func untilSignal() context.Context {
 	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
 	if !signal.Ignored(syscall.SIGHUP) { // nohup
@@ -71,8 +71,8 @@ func main() {
 	os.Exit(status)
 }
 
-// exitStatus is the status that an error ends the program with; quiet is that
-// there is nothing to say about it.
+// exitStatus returns the status that an error ends the program with; quiet means
+// that no message is printed.
 func exitStatus(ctx context.Context, err error) (status int, quiet bool) {
 	var exit exitError
 	var own *statusError
@@ -114,7 +114,7 @@ On the host, as root:
   wrenn serve          run the host agent
   wrenn doctor         say what is missing, and how to mend it
 
-Then, as anybody who may reach the agent:
+Then, as any user who can reach the agent:
   wrenn run -- uname -a          a sandbox for one command
   id=$(wrenn create)             a sandbox to keep
   wrenn exec $id -- python3 -c 'print(6*7)'

@@ -28,15 +28,15 @@ var reachFlags = []string{"internet", "allow", "deny", "net-in", "net-out", "net
 func (r *reach) flags(cmd *cobra.Command) {
 	r.cmd = cmd
 	f := cmd.Flags()
-	f.BoolVar(&r.internet, "internet", true, "whether the sandbox reaches what no list names; --internet=false closes all but --allow")
+	f.BoolVar(&r.internet, "internet", true, "whether the sandbox reaches what no list names; with --internet=false only what --allow names")
 	f.StringSliceVar(&r.allow, "allow", nil,
-		"address, range or domain that it reaches all the same (192.0.2.0/24, example.com, *.example.com); may be repeated")
+		"address, range or domain that it reaches (192.0.2.0/24, example.com, *.example.com); may be repeated")
 	f.StringSliceVar(&r.deny, "deny", nil, "address, range or domain that it does not reach; wins over --allow")
 	f.StringVar(&r.in, "net-in", "", "most bytes a second into the sandbox: 500K, 10M, 64KiB")
 	f.StringVar(&r.out, "net-out", "", "most bytes a second out of it")
 	f.Int64Var(&r.inPkts, "net-in-packets", 0, "most packets a second into the sandbox")
 	f.Int64Var(&r.outPkts, "net-out-packets", 0, "most packets a second out of it")
-	f.Int32Var(&r.connections, "net-connections", 0, "most connections at a time that it has begun")
+	f.Int32Var(&r.connections, "net-connections", 0, "most connections at a time that it has opened")
 }
 
 // given says whether any of the flags was.
@@ -80,14 +80,14 @@ func newNetwork(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "network ID",
 		Short: "Show or replace what a sandbox may reach",
-		Long: `Show what a sandbox may reach, or, with flags, replace it at once while the
-sandbox runs: what no flag names is the host's setting again. Connections that the
-new policy refuses end.
+		Long: `Show the policy of a sandbox: what it may reach. With flags, replace the policy, also
+while the sandbox runs. A setting without a flag is the host's again. Connections
+that the new policy refuses end.
 
-Domains count for TLS, by the server name that the client asks for, and for HTTP,
-by the Host of each request; the host looks the name up itself and connects to
-what it finds, whatever address the sandbox asked for. A sandbox with a domain in
-a list speaks to the internet in no other way, but for the ranges in --allow.`,
+A domain is compared with the server name of TLS, and with the Host of each HTTP
+request. The host looks the name up itself and connects to the address that it
+finds, whatever address the sandbox asked for. With a domain in a list, a sandbox
+reaches the internet by TLS and HTTP only, except for the ranges in --allow.`,
 		Example: `  wrenn network 3fa
   wrenn network 3fa --internet=false --allow pypi.org,*.pythonhosted.org
   wrenn network 3fa --deny 192.0.2.0/24 --net-out 1M

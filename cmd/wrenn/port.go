@@ -17,13 +17,12 @@ func newPort(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "port ID PORT",
 		Short: "Say how to reach a port of a sandbox, or forward one",
-		Long: `Print the URL under which a port of a running sandbox answers HTTP, and the
-headers that name it to the agent where the host name cannot.
+		Long: `Print the URL of a port of a running sandbox for HTTP, and the headers that name the
+port to the agent if the host name does not.
 
-With --listen, forward TCP connections to the port instead, until Ctrl-C: HTTP
-or anything else. The agent carries them; a server that listens on 127.0.0.1 in
-the sandbox is reached, too. Port 49983, the sandbox's daemon, is served as HTTP
-alone and not forwarded.`,
+With --listen, forward TCP connections to the port until Ctrl-C, for HTTP and any
+other protocol. The server in the sandbox may listen on 127.0.0.1. Port 49983, the
+sandbox's daemon, is reached by HTTP only and is not forwarded.`,
 		Example: "  wrenn port 3fa 8000\n  wrenn port 3fa 5432 --listen 127.0.0.1:5432\n  wrenn port 3fa 5432 --listen :0",
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {

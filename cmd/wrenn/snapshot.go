@@ -15,14 +15,16 @@ func newSnapshot(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "snapshot ID [NAME]",
 		Short: "Keep the present state of a sandbox under a name",
-		Long: `Keep the present state of a sandbox, which goes on, and print the name of the
-snapshot; one is made up if none is given. 'wrenn create NAME' and 'wrenn run
---template NAME' make sandboxes from it that go on with the memory, the processes
-and the disk of that moment, as often as one likes, also when the sandbox is gone.
-They have an id, a network and a token of their own. The sandbox stands still only
-while its memory is copied; how long that took is printed on stderr.
+		Long: `Keep the present state of a sandbox and print the name of the snapshot. Without a
+NAME, one is made up. The sandbox goes on. It stops while its memory is copied; how
+long that took is printed on stderr.
 
-Whatever is in the memory of its programs or on its disk is in the snapshot.`,
+'wrenn create NAME' and 'wrenn run --template NAME' make sandboxes that go on with
+the memory, the processes and the disk of the snapshot, any number of times, even
+after the sandbox is destroyed. Each has its own id, network and token.
+
+All that is in the memory of the sandbox or on its disk is in the snapshot, secrets
+too.`,
 		Example: "  wrenn snapshot 3fa prepared\n  wrenn create prepared\n  wrenn snapshots\n  wrenn snapshot rm prepared",
 		Args:    cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -77,7 +79,7 @@ func newSnapshotRm(c *cli) *cobra.Command {
 			return all(errs)
 		},
 	}
-	cmd.Flags().BoolVarP(&force, "force", "f", false, "that a snapshot does not exist is no error")
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "do not fail for a snapshot that does not exist")
 	return cmd
 }
 
@@ -123,7 +125,7 @@ func newSnapshots(c *cli) *cobra.Command {
 			return w.Flush()
 		},
 	}
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print names alone")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only names")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
 }

@@ -48,10 +48,11 @@ func newRecover(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use:   "recover ID...",
 		Short: "Look again at sandboxes that are unknown or unreachable",
-		Long: `Look again, now, at sandboxes that 'wrenn ps' shows as unknown or unreachable;
-'wrenn inspect' says why they are. What is unknown has a record on the host that
-cannot be used: mend it, or put record.prev.json beside it in its place, and
-recover the sandbox; or end it with 'wrenn rm'.`,
+		Long: `Have the agent look again, now, at sandboxes that 'wrenn ps' shows as unknown or
+unreachable; 'wrenn inspect' says why they are. The record of an unknown sandbox,
+record.json on the host, cannot be used. Mend that file, or replace it with
+record.prev.json from the same directory, and recover the sandbox; or destroy
+the sandbox with 'wrenn rm'.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error { return s.Recover(ctx) })
@@ -64,11 +65,11 @@ func newFork(c *cli) *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
 		Use:   "fork ID",
-		Short: "Make new sandboxes from the present state of one, which goes on",
-		Long: `Make new sandboxes from the present state of one, and print their ids. They have
-the memory, the processes and the disk of their source, and an id, a network and
-a token of their own. The source stands still only while its state is copied; how
-long that took is printed on stderr. To keep a state for later, make a snapshot.`,
+		Short: "Make new sandboxes from the present state of one",
+		Long: `Make new sandboxes from the present state of one, and print their ids. Each has the
+memory, the processes and the disk of the source, and its own id, network and
+token. The source stops while its state is copied; how long that took is printed
+on stderr. To keep a state for later, use 'wrenn snapshot'.`,
 		Example: "  wrenn fork 3fa\n  wrenn fork 3fa -n 10",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -133,7 +134,7 @@ func newRm(c *cli) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().BoolVarP(&force, "force", "f", false, "that a sandbox does not exist is no error")
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "do not fail for a sandbox that does not exist")
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "every sandbox of the host")
 	return cmd
 }
@@ -141,8 +142,8 @@ func newRm(c *cli) *cobra.Command {
 func newTimeout(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use:     "timeout ID DURATION",
-		Short:   "Set after how much inactivity a sandbox expires",
-		Long:    "Set after how much inactivity, counted from now, a sandbox expires; 0 is never.",
+		Short:   "Set the idle timeout of a sandbox",
+		Long:    "Set how long a sandbox may be without activity, from now on, until it expires; 0 is\nwithout end.",
 		Example: "  wrenn timeout 3fa 30m",
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {

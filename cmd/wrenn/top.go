@@ -19,8 +19,9 @@ func newTop(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "top ID",
 		Short: "Show what a running sandbox uses",
-		Long: `Show CPU, memory and disk of a running sandbox, and the commands that were
-started in it from outside: every second on a terminal, until Ctrl-C, else once.`,
+		Long: `Show how much CPU, memory and disk a running sandbox uses, and the commands that
+were started in it from outside: on a terminal every second until Ctrl-C, otherwise
+once.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := c.find(cmd.Context(), args[0])

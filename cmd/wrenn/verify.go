@@ -16,11 +16,11 @@ func newVerify(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "verify [NAME...]",
 		Short: "Read snapshots, templates and hibernated sandboxes and check their digests",
-		Long: `Read all that sandboxes start or go on from, and compare it with the digests of
-when it was written: the guest kernel, templates with their boot snapshots, named
-snapshots, and hibernated sandboxes. Names of templates and snapshots and ids of
-hibernated sandboxes choose some of it. Nothing is changed. The exit status is 1 if
-something is damaged.
+		Long: `Read all files that sandboxes start from, and compare them with the digests that were
+recorded when they were written: the guest kernel, templates with their boot
+snapshots, named snapshots, and hibernated sandboxes. With a NAME, read only that
+template, snapshot or hibernated sandbox. Nothing is changed. The exit status is 1
+if something is damaged.
 
 A damaged boot snapshot is replaced by the next create that would use it. A damaged
 template or kernel is made again by 'wrenn setup' when its directory is removed. A

@@ -28,11 +28,17 @@ func forgetAll(describe ...func(*netlink.ConntrackFilter) error) error {
 	return errors.New("forget connections: new ones keep coming")
 }
 
+// noneTracked says that the calling thread's namespace has no connections. A look
+// for certain ones walks the kernel's whole table, that of all namespaces.
+func noneTracked() bool {
+	b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count")
+	return err == nil && strings.TrimSpace(string(b)) == "0"
+}
+
 // forget deletes the connections that any of the filters describes from the
 // calling thread's namespace, and says how many there were.
 func forget(describe ...func(*netlink.ConntrackFilter) error) (found uint, err error) {
-	// Looking for them means walking the kernel's whole table.
-	if b, err := os.ReadFile("/proc/sys/net/netfilter/nf_conntrack_count"); err == nil && strings.TrimSpace(string(b)) == "0" {
+	if noneTracked() {
 		return 0, nil
 	}
 	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)

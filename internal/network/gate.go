@@ -144,6 +144,9 @@ func (g *gate) serves(f *netlink.ConntrackFlow) bool {
 // the guest began, except those to the gate. The kernel must still know these, or
 // their answers would come from an address that the guest did not connect to.
 func forgetBeside(g *gate) error {
+	if noneTracked() {
+		return nil
+	}
 	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
 	if err != nil {
 		return fmt.Errorf("open conntrack: %w", err)

@@ -334,7 +334,8 @@ func sharedBox(t testing.TB) *sandbox {
 	a := sharedAgent(t)
 	shared.box.Do(func() {
 		var resp *connect.Response[hostagentv1.CreateSandboxResponse]
-		if resp, shared.boxErr = a.CreateSandbox(context.Background(), connect.NewRequest(&hostagentv1.CreateSandboxRequest{})); shared.boxErr == nil {
+		if resp, shared.boxErr = a.CreateSandbox(context.Background(),
+			connect.NewRequest(&hostagentv1.CreateSandboxRequest{})); shared.boxErr == nil {
 			shared.boxID = resp.Msg.SandboxId
 		}
 	})

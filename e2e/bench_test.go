@@ -198,7 +198,8 @@ func printMeasured(w io.Writer) {
 		return
 	}
 	fmt.Fprintf(w, "\n%s\n\n", measuredOn)
-	operations := &table{head: []string{"operation (ms)", "n", "p50", "p95", "p99", "floor: p50", "p95", "p99", "ratio", "goal", "MB/s", "floor", "the floor is"}}
+	operations := &table{head: []string{"operation (ms)", "n", "p50", "p95", "p99", "floor: p50", "p95", "p99", "ratio", "goal",
+		"MB/s", "floor", "the floor is"}}
 	for _, s := range measured {
 		operations.lines = append(operations.lines, s.cells())
 	}
@@ -285,7 +286,8 @@ func TestMeasuredTable(t *testing.T) {
 		}
 		return d
 	}
-	tab := table{head: []string{"operation", "n", "p50", "p95", "p99", "floor: p50", "p95", "p99", "ratio", "goal", "MB/s", "floor", "the floor is"}}
+	tab := table{head: []string{"operation", "n", "p50", "p95", "p99", "floor: p50", "p95", "p99", "ratio", "goal", "MB/s", "floor",
+		"the floor is"}}
 	for _, s := range []*samples{
 		{name: "step", floorName: "a bare step", agent: ms(3, 9, 4), floor: ms(2, 1, 2), goal: 1.15},
 		{name: "copy", floorName: "cp", agent: ms(4, 4), floor: ms(2, 2, 2), bytes: 1e6},

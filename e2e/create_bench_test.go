@@ -62,7 +62,8 @@ func starts(round []started, ready, exec *[]time.Duration) {
 }
 
 // startTimed creates a sandbox and runs a command in it.
-func (a *agent) startTimed(ctx context.Context, req *hostagentv1.CreateSandboxRequest, cmd string, args ...string) (s started, made *hostagentv1.CreateSandboxResponse, err error) {
+func (a *agent) startTimed(ctx context.Context, req *hostagentv1.CreateSandboxRequest, cmd string, args ...string) (s started,
+	made *hostagentv1.CreateSandboxResponse, err error) {
 	began := time.Now()
 	resp, err := a.CreateSandbox(ctx, connect.NewRequest(req))
 	if err != nil {
@@ -377,9 +378,10 @@ func newGVisor(b *testing.B) (*gVisor, error) {
 	type object = map[string]any
 	config, err := json.Marshal(object{
 		"ociVersion": "1.0.0",
-		"process":    object{"args": []string{"/bin/echo", "hello"}, "cwd": "/", "user": object{"uid": 0, "gid": 0}, "env": []string{"PATH=/bin"}},
-		"root":       object{"path": "rootfs", "readonly": true},
-		"hostname":   "echo",
+		"process": object{"args": []string{"/bin/echo", "hello"}, "cwd": "/", "user": object{"uid": 0, "gid": 0},
+			"env": []string{"PATH=/bin"}},
+		"root":     object{"path": "rootfs", "readonly": true},
+		"hostname": "echo",
 		"linux": object{"namespaces": []object{
 			{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"},
 		}},

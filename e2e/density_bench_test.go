@@ -100,7 +100,8 @@ func BenchmarkDensity(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		remark("All of these have run one command. The snapshot's memory, %s MiB of data, is in the host's memory once, however many VMMs map it.",
+		remark("All of these have run one command. The snapshot's memory, %s MiB of data, is in the host's memory once, "+
+			"however many VMMs map it.",
 			mib(file.Sys().(*syscall.Stat_t).Blocks*512))
 
 		paused := used(a)
@@ -134,7 +135,8 @@ func BenchmarkDensity(b *testing.B) {
 // beside one that booted.
 func sharedMemory(b *testing.B, booted int, more func() (pid int)) {
 	b.Helper()
-	t := &table{head: []string{"restored sandboxes (MiB)", "PSS of all", "of each", "of one more", "private", "unshared", "booted", "PSS of each is"}}
+	t := &table{head: []string{"restored sandboxes (MiB)", "PSS of all", "of each", "of one more", "private", "unshared", "booted",
+		"PSS of each is"}}
 	naive := memoryOf(b, booted)
 	var pids []int
 	var was memory
@@ -152,7 +154,8 @@ func sharedMemory(b *testing.B, booted int, more func() (pid int)) {
 		part := func(of int64) float64 { return float64(sum.pss) / float64(of) }
 		t.lines = append(t.lines, []string{
 			fmt.Sprint(n), mib(sum.pss), mib(sum.pss / many), mib((sum.pss - was.pss) / int64(n-had)), mib(sum.own / many),
-			mib(sum.rss / many), mib(naive.pss), fmt.Sprintf("%.2f of one without sharing (RSS), %.2f of one that booted", part(sum.rss), part(many*naive.pss)),
+			mib(sum.rss / many), mib(naive.pss), fmt.Sprintf("%.2f of one without sharing (RSS), %.2f of one that booted", part(sum.rss),
+				part(many*naive.pss)),
 		})
 		was = sum
 	}

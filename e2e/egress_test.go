@@ -110,7 +110,8 @@ func theInternet(t *testing.T) *internet {
 	// The host has a way to the private address, too.
 	l, err := here.LinkByName("e2einet0")
 	check(err)
-	check(here.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(t, internetServers["private"]+"/32"), Gw: net.ParseIP(resolverAddr)}))
+	check(here.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(t, internetServers["private"]+"/32"),
+		Gw: net.ParseIP(resolverAddr)}))
 
 	cert := selfSigned(t)
 	var servers []io.Closer
@@ -126,7 +127,8 @@ func theInternet(t *testing.T) *internet {
 		address(h, "lo", internetServers["private"]+"/32", "169.254.169.254/32")
 		address(h, "inet0", resolverAddr+"/24", internetServers["good"]+"/24", internetServers["evil"]+"/24")
 		for name, addr := range internetServers {
-			for port, config := range map[string]*tls.Config{"80": nil, "443": {Certificates: []tls.Certificate{cert}}, "8443": {Certificates: []tls.Certificate{cert}}} {
+			for port, config := range map[string]*tls.Config{"80": nil, "443": {Certificates: []tls.Certificate{cert}},
+				"8443": {Certificates: []tls.Certificate{cert}}} {
 				l, err := net.Listen("tcp", net.JoinHostPort(addr, port))
 				if err != nil {
 					return err
@@ -422,7 +424,8 @@ func TestEgress(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if info := resp.Msg.Sandbox; info.Network.GetAllowInternet() || len(info.Network.GetAllowOut()) != 1 || info.Traffic.GetInBytes() == 0 || info.Traffic.GetOutPackets() == 0 {
+	if info := resp.Msg.Sandbox; info.Network.GetAllowInternet() || len(info.Network.GetAllowOut()) != 1 ||
+		info.Traffic.GetInBytes() == 0 || info.Traffic.GetOutPackets() == 0 {
 		t.Errorf("the sandbox is listed with %v, %v", info.Network, info.Traffic)
 	}
 }
@@ -433,7 +436,8 @@ func TestEgressByName(t *testing.T) {
 	a := startAgent(t, "--dns="+resolverAddr, "--on-shutdown=leave")
 	good, evil := internetServers["good"], internetServers["evil"]
 	b := a.create(t, &hostagentv1.CreateSandboxRequest{Network: &hostagentv1.NetworkPolicy{
-		AllowInternet: off(), AllowOut: []string{"good.example", "*.under.example", "rebinding.example", "metadata.example"}, DenyOut: []string{"bad.under.example"},
+		AllowInternet: off(), AllowOut: []string{"good.example", "*.under.example", "rebinding.example", "metadata.example"},
+		DenyOut: []string{"bad.under.example"},
 	}})
 	byName := map[attempt]string{
 		{"http", "good.example", 80, "good.example"}:             "good",

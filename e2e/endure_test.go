@@ -60,7 +60,8 @@ func TestEndurance(t *testing.T) {
 // start starts a script over the data plane.
 func (b *sandbox) start(ctx context.Context, script string) *connect.ServerStreamForClient[process.StartResponse] {
 	b.t.Helper()
-	req := connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "sh", Args: []string{"-c", script}}, Stdin: new(bool)})
+	req := connect.NewRequest(&process.StartRequest{Process: &process.ProcessConfig{Cmd: "sh", Args: []string{"-c", script}},
+		Stdin: new(bool)})
 	b.address(req.Header())
 	req.Header().Set(guestapi.HeaderLifetime, guestapi.LifetimeStream)
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
@@ -96,7 +97,8 @@ func (b *sandbox) endureStreaming() {
 		t.Fatal(err)
 	}
 	agentNow, envdNow := b.memory()
-	t.Logf("%d MB in %s; resident KiB: agent %d, then %d, envd %d, then %d", passed/1e6, time.Since(began).Round(time.Second/10), agent, agentNow, envd, envdNow)
+	t.Logf("%d MB in %s; resident KiB: agent %d, then %d, envd %d, then %d", passed/1e6, time.Since(began).Round(time.Second/10),
+		agent, agentNow, envd, envdNow)
 	if passed < 1<<20 || agent == 0 {
 		t.Errorf("%d bytes passed", passed)
 	}
@@ -173,7 +175,8 @@ func (b *sandbox) endureFullDisk() {
 	if got := b.sh("echo here"); got != "here" {
 		t.Errorf("on a full disk: %q", got)
 	}
-	if status, body := b.upload("/root/upload", 4<<20); status != http.StatusInsufficientStorage || !strings.Contains(body, "not enough disk space") {
+	if status, body := b.upload("/root/upload", 4<<20); status != http.StatusInsufficientStorage ||
+		!strings.Contains(body, "not enough disk space") {
 		t.Errorf("an upload to a full disk: HTTP %d %s, want 507", status, body)
 	}
 	b.sh("rm -f /root/fill.* /root/upload")

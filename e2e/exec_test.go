@@ -48,7 +48,8 @@ func TestExecStreams(t *testing.T) {
 
 func TestExecArguments(t *testing.T) {
 	b := sharedBox(t)
-	args := []string{"", " ", "two words", "new\nline", `"quotes' and \`, "$HOME `id` $(id) ; | & > <", "ünï ☃", "-x", "*", strings.Repeat("x", 100<<10)}
+	args := []string{"", " ", "two words", "new\nline", `"quotes' and \`, "$HOME `id` $(id) ; | & > <", "ünï ☃", "-x", "*",
+		strings.Repeat("x", 100<<10)}
 	resp, err := b.exec("python3", append([]string{"-c", "import sys, json; print(json.dumps(sys.argv[1:]))"}, args...)...)
 	if err != nil {
 		t.Fatal(err)
@@ -70,7 +71,8 @@ func TestExecUnknownCommand(t *testing.T) {
 			t.Errorf("%s: %v, want an error", cmd, resp)
 			continue
 		}
-		if code := connect.CodeOf(err); code != connect.CodeNotFound && code != connect.CodeInvalidArgument && code != connect.CodePermissionDenied {
+		if code := connect.CodeOf(err); code != connect.CodeNotFound && code != connect.CodeInvalidArgument &&
+			code != connect.CodePermissionDenied {
 			t.Errorf("%s: %v", cmd, err)
 		}
 		if !strings.Contains(err.Error(), cmd) {
@@ -206,7 +208,8 @@ func TestProcessOverDataPlane(t *testing.T) {
 		return stdout, end, stream.Err()
 	}
 	cwd := "/usr/lib"
-	out, end, err := start(&process.ProcessConfig{Cmd: "sh", Args: []string{"-c", "pwd; echo $COLOUR; exit 6"}, Cwd: &cwd, Envs: map[string]string{"COLOUR": "blue green"}})
+	out, end, err := start(&process.ProcessConfig{Cmd: "sh", Args: []string{"-c", "pwd; echo $COLOUR; exit 6"}, Cwd: &cwd,
+		Envs: map[string]string{"COLOUR": "blue green"}})
 	if err != nil || out != "/usr/lib\nblue green\n" || end.GetExitCode() != 6 || !end.GetExited() {
 		t.Errorf("%q, %v, %v", out, end, err)
 	}

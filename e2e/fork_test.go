@@ -47,7 +47,8 @@ func TestFork(t *testing.T) {
 			}
 		}
 		x.sh("echo " + x.id + " >/root/file")
-		for _, script := range []string{"hostname", "cat /etc/machine-id", "cat /proc/sys/kernel/random/boot_id", "cat /proc/sys/kernel/random/uuid", "head -c 32 /dev/urandom | sha256sum", "echo $E2B_SANDBOX_ID"} {
+		for _, script := range []string{"hostname", "cat /etc/machine-id", "cat /proc/sys/kernel/random/boot_id",
+			"cat /proc/sys/kernel/random/uuid", "head -c 32 /dev/urandom | sha256sum", "echo $E2B_SANDBOX_ID"} {
 			out := x.sh(script)
 			if was, again := seen[out]; again && was != x.id {
 				t.Errorf("%s: %s in %s and %s", script, out, was, x.id)

@@ -85,7 +85,8 @@ func wantRefusal(t testing.TB, req *http.Request, status int, words ...string) {
 		Message   string
 		SandboxID string
 	}
-	if err := json.Unmarshal([]byte(body), &refusal); err != nil || refusal.Code != status || refusal.Message == "" || refusal.SandboxID == "" {
+	if err := json.Unmarshal([]byte(body), &refusal); err != nil || refusal.Code != status || refusal.Message == "" ||
+		refusal.SandboxID == "" {
 		t.Errorf("refused with %q (%v)", body, err)
 	}
 	for _, w := range words {
@@ -101,7 +102,8 @@ func wantRefusal(t testing.TB, req *http.Request, status int, words ...string) {
 func TestDataPlane(t *testing.T) {
 	b := sharedBox(t)
 	const port = 8123
-	b.sh(`mkdir -p /srv/web && cd /srv/web && echo "hello from $(hostname)" >hello.txt && head -c 3000000 /dev/urandom >big && sha256sum big >big.sha256
+	b.sh(`mkdir -p /srv/web && cd /srv/web && echo "hello from $(hostname)" >hello.txt &&
+		head -c 3000000 /dev/urandom >big && sha256sum big >big.sha256
 nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 	defer b.sh("kill $(cat /srv/pid); rm -r /srv/web /srv/pid")
 	waitFor(t, "the guest's web server", func() bool {
@@ -116,10 +118,12 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 			if status, _, _ := answer(t, via(t, b, port, "GET", "/missing")); status != 404 {
 				t.Errorf("a missing page: HTTP %d", status)
 			}
-			if status, body, header := answer(t, via(t, b, port, "HEAD", "/big")); status != 200 || body != "" || header.Get("Content-Length") != "3000000" {
+			if status, body, header := answer(t, via(t, b, port, "HEAD", "/big")); status != 200 || body != "" ||
+				header.Get("Content-Length") != "3000000" {
 				t.Errorf("HEAD: HTTP %d, %v", status, header)
 			}
-			if _, body, _ := answer(t, via(t, b, port, "GET", "/big")); len(body) != 3000000 || !strings.HasPrefix(b.sh("cat /srv/web/big.sha256"), sum(body)) {
+			if _, body, _ := answer(t, via(t, b, port, "GET", "/big")); len(body) != 3000000 ||
+				!strings.HasPrefix(b.sh("cat /srv/web/big.sha256"), sum(body)) {
 				t.Errorf("%d bytes, or others than were sent", len(body))
 			}
 			wantRefusal(t, via(t, b, 8124, "GET", "/"), 502, "The sandbox is running but port is not open")
@@ -162,7 +166,8 @@ nohup python3 -m http.server 8123 >/dev/null 2>&1 & echo $! >/srv/pid`)
 	wantRefusal(t, viaHeaders(t, &sandbox{t, b.a, "../../etc/passwd"}, 80, "GET", "/"), 404)
 	// The caller's token is what counts; the gateway adds none.
 	for token, want := range map[string]int{b.token(): 200, "wrong": 401, "": 401} {
-		for name, req := range map[string]*http.Request{"headers": viaHeaders(t, b, guestapi.Port, "GET", "/envs"), "host": viaHost(t, b, guestapi.Port, "GET", "/envs")} {
+		for name, req := range map[string]*http.Request{"headers": viaHeaders(t, b, guestapi.Port, "GET", "/envs"),
+			"host": viaHost(t, b, guestapi.Port, "GET", "/envs")} {
 			if req.Header.Set(guestapi.HeaderToken, token); token == "" {
 				req.Header.Del(guestapi.HeaderToken)
 			}
@@ -315,7 +320,8 @@ func TestDataPlaneBothWays(t *testing.T) {
 			if got := resp.Header.Get("X-Protocol"); got != c.want {
 				t.Errorf("the guest was spoken to in %s, want %s", got, c.want)
 			}
-			if got := resp.Header.Get("X-Headers"); strings.Contains(got, "Sandbox") || strings.Contains(got, "Token") || !strings.Contains(got, "X-Forwarded-For") {
+			if got := resp.Header.Get("X-Headers"); strings.Contains(got, "Sandbox") || strings.Contains(got, "Token") ||
+				!strings.Contains(got, "X-Forwarded-For") {
 				t.Errorf("the guest got the headers %s", got)
 			}
 			r := bufio.NewReader(resp.Body)
@@ -373,7 +379,8 @@ func TestDataPlaneGRPC(t *testing.T) {
 	if stream.Err() != nil || string(out) != "by gRPC\n" || code != 3 {
 		t.Errorf("got %q, %d, %v", out, code, stream.Err())
 	}
-	missing := connect.NewRequest(&process.ConnectRequest{Process: &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: 1 << 30}}})
+	none := &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: 1 << 30}}
+	missing := connect.NewRequest(&process.ConnectRequest{Process: none})
 	b.address(missing.Header())
 	gone, err := guest.Connect(t.Context(), missing)
 	if err == nil {
@@ -443,10 +450,11 @@ func TestWebPagesStayOutside(t *testing.T) {
 		req  *http.Request
 		want int
 	}{
-		"rebinding":            {request("POST", "evil.example", create, "{}", "Content-Type", "application/json"), 403},
-		"rebinding, metrics":   {request("GET", "evil.example", "/metrics", ""), 403},
-		"a page":               {request("POST", "", create, "{}", "Content-Type", "application/json", "Origin", page), 403},
-		"a page of a sandbox":  {request("POST", "", create, "{}", "Content-Type", "application/json", "Origin", "http://8000-"+b.id+".localhost"), 403},
+		"rebinding":          {request("POST", "evil.example", create, "{}", "Content-Type", "application/json"), 403},
+		"rebinding, metrics": {request("GET", "evil.example", "/metrics", ""), 403},
+		"a page":             {request("POST", "", create, "{}", "Content-Type", "application/json", "Origin", page), 403},
+		"a page of a sandbox": {request("POST", "", create, "{}", "Content-Type", "application/json", "Origin",
+			"http://8000-"+b.id+".localhost"), 403},
 		"a form":               {request("POST", "", create, "{}", "Content-Type", "text/plain"), 403},
 		"an image":             {request("GET", "", "/metrics", "", "Sec-Fetch-Site", "cross-site"), 403},
 		"an unknown field":     {request("POST", "", create, `{"colour":"blue"}`, "Content-Type", "application/json"), 400},
@@ -455,7 +463,8 @@ func TestWebPagesStayOutside(t *testing.T) {
 		"files without token":  {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page), 401},
 		"processes without":    {request("POST", envd, "/process.Process/List", "{}", "Content-Type", "application/json", "Origin", page), 401},
 		"health without":       {request("GET", envd, "/health", "", "Origin", page), 204},
-		"files with token":     {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page, guestapi.HeaderToken, b.token()), 200},
+		"files with token": {request("POST", envd, "/files?path=/tmp/page", form, "Content-Type", multipart, "Origin", page,
+			guestapi.HeaderToken, b.token()), 200},
 		"a question of a browser's": {request("OPTIONS", envd, "/process.Process/Start", "", "Origin", page,
 			"Access-Control-Request-Method", "POST", "Access-Control-Request-Headers", "x-access-token,content-type"), 204},
 	} {
@@ -467,7 +476,8 @@ func TestWebPagesStayOutside(t *testing.T) {
 			t.Errorf("%s: pages of %s may read it", name, open)
 		}
 	}
-	if _, metrics, _ := answer(t, request("GET", "localhost", "/metrics", "")); !strings.Contains(metrics, "\nwrenn_panics_total 0\n") || !strings.Contains(metrics, "\nwrenn_connections_refused_total 0\n") {
+	if _, metrics, _ := answer(t, request("GET", "localhost", "/metrics", "")); !strings.Contains(metrics,
+		"\nwrenn_panics_total 0\n") || !strings.Contains(metrics, "\nwrenn_connections_refused_total 0\n") {
 		t.Error("panics or refused connections, or they are not counted")
 	}
 }

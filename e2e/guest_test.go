@@ -58,7 +58,8 @@ func TestGuestIdentity(t *testing.T) {
 			t.Errorf("%s says %q, want %s", what, got, b.id)
 		}
 	}
-	if got := b.sh(`id -un; echo $HOME $USER; pwd; tr '\0' ' ' </proc/1/cmdline; cat /proc/1/comm`); !strings.HasPrefix(got, "root\n/root root\n/root\n") {
+	if got := b.sh(`id -un; echo $HOME $USER; pwd; tr '\0' ' ' </proc/1/cmdline; cat /proc/1/comm`); !strings.HasPrefix(got,
+		"root\n/root root\n/root\n") {
 		t.Errorf("commands run as %q", got)
 	}
 	if got := b.sh("cat /proc/1/oom_score_adj"); got != "-1000" {
@@ -151,7 +152,8 @@ func TestGuestReapsOrphans(t *testing.T) {
 
 func TestGuestPython(t *testing.T) {
 	b := sharedBox(t)
-	if got := b.sh(`python3 -c 'import sys, json, ssl, hashlib, subprocess; print(json.dumps({"six by seven": 6*7}))'`); got != `{"six by seven": 42}` {
+	const script = `import sys, json, ssl, hashlib, subprocess; print(json.dumps({"six by seven": 6*7}))`
+	if got := b.sh(`python3 -c '` + script + `'`); got != `{"six by seven": 42}` {
 		t.Errorf("python3 says %q", got)
 	}
 }
@@ -242,7 +244,8 @@ func TestTwoSandboxes(t *testing.T) {
 	if x, y := both("cat /proc/sys/kernel/random/boot_id"); x == y {
 		t.Errorf("they share a boot id: %s", x)
 	}
-	const address = `python3 -c 'import fcntl, socket, struct; s = socket.socket(); print(socket.inet_ntoa(fcntl.ioctl(s, 0x8915, struct.pack("256s", b"eth0"))[20:24]))'`
+	const address = `python3 -c 'import fcntl, socket, struct; s = socket.socket()
+print(socket.inet_ntoa(fcntl.ioctl(s, 0x8915, struct.pack("256s", b"eth0"))[20:24]))'`
 	if x, y := both(address); x != "169.254.0.21" || y != x {
 		t.Errorf("their addresses are %s and %s", x, y)
 	}

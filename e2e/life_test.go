@@ -157,7 +157,8 @@ while True:
 		count := b.sh("cat /root/count")
 		waitFor(t, "the process to go on counting", func() bool { return b.sh("cat /root/count") != count })
 		now := b.info()
-		if now.Status != "running" || now.HostIp != info.HostIp || now.CreatedAtUnix != info.CreatedAtUnix || now.TimeoutSec != 3600 || now.ExpiresAtUnix < info.ExpiresAtUnix {
+		if now.Status != "running" || now.HostIp != info.HostIp || now.CreatedAtUnix != info.CreatedAtUnix || now.TimeoutSec != 3600 ||
+			now.ExpiresAtUnix < info.ExpiresAtUnix {
 			t.Errorf("%s: the list said %v, says %v", name, info, now)
 		}
 		if s := still.info(); s.Status != "paused" {
@@ -373,9 +374,13 @@ func TestVMEnds(t *testing.T) {
 				b.t.Error(err)
 			}
 		}},
-		{"the guest panics", "the guest panicked", func(b *sandbox) { b.exec("sh", "-c", "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger") }},
+		{"the guest panics", "the guest panicked", func(b *sandbox) {
+			b.exec("sh", "-c",
+				"echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger")
+		}},
 		{"the guest powers off", "the guest powered off", func(b *sandbox) { b.exec("kill", "1") }},
-		{"the guest powers off at once", "the guest powered off", func(b *sandbox) { b.exec("sh", "-c", "sync; echo o >/proc/sysrq-trigger; sleep 9") }},
+		{"the guest powers off at once", "the guest powered off",
+			func(b *sandbox) { b.exec("sh", "-c", "sync; echo o >/proc/sysrq-trigger; sleep 9") }},
 		{"the guest reboots", "the guest rebooted", func(b *sandbox) { b.exec("sh", "-c", "echo b >/proc/sysrq-trigger; sleep 9") }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -383,7 +388,8 @@ func TestVMEnds(t *testing.T) {
 			b := a.create(t, &hostagentv1.CreateSandboxRequest{MemoryMb: 256})
 			inFlight := make(chan error, 1)
 			go func() {
-				_, err := b.a.Exec(context.Background(), connect.NewRequest(&hostagentv1.ExecRequest{SandboxId: b.id, Cmd: "sleep", Args: []string{"98765"}}))
+				_, err := b.a.Exec(context.Background(), connect.NewRequest(&hostagentv1.ExecRequest{SandboxId: b.id, Cmd: "sleep",
+					Args: []string{"98765"}}))
 				inFlight <- err
 			}()
 			waitFor(t, "a command in flight", func() bool { return b.survivors("98765") == "1" })

@@ -174,7 +174,8 @@ sh -e "$3.fix"
 		return checks[i]
 	}
 	c := firewall(out)
-	want := "sudo nft insert rule inet other passing iifname 'wrenn-*' accept && sudo nft insert rule inet other passing oifname 'wrenn-*' accept"
+	want := "sudo nft insert rule inet other passing iifname 'wrenn-*' accept && " +
+		"sudo nft insert rule inet other passing oifname 'wrenn-*' accept"
 	if c.OK || c.Unknown || !strings.Contains(c.Found, "inet other passing") || !strings.HasPrefix(c.Fix, want) {
 		t.Errorf("doctor says %+v, want %q", c, want)
 	}

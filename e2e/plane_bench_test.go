@@ -227,7 +227,8 @@ func BenchmarkDataPlane(b *testing.B) {
 	box.sh("nohup python3 /root/floor.py >/root/floor.log 2>&1 &")
 	waitFor(b, "the floor's server", func() bool { return box.raw(ip, "-", nil, 0) == nil })
 	b.Run("Upload", func(b *testing.B) {
-		wire, disk, envd := row("upload 64 MiB", "raw TCP, dropped"), row("upload 64 MiB", "raw TCP, to a file"), row("upload 64 MiB", "POST /files to envd")
+		wire, disk, envd := row("upload 64 MiB", "raw TCP, dropped"), row("upload 64 MiB", "raw TCP, to a file"),
+			row("upload 64 MiB", "POST /files to envd")
 		wire.goal = 1 / 0.9
 		for _, s := range []*samples{wire, disk, envd} {
 			s.bytes = bigFile

@@ -52,7 +52,8 @@ func (b *sandbox) clockError() (off, known time.Duration) {
 	for range 20 {
 		body := fmt.Sprintf(`{"accessToken":%q,"timestamp":"2020-01-01T00:00:00Z"}`, rec.Token) // old news, which change nothing
 		sent := time.Now()
-		resp, err := client.Post(fmt.Sprintf("http://%s:%d%s", rec.HostIP, guestapi.Port, guestapi.PathInit), "application/json", strings.NewReader(body))
+		resp, err := client.Post(fmt.Sprintf("http://%s:%d%s", rec.HostIP, guestapi.Port, guestapi.PathInit), "application/json",
+			strings.NewReader(body))
 		if err != nil {
 			b.t.Fatal(err)
 		}

@@ -34,6 +34,7 @@ func (a *agent) cli(t testing.TB, args ...string) (string, error) {
 // TestStandingVMMOutlivesTheAgent: a VMM that stands still while an agent starts,
 // for longer than that waits, is kept, and goes on.
 func TestStandingVMMOutlivesTheAgent(t *testing.T) {
+	t.Parallel()
 	a := startAgent(t, "--on-shutdown=leave")
 	b, well := a.create(t, nil), a.create(t, nil)
 	b.count()
@@ -89,6 +90,7 @@ func TestStandingVMMOutlivesTheAgent(t *testing.T) {
 // route on the host that leads elsewhere end nothing at an agent's start. That the
 // fault is the host's is said once, and what can be reached again goes on.
 func TestGuestsOutOfReachOutliveTheAgent(t *testing.T) {
+	t.Parallel()
 	a := startAgent(t, "--on-shutdown=leave")
 	down, astray := a.create(t, nil), a.create(t, nil)
 	astray.count()
@@ -170,7 +172,8 @@ func TestUnusableRecords(t *testing.T) {
 	}
 	_, rest, _ := bytes.Cut(good, []byte(",")) // without its checksum
 	other := append([]byte("{"), bytes.Replace(rest, []byte(`"version": 1`), []byte(`"version": 7`), 1)...)
-	for path, data := range map[string][]byte{file(newer, "record.json"): other, file(torn, "record.json"): good[:100], file(torn, "record.prev.json"): nil} {
+	for path, data := range map[string][]byte{file(newer, "record.json"): other, file(torn, "record.json"): good[:100],
+		file(torn, "record.prev.json"): nil} {
 		if err := os.WriteFile(path, data, 0o600); err != nil {
 			t.Fatal(err)
 		}

@@ -141,7 +141,8 @@ func TestPlainJSON(t *testing.T) {
 	}
 	want("DestroySandbox", self, 200)
 	for _, rpc := range []string{"DestroySandbox", "PauseSandbox", "ResumeSandbox", "Exec"} {
-		refused(rpc, fmt.Sprintf(`{"sandboxId":%q,"cmd":"true"}`, id)[:len(self)-1]+map[bool]string{true: `,"cmd":"true"}`, false: `}`}[rpc == "Exec"],
+		refused(rpc, fmt.Sprintf(`{"sandboxId":%q,"cmd":"true"}`, id)[:len(self)-1]+map[bool]string{true: `,"cmd":"true"}`,
+			false: `}`}[rpc == "Exec"],
 			404, "not_found", id)
 	}
 	if answer := want("ListSandboxes", `{}`, 200); len(answer) != 0 {
@@ -206,7 +207,8 @@ func TestBadInput(t *testing.T) {
 		return err
 	}
 	for _, name := range []string{
-		"a/b", "/", "..", ".", "../minimal", "minimal/..", "mini\x00mal", strings.Repeat("x", 300), "-rf", "Ünïcode", " ", ".hidden", "a b", "$(id)",
+		"a/b", "/", "..", ".", "../minimal", "minimal/..", "mini\x00mal", strings.Repeat("x", 300), "-rf", "Ünïcode", " ", ".hidden",
+		"a b", "$(id)",
 	} {
 		wantCode(t, create(&hostagentv1.CreateSandboxRequest{Template: name}), connect.CodeInvalidArgument, "template")
 	}
@@ -226,7 +228,8 @@ func TestBadInput(t *testing.T) {
 	for id, code := range map[string]connect.Code{
 		none: connect.CodeNotFound, "": connect.CodeInvalidArgument, "x": connect.CodeInvalidArgument,
 		"sb-": connect.CodeInvalidArgument, "sb-../../etc": connect.CodeInvalidArgument, "SB-0123456789ABCDEF": connect.CodeInvalidArgument,
-		b.id + "\x00": connect.CodeInvalidArgument, b.id + "\n": connect.CodeInvalidArgument, strings.Repeat("sb-0", 1000): connect.CodeInvalidArgument,
+		b.id + "\x00": connect.CodeInvalidArgument, b.id + "\n": connect.CodeInvalidArgument,
+		strings.Repeat("sb-0", 1000): connect.CodeInvalidArgument,
 	} {
 		ctx := t.Context()
 		_, err := a.DestroySandbox(ctx, connect.NewRequest(&hostagentv1.DestroySandboxRequest{SandboxId: id}))
@@ -264,7 +267,8 @@ func TestBadInput(t *testing.T) {
 	_, err := a.GetConsole(t.Context(), connect.NewRequest(&hostagentv1.GetConsoleRequest{SandboxId: b.id, TailBytes: math.MaxInt32}))
 	wantCode(t, err, connect.CodeInvalidArgument, "tail_bytes")
 
-	for _, body := range []string{``, `{`, `nonsense`, `[]`, `"x"`, `{"vcpus":"many"}`, `{"vcpus":1e99}`, `{"vcpus":1.5}`, `{"template":7}`, "\xff\xfe", `{"memoryMb":99999999999}`} {
+	for _, body := range []string{``, `{`, `nonsense`, `[]`, `"x"`, `{"vcpus":"many"}`, `{"vcpus":1e99}`, `{"vcpus":1.5}`,
+		`{"template":7}`, "\xff\xfe", `{"memoryMb":99999999999}`} {
 		if body == `` {
 			continue // an empty message, by the protocol
 		}

@@ -80,7 +80,8 @@ func TestDrivenByCurl(t *testing.T) {
 	if got := curl("-o", "/dev/null", "-w", "%{http_code}", b.a.url+"/health"); got != "204" {
 		t.Errorf("health: %s", got)
 	}
-	if got := curl("-F", "file=@testdata/e2b/drive.mjs", b.a.url+"/files?path=/tmp/curl/drive.mjs"); got != `[{"path":"/tmp/curl/drive.mjs","name":"drive.mjs","type":"file"}]`+"\n" {
+	if got := curl("-F", "file=@testdata/e2b/drive.mjs",
+		b.a.url+"/files?path=/tmp/curl/drive.mjs"); got != `[{"path":"/tmp/curl/drive.mjs","name":"drive.mjs","type":"file"}]`+"\n" {
 		t.Errorf("upload: %s", got)
 	}
 	script, err := os.ReadFile("testdata/e2b/drive.mjs")
@@ -90,7 +91,8 @@ func TestDrivenByCurl(t *testing.T) {
 	if got := curl(b.a.url + "/files?path=/tmp/curl/drive.mjs"); got != strings.ReplaceAll(string(script), " ", "") {
 		t.Errorf("download: %d bytes, %d were sent", len(got), len(script))
 	}
-	if got := call("filesystem.Filesystem/ListDir", `{"path":"/tmp/curl","depth":1}`); !strings.Contains(got, `"name":"drive.mjs"`) || !strings.Contains(got, `"FILE_TYPE_FILE"`) {
+	if got := call("filesystem.Filesystem/ListDir", `{"path":"/tmp/curl","depth":1}`); !strings.Contains(got, `"name":"drive.mjs"`) ||
+		!strings.Contains(got, `"FILE_TYPE_FILE"`) {
 		t.Errorf("list: %s", got)
 	}
 	if got := call("filesystem.Filesystem/Stat", `{"path":"/none"}`); !strings.Contains(got, `"code":"not_found"`) {

@@ -63,7 +63,8 @@ func TestSnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("the snapshot took %d ms and %d MiB, the source stood still for %d ms", made.TookMs, made.Snapshot.SizeBytes>>20, made.PausedMs)
-	if s := made.Snapshot; s.Name != "prepared" || s.SandboxId != b.id || s.Template != "minimal" || s.Vcpus != 1 || s.MemoryMb != 256 || s.CreatedAtUnix == 0 || s.SizeBytes < 10<<20 {
+	if s := made.Snapshot; s.Name != "prepared" || s.SandboxId != b.id || s.Template != "minimal" || s.Vcpus != 1 ||
+		s.MemoryMb != 256 || s.CreatedAtUnix == 0 || s.SizeBytes < 10<<20 {
 		t.Errorf("it says %v", s)
 	}
 	if got := b.next(); got != 2 { // it goes on

@@ -197,15 +197,17 @@ func TestHTTPIsJudgedByRequest(t *testing.T) {
 		raw  string
 		want []string
 	}{
-		"one":                   {last("good.example"), []string{"good: GET / host=good.example"}},
-		"path and query":        {"GET //a;b?x=1;y=%zz&z HTTP/1.1\r\nConnection: close\r\nX-Forwarded-For: me\r\nHost: good.example\r\n\r\n", []string{"good: GET //a;b?x=1;y=%zz&z host=good.example"}},
+		"one": {last("good.example"), []string{"good: GET / host=good.example"}},
+		"path and query": {"GET //a;b?x=1;y=%zz&z HTTP/1.1\r\nConnection: close\r\nX-Forwarded-For: me\r\nHost: good.example\r\n\r\n",
+			[]string{"good: GET //a;b?x=1;y=%zz&z host=good.example"}},
 		"with a port":           {last("good.example:80"), []string{"good: GET / host=good.example:80"}},
 		"upper case, dot":       {last("Good.Example."), []string{"good: GET / host=Good.Example."}},
 		"false host":            {last("evil.example"), nil},
 		"other host, pipelined": {get("good.example") + last("other.example"), []string{"good: GET / host=good", "other: GET / host=other"}},
 		"host switch":           {get("good.example") + get("evil.example"), []string{"good: GET / host=good"}},
 		"switch and back":       {get("good.example") + get("evil.example") + last("good.example"), []string{"good: GET / host=good"}},
-		"absolute form":         {"GET http://good.example/x HTTP/1.1\r\nConnection: close\r\nHost: evil.example\r\n\r\n", []string{"good: GET /x host=good.example"}},
+		"absolute form": {"GET http://good.example/x HTTP/1.1\r\nConnection: close\r\nHost: evil.example\r\n\r\n",
+			[]string{"good: GET /x host=good.example"}},
 		"absolute form, denied": {"GET http://evil.example/ HTTP/1.1\r\nHost: good.example\r\n\r\n", nil},
 		"CONNECT":               {"CONNECT good.example:80 HTTP/1.1\r\nHost: good.example\r\n\r\n", nil},
 		"no host":               {"GET / HTTP/1.1\r\n\r\n", nil},
@@ -221,11 +223,14 @@ func TestHTTPIsJudgedByRequest(t *testing.T) {
 		"h2c preface":           {"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", nil},
 		"empty line first":      {"\r\n" + last("good.example"), nil},
 		"length twice":          {"POST / HTTP/1.1\r\nHost: good.example\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc", nil},
-		"smuggled request": {"POST / HTTP/1.1\r\nHost: good.example\r\nConnection: close\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get("evil.example"),
+		"smuggled request": {"POST / HTTP/1.1\r\nHost: good.example\r\nConnection: close\r\nContent-Length: 4\r\n" +
+			"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get("evil.example"),
 			[]string{`good: POST / host=good.example upgrade="" body=""`}},
-		"h2c upgrade": {"GET / HTTP/1.1\r\nHost: good.example\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\nConnection: Upgrade, HTTP2-Settings\r\n\r\n" + last("good.example"),
+		"h2c upgrade": {"GET / HTTP/1.1\r\nHost: good.example\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\n" +
+			"Connection: Upgrade, HTTP2-Settings\r\n\r\n" + last("good.example"),
 			[]string{`good: GET / host=good.example upgrade=""`, "good: "}},
-		"body":         {"POST / HTTP/1.1\r\nConnection: close\r\nHost: good.example\r\nContent-Length: 5\r\n\r\nhello", []string{`good: POST / host=good.example upgrade="" body="hello"`}},
+		"body": {"POST / HTTP/1.1\r\nConnection: close\r\nHost: good.example\r\nContent-Length: 5\r\n\r\nhello",
+			[]string{`good: POST / host=good.example upgrade="" body="hello"`}},
 		"not HTTP":     {"SSH-2.0-x\r\n", nil},
 		"binary":       {"\x00\x01\x02", nil},
 		"SOCKS":        {"\x05\x01\x00", nil},
@@ -383,7 +388,8 @@ func TestServerSpeaksFirst(t *testing.T) {
 	})
 	c = w.dial(goodAddr + ":8080")
 	<-ahead
-	if got, err := w.request(c, "GET / HTTP/1.1\r\nConnection: close\r\nHost: good.example\r\n\r\n"); len(got) != 1 || got[0] != "good.example" {
+	if got, err := w.request(c, "GET / HTTP/1.1\r\nConnection: close\r\nHost: good.example\r\n\r\n"); len(got) != 1 ||
+		got[0] != "good.example" {
 		t.Errorf("late request answered %q, %v", got, err)
 	}
 }
@@ -622,8 +628,10 @@ func TestDNSForwardsNothingElse(t *testing.T) {
 	must(t, m.Unpack(question("good.example.", dnsmessage.TypeA, 7)))
 	var opt dnsmessage.ResourceHeader
 	must(t, opt.SetEDNS0(4096, 0, true))
-	txt := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName("secret."), Class: dnsmessage.ClassINET}, Body: &dnsmessage.TXTResource{TXT: []string{"secret"}}}
-	m.Additionals = []dnsmessage.Resource{txt, {Header: opt, Body: &dnsmessage.OPTResource{Options: []dnsmessage.Option{{Code: 65001, Data: []byte("secret")}}}}}
+	txt := dnsmessage.Resource{Header: dnsmessage.ResourceHeader{Name: dnsmessage.MustNewName("secret."), Class: dnsmessage.ClassINET},
+		Body: &dnsmessage.TXTResource{TXT: []string{"secret"}}}
+	m.Additionals = []dnsmessage.Resource{txt, {Header: opt,
+		Body: &dnsmessage.OPTResource{Options: []dnsmessage.Option{{Code: 65001, Data: []byte("secret")}}}}}
 	m.Authorities = []dnsmessage.Resource{txt}
 	query, err := m.Pack()
 	must(t, err)
@@ -687,7 +695,8 @@ func FuzzAnswer(f *testing.F) {
 	f.Add(question("evil.example.", dnsmessage.TypeTXT, 1))
 	f.Add([]byte{0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0xc0, 12, 0, 1, 0, 1})
 	// Without resolvers, so that only refusals and errors can come.
-	p := &Proxy{cfg: Config{Log: discard, Shared: NewShared(1)}, logged: newRate(logRate), policies: []parsedPolicy{parse(Policy{Allow: []string{"good.example"}})}}
+	p := &Proxy{cfg: Config{Log: discard, Shared: NewShared(1)}, logged: newRate(logRate),
+		policies: []parsedPolicy{parse(Policy{Allow: []string{"good.example"}})}}
 	f.Fuzz(func(t *testing.T, query []byte) {
 		msg := p.answer(t.Context(), query, true)
 		if msg == nil {

@@ -189,7 +189,8 @@ func askServer(ctx context.Context, server netip.AddrPort, q dnsmessage.Question
 	return askOver(ctx, "tcp4", server, q, edns)
 }
 
-func askOver(ctx context.Context, network string, server netip.AddrPort, q dnsmessage.Question, edns *dnsmessage.ResourceHeader) ([]byte, error) {
+func askOver(ctx context.Context, network string, server netip.AddrPort, q dnsmessage.Question,
+	edns *dnsmessage.ResourceHeader) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, upstreamTimeout)
 	defer cancel()
 	// The number and the port are all that tells the answer from a forged one:

@@ -174,7 +174,8 @@ func (w *world) serveHTTP(at, name string) {
 				io.Copy(c, r)
 				return
 			}
-			answer := fmt.Sprintf("%s: %s %s host=%s upgrade=%q body=%q", name, req.Method, req.RequestURI, req.Host, req.Header.Get("Upgrade"), body)
+			answer := fmt.Sprintf("%s: %s %s host=%s upgrade=%q body=%q", name, req.Method, req.RequestURI, req.Host,
+				req.Header.Get("Upgrade"), body)
 			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(answer), answer)
 		}
 	})

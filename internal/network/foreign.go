@@ -413,7 +413,8 @@ func (t legacyTable) hasChain(name string) bool {
 		if e == nil {
 			return false
 		}
-		if len(target) >= 64 && cString(target[legacyTargetName:legacyVerdict-1]) == "ERROR" && cString(target[legacyVerdict:legacyVerdict+32]) == name {
+		if len(target) >= 64 && cString(target[legacyTargetName:legacyVerdict-1]) == "ERROR" &&
+			cString(target[legacyVerdict:legacyVerdict+32]) == name {
 			return true
 		}
 		at = next

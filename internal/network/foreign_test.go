@@ -270,7 +270,8 @@ func replaceLegacy(t testing.TB, table legacyTable) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
 	must(t, err)
 	defer unix.Close(fd)
-	if _, _, errno := unix.Syscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_IP, 64, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), 0); errno != 0 {
+	if _, _, errno := unix.Syscall6(unix.SYS_SETSOCKOPT, uintptr(fd), unix.SOL_IP, 64, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)),
+		0); errno != 0 {
 		t.Fatalf("replace table: %v", errno)
 	}
 }

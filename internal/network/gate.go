@@ -202,7 +202,8 @@ func dialMarked(ctx context.Context, path string, to netip.AddrPort) (*net.TCPCo
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, proxyMark); err != nil {
 			return errors.Join(fmt.Errorf("mark socket: %w", err), unix.Close(fd))
 		}
-		if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil && !errors.Is(err, unix.EINPROGRESS) {
+		if err := unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()}); err != nil &&
+			!errors.Is(err, unix.EINPROGRESS) {
 			return errors.Join(fmt.Errorf("connect: %w", err), unix.Close(fd))
 		}
 		f = os.NewFile(uintptr(fd), "connection")

@@ -267,7 +267,8 @@ func ask1(c net.Conn, port uint16, name, host string) string {
 }
 
 // lookUp asks a name server from a namespace.
-func lookUp(t testing.TB, ns netns.NsHandle, network string, at netip.Addr, name string, typ dnsmessage.Type) (m dnsmessage.Message, err error) {
+func lookUp(t testing.TB, ns netns.NsHandle, network string, at netip.Addr, name string, typ dnsmessage.Type) (m dnsmessage.Message,
+	err error) {
 	t.Helper()
 	q := dnsmessage.Message{Header: dnsmessage.Header{ID: 77, RecursionDesired: true},
 		Questions: []dnsmessage.Question{{Name: dnsmessage.MustNewName(name + "."), Type: typ, Class: dnsmessage.ClassINET}}}
@@ -310,7 +311,8 @@ func TestNamesCannotBeBypassed(t *testing.T) {
 	_, b, gb := open(t, w.Network)
 	zone["sandbox.example"], zone["link.example"], zone["hostlink.example"] = b.HostIP, b.NSVeth.Addr(), a.HostVeth.Addr()
 	w.serveWeb(t, gb.ns, "sandbox", GuestAddr.Addr())
-	inside := []string{"private.example", "metadata.example", "host.example", "sandbox.example", "link.example", "hostlink.example", "gateway.example", "self.example"}
+	inside := []string{"private.example", "metadata.example", "host.example", "sandbox.example", "link.example", "hostlink.example",
+		"gateway.example", "self.example"}
 	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: append([]string{"good.example", "*.wild.example"}, inside...)}))
 
 	type attempt struct {
@@ -465,19 +467,24 @@ func TestDeniedNames(t *testing.T) {
 		want   map[string]string
 	}{
 		{Policy{DenyNames: []string{"evil.example", "*.bad.example"}}, map[string]string{
-			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "", "private": "", "none": "", "raw": "", "udp": "",
+			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "", "private": "", "none": "",
+			"raw": "", "udp": "",
 		}},
 		{Policy{DenyNames: []string{"evil.example"}, Allow: prefixes("198.51.100.0/24", "10.99.0.0/16")}, map[string]string{
-			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "good as a.bad.example", "private": "private as private.example", "none": "good as ", "raw": "203.0.113.1", "udp": "",
+			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "good as a.bad.example",
+			"private": "private as private.example", "none": "good as ", "raw": "203.0.113.1", "udp": "",
 		}},
 		{Policy{Mode: All, DenyNames: []string{"evil.example"}}, map[string]string{
-			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "good as a.bad.example", "private": "private as private.example", "none": "", "raw": "", "udp": "",
+			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "good as a.bad.example",
+			"private": "private as private.example", "none": "", "raw": "", "udp": "",
 		}},
 		{Policy{Mode: None, Allow: prefixes("198.51.100.10/32"), AllowNames: []string{"evil.example"}}, map[string]string{
-			"good": "good as good.example", "false": "", "evil": "evil as evil.example", "alias": "", "bad": "good as a.bad.example", "private": "", "none": "good as ", "raw": "203.0.113.1", "udp": "203.0.113.1",
+			"good": "good as good.example", "false": "", "evil": "evil as evil.example", "alias": "", "bad": "good as a.bad.example",
+			"private": "", "none": "good as ", "raw": "203.0.113.1", "udp": "203.0.113.1",
 		}},
 		{Policy{AllowNames: []string{"good.example"}}, map[string]string{ // nothing new
-			"good": "good as good.example", "false": "evil as good.example", "evil": "evil as evil.example", "alias": "evil as alias.example", "bad": "good as a.bad.example", "private": "", "none": "good as ", "raw": "203.0.113.1", "udp": "203.0.113.1",
+			"good": "good as good.example", "false": "evil as good.example", "evil": "evil as evil.example", "alias": "evil as alias.example",
+			"bad": "good as a.bad.example", "private": "", "none": "good as ", "raw": "203.0.113.1", "udp": "203.0.113.1",
 		}},
 	} {
 		must(t, w.SetPolicy(t.Context(), s, c.policy))
@@ -877,7 +884,8 @@ func kernelChain(t testing.TB, name string) (rules []string) {
 func TestPolicyAgreesWithRules(t *testing.T) {
 	opts := Options{Resolvers: []netip.Addr{privateAddr}, Egress: Policy{Allow: prefixes("10.0.0.0/9"), Deny: prefixes("198.51.100.0/24")}}
 	var interesting []netip.Addr
-	for _, p := range append(slices.Concat(neverRanges, privateRanges), DefaultPlan().Hosts, DefaultPlan().Veths, opts.Egress.Allow[0], opts.Egress.Deny[0]) {
+	for _, p := range append(slices.Concat(neverRanges, privateRanges), DefaultPlan().Hosts, DefaultPlan().Veths, opts.Egress.Allow[0],
+		opts.Egress.Deny[0]) {
 		r := rangesOf([]netip.Prefix{p})[0]
 		for _, n := range []uint32{r.first - 1, r.first, r.last, r.last + 1} {
 			interesting = append(interesting, addr4(n))
@@ -964,7 +972,8 @@ func TestParsePolicy(t *testing.T) {
 			t.Errorf("%+v is valid: %v", p, err)
 		}
 	}
-	if err := New(testPlan(), Options{Egress: Policy{DenyNames: []string{"evil.com"}}}).Setup(t.Context()); !errors.Is(err, errdefs.InvalidArgument) {
+	if err := New(testPlan(), Options{Egress: Policy{DenyNames: []string{"evil.com"}}}).Setup(t.Context()); !errors.Is(err,
+		errdefs.InvalidArgument) {
 		t.Errorf("a host's policy with names = %v", err)
 	}
 }

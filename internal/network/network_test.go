@@ -134,7 +134,8 @@ func TestIsolation(t *testing.T) {
 	far.nothing(t, "namespace itself")
 
 	// The host knows at once that no slot has the address.
-	if _, err := net.DialTimeout("tcp4", netip.AddrPortFrom(n.Plan().Addrs(free).HostIP, 1).String(), timeout); !errors.Is(err, unix.EHOSTUNREACH) {
+	if _, err := net.DialTimeout("tcp4", netip.AddrPortFrom(n.Plan().Addrs(free).HostIP, 1).String(), timeout); !errors.Is(err,
+		unix.EHOSTUNREACH) {
 		t.Errorf("host to a slot that is not open: %v, want no route to host", err)
 	}
 

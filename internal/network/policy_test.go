@@ -70,9 +70,11 @@ func TestEgress(t *testing.T) {
 		{&Policy{Mode: None}, nil},
 		{&Policy{Mode: All}, []string{"internet", "second", "private", "cgnat", "resolver", "host resolver", "other resolver"}},
 		{&Policy{Mode: None, Allow: prefixes("203.0.113.0/24")}, []string{"internet", "host resolver"}},
-		{&Policy{Mode: None, Allow: prefixes("0.0.0.0/0")}, []string{"internet", "second", "private", "cgnat", "resolver", "host resolver", "other resolver"}},
+		{&Policy{Mode: None, Allow: prefixes("0.0.0.0/0")},
+			[]string{"internet", "second", "private", "cgnat", "resolver", "host resolver", "other resolver"}},
 		{&Policy{Allow: prefixes("10.99.0.0/16"), Deny: prefixes("203.0.113.0/24")}, []string{"second", "private", "resolver", "other resolver"}},
-		{&Policy{Mode: All, Allow: prefixes("203.0.113.2/32", "10.99.0.1/32"), Deny: prefixes("203.0.113.0/24", "10.0.0.0/8")}, []string{"second", "cgnat", "other resolver"}},
+		{&Policy{Mode: All, Allow: prefixes("203.0.113.2/32", "10.99.0.1/32"), Deny: prefixes("203.0.113.0/24", "10.0.0.0/8")},
+			[]string{"second", "cgnat", "other resolver"}},
 		{&Policy{}, []string{"internet", "second", "resolver", "host resolver", "other resolver"}},
 	} {
 		if c.policy != nil {

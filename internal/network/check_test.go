@@ -30,13 +30,7 @@ func TestCheckAndRepair(t *testing.T) {
 	serve(t, g.ns, netip.IPv4Unspecified(), 49983)
 	serve(t, internet, internetAddr, 7050)
 	denied := netip.MustParseAddr("198.51.100.50")
-	in(t, internet, func() { up(t, "lo", netip.PrefixFrom(denied, 32)) })
-	t.Cleanup(func() {
-		in(t, internet, func() {
-			l, _ := netlink.LinkByName("lo")
-			must(t, netlink.AddrDel(l, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(denied, 32))}))
-		})
-	})
+	internetHas(t, denied)
 	far := serve(t, internet, denied, 7050)
 	works := func(what string) {
 		t.Helper()
@@ -62,12 +56,61 @@ func TestCheckAndRepair(t *testing.T) {
 	ns, err := netns.GetFromPath(a.NetNSPath)
 	must(t, err)
 	defer ns.Close()
-	inside := func(fn func()) func() { return func() { in(t, ns, fn) } }
-	link := func(name string) netlink.Link {
-		l, err := netlink.LinkByName(name)
-		must(t, err)
-		return l
+	for _, c := range breakages(t, n, a, ns) {
+
+		c.breaks()
+		if err := n.Check(ctx, s); err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: check = %v, want it to say %q", c.name, err, c.says)
+		}
+		if err := n.Repair(ctx, s, policy, limits); err != nil {
+			t.Fatalf("%s: repair = %v", c.name, err)
+		}
+		works(c.name)
+		if err := n.Check(ctx, other); err != nil {
+			t.Errorf("%s: the other slot: %v", c.name, err)
+		}
+		far.nothing(t, c.name)
 	}
+
+	// What no repair can bring back.
+	in(t, ns, func() {
+		tap := linkNamed(t, Tap)
+		must(t, netlink.LinkSetDown(tap))
+		must(t, netlink.LinkSetName(tap, "gone"))
+	})
+	if err := n.Repair(ctx, s, policy, limits); !errors.Is(err, errdefs.Unavailable) || !strings.Contains(err.Error(), "tap") {
+		t.Errorf("repair without a tap = %v", err)
+	}
+	must(t, removeNS(a.NetNSPath))
+	if err := n.Repair(ctx, s, policy, limits); !errors.Is(err, errdefs.Unavailable) || !strings.Contains(err.Error(), "namespace") {
+		t.Errorf("repair without a namespace = %v", err)
+	}
+	if err := n.Check(ctx, 0); !errors.Is(err, errdefs.InvalidArgument) {
+		t.Errorf("check of slot 0 = %v", err)
+	}
+	found, err := n.CheckAll(ctx, []Slot{s, other, other + 7})
+	if err != nil || found.Host != nil || len(found.Slots) != 2 || found.Slots[s] == nil || found.Slots[other+7] == nil {
+		t.Errorf("check of all = %+v, %v", found, err)
+	}
+}
+
+func linkNamed(t *testing.T, name string) netlink.Link {
+	t.Helper()
+	l, err := netlink.LinkByName(name)
+	must(t, err)
+	return l
+}
+
+// breakage takes something of a slot or of the host away. says is what Check says of it.
+type breakage struct {
+	name, says string
+	breaks     func()
+}
+
+// breakages are all that Repair can mend of a slot whose namespace is ns.
+func breakages(t *testing.T, n *Network, a Addrs, ns netns.NsHandle) []breakage {
+	inside := func(fn func()) func() { return func() { in(t, ns, fn) } }
+	link := func(name string) netlink.Link { return linkNamed(t, name) }
 	drop := func(r ruleset, flush string) {
 		must(t, transact(func(c *nftables.Conn) error {
 			if flush != "" {
@@ -81,10 +124,7 @@ func TestCheckAndRepair(t *testing.T) {
 	host := hostRules(n.plan, nil, n.share)
 	slot := slotRules(a, nil)
 	ranges := n.rangeRoutes()
-	for _, c := range []struct {
-		name, says string
-		breaks     func()
-	}{
+	return []breakage{
 		{"host address", "address on the link", func() {
 			must(t, netlink.AddrDel(link(a.Veth), &netlink.Addr{IPNet: ipNet(a.HostVeth)}))
 		}},
@@ -128,38 +168,6 @@ func TestCheckAndRepair(t *testing.T) {
 		{"everything in nftables", "rules", inside(func() {
 			must(t, transact(func(c *nftables.Conn) error { c.FlushRuleset(); return nil }))
 		})},
-	} {
-		c.breaks()
-		if err := n.Check(ctx, s); err == nil || !strings.Contains(err.Error(), c.says) {
-			t.Errorf("%s: check = %v, want it to say %q", c.name, err, c.says)
-		}
-		if err := n.Repair(ctx, s, policy, limits); err != nil {
-			t.Fatalf("%s: repair = %v", c.name, err)
-		}
-		works(c.name)
-		if err := n.Check(ctx, other); err != nil {
-			t.Errorf("%s: the other slot: %v", c.name, err)
-		}
-		far.nothing(t, c.name)
-	}
-
-	// What no repair can bring back.
-	in(t, ns, func() {
-		must(t, netlink.LinkSetName(func() netlink.Link { must(t, netlink.LinkSetDown(link(Tap))); return link(Tap) }(), "gone"))
-	})
-	if err := n.Repair(ctx, s, policy, limits); !errors.Is(err, errdefs.Unavailable) || !strings.Contains(err.Error(), "tap") {
-		t.Errorf("repair without a tap = %v", err)
-	}
-	must(t, removeNS(a.NetNSPath))
-	if err := n.Repair(ctx, s, policy, limits); !errors.Is(err, errdefs.Unavailable) || !strings.Contains(err.Error(), "namespace") {
-		t.Errorf("repair without a namespace = %v", err)
-	}
-	if err := n.Check(ctx, 0); !errors.Is(err, errdefs.InvalidArgument) {
-		t.Errorf("check of slot 0 = %v", err)
-	}
-	found, err := n.CheckAll(ctx, []Slot{s, other, other + 7})
-	if err != nil || found.Host != nil || len(found.Slots) != 2 || found.Slots[s] == nil || found.Slots[other+7] == nil {
-		t.Errorf("check of all = %+v, %v", found, err)
 	}
 }
 

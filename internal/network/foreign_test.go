@@ -63,6 +63,45 @@ func mend(t testing.TB, o Obstacle) {
 	}
 }
 
+// otherFirewalls drop what they do not know, in the chain of that name. at is the
+// chain in which a rule lets it through.
+var otherFirewalls = []struct {
+	name, rules, chain, table, at string
+	input                         bool
+}{
+	{name: "Docker", table: "ip filter", chain: "ip filter FORWARD", at: "DOCKER-USER", rules: `table ip filter {
+			chain DOCKER { drop
+			}
+			chain DOCKER-USER { counter return
+			}
+			chain FORWARD { type filter hook forward priority filter; policy drop;
+				counter jump DOCKER-USER
+				oifname "docker0" ct state established,related counter accept
+				oifname "docker0" counter jump DOCKER
+				iifname "docker0" counter accept } }`},
+	{name: "ufw", table: "ip filter", chain: "ip filter FORWARD", at: "FORWARD", rules: `table ip filter {
+			chain ufw-reject { counter
+			}
+			chain FORWARD { type filter hook forward priority filter; policy drop; counter jump ufw-reject } }`},
+	{name: "firewalld", table: "inet firewalld", chain: "inet firewalld filter_FORWARD", at: "filter_FORWARD", rules: `table inet firewalld {
+			chain zones { iifname "eth0" accept
+			}
+			chain filter_FORWARD { type filter hook forward priority filter + 10; policy accept;
+				ct state established,related accept
+				ct status dnat accept
+				iifname "lo" accept
+				jump zones
+				ct state invalid drop
+				reject with icmpx admin-prohibited } }`},
+	{name: "one direction only", table: "inet half", chain: "inet half through", at: "through", rules: `table inet half {
+			chain through { type filter hook forward priority -5; policy drop; iifname "tnet-*" accept } }`},
+	{name: "input", input: true, table: "ip filter", chain: "ip filter INPUT", at: "INPUT", rules: `table ip filter {
+			chain INPUT { type filter hook input priority filter; policy drop;
+				iifname "lo" accept
+				ct state established,related accept
+				tcp dport 22 accept } }`},
+}
+
 // A host whose other firewall drops what it does not know: it is named, the
 // commands named mend it, and the other's table is never ours to change.
 func TestObstacles(t *testing.T) {
@@ -82,42 +121,7 @@ func TestObstacles(t *testing.T) {
 	if found := find(uplinkAddr); len(found) > 0 {
 		t.Fatalf("obstacles on a host without any: %v", found)
 	}
-	for _, c := range []struct {
-		name, rules, chain, table, at string
-		input                         bool
-	}{
-		{name: "Docker", table: "ip filter", chain: "ip filter FORWARD", at: "DOCKER-USER", rules: `table ip filter {
-			chain DOCKER { drop
-			}
-			chain DOCKER-USER { counter return
-			}
-			chain FORWARD { type filter hook forward priority filter; policy drop;
-				counter jump DOCKER-USER
-				oifname "docker0" ct state established,related counter accept
-				oifname "docker0" counter jump DOCKER
-				iifname "docker0" counter accept } }`},
-		{name: "ufw", table: "ip filter", chain: "ip filter FORWARD", at: "FORWARD", rules: `table ip filter {
-			chain ufw-reject { counter
-			}
-			chain FORWARD { type filter hook forward priority filter; policy drop; counter jump ufw-reject } }`},
-		{name: "firewalld", table: "inet firewalld", chain: "inet firewalld filter_FORWARD", at: "filter_FORWARD", rules: `table inet firewalld {
-			chain zones { iifname "eth0" accept
-			}
-			chain filter_FORWARD { type filter hook forward priority filter + 10; policy accept;
-				ct state established,related accept
-				ct status dnat accept
-				iifname "lo" accept
-				jump zones
-				ct state invalid drop
-				reject with icmpx admin-prohibited } }`},
-		{name: "one direction only", table: "inet half", chain: "inet half through", at: "through", rules: `table inet half {
-			chain through { type filter hook forward priority -5; policy drop; iifname "tnet-*" accept } }`},
-		{name: "input", input: true, table: "ip filter", chain: "ip filter INPUT", at: "INPUT", rules: `table ip filter {
-			chain INPUT { type filter hook input priority filter; policy drop;
-				iifname "lo" accept
-				ct state established,related accept
-				tcp dport 22 accept } }`},
-	} {
+	for _, c := range otherFirewalls {
 		t.Run(c.name, func(t *testing.T) {
 			nft(t, c.rules)
 			defer nft(t, "delete table "+c.table)
@@ -160,7 +164,12 @@ func TestObstacles(t *testing.T) {
 			}
 		})
 	}
-	// Rules that need no mending.
+}
+
+// Rules of another firewall that let sandboxes through are no obstacles.
+func TestNoObstacles(t *testing.T) {
+	testenv.Program(t, "nft")
+	n := world(t, Options{Resolvers: []netip.Addr{uplinkAddr}})
 	for _, rules := range []string{
 		`table ip filter { chain FORWARD { type filter hook forward priority 0; policy accept; tcp dport 25 drop } }`,
 		`table ip filter { chain every { accept
@@ -173,8 +182,8 @@ func TestObstacles(t *testing.T) {
 			chain FORWARD { type filter hook forward priority 0; policy drop; jump mine } }`,
 	} {
 		nft(t, rules)
-		if found := find(uplinkAddr); len(found) > 0 {
-			t.Errorf("%s\nobstacles = %v", rules, found)
+		if found, err := n.plan.Obstacles([]netip.Addr{uplinkAddr}); err != nil || len(found) > 0 {
+			t.Errorf("%s\nobstacles = %v, %v", rules, found, err)
 		}
 		nft(t, "delete table "+strings.Join(strings.Fields(rules)[1:3], " "))
 	}

@@ -136,93 +136,9 @@ func TestFramesThatStayInside(t *testing.T) {
 	loopback := serve(t, here, netip.MustParseAddr("127.0.0.1"), 7071)
 	gw, _ := net.ParseMAC(TapMAC)
 	mac, _ := net.ParseMAC(GuestMAC)
-	other, _ := net.ParseMAC("02:FC:00:00:00:99")
-	all := net.HardwareAddr{255, 255, 255, 255, 255, 255}
 	me := GuestAddr.Addr()
-	udp := func(dst netip.Addr, what string) []byte { return udpFrame(gw, mac, me, dst, 7071, what) }
-	v6 := func(dst string) []byte {
-		to := netip.MustParseAddr(dst)
-		return ipv6(netip.MustParseAddr("fe80::fc:ff:fe00:5"), to, unix.IPPROTO_UDP, 0x11, 0x11, 0x1b, 0x9f, 0, 9, 0, 0, 'x')
-	}
-	routed := udpFrame(gw, mac, me, internetAddr, 7071, "source route")
-	ip := append(bytes.Clone(routed[14:34]), 131, 7, 4) // loose source route by way of the other sandbox
-	ip = append(append(ip, b.HostIP.AsSlice()...), 0)
-	ip[0] = 0x47
-	binary.BigEndian.PutUint16(ip[2:], uint16(len(routed)-14+8))
-	checksum(ip)
-	routed = slices.Concat(routed[:14], ip, routed[34:])
-
-	type sent struct {
-		what  string
-		frame []byte
-	}
-	frames := []sent{
-		{"IPv6 to all nodes", frame(net.HardwareAddr{0x33, 0x33, 0, 0, 0, 1}, mac, 0x86dd, v6("ff02::1")...)},
-		{"IPv6 to the gateway's link-local", frame(gw, mac, 0x86dd, v6("fe80::fc:ff:fe00:6")...)},
-		{"IPv6 to a ULA", frame(gw, mac, 0x86dd, v6("fd00::1")...)},
-		{"IPv6 to the internet", frame(gw, mac, 0x86dd, v6("2001:db8::1")...)},
-		{"IPv6 router advertisement", frame(net.HardwareAddr{0x33, 0x33, 0, 0, 0, 1}, mac, 0x86dd,
-			ipv6(netip.MustParseAddr("fe80::1"), netip.MustParseAddr("ff02::1"), unix.IPPROTO_ICMPV6, 134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0,
-				0, 0, 0, 0)...)},
-		{"IPv6 neighbour solicitation", frame(net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, 6}, mac, 0x86dd,
-			ipv6(netip.MustParseAddr("fe80::2"), netip.MustParseAddr("ff02::1:ff00:6"), unix.IPPROTO_ICMPV6, 135, 0, 0, 0, 0, 0, 0, 0,
-				0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0xfc, 0, 0xff, 0xfe, 0, 0, 6)...)},
-		{"VLAN tag", slices.Concat(udp(internetAddr, "x")[:12], []byte{0x81, 0, 0, 1}, udp(internetAddr, "x")[12:])},
-		{"priority tag", slices.Concat(udp(internetAddr, "x")[:12], []byte{0x81, 0, 0x20, 0}, udp(b.HostIP, "x")[12:])},
-		{"two VLAN tags", slices.Concat(udp(internetAddr, "x")[:12], []byte{0x88, 0xa8, 0, 1, 0x81, 0, 0, 2}, udp(internetAddr, "x")[12:])},
-		{"DHCP", udpFrame(all, mac, netip.IPv4Unspecified(), netip.MustParseAddr("255.255.255.255"), 67, "discover")},
-		{"spanning tree", frame(net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0}, mac, 38, 0x42, 0x42, 3, 0, 0, 0, 0, 0)},
-		{"LLDP", frame(net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 14}, mac, 0x88cc, 2, 7, 4, 1, 2, 3, 4, 5, 6)},
-		{"PPPoE discovery", frame(all, mac, 0x8863, 0x11, 9, 0, 0, 0, 0)},
-		{"EAPOL", frame(gw, mac, 0x888e, 1, 1, 0, 0)},
-		{"MPLS", frame(gw, mac, 0x8847, append([]byte{0, 1, 1, 64}, udp(internetAddr, "x")[14:]...)...)},
-		{"ARP in the gateway's name", frame(all, mac, 0x0806, arp(1, mac, GuestGateway, GuestGateway)...)},
-		{"ARP in the other's name", frame(all, mac, 0x0806, arp(2, mac, b.HostIP, b.HostIP)...)},
-		{"ARP in the host's name", frame(gw, mac, 0x0806, arp(2, mac, a.HostVeth.Addr(), GuestGateway)...)},
-		{"own address at another MAC", frame(gw, mac, 0x0806, arp(2, other, me, GuestGateway)...)},
-		{"ARP for the other sandbox", frame(all, mac, 0x0806, arp(1, mac, me, b.HostIP)...)},
-		{"ARP for the host", frame(all, mac, 0x0806, arp(1, mac, me, a.HostVeth.Addr())...)},
-		{"ARP for the internet", frame(all, mac, 0x0806, arp(1, mac, me, internetAddr)...)},
-		{"another MAC", udpFrame(gw, other, me, internetAddr, 7070, "x")},
-		{"another address", udpFrame(gw, mac, netip.MustParseAddr("198.51.100.1"), internetAddr, 7070, "x")},
-		{"source route", routed},
-		{"not even a header", frame(gw, mac, 0x0800, 0x45)},
-		{"short ARP", frame(all, mac, 0x0806, 0, 1)},
-		{"IPv4 multicast", udpFrame(net.HardwareAddr{1, 0, 0x5e, 0, 0, 0xfb}, mac, me, netip.MustParseAddr("224.0.0.251"), 5353, "x")},
-		{"broadcast", udpFrame(all, mac, me, netip.MustParseAddr("255.255.255.255"), 7071, "x")},
-		{"subnet broadcast", udpFrame(all, mac, me, netip.MustParseAddr("169.254.0.23"), 7071, "x")},
-	}
-	// Honest in form, but nothing that the policy lets out.
-	for _, dst := range []string{
-		"10.1.2.3", "172.16.0.1", "172.31.255.254", "192.168.1.1", "100.64.0.1", "100.127.255.254", "192.0.0.1",
-		"198.18.0.1", "198.19.255.255", "169.254.169.254", "169.254.0.1", "127.0.0.1", "127.8.9.10", "0.0.0.0", "0.1.2.3",
-		"224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.254",
-		a.HostIP.String(), a.NSVeth.Addr().String(), a.HostVeth.Addr().String(), GuestGateway.String(),
-		b.HostIP.String(), b.NSVeth.Addr().String(), b.HostVeth.Addr().String(),
-	} {
-		to := netip.MustParseAddr(dst)
-		whole := udp(to, "in two fragments, the second of which has no ports")
-		first, second := fragments(whole, 16)
-		tiny, rest := fragments(whole, 8)
-		frames = append(frames, sent{"to " + dst, udp(to, "x")},
-			sent{"first fragment to " + dst, first}, sent{"second fragment to " + dst, second},
-			sent{"rest of a tiny fragment to " + dst, rest}, sent{"tiny fragment to " + dst, tiny})
-	}
-	// From one CPU, so that a frame is never overtaken by the next.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	var before, one unix.CPUSet
-	must(t, unix.SchedGetaffinity(0, &before))
-	one.Set(0)
-	for cpu := range 1024 {
-		if before.IsSet(cpu) {
-			one.Zero()
-			one.Set(cpu)
-			break
-		}
-	}
-	must(t, unix.SchedSetaffinity(0, &one))
-	defer unix.SchedSetaffinity(0, &before)
+	frames := framesThatStayInside(a, b)
+	defer onOneCPU(t)()
 	mark := func(i int) string { return fmt.Sprintf("honest frame %d.", i) }
 	_, err = g.tap.Write(udpFrame(gw, mac, me, internetAddr, 7070, mark(-1)))
 	must(t, err)
@@ -279,6 +195,110 @@ func TestFramesThatStayInside(t *testing.T) {
 		must(t, err)
 	}
 	far.gets(t, "fragments", "udp in two fragments from 203.0.113.1")
+}
+
+// sent is a frame that a guest sends.
+type sent struct {
+	what  string
+	frame []byte
+}
+
+// framesThatStayInside are frames of the guest in slot a that must not leave its
+// namespace. b is another slot.
+func framesThatStayInside(a, b Addrs) []sent {
+	gw, _ := net.ParseMAC(TapMAC)
+	mac, _ := net.ParseMAC(GuestMAC)
+	other, _ := net.ParseMAC("02:FC:00:00:00:99")
+	all := net.HardwareAddr{255, 255, 255, 255, 255, 255}
+	me := GuestAddr.Addr()
+	udp := func(dst netip.Addr, what string) []byte { return udpFrame(gw, mac, me, dst, 7071, what) }
+	v6 := func(dst string) []byte {
+		to := netip.MustParseAddr(dst)
+		return ipv6(netip.MustParseAddr("fe80::fc:ff:fe00:5"), to, unix.IPPROTO_UDP, 0x11, 0x11, 0x1b, 0x9f, 0, 9, 0, 0, 'x')
+	}
+	routed := udpFrame(gw, mac, me, internetAddr, 7071, "source route")
+	ip := append(bytes.Clone(routed[14:34]), 131, 7, 4) // loose source route by way of the other sandbox
+	ip = append(append(ip, b.HostIP.AsSlice()...), 0)
+	ip[0] = 0x47
+	binary.BigEndian.PutUint16(ip[2:], uint16(len(routed)-14+8))
+	checksum(ip)
+	routed = slices.Concat(routed[:14], ip, routed[34:])
+
+	frames := []sent{
+		{"IPv6 to all nodes", frame(net.HardwareAddr{0x33, 0x33, 0, 0, 0, 1}, mac, 0x86dd, v6("ff02::1")...)},
+		{"IPv6 to the gateway's link-local", frame(gw, mac, 0x86dd, v6("fe80::fc:ff:fe00:6")...)},
+		{"IPv6 to a ULA", frame(gw, mac, 0x86dd, v6("fd00::1")...)},
+		{"IPv6 to the internet", frame(gw, mac, 0x86dd, v6("2001:db8::1")...)},
+		{"IPv6 router advertisement", frame(net.HardwareAddr{0x33, 0x33, 0, 0, 0, 1}, mac, 0x86dd,
+			ipv6(netip.MustParseAddr("fe80::1"), netip.MustParseAddr("ff02::1"), unix.IPPROTO_ICMPV6, 134, 0, 0, 0, 64, 0, 7, 8, 0, 0, 0, 0,
+				0, 0, 0, 0)...)},
+		{"IPv6 neighbour solicitation", frame(net.HardwareAddr{0x33, 0x33, 0xff, 0, 0, 6}, mac, 0x86dd,
+			ipv6(netip.MustParseAddr("fe80::2"), netip.MustParseAddr("ff02::1:ff00:6"), unix.IPPROTO_ICMPV6, 135, 0, 0, 0, 0, 0, 0, 0,
+				0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0xfc, 0, 0xff, 0xfe, 0, 0, 6)...)},
+		{"VLAN tag", slices.Concat(udp(internetAddr, "x")[:12], []byte{0x81, 0, 0, 1}, udp(internetAddr, "x")[12:])},
+		{"priority tag", slices.Concat(udp(internetAddr, "x")[:12], []byte{0x81, 0, 0x20, 0}, udp(b.HostIP, "x")[12:])},
+		{"two VLAN tags", slices.Concat(udp(internetAddr, "x")[:12], []byte{0x88, 0xa8, 0, 1, 0x81, 0, 0, 2}, udp(internetAddr, "x")[12:])},
+		{"DHCP", udpFrame(all, mac, netip.IPv4Unspecified(), netip.MustParseAddr("255.255.255.255"), 67, "discover")},
+		{"spanning tree", frame(net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 0}, mac, 38, 0x42, 0x42, 3, 0, 0, 0, 0, 0)},
+		{"LLDP", frame(net.HardwareAddr{1, 0x80, 0xc2, 0, 0, 14}, mac, 0x88cc, 2, 7, 4, 1, 2, 3, 4, 5, 6)},
+		{"PPPoE discovery", frame(all, mac, 0x8863, 0x11, 9, 0, 0, 0, 0)},
+		{"EAPOL", frame(gw, mac, 0x888e, 1, 1, 0, 0)},
+		{"MPLS", frame(gw, mac, 0x8847, append([]byte{0, 1, 1, 64}, udp(internetAddr, "x")[14:]...)...)},
+		{"ARP in the gateway's name", frame(all, mac, 0x0806, arp(1, mac, GuestGateway, GuestGateway)...)},
+		{"ARP in the other's name", frame(all, mac, 0x0806, arp(2, mac, b.HostIP, b.HostIP)...)},
+		{"ARP in the host's name", frame(gw, mac, 0x0806, arp(2, mac, a.HostVeth.Addr(), GuestGateway)...)},
+		{"own address at another MAC", frame(gw, mac, 0x0806, arp(2, other, me, GuestGateway)...)},
+		{"ARP for the other sandbox", frame(all, mac, 0x0806, arp(1, mac, me, b.HostIP)...)},
+		{"ARP for the host", frame(all, mac, 0x0806, arp(1, mac, me, a.HostVeth.Addr())...)},
+		{"ARP for the internet", frame(all, mac, 0x0806, arp(1, mac, me, internetAddr)...)},
+		{"another MAC", udpFrame(gw, other, me, internetAddr, 7070, "x")},
+		{"another address", udpFrame(gw, mac, netip.MustParseAddr("198.51.100.1"), internetAddr, 7070, "x")},
+		{"source route", routed},
+		{"not even a header", frame(gw, mac, 0x0800, 0x45)},
+		{"short ARP", frame(all, mac, 0x0806, 0, 1)},
+		{"IPv4 multicast", udpFrame(net.HardwareAddr{1, 0, 0x5e, 0, 0, 0xfb}, mac, me, netip.MustParseAddr("224.0.0.251"), 5353, "x")},
+		{"broadcast", udpFrame(all, mac, me, netip.MustParseAddr("255.255.255.255"), 7071, "x")},
+		{"subnet broadcast", udpFrame(all, mac, me, netip.MustParseAddr("169.254.0.23"), 7071, "x")},
+	}
+	// Honest in form, but nothing that the policy lets out.
+	for _, dst := range []string{
+		"10.1.2.3", "172.16.0.1", "172.31.255.254", "192.168.1.1", "100.64.0.1", "100.127.255.254", "192.0.0.1",
+		"198.18.0.1", "198.19.255.255", "169.254.169.254", "169.254.0.1", "127.0.0.1", "127.8.9.10", "0.0.0.0", "0.1.2.3",
+		"224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.254",
+		a.HostIP.String(), a.NSVeth.Addr().String(), a.HostVeth.Addr().String(), GuestGateway.String(),
+		b.HostIP.String(), b.NSVeth.Addr().String(), b.HostVeth.Addr().String(),
+	} {
+		to := netip.MustParseAddr(dst)
+		whole := udp(to, "in two fragments, the second of which has no ports")
+		first, second := fragments(whole, 16)
+		tiny, rest := fragments(whole, 8)
+		frames = append(frames, sent{"to " + dst, udp(to, "x")},
+			sent{"first fragment to " + dst, first}, sent{"second fragment to " + dst, second},
+			sent{"rest of a tiny fragment to " + dst, rest}, sent{"tiny fragment to " + dst, tiny})
+	}
+	return frames
+}
+
+// onOneCPU keeps the calling goroutine on one CPU until the function that it
+// returns is called, so that a frame is never overtaken by the next.
+func onOneCPU(t *testing.T) (undo func()) {
+	t.Helper()
+	runtime.LockOSThread()
+	var before, one unix.CPUSet
+	must(t, unix.SchedGetaffinity(0, &before))
+	one.Set(0)
+	for cpu := range 1024 {
+		if before.IsSet(cpu) {
+			one.Zero()
+			one.Set(cpu)
+			break
+		}
+	}
+	must(t, unix.SchedSetaffinity(0, &one))
+	return func() {
+		unix.SchedSetaffinity(0, &before)
+		runtime.UnlockOSThread()
+	}
 }
 
 // Every address of the host, on any link, refuses a sandbox, whether a server

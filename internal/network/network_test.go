@@ -111,25 +111,7 @@ func TestIsolation(t *testing.T) {
 		t.Errorf("packets from outside came up to the sandbox's link: %+v, before %+v, %v", after, before, err)
 	}
 
-	// A process in the namespace, such as a VMM that was taken over, reaches
-	// nothing.
-	ns, err := netns.GetFromPath(a.NetNSPath)
-	must(t, err)
-	defer ns.Close()
-	for _, to := range []netip.AddrPort{onHost.addr, netip.AddrPortFrom(internetAddr, 7002), netip.AddrPortFrom(b.HostIP, 49983)} {
-		addr := to.Addr()
-		if addr.IsUnspecified() {
-			addr = a.HostVeth.Addr()
-		}
-		in(t, ns, func() {
-			c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, to.Port())))
-			must(t, err)
-			defer c.Close()
-			if _, err := c.Write([]byte("astray")); !errors.Is(err, unix.EPERM) {
-				t.Errorf("namespace itself to %s: %v, want it refused", addr, err)
-			}
-		})
-	}
+	sendsNothing(t, a, onHost.addr, netip.AddrPortFrom(internetAddr, 7002), netip.AddrPortFrom(b.HostIP, 49983))
 	onHost.nothing(t, "namespace itself")
 	far.nothing(t, "namespace itself")
 
@@ -146,6 +128,29 @@ func TestIsolation(t *testing.T) {
 	must(t, err)
 	if len(addrs) > 0 {
 		t.Errorf("the host's link has IPv6 addresses: %v", addrs)
+	}
+}
+
+// sendsNothing checks that a process in a slot's namespace, such as a VMM that was
+// taken over, cannot send to any of the targets.
+func sendsNothing(t *testing.T, a Addrs, targets ...netip.AddrPort) {
+	t.Helper()
+	ns, err := netns.GetFromPath(a.NetNSPath)
+	must(t, err)
+	defer ns.Close()
+	for _, to := range targets {
+		addr := to.Addr()
+		if addr.IsUnspecified() {
+			addr = a.HostVeth.Addr()
+		}
+		in(t, ns, func() {
+			c, err := net.DialUDP("udp4", nil, net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, to.Port())))
+			must(t, err)
+			defer c.Close()
+			if _, err := c.Write([]byte("astray")); !errors.Is(err, unix.EPERM) {
+				t.Errorf("namespace itself to %s: %v, want it refused", addr, err)
+			}
+		})
 	}
 }
 

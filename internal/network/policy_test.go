@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -25,17 +24,7 @@ func TestEgress(t *testing.T) {
 	serve(t, gb.ns, netip.IPv4Unspecified(), 7000)
 	second, banned := netip.MustParseAddr("198.51.100.9"), netip.MustParseAddr("198.51.100.7")
 	cgnat := netip.MustParseAddr("100.64.3.4")
-	in(t, internet, func() {
-		up(t, "lo", netip.PrefixFrom(second, 32), netip.PrefixFrom(banned, 32), netip.PrefixFrom(cgnat, 32))
-	})
-	t.Cleanup(func() {
-		in(t, internet, func() {
-			l, _ := netlink.LinkByName("lo")
-			for _, a := range []netip.Addr{second, banned, cgnat} {
-				must(t, netlink.AddrDel(l, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, 32))}))
-			}
-		})
-	})
+	internetHas(t, second, banned, cgnat)
 
 	for _, port := range []uint16{53, 7000} {
 		serve(t, here, uplinkAddr, port)

@@ -105,6 +105,21 @@ func world(t testing.TB, opts Options) *Network {
 	return n
 }
 
+// internetHas gives the internet more addresses until the test ends.
+func internetHas(t *testing.T, addrs ...netip.Addr) {
+	t.Helper()
+	for _, a := range addrs {
+		in(t, internet, func() { up(t, "lo", netip.PrefixFrom(a, 32)) })
+		t.Cleanup(func() {
+			in(t, internet, func() {
+				l, err := netlink.LinkByName("lo")
+				must(t, err)
+				must(t, netlink.AddrDel(l, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, 32))}))
+			})
+		})
+	}
+}
+
 func rangeRouteCount(t testing.TB) int {
 	t.Helper()
 	rs, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: routeProtocol}, netlink.RT_FILTER_PROTOCOL)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -172,7 +173,7 @@ var bomb = sync.OnceValue(func() []byte {
 func Lies() []Lie {
 	lies := append(ofHTTP(), ofBodies()...)
 	lies = append(lies, ofWords()...)
-	return append(lies, ofStreams()...)
+	return slices.Concat(lies, ofStreams(), endlessStreams())
 }
 
 // ofHTTP are lies before the body.
@@ -366,6 +367,12 @@ func ofStreams() []Lie {
 			r.chunk(exit(0, true))
 			r.end()
 		}},
+	}
+}
+
+// endlessStreams are streams whose end the client must not wait for.
+func endlessStreams() []Lie {
+	return []Lie{
 		{Name: "endless output", OfStreams: true, Endless: true, answer: func(r *reply) {
 			r.begin("200 OK")
 			part := stdout(string(rubbish))

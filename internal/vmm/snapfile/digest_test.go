@@ -82,6 +82,34 @@ func TestDigest(t *testing.T) {
 	}
 }
 
+// TestDigestsOfEarlierVersions: the digests in manifests on disk are what an earlier
+// version computed of the same file.
+func TestDigestsOfEarlierVersions(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	parts := map[int64][]byte{2 << 20: make([]byte, 8192)}
+	for _, at := range []int64{0, 4095, 3 << 20, 3<<20 + 8192, 5<<20 + 99} {
+		parts[at] = []byte("x")
+	}
+	for at, data := range parts {
+		if _, err := f.WriteAt(data, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const size = 5<<20 + 100
+	if got, want := digestOf(t, path), (File{Size: size, Pieces: "6cc8123c21add27e1c7f212acaaac0ca171152f4b04dc4275f999b7642a5d9ea"}); got != want {
+		t.Errorf("of pieces: %+v, want %+v", got, want)
+	}
+	got, err := OldDigest(t.Context(), path)
+	if want := (File{Size: size, SHA256: "a7bfce6be1bf7aa4adc981e4685a746d0b878b921963c2795aa8085de12b6a1a"}); err != nil || got != want {
+		t.Errorf("of pages: %+v, %v, want %+v", got, err, want)
+	}
+}
+
 func BenchmarkDigest(b *testing.B) {
 	path := filepath.Join(b.TempDir(), "mem")
 	data := make([]byte, 128<<20)

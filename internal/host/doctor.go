@@ -142,8 +142,7 @@ func (m machine) packages() Check {
 	return c
 }
 
-// drivers reports each VMM, whether one of them has KVM, and which one is used. One
-// VMM that works is enough.
+// drivers reports each VMM, whether one of them has KVM, and which one is used.
 func (m machine) drivers(ctx context.Context, o Options) []Check {
 	kvm := Check{
 		Name: "kvm", Level: Optional,

@@ -42,12 +42,14 @@ func (d driver) Needs() vmm.Needs {
 }
 
 var (
-	qemuTCG     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "tcg", Isolation: vmm.Emulation, Speed: vmm.Emulated, Why: "the CPU shows neither vmx nor svm"}}
-	qemuKVM     = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "kvm", Isolation: vmm.Hardware, Speed: vmm.Native, Why: "a probe guest booted"}}
-	sentry      = driver{name: "sentry", report: vmm.Report{Version: "1", Accel: "systrap", Isolation: vmm.UserSpaceKernel, Speed: vmm.NearNative, Why: "it needs nothing"}}
-	noQEMU      = driver{name: "qemu", err: errdefs.Unavailable.Errorf("qemu-system-x86_64 is not installed")}
-	noKVM       = driver{name: "firecracker", err: errdefs.Unsupported.Errorf("firecracker needs KVM")}
-	unjailed    = driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Isolation: vmm.Hardware, Speed: vmm.Native, Why: "a probe guest booted", Warning: "there is no jailer"}}
+	qemuTCG = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "tcg", Speed: vmm.Emulated, Isolation: vmm.Emulation,
+		Why: "the CPU shows neither vmx nor svm"}}
+	qemuKVM  = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "kvm", Speed: vmm.Native, Why: "a probe guest booted"}}
+	sentry   = driver{name: "sentry", report: vmm.Report{Version: "1", Accel: "systrap", Speed: vmm.NearNative, Why: "it needs nothing"}}
+	noQEMU   = driver{name: "qemu", err: errdefs.Unavailable.Errorf("qemu-system-x86_64 is not installed")}
+	noKVM    = driver{name: "firecracker", err: errdefs.Unsupported.Errorf("firecracker needs KVM")}
+	unjailed = driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Speed: vmm.Native,
+		Why: "a probe guest booted", Warning: "there is no jailer"}}
 	firecracker = driver{name: "firecracker", err: errdefs.Unavailable.Errorf("firecracker is not installed")}
 )
 
@@ -100,6 +102,9 @@ func find(t *testing.T, checks []Check, name string) Check {
 	return Check{}
 }
 
+// slow is what doctor says of QEMU without KVM.
+const slow = "7.2.22 with tcg; guests run emulated, 10 to 50 times slower than the host, isolated by emulation and a jail"
+
 // Each case breaks one thing of a good host and says what becomes of it.
 func TestDoctor(t *testing.T) {
 	type verdict struct {
@@ -139,7 +144,7 @@ func TestDoctor(t *testing.T) {
 		{check: "kvm", want: badOpt, drivers: []vmm.Driver{qemuTCG}, fix: "modprobe kvm_amd",
 			change: func(f map[string]string) { delete(f, "dev/kvm"); f["proc/cpuinfo"] = "flags : svm\n" }},
 		{check: "vmm qemu", want: ok, found: "7.2.22 with kvm"},
-		{check: "vmm qemu", want: ok, drivers: []vmm.Driver{qemuTCG, firecracker}, found: "7.2.22 with tcg; guests run emulated, 10 to 50 times slower than the host, isolated by emulation and a jail"},
+		{check: "vmm qemu", want: ok, drivers: []vmm.Driver{qemuTCG, firecracker}, found: slow},
 		{check: "vmm firecracker", want: badOpt, drivers: []vmm.Driver{qemuTCG, firecracker}, found: "not installed", fix: "/usr/local/bin"},
 		{check: "vmm qemu", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}, fix: "apt-get install"},
 		{check: "vmm firecracker", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}},
@@ -303,7 +308,7 @@ func TestProbeNetworkHere(t *testing.T) {
 }
 
 func TestChoose(t *testing.T) {
-	jailed := driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Isolation: vmm.Hardware, Speed: vmm.Native, Why: "a probe guest booted"}}
+	jailed := driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Speed: vmm.Native, Why: "a probe guest booted"}}
 	for _, c := range []struct {
 		name    string
 		drivers []vmm.Driver

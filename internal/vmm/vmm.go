@@ -27,8 +27,8 @@ type Driver interface {
 	// long as the host's kernel and the VMM stay the same.
 	Check(ctx context.Context) (Report, error)
 
-	// Start boots a VM and returns it running. The guest's kernel has begun to
-	// boot by then, no more. ctx bounds the call only: the VM runs in a session
+	// Start boots a VM and returns it running, when the guest's kernel has begun
+	// to boot. ctx bounds the call only: the VM runs in a session
 	// of its own until it exits or is killed, also when ctx or the calling
 	// process ends. After an error nothing of the VM is left.
 	Start(ctx context.Context, spec Spec) (VM, error)

@@ -19,13 +19,13 @@ import (
 )
 
 const (
-	// callTimeout bounds a call whose caller sets no limit. Firecracker answers
-	// those in milliseconds, or is in trouble.
+	// callTimeout bounds a call whose caller sets no limit. A sound Firecracker
+	// answers in milliseconds.
 	callTimeout = 10 * time.Second
 	// perGiB is added for each GiB of memory to the limit of a call that moves
 	// the guest's memory; a slow disk takes that long.
 	perGiB = 60 * time.Second
-	// maxAnswer bounds what is read of an answer.
+	// maxAnswer bounds an answer, in bytes.
 	maxAnswer = 64 << 10
 )
 
@@ -42,15 +42,15 @@ type request struct {
 	body         any
 }
 
-// fault is Firecracker's own no: the call has had no effect.
+// fault is Firecracker's answer to a call that it refuses; the call had no effect.
 type fault struct {
 	Message string `json:"fault_message"`
 }
 
 func (e *fault) Error() string { return errdefs.Foreign(e.Message) }
 
-// client speaks to the API behind a Unix socket. It makes a connection for each
-// call, so that it keeps nothing that could break between two of them.
+// client calls the API behind a Unix socket. It makes a connection for each call,
+// so that it has none that could break between two calls.
 type client struct{ http http.Client }
 
 func newClient(socket string) *client {
@@ -66,9 +66,9 @@ func newClient(socket string) *client {
 	}}}
 }
 
-// call makes one call, which ctx and limit bound, and decodes the answer into
-// result, if there is one to be had. An error that is no *fault leaves open
-// whether the call took effect; when nobody answers it is errdefs.Unavailable.
+// call makes one call, bounded by ctx and limit, and decodes an answer into result.
+// After an error that is no *fault it is not known whether the call took effect. If
+// Firecracker does not answer the error is errdefs.Unavailable.
 func (c *client) call(ctx context.Context, limit time.Duration, r request, result any) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, limit,
 		errdefs.Unavailable.Errorf("the VMM did not answer within %s", limit))
@@ -107,11 +107,11 @@ func (c *client) exchange(ctx context.Context, r request, result any) error {
 	case resp.StatusCode >= 400 && resp.StatusCode < 500:
 		var f fault
 		if json.Unmarshal(answer, &f) != nil || f.Message == "" {
-			f.Message = fmt.Sprintf("refused with status %d and no word why", resp.StatusCode)
+			f.Message = fmt.Sprintf("refused with status %d and no reason", resp.StatusCode)
 		}
 		return &f
 	case resp.StatusCode != http.StatusOK:
-		// It knows no more than we do about what has become of the call.
+		// It is not known whether the call took effect.
 		return fmt.Errorf("the VMM answers with status %d: %s", resp.StatusCode, errdefs.Foreign(string(answer)))
 	case result != nil:
 		return json.Unmarshal(answer, result)
@@ -127,7 +127,7 @@ func (r request) encode() ([]byte, error) {
 	return json.Marshal(r.body)
 }
 
-// cause is what an HTTP client's error is about, without its URL.
+// cause returns what an HTTP client's error wraps, without the URL.
 func cause(err error) error {
 	for _, errno := range []unix.Errno{unix.ENOENT, unix.ECONNREFUSED, unix.ECONNRESET, unix.EPIPE} {
 		if errors.Is(err, errno) {

@@ -23,7 +23,7 @@ const (
 	overridesMajor, overridesMinor = 1, 12
 )
 
-// found is what Check came to.
+// found is the result of a check.
 type found struct {
 	bin    programs
 	report vmm.Report
@@ -71,7 +71,7 @@ func (d *Driver) check(ctx context.Context) (found, error) {
 	return f, errors.Join(err, f.err)
 }
 
-// starter boots a probe guest with programs that nothing is known of yet.
+// starter returns a function that boots a probe guest with these programs.
 func (d *Driver) starter(bin programs) func(context.Context, vmm.Spec) (vmm.VM, error) {
 	return func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) { return d.launch(ctx, spec, bin, "") }
 }
@@ -116,8 +116,8 @@ func (d *Driver) programs(ctx context.Context) (bin programs, err error) {
 	return bin, nil
 }
 
-// find returns a program's path without links: the jailer names the directory
-// of its jails after the file that it finds behind them.
+// find returns a program's path without symbolic links: the jailer names the
+// directory of its jails after the file that they lead to.
 func find(name string) (string, error) {
 	path, err := exec.LookPath(name)
 	if err != nil {

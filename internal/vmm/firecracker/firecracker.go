@@ -131,13 +131,13 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, bin programs, from s
 	return v, nil
 }
 
-// bring makes a process that has just been started the VM of a spec.
+// bring makes a new process the VM of a spec.
 func (v *vm) bring(ctx context.Context, spec vmm.Spec, from string) error {
 	if err := v.up(ctx); err != nil {
 		return err
 	}
-	// It has made its socket, and no guest runs yet: from here on nobody can put
-	// something else in that socket's place.
+	// Firecracker has made its socket, and no guest runs yet. From here on only
+	// root can replace the socket.
 	if err := makeDir(place{spec.RunDir}.socketDir(), 0); err != nil {
 		return err
 	}
@@ -155,7 +155,7 @@ func (v *vm) bring(ctx context.Context, spec vmm.Spec, from string) error {
 	if refused(err) || ctx.Err() != nil {
 		return err
 	}
-	// Whether it came back or got lost, the answer is in the VM's state.
+	// If the answer was lost, the VM's state tells what it was.
 	now, e := v.api.describe(ctx, callTimeout)
 	switch {
 	case e != nil && err == nil:
@@ -170,7 +170,7 @@ func (v *vm) bring(ctx context.Context, spec vmm.Spec, from string) error {
 	return fmt.Errorf("vm is %s, not %s", now.State, want)
 }
 
-// up waits until the process answers, and looks at who does.
+// up waits until the process answers, and checks that it is the right one.
 func (v *vm) up(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, callTimeout,
 		errdefs.Unavailable.Errorf("the VMM did not come up within %s", callTimeout))
@@ -199,7 +199,7 @@ func (v *vm) up(ctx context.Context) error {
 	}
 }
 
-// refused reports whether an error is Firecracker's own no.
+// refused says whether an error is Firecracker's refusal.
 func refused(err error) bool {
 	var f *fault
 	return errors.As(err, &f)
@@ -272,7 +272,8 @@ func (v *vm) change(ctx context.Context, what string, r request, want string) er
 		})
 }
 
-// makeDir makes a directory that is open to one user alone, or makes it so.
+// makeDir makes a directory that only one user can use; an existing directory is
+// given to that user.
 func makeDir(dir string, uid int) error {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return err

@@ -26,18 +26,19 @@ type place struct{ runDir string }
 func (p place) socketDir() string { return filepath.Join(p.runDir, "api") }
 func (p place) socket() string    { return filepath.Join(p.socketDir(), "sock") }
 
-// jails is the directory that the VMM's root is made in. It stays empty: what is
-// mounted on it, nobody but the VMM sees.
+// jails is the directory that the VMM's root is made in. On the host it stays empty:
+// only the VMM sees what is mounted on it.
 func (p place) jails() string { return filepath.Join(p.runDir, "jail") }
 
-// program renders a VMM's process. Whatever it needs appears under a fixed name
-// in a root of its own, a file system in memory that ends with it; only what the
-// guest may write to is writable. With the jailer that root is where the jailer
-// wants it, without one the launcher does what the jailer would: change root and
-// user. Either way the process is born in its network namespace and its cgroup,
-// which the launcher has to know to free them, and which work on hosts with both
-// versions of cgroups; so the jailer's own options for them are not used, nor
-// those by which it would leave our session or become another process.
+// program renders a VMM's process. The files that it needs appear under fixed names
+// in a root of its own, a file system in memory that ends with it; it can write only
+// to what the guest may write to. With the jailer that root is where the jailer
+// expects it. Without the jailer the launcher changes root and user itself.
+//
+// The launcher starts the process in its network namespace and its cgroup, because
+// it frees the cgroup later, and handles both versions of cgroups. So the jailer's
+// options for these are not used, nor those by which it would leave the session or
+// become another process.
 func program(bin programs, s vmm.Spec, from string) launch.Program {
 	at := place{s.RunDir}
 	args := []string{"--api-sock", apiPath + "/sock", "--level", "Error"}
@@ -63,17 +64,17 @@ func program(bin programs, s vmm.Spec, from string) launch.Program {
 			Source: source, Target: filepath.Join(root, name), ReadOnly: readOnly, UID: s.UID, GID: s.GID,
 		})
 	}
-	if bin.jailer == "" { // which does this itself
+	if bin.jailer == "" { // the jailer would do this itself
 		p.Mounts = append(p.Mounts, launch.Mount{Source: bin.firecracker, Target: filepath.Join(root, "firecracker"), ReadOnly: true})
 		for _, device := range bin.devices {
 			add(device, device, false)
 		}
 	}
-	// The socket's directory belongs to the VMM on disk, too: /run need not be a
-	// file system that can lend it.
+	// The socket's directory belongs to the VMM's user on disk too: the file system
+	// of /run may have no idmapped mounts.
 	p.Mounts = append(p.Mounts,
 		launch.Mount{Source: at.socketDir(), Target: filepath.Join(root, apiPath)},
-		// An empty one waits here for the directory of a snapshot.
+		// The directory of a snapshot is mounted over this empty one.
 		launch.Mount{Target: filepath.Join(root, snapshotPath)})
 	if from == "" {
 		add(s.Kernel.Image, kernelPath, true)

@@ -124,7 +124,7 @@ func configure(s vmm.Spec) []request {
 	for i, d := range s.Root.Disks() {
 		// None is a root device: that would add to the command line. What the
 		// guest flushes goes as far as the host's page cache, because a VM does
-		// not outlive its host; who keeps a disk flushes it.
+		// not outlive its host. The agent flushes the disks that it keeps.
 		calls = append(calls, put("/drives/"+d.Name, drive{ID: d.Name, Path: diskPath(i), ReadOnly: d.ReadOnly, Limiter: limiterOf(s.Limits)}))
 	}
 	if l := s.Link; l != nil {

@@ -24,50 +24,48 @@ import (
 )
 
 const (
-	// probeTimeout is what a guest under KVM gets to reach its userland. It
-	// needs a fraction of it; one that needs more is no better than one without.
+	// probeTimeout is the time that a guest under KVM has to reach its user space.
+	// It needs a fraction of it. KVM on which it needs more gains nothing over
+	// emulation.
 	probeTimeout = 3 * time.Second
-	// slowKept is how long the verdict of a probe that timed out is believed: the
-	// host may just have been busy.
+	// slowKept is how long the verdict of a probe that timed out is kept. The host
+	// may only have been busy.
 	slowKept    = time.Hour
 	probeMemMiB = 128
-	// probePoll is how often the probe guest's console is read.
+	// probePoll is the time between two reads of the probe guest's console.
 	probePoll = 5 * time.Millisecond
 )
 
-// Probe tells whether KVM runs guests of ours. A /dev/kvm that opens proves
-// nothing: there are hosts whose kernel offers one on which no ordinary guest
-// ever boots, or only slowly. Nor do the flags of the CPU, which a host that is
-// a guest itself may lack. So KVM works where a guest of ours has come up with it
-// in time.
+// Probe tells whether KVM runs guests. A /dev/kvm that opens proves nothing: on some
+// hosts no ordinary guest boots with it, or only slowly. The flags of the CPU prove
+// nothing either: a host that is a guest itself may lack them. So KVM works if a
+// probe guest has booted with it in time.
 type Probe struct {
-	// CacheFile keeps what the probe guest showed, for as long as the host's
-	// kernel, its kind of KVM, the VMM, and the guest's kernel and initrd stay the
-	// same; each driver has its own. Its directory exists. Empty to remember
-	// nothing.
+	// CacheFile keeps the result for as long as the host's kernel, its kind of
+	// KVM, the VMM, and the guest's kernel and initrd stay the same. Each driver
+	// has its own file, whose directory exists; empty to keep nothing.
 	CacheFile string
 	// Retry boots another guest where the last one was too slow.
 	Retry bool
 	// Kernel and Initrd are booted as guestapi.Boot.Probe says.
 	Kernel, Initrd string
-	// UID and GID are what the VMM runs as meanwhile: as sandboxes' do, so that
-	// the proof is one for them.
+	// UID and GID are what the VMM runs as. They are no root's, as those of
+	// sandboxes, so that the result holds for sandboxes.
 	UID, GID int
 }
 
-// Verdict is what is known of KVM on this host.
+// Verdict says whether KVM works on this host.
 type Verdict struct {
 	Works bool
-	// Why says it in a sentence.
+	// Why gives the reason in a sentence.
 	Why string
-	// Final is false while there is nothing to boot yet: setup may be under
-	// way.
+	// Final is false while there is no probe guest to boot, because setup has not
+	// made it yet.
 	Final bool
 }
 
-// KVM looks for obstacles, then lets start boot a probe guest, unless an
-// earlier one has shown what comes of that. The verdict is on the VMM of that
-// name and version.
+// KVM looks for obstacles, then boots a probe guest with start, unless the result of
+// an earlier one is kept. The verdict holds for the VMM of that name and version.
 func (p Probe) KVM(ctx context.Context, name, version string, start func(context.Context, vmm.Spec) (vmm.VM, error)) (Verdict, error) {
 	if obstacle := kvmObstacle(openKVM()); obstacle != "" {
 		return Verdict{Why: obstacle, Final: true}, nil
@@ -78,7 +76,7 @@ func (p Probe) KVM(ctx context.Context, name, version string, start func(context
 	return p.probed(ctx, name, version, start)
 }
 
-// openKVM tells why /dev/kvm does not open, if it does not.
+// openKVM returns the error of opening /dev/kvm.
 func openKVM() error {
 	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if err != nil {
@@ -87,7 +85,7 @@ func openKVM() error {
 	return f.Close()
 }
 
-// kvmObstacle says in a sentence why KVM cannot work here, or nothing.
+// kvmObstacle says in a sentence why KVM cannot work here; empty if it might.
 func kvmObstacle(open error) string {
 	switch {
 	case errors.Is(open, os.ErrNotExist):
@@ -98,7 +96,7 @@ func kvmObstacle(open error) string {
 	return ""
 }
 
-// probeRecord is what a probe guest has shown, as the cache file keeps it.
+// probeRecord is the result of a probe guest, as the cache file keeps it.
 type probeRecord struct {
 	HostKernel string `json:"host_kernel"`
 	KVM        string `json:"kvm"`
@@ -113,13 +111,13 @@ type probeRecord struct {
 	SlowAt time.Time `json:"slow_at,omitzero"`
 }
 
-// on is what the verdict is on.
+// on returns what the result depends on.
 func (r probeRecord) on() probeRecord {
 	r.Works, r.Why, r.SlowAt = false, "", time.Time{}
 	return r
 }
 
-// probed boots the probe guest under KVM, or remembers what it showed.
+// probed returns the result of an earlier probe guest, or boots one under KVM.
 func (p Probe) probed(ctx context.Context, name, version string, start func(context.Context, vmm.Spec) (vmm.VM, error)) (Verdict, error) {
 	var uts unix.Utsname
 	if err := unix.Uname(&uts); err != nil {
@@ -159,8 +157,7 @@ func (p Probe) probed(ctx context.Context, name, version string, start func(cont
 	return Verdict{Works: now.Works, Why: now.Why, Final: true}, nil
 }
 
-// digestOf is one digest of the contents of files; "" as a path stands for no
-// file.
+// digestOf is one digest of the contents of files; "" as a path means no file.
 func digestOf(paths ...string) (string, error) {
 	all := sha256.New()
 	for _, path := range paths {
@@ -199,7 +196,7 @@ func Isolation() vmm.Isolation {
 	return vmm.Hardware
 }
 
-// errSlow is that the probe guest showed nothing in time.
+// errSlow is the error of a probe guest that printed no sign in time.
 var errSlow = fmt.Errorf("nothing after %s", probeTimeout)
 
 // Boot boots the probe guest and waits, within ctx, for its sign of life.

@@ -23,20 +23,20 @@ const (
 	cgroupPoll    = 2 * time.Millisecond
 	// cpuPeriod is the kernel's customary one, in microseconds.
 	cpuPeriod = 100_000
-	// cgroupMark begins the name of every cgroup of ours; a parent is removed
-	// with its last child only if it has it.
+	// cgroupMark begins the name of every cgroup of an agent. A parent with that
+	// name is removed together with its last child.
 	cgroupMark = "wrenn"
 )
 
-// hierarchies are the cgroup trees of this host. A host has one v2 tree with
-// all controllers, or a v1 tree for each and perhaps a v2 tree without any.
+// hierarchies are the cgroup trees of this host. A host has one v2 tree with all
+// controllers, or a v1 tree for each controller and perhaps a v2 tree without any.
 type hierarchies struct {
 	v2 string            // empty if there is none
 	v1 map[string]string // by controller
 }
 
-// v1Controllers are those used under v1; the freezer holds processes still
-// while they are killed where there is no cgroup.kill.
+// v1Controllers are the controllers used under v1. Where there is no cgroup.kill,
+// the freezer stops the processes of a group while they are killed.
 var v1Controllers = []string{"cpu", "memory", "pids", "freezer"}
 
 func findHierarchies(root string) hierarchies {
@@ -77,7 +77,7 @@ func openCgroup(name string) (cgroup, error) {
 	return cgroup{name: name, h: findHierarchies(cgroupRoot)}, nil
 }
 
-// dirs are the group's directories.
+// dirs are the group's directories, one in each hierarchy.
 func (c cgroup) dirs() []string {
 	var dirs []string
 	if c.h.v2 != "" {
@@ -120,7 +120,7 @@ func settings(l vmm.Limits, version int) []setting {
 	return out
 }
 
-// create makes the group with its limits. On error nothing is left.
+// create makes the group with its limits. After an error nothing of it is left.
 func (c cgroup) create(l vmm.Limits) (err error) {
 	defer func() {
 		if err != nil {
@@ -130,7 +130,7 @@ func (c cgroup) create(l vmm.Limits) (err error) {
 	if len(c.dirs()) == 0 {
 		return errdefs.Unsupported.Errorf("this host has no cgroups")
 	}
-	// A parent may be removed, as empty, between its making and its child's.
+	// Another agent call may remove a parent, as empty, before its child is made.
 	for try := 0; ; try++ {
 		if err = c.mkdirs(); err == nil || try == 10 || !errors.Is(err, os.ErrNotExist) {
 			break
@@ -168,8 +168,8 @@ func (c cgroup) mkdirs() error {
 	if len(c.h.v1) > 0 {
 		return nil
 	}
-	// Under v2 a group has the controllers that its ancestors pass down. One
-	// that cannot be had shows when its limit is set.
+	// Under v2 a group has the controllers that its ancestors pass down. If one
+	// is missing, create fails when it sets that controller's limit.
 	dir := c.h.v2
 	for _, part := range strings.Split(filepath.Dir(c.name), "/") {
 		for _, controller := range []string{"cpu", "memory", "pids"} {
@@ -185,8 +185,8 @@ func (c cgroup) mkdirs() error {
 	return nil
 }
 
-// enterThread moves the calling thread into the group's v1 hierarchies; what
-// it starts is born there.
+// enterThread moves the calling thread into the group's v1 hierarchies, in which
+// its children then start.
 func (c cgroup) enterThread() error {
 	for _, dir := range c.h.v1 {
 		if err := os.WriteFile(filepath.Join(dir, c.name, "tasks"), []byte("0"), 0); err != nil {
@@ -196,8 +196,8 @@ func (c cgroup) enterThread() error {
 	return nil
 }
 
-// enter moves a process into the group's v2 hierarchy. It is for one that cannot
-// be born there: that takes clone3, which a filter of system calls forbids.
+// enter moves a process into the group's v2 hierarchy. It is for a process that
+// could not start there, because a filter of system calls forbids clone3.
 func (c cgroup) enter(pid int) error {
 	if c.name == "" || c.h.v2 == "" {
 		return nil
@@ -216,8 +216,8 @@ func (c cgroup) open() (*os.File, error) {
 	return os.OpenFile(filepath.Join(c.h.v2, c.name), unix.O_PATH|unix.O_DIRECTORY, 0)
 }
 
-// remove kills what is in the group and removes it. It returns when the group
-// is empty and gone; a group that is not there is no error.
+// remove kills the processes in the group, removes the group, and returns when
+// it is gone. A group that does not exist is no error.
 func (c cgroup) remove(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, cgroupTimeout,
 		errdefs.Unavailable.Errorf("cgroup does not become empty within %s", cgroupTimeout))
@@ -244,11 +244,11 @@ func (c cgroup) remove(ctx context.Context) error {
 	}
 }
 
-// removeParents removes those of our own that have become empty.
+// removeParents removes the parents with cgroupMark that have become empty.
 func (c cgroup) removeParents() {
 	for name := filepath.Dir(c.name); name != "." && strings.HasPrefix(filepath.Base(name), cgroupMark); name = filepath.Dir(name) {
 		for _, dir := range (cgroup{name: name, h: c.h}).dirs() {
-			unix.Rmdir(dir) // it has other children, or is gone
+			_ = unix.Rmdir(dir) // fails if the parent has other children
 		}
 	}
 }
@@ -266,8 +266,8 @@ func (c cgroup) kill() error {
 	if !ok {
 		return c.killEach(filepath.Join(c.h.v2, c.name, "cgroup.procs"))
 	}
-	// Nothing forks or exits while frozen, so the list is complete and its
-	// numbers stay their owners'.
+	// No process forks or exits while it is frozen, so the list is complete and
+	// no pid in it passes to another process.
 	state := filepath.Join(dir, "freezer.state")
 	if err := os.WriteFile(state, []byte("FROZEN"), 0); err != nil {
 		if errors.Is(err, os.ErrNotExist) {
@@ -288,7 +288,7 @@ func (c cgroup) killEach(procs string) error {
 	for _, field := range strings.Fields(string(list)) {
 		pid, err := strconv.Atoi(field)
 		if err != nil || pid == os.Getpid() {
-			continue // a thread of ours on its way out
+			continue // a thread of this agent that is about to end
 		}
 		pidfd, err := unix.PidfdOpen(pid, 0)
 		if err != nil {
@@ -302,8 +302,8 @@ func (c cgroup) killEach(procs string) error {
 	return errors.Join(errs...)
 }
 
-// RemoveCgroup ends whatever lives in a cgroup and removes it, for a VM whose
-// end no agent has seen. No cgroup is no error.
+// RemoveCgroup kills the processes in a cgroup and removes it, for a VM that ended
+// while no agent ran. A cgroup that does not exist is no error.
 func RemoveCgroup(ctx context.Context, name string) error {
 	if name == "" {
 		return nil
@@ -315,8 +315,8 @@ func RemoveCgroup(ctx context.Context, name string) error {
 	return c.remove(ctx)
 }
 
-// oomKilled says whether the kernel has killed a process in a cgroup for want of
-// memory. Of a cgroup that cannot be read it is false.
+// oomKilled says whether the kernel has killed a process in a cgroup because the
+// cgroup was out of memory. For a cgroup that cannot be read it is false.
 func oomKilled(name string) bool {
 	if name == "" {
 		return false

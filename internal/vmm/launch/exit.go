@@ -8,13 +8,12 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-// lastConsole is how much of a console's end is searched for the guest's last
-// words.
+// lastConsole is how much of a console's end causeOf searches.
 const lastConsole = 16 << 10
 
-// words are what a Linux kernel writes to its console when it ends, whatever its
-// log level, and what envd writes, which restarts the machine to end it. A panic
-// may be followed by a restart, too.
+// words are what a Linux kernel writes to its console when it ends, at any log
+// level, and what envd writes, which ends a machine by a restart. The order matters:
+// a restart may follow a panic.
 var words = []struct {
 	text  string
 	cause vmm.Cause
@@ -29,12 +28,12 @@ var words = []struct {
 	{"sysrq: Resetting", vmm.GuestRebooted},
 }
 
-// vmmError marks an error in Firecracker's log. It is the only VMM that ends with
-// status 0 after one.
+// vmmError marks an error in the log of Firecracker, the only VMM that ends with
+// status 0 after an error.
 const vmmError = ":ERROR:"
 
-// causeOf says what ended a VMM: oomKilled is whether the kernel has killed
-// something in its cgroup for want of memory.
+// causeOf says what ended a VMM. oomKilled says whether the kernel has killed a
+// process in the VMM's cgroup because the cgroup was out of memory.
 func causeOf(e vmm.Exit, oomKilled bool, console []byte) vmm.Cause {
 	switch {
 	case oomKilled && (e.Signal == int(unix.SIGKILL) || e.Signal == 0 && e.Code < 0):

@@ -13,22 +13,22 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 )
 
-// memoryMountSize bounds what a program can put into a file system in memory.
+// memoryMountSize bounds a file system in memory.
 const memoryMountSize = "64m"
 
-// Mount is something that a program sees in its own mount namespace, and nobody
-// else does. The kernel takes it away with the program.
+// Mount is something that only a program sees, in its own mount namespace. The
+// kernel removes it when the program ends.
 type Mount struct {
-	// Source is a file or directory to show, or a device to make anew, and no
-	// link to one; empty for an empty file system in memory.
+	// Source is a file or directory to show, or a device to make again, and not
+	// a symbolic link; empty for an empty file system in memory.
 	Source string
-	// Target is where. It exists, or lies in a mount made before, in which it
-	// is made.
+	// Target is the path of the mount. It exists, or lies in an earlier mount, in
+	// which it is made.
 	Target   string
 	ReadOnly bool
-	// UID and GID are who root's files belong to when they are seen through
-	// this mount; on disk they stay root's. So a program that is not root can
-	// use files that no other user of the host can.
+	// UID and GID own, as seen through this mount, the files that belong to root
+	// on disk. So a program that is not root can use files that no other user of
+	// the host can.
 	UID, GID int
 }
 
@@ -38,7 +38,7 @@ func mountAll(mounts []Mount) error {
 	defer owners.close()
 	for _, m := range mounts {
 		if err := m.make(&owners); err != nil {
-			// Not the paths: the host's are no client's business.
+			// The text may reach a client, so it has no path of the host.
 			return fmt.Errorf("mount %s: %w", filepath.Base(m.Target), err)
 		}
 	}
@@ -70,7 +70,7 @@ func (m Mount) make(owners *owners) error {
 	return unix.MoveMount(tree, "", unix.AT_FDCWD, m.Target, unix.MOVE_MOUNT_F_EMPTY_PATH)
 }
 
-// open returns the mount, which is nowhere yet.
+// open returns the mount, which is not attached to any path yet.
 func (m Mount) open(owners *owners) (int, error) {
 	if info, err := os.Lstat(m.Source); err != nil || info.Mode()&os.ModeSymlink != 0 {
 		return -1, errors.Join(err, errors.New("it is a link, or nothing"))
@@ -93,7 +93,7 @@ func (m Mount) open(owners *owners) (int, error) {
 	}
 	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr)
 	if (errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS)) && attr.Attr_set&unix.MOUNT_ATTR_IDMAP != 0 {
-		err = errdefs.Unsupported.Errorf("its file system cannot lend root's files to another user (idmapped mounts: ext4, xfs or btrfs can)")
+		err = errdefs.Unsupported.Errorf("its file system cannot show root's files as another user's (idmapped mounts: ext4, xfs or btrfs can)")
 	}
 	if err != nil {
 		return -1, errors.Join(err, unix.Close(tree))
@@ -101,8 +101,8 @@ func (m Mount) open(owners *owners) (int, error) {
 	return tree, nil
 }
 
-// makeDevice makes a device of the same number, whose owner is the mount's: the
-// host's own belongs to others, and its file system cannot lend it.
+// makeDevice makes a device with the same number that belongs to the mount's owner.
+// The host's device belongs to root, and its file system has no idmapped mounts.
 func (m Mount) makeDevice(info os.FileInfo) error {
 	stat, ok := info.Sys().(*syscall.Stat_t)
 	if !ok {
@@ -117,7 +117,7 @@ func (m Mount) makeDevice(info os.FileInfo) error {
 	return os.Chown(m.Target, m.UID, m.GID)
 }
 
-// makeTarget makes what a mount covers, if it is not there.
+// makeTarget makes the file or directory that a mount covers, unless it exists.
 func makeTarget(path string, dir bool) error {
 	if dir {
 		return os.MkdirAll(path, 0o755)
@@ -132,7 +132,7 @@ func makeTarget(path string, dir bool) error {
 	return f.Close()
 }
 
-// owners are user namespaces that say who root is to a mount.
+// owners are user namespaces that map root to a mount's owner.
 type owners struct {
 	open map[[2]int]*os.File
 }
@@ -161,9 +161,10 @@ func (o *owners) close() {
 	}
 }
 
-// userNS makes a user namespace in which root is the given user of ours. Only a
-// process can make one, so a child is born in it, which never runs: the tracer
-// holds it before its first instruction. Called on a locked thread.
+// userNS makes a user namespace in which root is the given user of the host. Only a
+// process can make one, so userNS starts a child in it. The child never runs: as
+// its tracer, userNS stops it before its first instruction. The calling thread must
+// be locked.
 func userNS(uid, gid int) (*os.File, error) {
 	pid, _, err := syscall.StartProcess("/proc/self/exe", []string{"userns"}, &syscall.ProcAttr{
 		Sys: &syscall.SysProcAttr{
@@ -192,8 +193,8 @@ func userNS(uid, gid int) (*os.File, error) {
 	}
 }
 
-// Mount makes a mount in the namespace of the running program, at a name
-// directly below its root, where a directory waits for it.
+// Mount makes a mount in the namespace of the running program. The target is an
+// existing directory directly below the program's root.
 func (p *Process) Mount(m Mount) error {
 	err := osthread.Do(func() error {
 		var owners owners
@@ -214,7 +215,7 @@ func (p *Process) Mount(m Mount) error {
 	return nil
 }
 
-// Unmount takes back what Mount made. A program that is gone has no mounts.
+// Unmount takes back what Mount made. A program that has ended has no mounts.
 func (p *Process) Unmount(target string) error {
 	err := osthread.Do(func() error {
 		if err := p.enterMounts(); err != nil {
@@ -233,15 +234,15 @@ func (p *Process) Unmount(target string) error {
 	return nil
 }
 
-// enterMounts moves the calling thread into the program's mount namespace, its
-// working directory being the program's root.
+// enterMounts moves the calling thread into the program's mount namespace, and its
+// working directory to the program's root.
 func (p *Process) enterMounts() error {
 	root, err := unix.Open(fmt.Sprintf("/proc/%d/root", p.ref.PID), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open its root: %w", err)
 	}
 	defer unix.Close(root)
-	// A thread of ours shares its directories with the others until it says so.
+	// Threads share their working directory until one unshares it.
 	if err := unix.Unshare(unix.CLONE_FS); err != nil {
 		return fmt.Errorf("unshare directories: %w", err)
 	}
@@ -256,8 +257,8 @@ func (p *Process) enterMounts() error {
 	if entered != nil {
 		return fmt.Errorf("enter its mounts: %w", entered)
 	}
-	// The pidfd led to a process that still was there, so the number had been
-	// its own when the root was opened.
+	// The pidfd led to a process that still existed, so the pid was that process's
+	// when its root was opened.
 	if err := unix.Fchdir(root); err != nil {
 		return fmt.Errorf("enter its root: %w", err)
 	}

@@ -47,7 +47,7 @@ type Program struct {
 	// starts; they imply Private.
 	Mounts []Mount
 	// Syscalls are the only system calls that the program and its children can
-	// make; nil for all. Function only says which of their arguments it refuses.
+	// make; nil for all. The function only says which arguments of them are refused.
 	Syscalls []int
 	// Root becomes the program's root directory, in which Args[0] is found;
 	// empty to keep the agent's.

@@ -13,21 +13,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// opener stands between a program and one file that it asks to open for
-// reading and writing though it is to read it only: the kernel holds the call,
-// and the opener answers it with a descriptor of its own that cannot write. A
-// mount, a seal or an attribute that forbade writing would make the call fail
-// instead.
+// opener answers a program that opens one file for reading and writing although it
+// may only read the file. The kernel holds the call, and the opener answers it with
+// a descriptor of its own that cannot write. A mount, a seal or an attribute that
+// forbids writing would make the call fail instead.
 type opener struct {
 	path     string
 	file     *os.File // path, opened to be read
 	listener *os.File
 	given    atomic.Bool
-	ended    chan struct{} // closed when nothing is answered any more
+	ended    chan struct{} // closed when serve has ended
 	once     sync.Once
 }
 
-// What the kernel and a listener say to each other: struct seccomp_notif,
+// The messages between the kernel and a listener: struct seccomp_notif,
 // seccomp_notif_resp and seccomp_notif_addfd.
 type (
 	notification struct {
@@ -54,8 +53,8 @@ type (
 	}
 )
 
-// writingOpens passes the calls to a listener that open a file for reading and
-// writing, and allows all others. The offsets are those of struct seccomp_data.
+// writingOpens passes calls that open a file for reading and writing to a listener,
+// and allows all others. The offsets are those of struct seccomp_data.
 var writingOpens = []unix.SockFilter{
 	{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 4}, // architecture
 	{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.AUDIT_ARCH_X86_64, Jf: 8},
@@ -99,7 +98,8 @@ func (o *opener) enterThread() error {
 	return nil
 }
 
-// serve answers the program's calls until nobody can make any, or close.
+// serve answers calls until every program with the filter has ended, or close is
+// called.
 func (o *opener) serve() {
 	defer close(o.ended)
 	conn, err := o.listener.SyscallConn()
@@ -113,7 +113,7 @@ func (o *opener) serve() {
 			switch {
 			case errors.Is(err, unix.EINTR):
 			case err != nil || n > 0 && poll[0].Revents&unix.POLLIN == 0:
-				return true // the last program that has the filter is gone
+				return true // the last program with the filter has ended
 			case n == 0:
 				return false
 			default:
@@ -123,19 +123,19 @@ func (o *opener) serve() {
 	})
 }
 
-// answer takes one call. Whatever goes wrong, the program gets an error for it
-// at the latest when the listener is closed.
+// answer answers one call. A call that it fails to answer gets an error when the
+// listener is closed.
 func (o *opener) answer(listener int) {
 	var n notification
 	if errno := ioctl(listener, unix.SECCOMP_IOCTL_NOTIF_RECV, unsafe.Pointer(&n)); errno != 0 {
-		return // it was killed meanwhile
+		return // the program was killed
 	}
 	at, flags := n.args[1], n.args[2]
 	if n.nr == unix.SYS_OPEN {
 		at, flags = n.args[0], n.args[1]
 	}
 	if !o.asksForIt(n.pid, at) {
-		// Not ours: the kernel does what it would have done.
+		// It is another file: the kernel opens it as usual.
 		_ = ioctl(listener, unix.SECCOMP_IOCTL_NOTIF_SEND, unsafe.Pointer(&answer{id: n.id, flags: unix.SECCOMP_USER_NOTIF_FLAG_CONTINUE}))
 		return
 	}
@@ -147,7 +147,7 @@ func (o *opener) answer(listener int) {
 	}
 }
 
-// asksForIt says whether the path in a caller's memory is the opener's.
+// asksForIt says whether the path in a caller's memory is that of the file.
 func (o *opener) asksForIt(pid uint32, at uint64) bool {
 	mem, err := os.Open(fmt.Sprintf("/proc/%d/mem", pid))
 	if err != nil {
@@ -160,9 +160,9 @@ func (o *opener) asksForIt(pid uint32, at uint64) bool {
 	return err == nil && bytes.Equal(got, want)
 }
 
-// close ends the answering and returns when it has ended; a program that opens
-// a file for writing by its name after that gets an error. It reports whether
-// the program was given the file.
+// close ends serve and returns when it has ended. A program that opens a file for
+// writing by its name after that gets an error. close says whether the program got
+// its file.
 func (o *opener) close() bool {
 	o.once.Do(func() {
 		if o.ended != nil {

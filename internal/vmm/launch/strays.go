@@ -18,16 +18,16 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
-// runDirEnv is in the environment of every program that Start starts with a
-// run directory, and so in that of its children. It shows whose a process is
-// when no record does.
+// runDirEnv is in the environment of every program that Start starts with a run
+// directory, and in that of the program's children. It tells which sandbox a process
+// belongs to when no record does.
 const runDirEnv = "WRENN_RUN_DIR"
 
-// KillStrays ends the processes that were launched with a run directory
-// directly under runRoot whose name keep refuses, removes the cgroups of such
-// names below the cgroup parent, and returns the names. It is for VMs that no
-// handle leads to: their agent died before it could write one down, or they do
-// not answer. What does not carry our mark is never touched.
+// KillStrays kills the processes that were started with a run directory directly
+// under runRoot whose name keep refuses, removes the cgroups with such names below
+// the cgroup parent, and returns the names. It is for VMs that no handle leads to,
+// because their agent died before it saved one or because they do not answer. It
+// never touches a process without the mark of Start.
 func KillStrays(ctx context.Context, runRoot, parent string, keep func(name string) bool) ([]string, error) {
 	pids, err := processes()
 	if err != nil {
@@ -73,7 +73,7 @@ func KillStrays(ctx context.Context, runRoot, parent string, keep func(name stri
 	return slices.Sorted(maps.Keys(gone)), errors.Join(errs...)
 }
 
-// processes returns the pids of this host.
+// processes returns the pids of all processes of this host.
 func processes() (pids []int, err error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -87,9 +87,9 @@ func processes() (pids []int, err error) {
 	return pids, nil
 }
 
-// NetNSOf returns which of the network namespaces, by their paths, a process is
-// in that was launched with the run directory runRoot/name; empty if there is no
-// such process, or none in one of them. An error says that it is not known.
+// NetNSOf returns the one of these paths whose network namespace a process with the
+// run directory runRoot/name is in. It is empty if there is no such process, or if
+// the process is in none of them. After an error it is not known.
 func NetNSOf(runRoot, name string, paths []string) (string, error) {
 	pids, err := processes()
 	if err != nil {
@@ -105,7 +105,7 @@ func NetNSOf(runRoot, name string, paths []string) (string, error) {
 		}
 		in, err := os.Stat(fmt.Sprintf("/proc/%d/ns/net", pid))
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-			continue // it ended meanwhile
+			continue // the process has ended
 		}
 		if err != nil {
 			return "", fmt.Errorf("look at the network namespace of process %d: %w", pid, err)
@@ -120,7 +120,7 @@ func NetNSOf(runRoot, name string, paths []string) (string, error) {
 }
 
 // runDirOf returns the name of the run directory under root that a process was
-// launched with. An error says that it could not be looked at.
+// started with. After an error it is not known.
 func runDirOf(pid int, root string) (name string, ok bool, err error) {
 	root = filepath.Clean(root)
 	environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
@@ -132,16 +132,15 @@ func runDirOf(pid int, root string) (name string, ok bool, err error) {
 			return filepath.Base(dir), filepath.Dir(dir) == root, nil
 		}
 	}
-	// There are programs that give the VMM an empty environment, and it may have
-	// thrown its own away. Its log, in
-	// that directory, is then still its standard error: opened by us, so that
-	// the path is the host's whatever its root is.
+	// The jailer empties the VMM's environment. The VMM's standard error is still
+	// its log in the run directory; the agent opened it, so its path is the host's
+	// whatever the VMM's root is.
 	log, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/2", pid))
 	if overloaded(err) {
 		return "", false, fmt.Errorf("look at process %d: %w", pid, err)
 	}
 	if err != nil {
-		return "", false, nil // gone, or a kernel thread
+		return "", false, nil // it has ended, or is a kernel thread
 	}
 	log = strings.TrimSuffix(strings.TrimSuffix(log, " (deleted)"), pipeSuffix)
 	if filepath.Base(log) != LogName {
@@ -151,8 +150,8 @@ func runDirOf(pid int, root string) (name string, ok bool, err error) {
 	return filepath.Base(dir), filepath.Dir(dir) == root, nil
 }
 
-// overloaded says whether err says nothing about the process that was asked for,
-// but that this one cannot ask now.
+// overloaded says whether err comes of a lack of descriptors or memory, and so tells
+// nothing about the process that was looked at.
 func overloaded(err error) bool {
 	for _, errno := range []unix.Errno{unix.EMFILE, unix.ENFILE, unix.ENOMEM} {
 		if errors.Is(err, errno) {
@@ -177,7 +176,7 @@ func killStray(ctx context.Context, pid int, root, name string) error {
 	if err != nil {
 		return err
 	}
-	// Looked at again now that the pid cannot pass to another process.
+	// Read it again now that the pid cannot pass to another process.
 	again, ok, err := runDirOf(pid, root)
 	if err != nil || !ok || again != name {
 		p.Release()

@@ -8,8 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// namespaceFlags are those of clone that make a namespace. Of a user namespace
-// the caller is root, which opens parts of the kernel that others do not reach.
+// namespaceFlags are the flags of clone that make a namespace. In a user namespace
+// of its own a process is root, and reaches parts of the kernel that it does not
+// reach otherwise.
 const namespaceFlags = unix.CLONE_NEWUSER | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWPID |
 	unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWCGROUP
 
@@ -20,12 +21,11 @@ const (
 	callArg0   = 16
 )
 
-// only renders a filter that lets a program make these system calls of x86-64
-// and no others. To the program, others do not exist in this kernel (ENOSYS),
-// so that it does without them where it can. Of clone, a filter sees the flags,
-// and no namespace can be made; of socket the family, which can be AF_UNIX
-// alone. clone3 has its flags in memory, where a filter sees nothing: no list
-// may have it. (The C library falls back to clone.)
+// only renders a filter that lets a program make these system calls of x86-64 and no
+// others. For the program the others do not exist in this kernel (ENOSYS), so that
+// it falls back where it can. clone can make no namespace, socket and socketpair
+// take AF_UNIX alone. clone3 must not be in the list: its flags are in memory, which
+// a filter cannot read. The C library falls back to clone.
 func only(calls []int) ([]bpf.RawInstruction, error) {
 	refuse := func(errno unix.Errno) bpf.Instruction {
 		return bpf.RetConstant{Val: unix.SECCOMP_RET_ERRNO | uint32(errno)}
@@ -63,8 +63,8 @@ func only(calls []int) ([]bpf.RawInstruction, error) {
 	return bpf.Assemble(append(program, refuse(unix.ENOSYS)))
 }
 
-// enterFilter puts a filter on the calling thread, which is about to become the
-// program.
+// enterFilter puts a filter on the calling thread, from which the program inherits
+// it.
 func enterFilter(filter []bpf.RawInstruction) error {
 	rules := make([]unix.SockFilter, len(filter))
 	for i, r := range filter {

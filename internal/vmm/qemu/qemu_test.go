@@ -37,7 +37,8 @@ func subject(t testing.TB) vmmtest.Subject {
 	t.Cleanup(func() { os.RemoveAll(top) })
 	id := filepath.Base(top)
 	spec := vmm.Spec{
-		ID: id, VCPUs: 1, MemMiB: 128, Kernel: vmm.Kernel{Image: kernel, Args: "quiet " + stays}, Console: filepath.Join(t.TempDir(), "console.log"),
+		ID: id, VCPUs: 1, MemMiB: 128, Kernel: vmm.Kernel{Image: kernel, Args: "quiet " + stays},
+		Console: filepath.Join(t.TempDir(), "console.log"),
 	}
 	n := 0
 	place := func(spec vmm.Spec) vmm.Spec {

@@ -17,18 +17,18 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-// callTimeout bounds a QMP call whose caller sets no limit. QEMU answers the
-// calls made here in milliseconds, or is in trouble.
+// callTimeout bounds a QMP call whose caller sets no limit. A sound QEMU answers in
+// milliseconds.
 const callTimeout = 10 * time.Second
 
-// maxAnswer bounds what is read of QEMU for one call, in bytes: the answer, and
+// maxAnswer bounds what is read from QEMU for one call, in bytes: the answer, and
 // the events before it.
 const maxAnswer = 1 << 20
 
 var errTooLong = errors.New("its answer is too long")
 
-// queuePoll is how often a connection is tried while the queue for one is
-// full. QEMU's has room for two.
+// queuePoll is the time between two attempts to connect while QEMU's queue, which
+// has room for two connections, is full.
 const queuePoll = 5 * time.Millisecond
 
 // The states of a VM that matter here, as query-status names them.
@@ -43,7 +43,7 @@ const (
 	statusInternalError = "internal-error"
 )
 
-// refusal is QEMU's own no: the call has had no effect.
+// refusal is QEMU's answer to a call that it refuses; the call had no effect.
 type refusal struct {
 	Class string `json:"class"`
 	Desc  string `json:"desc"`
@@ -51,7 +51,7 @@ type refusal struct {
 
 func (e *refusal) Error() string { return errdefs.Foreign(e.Desc) }
 
-// bounded fails once more was read than left lets.
+// bounded is a reader that fails once it has read left bytes.
 type bounded struct {
 	io.Reader
 	left int
@@ -66,16 +66,16 @@ func (b *bounded) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// monitor is one connection to a QEMU. QEMU serves one at a time, a second
-// waits its turn, so a connection is made for an operation and closed with it:
-// no agent keeps another one out.
+// monitor is one connection to a QEMU. QEMU serves one connection at a time, and a
+// second one waits. So a connection lasts for one operation, and no agent keeps
+// another one from QEMU.
 type monitor struct {
 	ctx    context.Context
 	cancel context.CancelFunc
 	conn   *net.UnixConn
 	in     *bounded
 	dec    *json.Decoder
-	stop   func() bool // takes ctx's hand off conn
+	stop   func() bool // ends the breaking of conn by ctx
 }
 
 // dial connects to the QMP socket at path and waits until QEMU serves it. ctx
@@ -96,7 +96,7 @@ func (m *monitor) connect(path string) error {
 	var d net.Dialer
 	conn, err := d.DialContext(m.ctx, "unix", path)
 	for errors.Is(err, unix.EAGAIN) && m.ctx.Err() == nil {
-		// Others wait for their turn, as many as the socket lets.
+		// The socket's queue is full.
 		select {
 		case <-m.ctx.Done():
 		case <-time.After(queuePoll):
@@ -135,8 +135,8 @@ func (m *monitor) close() {
 	m.cancel()
 }
 
-// call runs one command. An error that is no *refusal leaves open whether it
-// took effect.
+// call runs one command. After an error that is no *refusal it is not known whether
+// the command took effect.
 func (m *monitor) call(command string, arguments, result any) error {
 	return m.callWith(command, arguments, result, nil)
 }
@@ -153,7 +153,7 @@ func (m *monitor) callWith(command string, arguments, result any, rights []byte)
 // send sends a command. QEMU runs one after the other: more may be sent before the
 // answer to the first is received.
 func (m *monitor) send(command string, arguments any, rights []byte) (id string, err error) {
-	// A command whose connection broke off may be answered on the next one.
+	// QEMU may answer a command of a broken connection on the next connection.
 	id = rand.Text()
 	request, err := json.Marshal(struct {
 		Execute   string `json:"execute"`
@@ -184,7 +184,7 @@ func (m *monitor) receive(command, id string, result any) error {
 		}
 		switch {
 		case reply.Event != "":
-			continue // nobody waits for one here
+			continue // events are not used
 		case reply.ID != "" && reply.ID != id:
 			continue // another command's
 		case reply.Error != nil:
@@ -198,8 +198,8 @@ func (m *monitor) receive(command, id string, result any) error {
 	}
 }
 
-// broken says why the connection failed: because its time is over, or because
-// there is no QEMU at its other end.
+// broken says why the connection failed: because its time is over, or because QEMU
+// has ended.
 func (m *monitor) broken(err error) error {
 	if errors.Is(err, net.ErrClosed) || errors.Is(err, io.EOF) || errors.As(err, new(*net.OpError)) {
 		return vmm.Cancelled(m.ctx, errdefs.Unavailable.Errorf("the VMM does not answer: %w", err))
@@ -226,13 +226,13 @@ func (m *monitor) receiveStatus(id string) (string, error) {
 	return errdefs.Foreign(s.Status), err
 }
 
-// passFile gives QEMU a file that is open for writing, under a path of its own.
+// passFile gives QEMU an open file, and returns the path under which QEMU finds it.
 func (m *monitor) passFile(set int, f *os.File) (path string, err error) {
 	err = m.callWith("add-fd", map[string]any{"fdset-id": set}, nil, unix.UnixRights(int(f.Fd())))
 	return fmt.Sprintf("/dev/fdset/%d", set), err
 }
 
-// dropFile takes the file of a set back.
+// dropFile makes QEMU close the file of a set.
 func (m *monitor) dropFile(set int) error {
 	return m.call("remove-fd", map[string]any{"fdset-id": set}, nil)
 }
@@ -241,6 +241,6 @@ func (m *monitor) dropFile(set int) error {
 // is meant for Xen, whose guests' memory QEMU does not hold; here the memory
 // is copied beside it.
 func (m *monitor) saveDevices(path string) error {
-	// A "live" save would hand the disks over to somebody else.
+	// A "live" save would give the disks up.
 	return m.call("xen-save-devices-state", map[string]any{"filename": path, "live": false}, nil)
 }

@@ -3,14 +3,13 @@ package qemu
 import "golang.org/x/sys/unix"
 
 // calls are the system calls of a QEMU that boots, restores and runs a VM under
-// TCG or KVM, writes its devices' state and ends. What QEMU asks for by itself
-// (-sandbox) forbids some of these once it has started, execve among them.
+// TCG or KVM, writes its devices' state and ends. QEMU's own filter (-sandbox)
+// forbids some of them once QEMU has started, for example execve.
 //
-// Left out on purpose, though QEMU tries some of them: what looks into or
-// changes other processes (ptrace, process_vm_readv, pidfd_getfd, kcmp), what
-// has been the way into many kernels (io_uring, bpf, userfaultfd,
-// perf_event_open, keyctl, System V IPC), and what is for those who administer a
-// host.
+// QEMU tries some of the calls that are not here: those that read or change other
+// processes (ptrace, process_vm_readv, pidfd_getfd, kcmp), those through which many
+// kernels were attacked (io_uring, bpf, userfaultfd, perf_event_open, keyctl,
+// System V IPC), and those for the administration of a host.
 var calls = []int{
 	// Files: disks, console, the control socket, /dev/kvm and /dev/net/tun.
 	unix.SYS_READ, unix.SYS_WRITE, unix.SYS_READV, unix.SYS_WRITEV,
@@ -43,7 +42,7 @@ var calls = []int{
 	unix.SYS_SENDTO, unix.SYS_SENDMSG, unix.SYS_RECVFROM, unix.SYS_RECVMSG,
 	unix.SYS_GETSOCKNAME, unix.SYS_GETPEERNAME, unix.SYS_GETSOCKOPT, unix.SYS_SETSOCKOPT,
 
-	// Who it is, and becoming one who may do nothing.
+	// Its user, and the change to a user without rights.
 	unix.SYS_GETPID, unix.SYS_GETPPID, unix.SYS_GETTID, unix.SYS_GETUID, unix.SYS_GETEUID, unix.SYS_GETGID, unix.SYS_GETEGID,
 	unix.SYS_GETRESUID, unix.SYS_GETRESGID, unix.SYS_GETGROUPS, unix.SYS_SETUID, unix.SYS_SETGID, unix.SYS_SETGROUPS,
 	unix.SYS_SETRESUID, unix.SYS_SETRESGID, unix.SYS_CAPGET, unix.SYS_CHROOT, unix.SYS_SETSID, unix.SYS_PRCTL, unix.SYS_SECCOMP,

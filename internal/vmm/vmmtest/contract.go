@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -18,8 +19,8 @@ import (
 // Subject is a driver under test.
 type Subject struct {
 	Driver vmm.Driver
-	// Again returns another instance of the driver on the same machine, as an
-	// agent that comes after would have it.
+	// Again returns another instance of the driver on the same machine, as the
+	// next agent has it.
 	Again func() vmm.Driver
 	// Spec is of a guest that runs until it is ended. Its run directory and
 	// its console's directory belong to the test.
@@ -34,12 +35,10 @@ type Subject struct {
 	Live func() int
 }
 
-// soon is how long a driver may take for what it does at once, on a machine
-// that has other things to do.
+// soon bounds what a driver does at once, on a machine that is busy.
 const soon = 20 * time.Second
 
-// Run checks that a driver keeps the promises of the boundary. subject is
-// called for each test anew.
+// Run checks that a driver meets the contract. It calls subject for each test.
 func Run(t *testing.T, subject func(*testing.T) Subject) {
 	for _, c := range []struct {
 		name string
@@ -76,7 +75,7 @@ func Run(t *testing.T, subject func(*testing.T) Subject) {
 	}
 }
 
-// start starts the subject's VM and ends it with the test, at the latest.
+// start starts the subject's VM, and ends it with the test.
 func start(t *testing.T, s Subject) vmm.VM {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), soon)
@@ -121,7 +120,8 @@ func testCheck(t *testing.T, s Subject) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if first.Version == "" || first.Why == "" || first.Accel == "" || first.Isolation == "" || first.Speed < vmm.Emulated || first.Speed > vmm.Native {
+	if slices.Contains([]string{first.Version, first.Why, first.Accel, string(first.Isolation)}, "") ||
+		first.Speed < vmm.Emulated || first.Speed > vmm.Native {
 		t.Errorf("incomplete report %+v", first)
 	}
 	if again, err := s.Driver.Check(t.Context()); err != nil || again != first {
@@ -214,8 +214,8 @@ func testUsedByMany(t *testing.T, s Subject) {
 		wg.Go(func() {
 			for range 5 {
 				for name, call := range map[string]func(context.Context) error{"pause": v.Pause, "resume": v.Resume} {
-					// Whose turn it is last, nobody knows; that it is refused for
-					// that is the one thing that may happen.
+					// The calls come in any order. The only error that may follow
+					// from that is the wrong state.
 					if err := call(t.Context()); err != nil && !errors.Is(err, errdefs.WrongState) {
 						t.Errorf("%s by the %d.: %v", name, i, err)
 					}
@@ -266,11 +266,12 @@ func testOutlivesContext(t *testing.T, s Subject) {
 	running(t, v)
 }
 
-// moments are when a call is cancelled: before it, and in its steps.
+// moments are the times after which a call is cancelled: before it, and in its
+// steps.
 var moments = []time.Duration{0, 100 * time.Microsecond, 300 * time.Microsecond, time.Millisecond, 3 * time.Millisecond, 10 * time.Millisecond, 30 * time.Millisecond}
 
-// cancelled makes a call under a context that ends after a while, both ways in
-// which one can, and checks that a call that fails says why that ended.
+// cancelled makes a call under a context that is cancelled, and one under a context
+// with a deadline, and checks that a call that fails returns the context's cause.
 func cancelled(t *testing.T, what string, after time.Duration, call func(context.Context) error) {
 	t.Helper()
 	gone := errors.New("the caller is gone")
@@ -325,7 +326,7 @@ func testCancelledCalls(t *testing.T, s Subject) {
 			v = start(t, Subject{Driver: s.Driver, Spec: s.Clone()})
 		}
 		cancelled(t, "kill", after, v.Kill)
-		gone(t, v) // it was told all the same
+		gone(t, v) // although the call was cancelled
 	}
 }
 
@@ -541,8 +542,7 @@ func testSnapshot(t *testing.T, s Subject) {
 	if n := s.Live(); n != 3 {
 		t.Errorf("%d VMM processes, want 3", n)
 	}
-	// The clones need nothing of the source's; an agent that comes after
-	// finds them.
+	// The clones do not depend on the source, and the next agent finds them.
 	kill(t, v)
 	again, err := s.Again().Attach(t.Context(), clones[0].Handle())
 	if err != nil {
@@ -685,7 +685,7 @@ func testBadSnapshots(t *testing.T, s Subject) {
 			t.Fatal(err)
 		}
 	}
-	again := restored(t, s, dir) // a failed restore spoils nothing
+	again := restored(t, s, dir) // a failed restore changes nothing
 	kill(t, again)
 }
 

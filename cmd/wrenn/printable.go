@@ -10,16 +10,16 @@ import (
 	"unicode/utf8"
 )
 
-// printable is text as a terminal may be given it. A guest writes its console,
-// names its processes and files, and words its errors; a terminal obeys what it
-// is given. So all but letters, marks, digits, punctuation, symbols, spaces,
-// tabs and ends of lines is shown as \uXXXX: control characters of both kinds,
-// what turns the direction of writing, what is invisible. A byte that is no
-// UTF-8 is \xXX. In JSON the form means what it stands for.
+// printable makes text safe for a terminal. A guest chooses the text of its console,
+// its errors and the names of its processes and files, and a terminal obeys control
+// characters in them. printable keeps letters, marks, digits, punctuation, symbols,
+// spaces, tabs and ends of lines. It writes all other characters as \uXXXX: control
+// characters, invisible ones, and those that turn the direction of writing. JSON
+// reads that form as the character. A byte that is not UTF-8 becomes \xXX.
 func printable(text string) string { return escape(text, false) }
 
-// printableLine is printable of what has one line, or one cell of a table, and
-// cannot forge another.
+// printableLine is printable for one line or one cell of a table: it also writes
+// tabs and ends of lines as \uXXXX, so that text cannot forge another line.
 func printableLine(text string) string { return escape(text, true) }
 
 func escape(text string, line bool) string {
@@ -33,7 +33,7 @@ func escape(text string, line bool) string {
 		case (r == '\n' || r == '\t') && !line, unicode.IsGraphic(r):
 			b.WriteRune(r)
 		case r == '\r' && !line && strings.HasPrefix(strings.TrimLeft(rest, "\r"), "\n"):
-			// A serial console ends its lines so.
+			// A serial console ends its lines with \r\n.
 		default:
 			for _, unit := range utf16.Encode([]rune{r}) {
 				fmt.Fprintf(&b, `\u%04x`, unit)
@@ -44,9 +44,9 @@ func escape(text string, line bool) string {
 	return b.String()
 }
 
-// printer makes all that is written to it printable. It is what commands print
-// to, so that a new one need not think of it; only what must reach the terminal
-// as it is, a command's own stream, goes past it.
+// printer makes all that is written to it printable. Commands print to it, so that
+// each is safe without code of its own. Only the streams of a command in a sandbox
+// go past it, since they must reach the terminal as they are.
 type printer struct{ w io.Writer }
 
 func (p printer) Write(text []byte) (int, error) {
@@ -59,8 +59,8 @@ func (p printer) Write(text []byte) (int, error) {
 // maxMessage bounds a message, in bytes: a name in it may be a guest's.
 const maxMessage = 4096
 
-// complain prints a message on stderr. Its lines after the first are indented:
-// none of them passes for a message of its own.
+// complain prints a message on stderr. Lines after the first are indented, so that
+// none looks like a message of its own.
 func complain(format string, args ...any) {
 	text := printable(strings.TrimRight(fmt.Sprintf(format, args...), "\n"))
 	if len(text) > maxMessage {

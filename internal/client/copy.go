@@ -25,7 +25,7 @@ import (
 // Copy says how files are copied. Its functions hear how far a copy has come;
 // each may be nil.
 type Copy struct {
-	// User is whose the files are in the sandbox; empty is the sandbox's default.
+	// User owns the files in the sandbox; empty is the sandbox's default user.
 	User string
 	// Begin is called once before the content of files moves, with its length in
 	// bytes, or -1 if that is not known.
@@ -50,7 +50,7 @@ func (c *Copy) note(format string, args ...any) {
 	}
 }
 
-// reader is r, of which Moved hears.
+// reader returns r with a call of Moved for each read.
 func (c *Copy) reader(r io.Reader) io.Reader {
 	if c.Moved == nil {
 		return r
@@ -264,7 +264,7 @@ func (s *Sandbox) copyDirIn(ctx context.Context, c *Copy, from, to string) error
 
 var errStopped = errors.New("the other end stopped")
 
-// failing cancels what reads it when it cannot be read to its end.
+// failing is a reader that cancels a context when a read fails.
 type failing struct {
 	io.Reader
 	fail context.CancelCauseFunc
@@ -329,7 +329,7 @@ func (s *Sandbox) source(ctx context.Context, user, from string) (*filesystem.En
 	return source, err
 }
 
-// content hands the content of a file to take.
+// content calls take with the content of a file.
 func (s *Sandbox) content(ctx context.Context, c *Copy, from string, take func(io.Reader) error) error {
 	resp, err := s.files(ctx, c.User, http.MethodGet, from, nil)
 	if err != nil {

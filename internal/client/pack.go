@@ -13,8 +13,8 @@ import (
 	"syscall"
 )
 
-// walk visits all that is below a directory, each directory before what is in
-// it. No link is followed.
+// walk visits everything below a directory, each directory before its content. It
+// follows no link.
 func walk(root *os.Root, rel string, visit func(name string, info fs.FileInfo) error) error {
 	info, err := root.Lstat(rel)
 	if err != nil {
@@ -46,8 +46,8 @@ func walk(root *os.Root, rel string, visit func(name string, info fs.FileInfo) e
 	return nil
 }
 
-// openSame opens the file or directory that was seen below root a moment ago,
-// and nothing that was put in its place.
+// openSame opens a file or directory below root. If it is not the one that was seen
+// before, the error says so.
 func openSame(root *os.Root, name string, seen fs.FileInfo) (*os.File, error) {
 	f, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -71,8 +71,8 @@ func treeSize(root *os.Root) (total int64, err error) {
 	return total, err
 }
 
-// pack writes what is in a directory as an archive. What is neither file,
-// directory nor symbolic link is passed over, with a word about it.
+// pack writes the content of a directory as an archive. It notes what is neither
+// file, directory nor symbolic link, and leaves it out.
 func pack(root *os.Root, w io.Writer, c *Copy) error {
 	archive := tar.NewWriter(w)
 	err := walk(root, ".", func(name string, info fs.FileInfo) error {

@@ -15,30 +15,30 @@ import (
 )
 
 const (
-	// maxEntries and maxDepth bound the tree that a sandbox's archive may lay
-	// out here; each level of it is an open file.
+	// maxEntries and maxDepth bound what an archive of a sandbox can make here.
+	// Each level of directories is an open file.
 	maxEntries = 1 << 20
 	maxDepth   = 200
-	// maxTold bounds the words about what is not copied.
+	// maxTold bounds the notes about entries that are not copied.
 	maxTold = 20
 )
 
-// spot is where a copy out of a sandbox goes: a name in a directory or, where
-// it is empty, the directory itself.
+// spot is where a copy out of a sandbox goes: a name in a directory, or the
+// directory itself if the name is empty.
 type spot struct {
 	dir  *os.Root
 	name string
 }
 
-// landing is the spot that a copy's target names. The target is the caller's
-// word: links that lead to its directory are followed. What stands in that
-// directory may come from an earlier copy: nothing is followed from there on.
+// landing returns the spot that the target of a copy names. The caller chose the
+// target, so links on the way to its directory are followed. Links in that
+// directory may come from an earlier copy and are not followed.
 func landing(from, to string, fromDir bool) (spot, error) {
 	if to == "" {
 		return spot{}, errors.New("the name of the copy is empty")
 	}
 	if info, err := os.Stat(to); err == nil && info.IsDir() {
-		// The name, too, is the caller's word, not the guest's.
+		// The caller, not the guest, chose this name too.
 		name := path.Base(path.Clean("/" + from))
 		if name == "/" || strings.HasSuffix(from, "/.") || from == "." {
 			name = ""
@@ -82,9 +82,9 @@ func kindOf(info fs.FileInfo) string {
 	}
 }
 
-// layFile makes content that of the file name in dir, which shows nothing of it
-// before all is there. What has that name is replaced, never written to, be it
-// a link, a pipe or a device; only a directory is in the way.
+// layFile writes content to a temporary file in dir and renames it to name. A file,
+// link, pipe or device of that name is replaced and never opened. A directory of
+// that name is an error.
 func layFile(dir *os.Root, name string, mode fs.FileMode, content io.Reader) (info fs.FileInfo, err error) {
 	if info, err := dir.Lstat(name); err == nil && info.IsDir() {
 		return nil, fmt.Errorf("%s is a directory here and a file in the sandbox", name)
@@ -112,8 +112,8 @@ func layFile(dir *os.Root, name string, mode fs.FileMode, content io.Reader) (in
 	return info, dir.Rename(part, name)
 }
 
-// clearName removes what has a name in dir, so that something else can have
-// it. Only a directory stays.
+// clearName removes the entry name of dir, if there is one. A directory is not
+// removed: it is an error.
 func clearName(dir *os.Root, name string) error {
 	info, err := dir.Lstat(name)
 	switch {
@@ -127,8 +127,8 @@ func clearName(dir *os.Root, name string) error {
 	return dir.Remove(name)
 }
 
-// openDir opens the directory name in parent, which is made with mode if
-// nothing is there. A link is not followed, wherever it leads.
+// openDir opens the directory name in parent, and makes it with mode if nothing has
+// that name. A link is an error.
 func openDir(parent *os.Root, name string, mode fs.FileMode) (*os.Root, error) {
 	info, err := parent.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -153,15 +153,15 @@ func openDir(parent *os.Root, name string, mode fs.FileMode) (*os.Root, error) {
 	return dir, nil
 }
 
-// tree is what an archive lays out below a directory.
+// tree is what one archive has made below a directory.
 type tree struct {
 	top  *os.Root
 	most int // entries
-	// open are the directories that lead to where the last entry went.
+	// open are the directories on the way to the last entry.
 	open []level
 	// made are the files of this archive.
 	made map[inode]bool
-	// passed counts what is not copied.
+	// passed counts the entries that are not copied.
 	passed int
 	copy   *Copy
 }
@@ -178,10 +178,9 @@ func inodeOf(info fs.FileInfo) inode {
 	return inode{uint64(st.Dev), st.Ino}
 }
 
-// unpack lays an archive out below top. Its content is the guest's word, which
-// is not believed: nothing outside of top is written, read or linked to, and
-// nothing is made but files, directories and links, without the bits that lend
-// rights.
+// unpack makes the entries of an archive below top. The archive is a guest's and not
+// trusted: unpack writes, reads and links nothing outside of top. It makes only
+// files, directories and links, without set-user-ID, set-group-ID and sticky bits.
 func unpack(r io.Reader, top *os.Root, c *Copy) error {
 	t := &tree{top: top, most: maxEntries, made: make(map[inode]bool), copy: c}
 	return t.layAll(c.reader(r))
@@ -210,7 +209,7 @@ func (t *tree) layAll(r io.Reader) error {
 	}
 }
 
-// lay lays out one entry.
+// lay makes one entry.
 func (t *tree) lay(h *tar.Header, content io.Reader) error {
 	parts, err := split(h.Name)
 	if err != nil {
@@ -224,7 +223,7 @@ func (t *tree) lay(h *tar.Header, content io.Reader) error {
 		return err
 	}
 	if sparse(h) {
-		// A few bytes of it are a disk full of zeros.
+		// A few bytes of archive would become a file as large as the disk.
 		return errors.New("it is a sparse file, which this copy does not take")
 	}
 	name := parts[len(parts)-1]
@@ -258,8 +257,8 @@ func (t *tree) lay(h *tar.Header, content io.Reader) error {
 	}
 }
 
-// link makes another name of a file of this archive. A file that was here
-// before is not given one: it would go where the guest likes.
+// link makes another name for a file of this archive. A file that was here before
+// gets none: the guest must not choose where that file appears.
 func (t *tree) link(to string, dir *os.Root, parts []string) error {
 	source, err := split(to)
 	if err != nil {
@@ -283,8 +282,8 @@ func (t *tree) link(to string, dir *os.Root, parts []string) error {
 	return t.top.Link(old, path.Join(parts...))
 }
 
-// enter opens a directory below the top, level by level, and makes what is
-// missing; mode is the last one's.
+// enter opens a directory below the top, level by level, and makes the levels that
+// are missing. mode is that of the last one.
 func (t *tree) enter(parts []string, mode fs.FileMode) (*os.Root, error) {
 	n := 0
 	for n < len(parts) && n < len(t.open) && t.open[n].name == parts[n] {
@@ -318,7 +317,7 @@ func (t *tree) leave(n int) {
 	t.open = t.open[:n]
 }
 
-// split makes the levels of an archive's name, of which the top has none.
+// split returns the levels of an entry's name; the top has none.
 func split(name string) ([]string, error) {
 	clean := path.Clean(name)
 	if clean == "." && name != "" {

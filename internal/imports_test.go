@@ -71,7 +71,8 @@ var mayImport = map[string][]string{
 	"internal/testenv":      {},
 	"internal/testenv/liar": {"api/..."},
 
-	"internal/client":            {"api/...", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp", "internal/splice"},
+	"internal/client": {"api/...", "internal/guest", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp",
+		"internal/splice"},
 	"internal/client/clienttest": {"api/..."},
 }
 

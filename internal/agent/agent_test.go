@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -343,6 +344,19 @@ func TestNewFails(t *testing.T) {
 	}
 	if status, body := r.get("/readyz"); status != http.StatusOK {
 		t.Errorf("the first agent: HTTP %d, %q", status, body)
+	}
+}
+
+// Handler answers like the listener, without one.
+func TestHandler(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	for host, want := range map[string]int{"localhost": http.StatusOK, "evil.example": http.StatusForbidden} {
+		req, w := httptest.NewRequest(http.MethodGet, "http://"+host+"/readyz", nil), httptest.NewRecorder()
+		r.agent.Handler().ServeHTTP(w, req)
+		if w.Code != want {
+			t.Errorf("%s: HTTP %d, want %d", host, w.Code, want)
+		}
 	}
 }
 

@@ -1,8 +1,8 @@
 // Package errdefs holds the classes of errors that callers act on.
 //
-// A class is attached where the error is made; its text is then meant for the
-// client: no host paths, no secrets. An error without a class is a fault of
-// ours, whose text only the log shows.
+// A class is attached where the error is made. The text of a classed error is for
+// the client: it has no host paths and no secrets. An error without a class is a
+// fault of the agent; only the log shows its text.
 package errdefs
 
 import (
@@ -12,8 +12,8 @@ import (
 	"syscall"
 )
 
-// Class is a kind of error that a caller acts on. The classes below are all
-// there are; compare with errors.Is.
+// Class is a kind of error that a caller acts on. The classes below are all that
+// exist. Compare with errors.Is.
 type Class struct{ name string }
 
 func (c *Class) Error() string { return c.name }
@@ -76,22 +76,21 @@ func ClassOf(err error) *Class {
 	return nil
 }
 
-// aboutTheFile are the errors of the file system that say what is there. Every
-// other one says only that it could not be looked at.
+// aboutTheFile are the errors of the file system that say what is at a path. Every
+// other error says only that the path could not be read.
 var aboutTheFile = []syscall.Errno{
 	syscall.ENOENT, syscall.ENOTDIR, syscall.EISDIR, syscall.ELOOP, syscall.EEXIST, syscall.ENAMETOOLONG, syscall.EINVAL,
 }
 
-// CannotRead says whether err is that of a file system that did not let us look:
-// an I/O error, too many open files, no memory, no permission. What is in the
-// file is not known then, and may be all right.
+// CannotRead reports whether err kept a file from being read: an I/O error, too
+// many open files, no memory, no permission. The file itself may be all right.
 func CannotRead(err error) bool {
 	var errno syscall.Errno
 	return errors.As(err, &errno) && !slices.Contains(aboutTheFile, errno)
 }
 
-// full hides its cause, which names files of the host, from all but errors.Is
-// and errors.As.
+// full shows its cause, which names files of the host, to errors.Is and errors.As
+// only.
 type full struct{ cause error }
 
 func (e *full) Error() string { return "the host's disk is full" }
@@ -103,9 +102,9 @@ func IsDiskFull(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// DiskFull returns an error of class Exhausted in place of one without a class
-// that IsDiskFull, and any other as it is. It is for errors about the host's disk,
-// where they are made: what has no room may be something else elsewhere.
+// DiskFull gives an error without a class that IsDiskFull the class Exhausted, and
+// returns any other error as it is. Call it where errors about the host's disk are
+// made; in other places something else may have no room.
 func DiskFull(err error) error {
 	if err == nil || ClassOf(err) != nil || !IsDiskFull(err) {
 		return err

@@ -10,9 +10,9 @@ import (
 // MaxForeign bounds what Foreign returns, in bytes.
 const MaxForeign = 512
 
-// Foreign makes words of a guest or of a VMM fit for the text of an error. They
-// are the words of an adversary: what is not printable is escaped, and what is
-// beyond MaxForeign is left out.
+// Foreign makes text of a guest or of a VMM fit for the text of an error. The guest
+// may be hostile: what is not printable is escaped, and what is beyond MaxForeign
+// is left out.
 func Foreign(text string) string {
 	const more = "…"
 	var out []byte

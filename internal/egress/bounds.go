@@ -14,8 +14,8 @@ import (
 // of the memory is in HTTP: a request takes several times its head's bytes,
 // for every line of it is taken apart, and so does an answer.
 const (
-	// DefaultMaxConns is Config.MaxConns where it is 0.
-	DefaultMaxConns = 512
+	// defaultMaxConns is Config.MaxConns where it is 0.
+	defaultMaxConns = 512
 	// maxHTTP bounds the connections of one sandbox that speak HTTP at a time,
 	// maxHTTPTogether those of all. Others wait for a turn.
 	maxHTTP, maxHTTPTogether = 128, 1024

@@ -138,7 +138,7 @@ func (r parsedPolicy) permits(u use) bool {
 // denied names are known, or ctx ends.
 func New(ctx context.Context, cfg Config, policy Policy) *Proxy {
 	if cfg.MaxConns <= 0 {
-		cfg.MaxConns = DefaultMaxConns
+		cfg.MaxConns = defaultMaxConns
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)

@@ -952,9 +952,9 @@ func TestParsePolicy(t *testing.T) {
 		{host: Public, allow: []string{""}, class: errdefs.InvalidArgument, text: `""`},
 		{host: Public, allow: slices.Repeat([]string{"a b"}, 500), class: errdefs.InvalidArgument, text: "484 more"},
 		{host: Public, deny: []string{"1.2.3.4/33"}, class: errdefs.InvalidArgument, text: "1.2.3.4/33"},
-		{host: Public, deny: manyNames(MaxPolicyNames + 1), class: errdefs.InvalidArgument, text: "513 names"},
+		{host: Public, deny: manyNames(maxPolicyNames + 1), class: errdefs.InvalidArgument, text: "513 names"},
 		{host: Public, deny: manyNames(5000), class: errdefs.InvalidArgument, text: "5000 entries"},
-		{host: Public, deny: manyNames(MaxPolicyNames), want: Policy{DenyNames: manyNames(MaxPolicyNames)}},
+		{host: Public, deny: manyNames(maxPolicyNames), want: Policy{DenyNames: manyNames(maxPolicyNames)}},
 	} {
 		got, err := ParsePolicy(c.host, c.internet, c.allow, c.deny)
 		if c.class != nil {

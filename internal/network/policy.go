@@ -37,11 +37,11 @@ func ParseMode(s string) (Mode, error) {
 	return "", errdefs.InvalidArgument.Errorf("egress mode %q: want public, none or all", s)
 }
 
-// MaxPolicyRanges bounds each list of ranges of a Policy, MaxPolicyNames each
+// maxPolicyRanges bounds each list of ranges of a Policy, maxPolicyNames each
 // list of names.
 const (
-	MaxPolicyRanges = 512
-	MaxPolicyNames  = 512
+	maxPolicyRanges = 512
+	maxPolicyNames  = 512
 )
 
 // Policy is what a sandbox may reach. What it is asked is decided in this
@@ -126,7 +126,7 @@ func ParsePolicy(host Mode, allowInternet *bool, allow, deny []string) (Policy, 
 // readList sorts the entries of a list into ranges and names, and says whether
 // the internet is one of them.
 func readList(what string, list []string, ranges *[]netip.Prefix, names *[]string) (internet bool, err error) {
-	if most := MaxPolicyRanges + MaxPolicyNames; len(list) > most {
+	if most := maxPolicyRanges + maxPolicyNames; len(list) > most {
 		return false, errdefs.InvalidArgument.Errorf("%s list has %d entries, at most %d are possible", what, len(list), most)
 	}
 	var errs []error
@@ -193,8 +193,8 @@ func (p Policy) Validate() error {
 		errs = append(errs, err)
 	}
 	for what, list := range map[string][]netip.Prefix{"allow": p.Allow, "deny": p.Deny} {
-		if len(list) > MaxPolicyRanges {
-			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list has %d ranges, at most %d are possible", what, len(list), MaxPolicyRanges))
+		if len(list) > maxPolicyRanges {
+			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list has %d ranges, at most %d are possible", what, len(list), maxPolicyRanges))
 			continue
 		}
 		for _, r := range list {
@@ -207,8 +207,8 @@ func (p Policy) Validate() error {
 		}
 	}
 	for what, list := range map[string][]string{"allow": p.AllowNames, "deny": p.DenyNames} {
-		if len(list) > MaxPolicyNames {
-			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list has %d names, at most %d are possible", what, len(list), MaxPolicyNames))
+		if len(list) > maxPolicyNames {
+			errs = append(errs, errdefs.InvalidArgument.Errorf("%s list has %d names, at most %d are possible", what, len(list), maxPolicyNames))
 			continue
 		}
 		for _, name := range list {

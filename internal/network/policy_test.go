@@ -230,7 +230,7 @@ func TestSetPolicyRefuses(t *testing.T) {
 	s, _, g := open(t, n)
 	far := serve(t, internet, internetAddr, 7012)
 	must(t, n.SetPolicy(t.Context(), s, Policy{Mode: None}))
-	many := make([]netip.Prefix, MaxPolicyRanges+1)
+	many := make([]netip.Prefix, maxPolicyRanges+1)
 	for i := range many {
 		many[i] = netip.PrefixFrom(addr4(0x08000000+uint32(i)*512), 24)
 	}
@@ -245,7 +245,7 @@ func TestSetPolicyRefuses(t *testing.T) {
 		}
 	}
 	// As many as can be, in both lists, fit in one transaction.
-	must(t, n.SetPolicy(t.Context(), s, Policy{Mode: None, Allow: many[:MaxPolicyRanges], Deny: many[1:]}))
+	must(t, n.SetPolicy(t.Context(), s, Policy{Mode: None, Allow: many[:maxPolicyRanges], Deny: many[1:]}))
 	for _, s := range []Slot{0, s + 100} {
 		want := errdefs.NotFound
 		if s == 0 {

@@ -101,7 +101,8 @@ func TestDigestsOfEarlierVersions(t *testing.T) {
 		}
 	}
 	const size = 5<<20 + 100
-	if got, want := digestOf(t, path), (File{Size: size, Pieces: "6cc8123c21add27e1c7f212acaaac0ca171152f4b04dc4275f999b7642a5d9ea"}); got != want {
+	if got, want := digestOf(t, path),
+		(File{Size: size, Pieces: "6cc8123c21add27e1c7f212acaaac0ca171152f4b04dc4275f999b7642a5d9ea"}); got != want {
 		t.Errorf("of pieces: %+v, want %+v", got, want)
 	}
 	got, err := OldDigest(t.Context(), path)

@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"syscall"
+	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -40,6 +41,10 @@ func (e signalError) Error() string { return e.Signal.String() + " signal receiv
 // status is the exit status of a program that the signal ended.
 func (e signalError) status() int { return 128 + int(e.Signal) }
 
+// sameSignal is how soon after the first signal another one is taken for the same:
+// timeout(1) sends its signal to the program and then to its process group.
+const sameSignal = 200 * time.Millisecond
+
 // untilSignal returns a context that ends with the first SIGINT, SIGTERM or SIGHUP.
 // The second one ends the program at once, as if it were not handled.
 func untilSignal() context.Context {
@@ -51,9 +56,9 @@ func untilSignal() context.Context {
 	received := make(chan os.Signal, 1)
 	signal.Notify(received, signals...)
 	go func() {
-		sig := <-received
+		cancel(signalError{(<-received).(syscall.Signal)})
+		time.Sleep(sameSignal)
 		signal.Reset(signals...)
-		cancel(signalError{sig.(syscall.Signal)})
 	}()
 	return ctx
 }

@@ -134,6 +134,35 @@ func TestSignals(t *testing.T) {
 	}
 }
 
+// timeout(1) sends its signal twice, which is no request to leave the command
+// behind. A second Ctrl-C is.
+func TestSignalThatComesTwice(t *testing.T) {
+	for pause, want := range map[time.Duration]int{time.Millisecond: 130, time.Second: -1} {
+		a := &clienttest.Agent{Archive: []byte("started\n"), Endless: 2} // SIGKILL comes after 2 s
+		cmd := program(t, a.Serve(t), "exec", clienttest.ID, "x")
+		stdout, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := stdout.Read(make([]byte, 8)); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(pause)
+		}
+		_ = cmd.Wait()
+		if got := cmd.ProcessState.ExitCode(); got != want {
+			t.Errorf("%v between them: status %d, want %d; sent %v", pause, got, want, a.Signaled())
+		}
+	}
+}
+
 // Without an agent, a command says what to do.
 func TestNoAgent(t *testing.T) {
 	for _, args := range verbs() {

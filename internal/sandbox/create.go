@@ -2,23 +2,17 @@ package sandbox
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"errors"
 	"fmt"
-	"io/fs"
-	"log/slog"
-	"os"
-	"slices"
 	"strings"
-	"sync"
 	"time"
-	"unicode"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // Bounds of a sandbox's size. A host's Capacity may be narrower.
@@ -49,19 +43,9 @@ type CreateRequest struct {
 
 	// diskMiB is a fork's; Config.OverlayMiB when zero.
 	diskMiB int
-	// warm is the key of what a guest is made from that is to wait for its
-	// sandbox; empty for a sandbox.
-	warm string
+	// bootKey, if not empty, makes a waiting guest from the boot snapshot with that key.
+	bootKey string
 }
-
-// The ways in which a sandbox can start.
-const (
-	FromWarm  = "warm" // a guest that was waiting
-	FromReady = "ready snapshot"
-	FromBoot  = "cold boot"
-	// FromSnapshot is the state of another sandbox.
-	FromSnapshot = "snapshot"
-)
 
 // Created is what came of a Create.
 type Created struct {
@@ -71,12 +55,6 @@ type Created struct {
 	// Phases are what the time went into, in this order, some of it at the same
 	// time.
 	Phases []Phase
-}
-
-// Phase is a part of an operation.
-type Phase struct {
-	Name string
-	Took time.Duration
 }
 
 func (r *CreateRequest) check() error {
@@ -110,7 +88,7 @@ func checkTimeout(d time.Duration) error {
 	return nil
 }
 
-var errDestroyed = errdefs.Busy.Errorf("somebody destroyed the sandbox meanwhile")
+var errDestroyed = errdefs.Busy.Errorf("the sandbox was destroyed during the operation")
 
 // Create makes a sandbox and returns when commands can run in it. ctx bounds
 // the making only: the sandbox outlives it. On error nothing is left.
@@ -124,53 +102,99 @@ func (m *Manager) Create(ctx context.Context, req CreateRequest) (Created, error
 	}
 	tmpl, err := m.cfg.Templates.Get(req.Template)
 	if errors.Is(err, errdefs.NotFound) {
-		return m.createFrom(ctx, asked)
+		return m.createFromSnapshot(ctx, asked)
 	}
 	if err != nil {
 		return Created{}, err
 	}
 	req.Login = req.Login.Over(tmpl.Defaults.Login)
-	if _, err := m.room(0); err != nil {
+	if _, err := m.disk.reserve(0); err != nil {
 		return Created{}, fmt.Errorf("create sandbox: %w", err)
 	}
-	if created, ok, err := m.createWarm(ctx, req, tmpl); ok || err != nil {
+	if created, ok, err := m.createWaiting(ctx, req, tmpl); ok || err != nil {
 		return created, err
 	}
-	return m.make(ctx, req, tmpl.BaseSHA256, func(ctx context.Context, b *box, took *phases) error {
-		return m.boot(ctx, b, tmpl, took)
-	})
+	return m.create(ctx, req, tmpl, m.bootSource)
 }
 
-// make makes a sandbox whose VM start brings up; on error nothing is left.
-func (m *Manager) make(ctx context.Context, req CreateRequest, base string, start func(context.Context, *box, *phases) error) (Created, error) {
-	var took phases
-	took.begin()
+// sourceOf returns what a sandbox with that record starts from.
+type sourceOf func(context.Context, Record, template.Template) source
+
+// create makes a sandbox that starts from a source; on error nothing is left.
+func (m *Manager) create(ctx context.Context, req CreateRequest, tmpl template.Template, find sourceOf) (Created, error) {
+	ctx, took := withPhases(ctx)
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
-	b, err := m.reserve(ctx, req, base, abort)
+	end := phase(ctx, "reserve")
+	b, err := m.reserve(ctx, req, tmpl.BaseSHA256, abort)
 	if err != nil {
 		return Created{}, fmt.Errorf("create sandbox: %w", err)
 	}
 	defer b.unhold()
-
-	took.end("reserve")
-	if err := start(ctx, b, &took); err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = cause
-		}
-		err = errdefs.DiskFull(err)
-		reason := CreateFailed
-		if errors.Is(err, errDestroyed) {
-			reason = Destroyed
-		}
-		detail := err.Error()
-		if errors.Is(err, context.Canceled) {
-			detail = "the caller left while the sandbox was being created"
-		}
-		m.release(b, reason, detail)
-		return Created{}, fmt.Errorf("create sandbox %s: %w", b.id, err)
+	end()
+	src := find(ctx, b.record(), tmpl)
+	defer src.close()
+	src, err = m.start(ctx, b, tmpl, src)
+	if err != nil {
+		return Created{}, m.createFailed(ctx, b, err)
 	}
-	return took.created(b), nil
+	return m.created(b, src, took), nil
+}
+
+// createFailed frees a sandbox whose create failed, and says why. Called with the op
+// lock held.
+func (m *Manager) createFailed(ctx context.Context, b *box, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	err = errdefs.DiskFull(err)
+	reason := CreateFailed
+	if errors.Is(err, errDestroyed) {
+		reason = Destroyed
+	}
+	detail := err.Error()
+	if errors.Is(err, context.Canceled) {
+		detail = "the caller left while the sandbox was being created"
+	}
+	_ = m.release(b, reason, detail) // the janitor tries again
+	return fmt.Errorf("create sandbox %s: %w", b.id, err)
+}
+
+// created logs how a sandbox started, and is what its creator learns.
+func (m *Manager) created(b *box, src source, took *phases) Created {
+	how := []any{"sandbox", b.id, "from", src.from}
+	if src.why != "" {
+		how = append(how, "why", src.why)
+	}
+	m.log.Info("sandbox started", append(how, took.attrs()...)...)
+	return Created{Info: b.info(), From: src.from, Why: src.why, Phases: took.done()}
+}
+
+// making lets waiting guests make way for a sandbox that needs so much, one at a time;
+// false if none can.
+type making func(ctx context.Context, need Resources) bool
+
+// admit admits a sandbox that needs so much more than it takes. Waiting guests make way.
+func (m *Manager) admit(ctx context.Context, id ID, more Resources, makeWay making) error {
+	for {
+		if m.Draining() {
+			return errShutDown
+		}
+		err := m.ledger.take(id, more)
+		if !errors.Is(err, errdefs.Exhausted) || !makeWay(ctx, more) {
+			return err
+		}
+	}
+}
+
+// acquireSlot acquires an address slot. Waiting guests make way.
+func (m *Manager) acquireSlot(ctx context.Context, makeWay making) (network.Slot, error) {
+	for {
+		slot, err := m.cfg.Network.Acquire(ctx)
+		if !errors.Is(err, errdefs.Exhausted) || !makeWay(ctx, Resources{}) {
+			return slot, err
+		}
+	}
 }
 
 // reserve takes capacity, a slot and an ID, and commits to them by writing the
@@ -179,335 +203,85 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 
-	need := m.need(req.VCPUs, req.MemMiB)
-	if req.diskMiB != 0 {
-		need.DiskMiB = req.diskMiB
+	id, state, makeWay := newID(), Creating, m.makeWay
+	if req.bootKey != "" { // no waiting guest makes way for another
+		state, makeWay = Waiting, func(context.Context, Resources) bool { return false }
 	}
-	giveUp := m.giveUpWarm
-	if req.warm != "" { // none makes way for another
-		giveUp = func(context.Context, Resources) bool { return false }
+	diskMiB := req.diskMiB
+	if diskMiB == 0 {
+		diskMiB = m.cfg.OverlayMiB
 	}
-	if err := m.admitted(ctx, need, giveUp); err != nil {
+	if err := m.admit(ctx, id, need(req.VCPUs, req.MemMiB, diskMiB), makeWay); err != nil {
 		return nil, err
 	}
-	temp.Push("admission", func(context.Context) error {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		m.used = m.used.minus(need)
-		return nil
-	})
-
-	slot, err := m.cfg.Network.Acquire(ctx)
-	for errors.Is(err, errdefs.Exhausted) && giveUp(ctx, Resources{}) {
-		slot, err = m.cfg.Network.Acquire(ctx)
-	}
+	temp.Push("admission", func(context.Context) error { m.ledger.give(id); return nil })
+	slot, err := m.acquireSlot(ctx, makeWay)
 	if err != nil {
 		return nil, err
 	}
 	temp.Push("slot", func(context.Context) error { return m.cfg.Network.Release(slot) })
-
-	id := newID()
-	for err = m.store.reserve(id); errors.Is(err, fs.ErrExist); err = m.store.reserve(id) {
-		id = newID()
-	}
-	if err != nil {
+	if err := m.store.reserve(id); err != nil {
 		return nil, fmt.Errorf("reserve id: %w", errdefs.DiskFull(err))
 	}
 	temp.Push("record", func(context.Context) error { return m.store.forget(id) })
 
 	now := time.Now().UTC()
 	b := newBox(Record{
-		Version: recordVersion, ID: id, State: Creating,
-		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: need.DiskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(), Login: req.Login, Warm: req.warm,
+		Version: recordVersion, ID: id, State: state,
+		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
+		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(), Login: req.Login, BootKey: req.bootKey,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
 		CloneKey:  newToken(),
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
-	b.abort = abort
-	if err := m.store.save(b.rec); err != nil {
+	b.setAbort(abort)
+	if err := m.store.save(b.record()); err != nil {
 		return nil, err
 	}
 	b.tryHold("created")
-
-	m.mu.Lock()
-	draining := m.draining // began meanwhile, and has not seen this box
-	if !draining {
-		m.boxes[id] = b
-	}
-	m.mu.Unlock()
-	if draining {
-		return nil, errdefs.Unavailable.Errorf("the host is shutting down")
+	if err := m.add(b); err != nil { // a shutdown that began does not see this box
+		return nil, err
 	}
 	temp.Keep()
-	if !b.waits() {
+	if state == Creating {
 		m.tell(Event{Time: now, ID: id, To: Creating})
 	}
 	return b, nil
 }
 
-// boot brings a reserved sandbox up, from a ready snapshot if there is one.
-// Called with the op lock held; the caller releases on error.
-func (m *Manager) boot(ctx context.Context, b *box, tmpl template.Template, took *phases) error {
-	from := m.origin(ctx, b.record(), tmpl)
-	defer from.close()
-	done, err := m.startSlot(ctx)
-	if err != nil {
-		return err
-	}
-	defer done()
-	ctx, cancel := context.WithTimeoutCause(ctx, m.cfg.BootTimeout,
-		errdefs.Unavailable.Errorf("the guest was not ready within %s", m.cfg.BootTimeout))
-	defer cancel()
-	took.end("wait")
-	if err := m.prepare(ctx, b, &from, took); err != nil {
-		return err
-	}
-	took.begin()
+// newID returns a random ID: 64 bits, and a directory of that name decides
+// whether it is new.
+func newID() ID { return ID("sb-" + randomHex(8)) }
 
-	restored := from.ready.Dir != ""
-	if restored {
-		if err := m.restore(ctx, b, tmpl, memory{dir: from.ready.Dir}, identity(b.record(), true), took); err != nil {
-			if context.Cause(ctx) != nil || errdefs.ClassOf(err) == errdefs.NotFound { // no such user
-				return err
-			}
-			m.log.Warn("not restored, the sandbox boots", "sandbox", b.id, "key", from.key, "err", err)
-			if err := m.unrestore(ctx, b, tmpl, from.key, err); err != nil {
-				return err
-			}
-			restored, from.why = false, "the restore failed: "+first(err)
-		}
-	}
-	if !restored {
-		if err := m.coldBoot(ctx, b, tmpl, &from, took); err != nil {
-			return err
-		}
-	}
-
-	took.from = FromReady
-	if !restored {
-		took.from, took.why = FromBoot, from.why
-	}
-	took.log(m.log, b)
-	return m.move(b, Running, nil)
+func randomHex(bytes int) string {
+	b := make([]byte, bytes)
+	rand.Read(b) // never fails
+	return hex.EncodeToString(b)
 }
 
-// unrestore takes back a restore that failed with cause. If the snapshot is to
-// blame, it is dropped: the next create makes another.
-func (m *Manager) unrestore(ctx context.Context, b *box, tmpl template.Template, key string, cause error) error {
-	blamed := slices.Contains([]*errdefs.Class{errdefs.Corrupt, errdefs.Unsupported, errdefs.InvalidArgument, errdefs.Unavailable}, errdefs.ClassOf(cause))
-	if blamed {
-		if err := m.cfg.Templates.DropReady(tmpl.Name, key); err != nil {
-			m.log.Error("ready snapshot not removed", "template", tmpl.Name, "key", key, "err", err)
-		}
-	}
-	if err := m.unstart(ctx, b); err != nil {
-		return err
-	}
-	if err := m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), b.record().DiskMiB); err != nil {
-		return fmt.Errorf("make overlay: %w", err)
-	}
-	return nil
+func newToken() string { return rand.Text() }
+
+// entropy is the seed that a guest gets from its host.
+func entropy() []byte {
+	b := make([]byte, 64)
+	rand.Read(b)
+	return b
 }
 
-// coldBoot starts the VM from its kernel and waits for the guest. If a ready
-// snapshot is to be made of it, this is the moment: nobody has told the guest
-// yet who it is.
-func (m *Manager) coldBoot(ctx context.Context, b *box, tmpl template.Template, from *origin, took *phases) error {
-	vm, err := m.cfg.Driver.Start(ctx, m.spec(b.record(), tmpl))
-	if err != nil {
-		return fmt.Errorf("start vm: %w", err)
+// fromSnapshot returns what a sandbox starts from that gets the state of another.
+func fromSnapshot(src source) sourceOf {
+	src.from, src.tell, src.state, src.gone = FromSnapshot, tellClone, true, errSnapshotDeleted
+	if src.boot != nil {
+		src.boot.gone = errSnapshotDeleted
 	}
-	m.adopt(b, vm)
-	handle := vm.Handle()
-	if err := m.save(b, func(r *Record) { r.VM = &handle }); err != nil {
-		return err
-	}
-	took.end("spawn")
-	ctx, cancel := both(ctx, b.alive)
-	defer cancel()
-	if err := b.guest.WaitReady(ctx); err != nil {
-		return m.bootFailed(b, "wait for guest", err)
-	}
-	took.end("guest")
-	if from.stage != nil {
-		if err := m.saveReady(ctx, b, tmpl, from); err != nil {
-			return m.bootFailed(b, "go on after the snapshot", err)
-		}
-		took.end("snapshot")
-	}
-	if err := b.guest.Init(ctx, identity(b.record(), false)); err != nil {
-		return m.bootFailed(b, "initialise guest", err)
-	}
-	took.end("init")
-	return nil
+	return func(context.Context, Record, template.Template) source { return src }
 }
 
-// prepare makes what the VM needs before it starts: disk, network, run
-// directory. The first two are independent.
-func (m *Manager) prepare(ctx context.Context, b *box, from *origin, took *phases) error {
-	rec := b.record()
-	began := time.Now()
-	var opened error
-	var openTook time.Duration
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		opened = m.openNetwork(ctx, rec)
-		openTook = time.Since(began)
-	})
-	var made error
-	if from.ready.Dir != "" {
-		copied, err := m.room(takenBytes(from.ready.Overlay))
-		if err != nil {
-			wg.Wait()
-			return err
-		}
-		defer copied()
-		made = m.cfg.Templates.CloneOverlay(ctx, m.store.overlay(b.id), from.ready.Overlay)
-		if errors.Is(made, fs.ErrNotExist) {
-			from.ready, from.why = template.Ready{}, "the ready snapshot was removed meanwhile"
-		}
-	}
-	if from.ready.Dir == "" {
-		made = m.cfg.Templates.NewOverlay(ctx, m.store.overlay(b.id), rec.DiskMiB)
-	}
-	took.add("disk", time.Since(began))
-	wg.Wait()
-	took.add("network", openTook)
-	if made != nil {
-		made = fmt.Errorf("make overlay: %w", made)
-	}
-	if err := errors.Join(made, opened); err != nil {
-		return err
-	}
-	dir := m.runDir(b.id)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return fmt.Errorf("make run directory: %w", errdefs.DiskFull(err))
-	}
-	return nil
+// fromSnapshotDisk returns what a sandbox starts from that gets only the disk of
+// another.
+func fromSnapshotDisk(src source) sourceOf {
+	src.gone = errSnapshotDeleted
+	return func(context.Context, Record, template.Template) source { return src }
 }
 
-// spec is the VM of a record.
-func (m *Manager) spec(rec Record, tmpl template.Template) vmm.Spec {
-	needs := m.cfg.Driver.Needs()
-	spec := vmm.Spec{
-		ID: string(rec.ID), RunDir: m.runDir(rec.ID), NetNS: m.cfg.Network.Plan().Addrs(rec.Slot).NetNSPath,
-		VCPUs: rec.VCPUs, MemMiB: rec.MemMiB,
-		Boot:    guestapi.Boot{Addr: network.GuestAddr, Gateway: network.GuestGateway, DNS: m.cfg.DNS, Hostname: bootName},
-		Root:    vmm.Root{Base: tmpl.Base, Overlay: m.store.overlay(rec.ID)},
-		Link:    &vmm.Link{Kind: needs.Link, Name: network.Tap, MAC: network.GuestMAC},
-		Console: m.store.console(rec.ID),
-		UID:     m.cfg.BaseUID + int(rec.Slot), GID: m.cfg.BaseUID + int(rec.Slot),
-		Cgroup: m.cgroups() + "/" + string(rec.ID),
-		Limits: vmm.Limits{
-			CPUMilli: rec.VCPUs*1000 + vmmCPUMilli,
-			MemMiB:   rec.MemMiB + vmmOverheadMiB(rec.MemMiB),
-			PIDs:     maxVMMTasks,
-
-			DiskBytes: m.cfg.DiskBytes, DiskOps: m.cfg.DiskOps,
-		},
-	}
-	if needs.Kernel {
-		spec.Kernel = vmm.Kernel{Image: tmpl.Kernel, Initrd: tmpl.Initrd}
-	}
-	return spec
-}
-
-// adopt ties a VM to its sandbox and watches over it.
-func (m *Manager) adopt(b *box, vm vmm.VM) {
-	b.mu.Lock()
-	b.vm = vm
-	b.guest = m.cfg.Guests(b.rec.HostIP, b.rec.Token)
-	kill := b.kill
-	b.mu.Unlock()
-	m.goes("watch vm", func() { m.watch(b, vm, kill) })
-}
-
-// watch waits for the VM's end and frees the sandbox, unless it was its end
-// that ended the VM.
-func (m *Manager) watch(b *box, vm vmm.VM, kill context.CancelCauseFunc) {
-	select {
-	case <-vm.Done():
-	case <-m.life.Done():
-		return
-	}
-	exit := vm.Exit()
-	kill(errdefs.Unavailable.Errorf("the vm of sandbox %s ended: it %s", b.id, exit))
-	if m.life.Err() != nil || b.hold(m.life, "freed") != nil {
-		return // the next agent finds it
-	}
-	defer b.unhold()
-	if s := b.state(); s != Running && s != Paused && !m.inPool(b) || b.vm != vm {
-		return
-	}
-	m.releaseEnded(b, exit)
-}
-
-// releaseEnded frees a sandbox whose VM has ended, and says how.
-func (m *Manager) releaseEnded(b *box, exit vmm.Exit) {
-	reason := VMExited
-	if exit.Cause == vmm.OutOfMemory {
-		reason = OutOfMemory
-	}
-	m.release(b, reason, exit.String()+m.lastWords(b.id))
-}
-
-// bootFailed says why a guest did not come up: what the console said last
-// explains it more often than the error does.
-func (m *Manager) bootFailed(b *box, verb string, err error) error {
-	if cause := context.Cause(b.alive); cause != nil {
-		err = cause
-	}
-	return fmt.Errorf("%s: %w%s", verb, m.whyStill(b, err), m.lastWords(b.id))
-}
-
-// lastWords is the end of the guest's console, for an error's text.
-func (m *Manager) lastWords(id ID) string {
-	const lines = 8
-	data, err := m.store.tail(id, 1<<10)
-	if err != nil || len(data) == 0 {
-		return ""
-	}
-	text := strings.Map(func(r rune) rune {
-		if r == '\n' || unicode.IsGraphic(r) {
-			return r
-		}
-		return -1
-	}, string(data))
-	all := strings.Split(strings.TrimSpace(text), "\n")
-	return "; the console ends: " + strings.Join(all[max(0, len(all)-lines):], " | ")
-}
-
-// phases measures the stages of a create, for the log and for the caller.
-type phases struct {
-	last  time.Time
-	list  []Phase
-	attrs []any // the same, for the log
-
-	from, why string
-}
-
-func (p *phases) begin() { p.last = time.Now() }
-
-func (p *phases) end(name string) {
-	now := time.Now()
-	p.add(name, now.Sub(p.last))
-	p.last = now
-}
-
-func (p *phases) add(name string, took time.Duration) {
-	p.list = append(p.list, Phase{name, took})
-	p.attrs = append(p.attrs, name, took.Round(100*time.Microsecond))
-}
-
-func (p *phases) log(log *slog.Logger, b *box) {
-	how := []any{"sandbox", b.id, "from", p.from}
-	if p.why != "" {
-		how = append(how, "why", p.why)
-	}
-	log.Info("sandbox started", append(how, p.attrs...)...)
-}
-
-func (p *phases) created(b *box) Created {
-	return Created{Info: b.info(), From: p.from, Why: p.why, Phases: p.list}
-}
+var errSnapshotDeleted = errdefs.NotFound.Errorf("the snapshot was deleted before the sandbox had started")

@@ -316,6 +316,7 @@ func TestNoRoomAnywhere(t *testing.T) {
 	for _, name := range []string{
 		"first create", "create", "create from a snapshot", "update of the network", "pause", "resume", "hibernate",
 		"hibernate a paused one", "fork", "snapshot", "snapshot of a paused one", "resume from disk",
+		"create from the pool",
 	} {
 		s := scenarios[name]
 		for i, step := range s.steps(t) {
@@ -373,6 +374,81 @@ func (r *rig) wantAny(id ID) State {
 		r.t.Fatal(err)
 	}
 	return info.State
+}
+
+// TestPoolWithoutRoom: a guest that is made ahead on a full disk, or beyond a quota,
+// leaves nothing, is no failure of the pool, and is made when there is room.
+func TestPoolWithoutRoom(t *testing.T) {
+	for _, step := range []string{"record reserve", "record save waiting", "record saved waiting", "overlay clone", "restore"} {
+		for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT} {
+			t.Run(fmt.Sprintf("%s/%v", step, errno), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					var errs []string
+					r := newRig(t, func(c *Config) {
+						c.Warm, c.Log = 1, slog.New(warnings{slog.DiscardHandler, &errs})
+					})
+					r.create() // leaves the boot snapshot
+					var room atomic.Bool
+					var count atomic.Int64
+					r.faults.on(step, func(context.Context) error {
+						if room.Load() {
+							return nil
+						}
+						count.Add(1)
+						return fmt.Errorf("do it: %w", &os.PathError{Op: "write", Path: "/secret/path", Err: errno})
+					})
+					time.Sleep(5 * time.Minute)
+					synctest.Wait()
+					if tries := count.Load(); tries < 5 || tries > 15 || len(r.waiting()) > 0 || len(r.host.Live()) != 1 || r.taken().Sandboxes != 1 {
+						t.Errorf("tried %d times; %v wait, the VMs %v are there, %+v is taken", tries, r.waiting(), r.host.Live(), r.taken())
+					}
+					if len(errs) > 0 {
+						t.Errorf("the log warns: %q", errs)
+					}
+					room.Store(true)
+					r.fillPool()
+					r.wantConsistent()
+				})
+			})
+		}
+	}
+}
+
+// warnings keeps the texts of warnings and errors.
+type warnings struct {
+	slog.Handler
+	texts *[]string
+}
+
+func (w warnings) Enabled(context.Context, slog.Level) bool { return true }
+func (w warnings) Handle(_ context.Context, rec slog.Record) error {
+	if rec.Level >= slog.LevelWarn {
+		*w.texts = append(*w.texts, rec.Message)
+	}
+	return nil
+}
+
+// TestEventIsNotKept: a change of state that cannot be written to the event log for
+// want of room is a change all the same, and is told to those who watch.
+func TestEventIsNotKept(t *testing.T) {
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newRig(t)
+			id := r.create()
+			broken := r.Manager.events
+			broken.mu.Lock()
+			broken.writeHook = func() error { return errno }
+			broken.mu.Unlock()
+			before := len(r.history(0))
+			if err := r.Pause(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+			r.wantState(id, Paused)
+			if now := r.history(0); len(now) != before+1 {
+				t.Errorf("the events are %q", now)
+			}
+		})
+	}
 }
 
 // TestStartWithoutRoomForEvents: the event log does not keep an agent from its

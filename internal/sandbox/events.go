@@ -67,6 +67,8 @@ type eventLog struct {
 	// retryAt is when a file that could not be written is tried again: all of it
 	// would be written.
 	retryAt time.Time
+	// writeHook is set by tests: its error is that of a write.
+	writeHook func() error
 	// more is closed, and made anew, when an event has come.
 	more chan struct{}
 }
@@ -248,6 +250,12 @@ func (l *eventLog) write(line eventLine) error {
 	data, err := line.encode()
 	if err != nil {
 		return err
+	}
+	if l.writeHook != nil {
+		if err := l.writeHook(); err != nil {
+			l.close()
+			return err
+		}
 	}
 	n, err := l.f.Write(data)
 	l.size += n

@@ -20,7 +20,7 @@ func TestHibernated(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		id := r.create()
-		before := r.Manager.used
+		before := r.taken()
 		if err := r.Hibernate(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
@@ -28,8 +28,8 @@ func TestHibernated(t *testing.T) {
 		if info.HostIP.IsValid() || len(r.host.Live()) > 0 || len(r.net.taken)+len(r.net.open) > 0 {
 			t.Errorf("it has address %s, vms %v, slots %v", info.HostIP, r.host.Live(), r.net.taken)
 		}
-		if want := (Resources{Sandboxes: 1, DiskMiB: before.DiskMiB}); r.Manager.used != want {
-			t.Errorf("it takes %+v, want %+v", r.Manager.used, want)
+		if want := (Resources{Sandboxes: 1, DiskMiB: before.DiskMiB}); r.taken() != want {
+			t.Errorf("it takes %+v, want %+v", r.taken(), want)
 		}
 		if _, err := r.Lease(t.Context(), id); errdefs.ClassOf(err) != errdefs.WrongState {
 			t.Errorf("lease: %v", err)
@@ -45,8 +45,8 @@ func TestHibernated(t *testing.T) {
 			t.Fatal(err)
 		}
 		info = r.wantState(id, Running)
-		if !info.HostIP.IsValid() || r.Manager.used != before {
-			t.Errorf("it has address %s and takes %+v, want %+v", info.HostIP, r.Manager.used, before)
+		if !info.HostIP.IsValid() || r.taken() != before {
+			t.Errorf("it has address %s and takes %+v, want %+v", info.HostIP, r.taken(), before)
 		}
 		if _, err := os.Stat(r.store.snapshot(id)); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("the used snapshot is still there: %v", err)

@@ -146,9 +146,9 @@ func (r *rig) die() {
 		r.dead = append(r.dead, r.Manager)
 		r.end()
 		r.lock.release()
-		r.mu.Lock()
-		r.ended = true
-		r.mu.Unlock()
+		r.work.mu.Lock()
+		r.work.ended = true
+		r.work.mu.Unlock()
 	}
 	r.faults = newFaults()
 	r.net, r.tmpl = r.net.restart(r.faults), newFakeTemplates(r.faults, filepath.Join(r.dir, "ready"))
@@ -212,12 +212,16 @@ func (r *rig) held() (left []string) {
 			add("half-made things are left: %v", files)
 		}
 	}
-	r.mu.Lock()
-	if r.used != (Resources{}) {
-		add("capacity is left reserved: %+v", r.used)
+	if taken := r.taken(); taken != (Resources{}) {
+		add("capacity is left reserved: %+v", taken)
 	}
-	r.mu.Unlock()
 	return left
+}
+
+// taken is what all sandboxes together take.
+func (r *rig) taken() Resources {
+	total, _ := r.ledger.stats()
+	return total
 }
 
 func (r *rig) wantState(id ID, want State) Info {
@@ -252,6 +256,7 @@ func wantClass(t *testing.T, err error, want *errdefs.Class) {
 func TestStateTable(t *testing.T) {
 	legal := map[[2]State]bool{
 		{Unknown, Stopping}: true,
+		{Waiting, Running}:  true,
 		{Creating, Running}: true, {Creating, Stopping}: true,
 		{Running, Paused}: true, {Running, Hibernated}: true, {Running, Stopping}: true,
 		{Paused, Running}: true, {Paused, Hibernated}: true, {Paused, Stopping}: true,
@@ -266,7 +271,7 @@ func TestStateTable(t *testing.T) {
 				b, _ := r.find(id)
 				b.hold(t.Context(), "tested")
 				b.mu.Lock()
-				b.rec.State = from
+				b.mu.rec.State = from
 				b.mu.Unlock()
 				err := r.move(b, to, nil)
 				if got := err == nil; got != legal[[2]State{from, to}] {
@@ -276,7 +281,7 @@ func TestStateTable(t *testing.T) {
 					t.Errorf("state is %s, want %s", b.state(), want)
 				}
 				b.mu.Lock()
-				b.rec.State = Running
+				b.mu.rec.State = Running
 				b.mu.Unlock()
 				b.unhold()
 			})
@@ -286,6 +291,7 @@ func TestStateTable(t *testing.T) {
 
 func TestOperationsByState(t *testing.T) {
 	may := map[State][]Operation{
+		Waiting:    nil,
 		Creating:   {OpDestroy},
 		Running:    {OpPause, OpHibernate, OpFork, OpSnapshot, OpCall, OpTimeout, OpRecover, OpDestroy},
 		Paused:     {OpResume, OpHibernate, OpFork, OpSnapshot, OpTimeout, OpRecover, OpDestroy},

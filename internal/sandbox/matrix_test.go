@@ -297,9 +297,9 @@ func (r *rig) fillPool() {
 
 // waiting are the guests in the pool.
 func (r *rig) waiting() (ids []string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for _, b := range r.pool.waiting {
+	r.pool.mu.Lock()
+	defer r.pool.mu.Unlock()
+	for _, b := range r.pool.guests {
 		ids = append(ids, string(b.id))
 	}
 	return ids

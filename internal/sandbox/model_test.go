@@ -44,7 +44,7 @@ func testManyAtOnce(t *testing.T, warm int) {
 	const callers, steps = 120, 60
 	r := newRig(t, func(c *Config) {
 		c.Capacity.Sandboxes, c.Capacity.Starts = 40, 8
-		c.Warm, c.warmCalm = warm, time.Nanosecond
+		c.Warm, c.poolCalm = warm, time.Nanosecond
 	})
 	r.exec = func(ctx context.Context, _ guest.Command) (guest.Result, error) {
 		select {
@@ -92,7 +92,7 @@ func testManyAtOnce(t *testing.T, warm int) {
 					_, err = r.SetTimeout(ctx, any(), time.Duration(1+rand.IntN(3600))*time.Second)
 				case 8:
 					what = "sweep"
-					r.sweep(time.Now().Add(time.Duration(rand.IntN(3600)) * time.Second))
+					janitor{r.Manager}.sweep(time.Now().Add(time.Duration(rand.IntN(3600)) * time.Second))
 				case 9:
 					what = "vm death"
 					if rand.IntN(4) == 0 {
@@ -154,10 +154,8 @@ func (r *rig) wantInvariants(t *testing.T) {
 		}
 		seen[key] = info.ID
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.used.Sandboxes < 0 || r.used.Sandboxes > r.cfg.Capacity.Sandboxes || r.used.MemMiB < 0 {
-		t.Errorf("capacity in use: %+v", r.used)
+	if taken := r.taken(); taken.Sandboxes < 0 || taken.Sandboxes > r.cfg.Capacity.Sandboxes || taken.MemMiB < 0 {
+		t.Errorf("capacity in use: %+v", taken)
 	}
 }
 
@@ -421,7 +419,7 @@ func testModel(t *testing.T, warm int) {
 
 // BenchmarkList5000 is what a full host's listing costs.
 func BenchmarkList5000(b *testing.B) {
-	m := &Manager{boxes: map[ID]*box{}}
+	m := &Manager{registry: &registry{boxes: map[ID]*box{}}}
 	for range 5000 {
 		rec := Record{ID: newID(), State: Running, CreatedAt: time.Now()}
 		m.boxes[rec.ID] = newBox(rec)

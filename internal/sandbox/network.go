@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 
-	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 )
@@ -42,30 +40,30 @@ func (s NetworkSettings) clone() NetworkSettings {
 }
 
 // policy is what the settings come to on this host; errors are InvalidArgument.
-func (m *Manager) policy(s NetworkSettings) (network.Policy, error) {
-	policy, err := m.cfg.Network.ParsePolicy(s.AllowInternet, s.Allow, s.Deny)
+func (h *host) policy(s NetworkSettings) (network.Policy, error) {
+	policy, err := h.cfg.Network.ParsePolicy(s.AllowInternet, s.Allow, s.Deny)
 	return policy, errors.Join(err, s.Limits.Validate())
 }
 
 // openNetwork opens a record's slot, so that the guest finds what it may reach
 // in force.
-func (m *Manager) openNetwork(ctx context.Context, rec Record) error {
-	if err := m.cfg.Network.Open(ctx, rec.Slot); err != nil {
+func (h *host) openNetwork(ctx context.Context, rec Record) error {
+	if err := h.cfg.Network.Open(ctx, rec.Slot); err != nil {
 		return fmt.Errorf("open network: %w", err)
 	}
 	if rec.Network.IsZero() {
 		return nil // a new slot has the host's settings
 	}
-	return m.setNetwork(ctx, rec)
+	return h.setNetwork(ctx, rec)
 }
 
 // setNetwork gives an open slot what its record says. Called with the op lock
 // held.
-func (m *Manager) setNetwork(ctx context.Context, rec Record) error {
+func (h *host) setNetwork(ctx context.Context, rec Record) error {
 	// The policy comes last: what it opens is open only if all went well.
-	err := m.cfg.Network.SetLimits(ctx, rec.Slot, rec.Network.Limits)
+	err := h.cfg.Network.SetLimits(ctx, rec.Slot, rec.Network.Limits)
 	if err == nil {
-		err = m.cfg.Network.SetPolicy(ctx, rec.Slot, m.policyInForce(rec))
+		err = h.cfg.Network.SetPolicy(ctx, rec.Slot, h.policyInForce(rec))
 	}
 	if err != nil {
 		return fmt.Errorf("set what it may reach: %w", err)
@@ -75,10 +73,10 @@ func (m *Manager) setNetwork(ctx context.Context, rec Record) error {
 
 // policyInForce is what a record's settings come to. They were good once; if
 // they are not now, the host has been given stricter ones.
-func (m *Manager) policyInForce(rec Record) network.Policy {
-	policy, err := m.policy(rec.Network)
+func (h *host) policyInForce(rec Record) network.Policy {
+	policy, err := h.policy(rec.Network)
 	if err != nil {
-		m.log.Warn("the host does not let the sandbox have its network policy any more, it reaches nothing", "sandbox", rec.ID, "err", err)
+		h.log.Warn("the host does not let the sandbox have its network policy any more, it reaches nothing", "sandbox", rec.ID, "err", err)
 		return network.Policy{Mode: network.None}
 	}
 	return policy
@@ -100,7 +98,6 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, s NetworkSettings) e
 	// what nobody was told has failed.
 	was := b.record().Network
 	if err := m.save(b, func(r *Record) { r.Network = s.clone() }); err != nil {
-		m.save(b, func(*Record) {}) // over what a failed save may have left
 		return err
 	}
 	rec := b.record()
@@ -108,7 +105,7 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, s NetworkSettings) e
 		return nil // hibernated: it is applied when it wakes
 	}
 	if err := m.setNetwork(ctx, rec); err != nil {
-		if cause := context.Cause(b.alive); cause != nil {
+		if cause := context.Cause(b.op.alive); cause != nil {
 			err = cause
 		}
 		back, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
@@ -122,7 +119,7 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, s NetworkSettings) e
 		return fmt.Errorf("update network of sandbox %s: %w", id, err)
 	}
 	// Twice: the record before the last must not allow more than this one does.
-	if err := m.save(b, func(*Record) {}); err != nil {
+	if err := m.rewrite(b); err != nil {
 		m.log.Warn("record not written twice", "sandbox", id, "err", err)
 	}
 	m.log.Info("network policy changed", "sandbox", id)
@@ -145,85 +142,4 @@ func (m *Manager) Traffic(ctx context.Context) (map[ID]network.Counters, error) 
 		}
 	}
 	return traffic, nil
-}
-
-// reconcileEvery is how often what exists is compared with the records.
-const reconcileEvery = time.Minute
-
-// reconciler does so until the manager's life ends.
-func (m *Manager) reconciler() {
-	tick := time.NewTicker(reconcileEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-tick.C:
-			ctx, cancel := context.WithTimeout(m.life, releaseTimeout)
-			m.reconcile(ctx)
-			cancel()
-		case <-m.life.Done():
-			return
-		}
-	}
-}
-
-// reconcile removes what carries our mark and belongs to no sandbox, and rebuilds
-// what somebody took from a sandbox's network. A sandbox whose network cannot be
-// rebuilt is marked as unreachable: its memory and its disk are all right.
-func (m *Manager) reconcile(ctx context.Context) {
-	var found Recovery
-	if err := m.removeStrays(ctx, &found); err != nil {
-		m.log.Error("strays not removed", "err", err)
-	}
-	if len(found.Strays) > 0 {
-		m.log.Warn("strays removed", "strays", found.Strays)
-	}
-
-	m.blame()
-
-	var slots []network.Slot
-	boxes := m.slots()
-	for slot, b := range boxes {
-		if s := b.state(); s == Running || s == Paused {
-			slots = append(slots, slot)
-		}
-	}
-	wrong, err := m.cfg.Network.CheckAll(ctx, slots)
-	if err != nil {
-		m.log.Error("networks not checked", "err", err)
-		return
-	}
-	if wrong.Host != nil {
-		m.log.Warn("the host's part of the networks is set up again", "wrong", wrong.Host)
-		if err := m.cfg.Network.Setup(ctx); err != nil {
-			m.log.Error("the host's part of the networks not set up", "err", err)
-		}
-	}
-	for slot, wrong := range wrong.Slots {
-		// Whoever changes it may be the reason; it is looked at again.
-		if b := boxes[slot]; b.tryHold("repaired") {
-			m.goes("repair", func() {
-				defer b.unhold()
-				m.repair(b, slot, wrong)
-			})
-		}
-	}
-}
-
-// repair rebuilds the network of a sandbox. Called with the op lock held.
-func (m *Manager) repair(b *box, slot network.Slot, wrong error) {
-	rec := b.record()
-	if rec.Slot != slot || rec.State != Running && rec.State != Paused {
-		return
-	}
-	ctx, cancel := context.WithTimeout(m.life, opTimeout)
-	defer cancel()
-	err := m.cfg.Network.Repair(ctx, slot, m.policyInForce(rec), rec.Network.Limits)
-	switch {
-	case err == nil:
-		m.log.Warn("network repaired", "sandbox", b.id, "slot", slot, "wrong", wrong)
-	case errors.Is(err, errdefs.Unavailable):
-		m.unreachable(b, err)
-	default:
-		m.log.Error("network not repaired, will try again", "sandbox", b.id, "slot", slot, "wrong", wrong, "err", err)
-	}
 }

@@ -371,9 +371,9 @@ func TestClockThatIsPutBack(t *testing.T) {
 	}
 	now := time.Now()
 	b.mu.Lock()
-	b.rec.LastActiveAt = now.Add(24 * time.Hour)
+	b.mu.rec.LastActiveAt = now.Add(24 * time.Hour)
 	b.mu.Unlock()
-	if r.expired(b, now) || !r.expired(b, now.Add(61*time.Second)) {
+	if b.expired(now, 0) || !b.expired(now.Add(61*time.Second), 0) {
 		t.Error("it does not expire after its timeout")
 	}
 }

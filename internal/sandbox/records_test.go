@@ -54,7 +54,7 @@ func (r *rig) plant() map[string]ID {
 		if !ok {
 			id = "gone"
 		}
-		vm, err := r.driver.Start(r.t.Context(), vmm.Spec{ID: string(id)})
+		vm, err := r.driver.Start(r.t.Context(), vmm.Spec{ID: string(id), Kernel: vmm.Kernel{Image: "/vmlinux"}, Link: &vmm.Link{Kind: vmm.Tap}})
 		if err == nil && !ok {
 			err = vm.Kill(r.t.Context())
 		}

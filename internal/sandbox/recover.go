@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,7 +13,6 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // Recovery is what Open found of an earlier agent's sandboxes.
@@ -46,16 +44,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	if err != nil {
 		return nil, Recovery{}, err
 	}
-	m := &Manager{
-		cfg: cfg, log: cfg.Log, lock: lock,
-		starts: make(chan struct{}, cfg.Capacity.Starts),
-		boxes:  map[ID]*box{},
-		pool:   pool{woken: make(chan struct{}, 1)},
-		ends:   map[Reason]int{},
-		held:   map[network.Slot]bool{},
-	}
-	m.disk.keep = int64(cfg.Capacity.FreeDiskMiB) << 20
-	m.life, m.end = context.WithCancel(context.Background())
+	m := newManager(cfg, lock)
 	found, err := m.recover(ctx)
 	if err != nil {
 		m.end()
@@ -64,23 +53,46 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 		lock.release()
 		return nil, Recovery{}, fmt.Errorf("recover sandboxes: %w", err)
 	}
-	m.goes("janitor", m.janitor)
-	m.goes("reconciler", m.reconciler)
-	m.goes("disk", m.watchDisk)
-	m.goes("read ahead", m.readAhead)
+	m.goes("janitor", janitor{m}.run)
+	m.goes("reconciler", m.reconciler.run)
+	m.goes("disk", m.disk.watch)
+	m.goes("read ahead", func() { m.readAhead(m.life) })
 	if cfg.Warm > 0 {
-		m.goes("warm pool", m.keepWarm)
+		m.goes("pool", m.keepPool)
 	}
 	return m, found, nil
 }
 
-func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
-	if m.store, err = openStore(filepath.Join(m.cfg.StateDir, "sandboxes")); err != nil {
-		return found, err
+// newManager returns a manager that knows no sandbox yet.
+func newManager(cfg Config, lock *dirLock) *Manager {
+	disk := store{dir: filepath.Join(cfg.StateDir, "sandboxes"), hook: cfg.storeHook}
+	free := disk.freeBytes
+	if cfg.freeDisk != nil {
+		free = cfg.freeDisk
 	}
-	m.store.hook = m.cfg.storeHook
-	m.disk.grows = m.cfg.Capacity.DiskMiB == 0
-	m.growCapacity(m.freeBytes())
+	m := &Manager{
+		registry: &registry{store: disk, log: cfg.Log, boxes: map[ID]*box{}, ends: map[Reason]int{}},
+		work:     newWork(cfg.Log),
+		host:     &host{cfg: cfg, store: disk, log: cfg.Log},
+		ledger:   newLedger(cfg.Capacity, free),
+		fence:    &fence{net: cfg.Network, slots: map[network.Slot]bool{}},
+		pool:     newPool(cfg.Warm, cfg.poolCalm),
+		lock:     lock, store: disk, log: cfg.Log,
+	}
+	m.disk = newDisk(m.registry, m.work, m.ledger, free, cfg.Capacity)
+	m.vms = &vms{
+		registry: m.registry, work: m.work, host: m.host, disk: m.disk, log: cfg.Log, store: disk,
+		starts: make(chan struct{}, cfg.Capacity.Starts), started: m.pool.stir, ended: m.releaseEnded,
+	}
+	m.reconciler = &reconciler{vms: m.vms, fence: m.fence, ledger: m.ledger}
+	return m
+}
+
+func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
+	if err := os.MkdirAll(m.store.dir, 0o700); err != nil {
+		return found, fmt.Errorf("make sandbox directory: %w", err)
+	}
+	m.disk.grow(m.disk.free())
 	if m.events, err = openEvents(filepath.Join(m.cfg.StateDir, "events.jsonl"), m.log); err != nil {
 		return found, err
 	}
@@ -106,7 +118,7 @@ func (m *Manager) recover(ctx context.Context) (found Recovery, err error) {
 	return m.takeUpAll(ctx, found), nil
 }
 
-// enter puts a record of an earlier agent into the books.
+// enter makes a record of an earlier agent known.
 func (m *Manager) enter(rec Record) {
 	if rec.State != Stopped && rec.State != Unknown && rec.Slot != 0 {
 		// No two sandboxes have one slot: one of the records is wrong, and the VMs
@@ -114,8 +126,7 @@ func (m *Manager) enter(rec Record) {
 		if err := m.cfg.Network.Claim(rec.Slot); err != nil {
 			for _, b := range m.all() {
 				if other := b.record(); other.Slot == rec.Slot && other.State != Unknown && other.State != Stopped {
-					m.held[rec.Slot] = true
-					m.used = m.used.minus(other.takes())
+					m.fence.hold(rec.Slot)
 					m.enter(m.store.unknown(other.ID, fmt.Errorf("the record's network slot: %w", err)))
 				}
 			}
@@ -125,9 +136,9 @@ func (m *Manager) enter(rec Record) {
 	if rec.State == Unknown {
 		m.standIn(&rec)
 	}
-	m.boxes[rec.ID] = newBox(rec)
+	m.adopt(rec)
 	if rec.State != Stopped {
-		m.used = m.used.plus(rec.takes())
+		m.ledger.adopt(rec.ID, rec.takes())
 	}
 }
 
@@ -162,76 +173,26 @@ func (m *Manager) takeUpAll(ctx context.Context, found Recovery) Recovery {
 	case <-late.C:
 		m.log.Warn("some sandboxes are still being taken up")
 	}
-	m.blame()
+	m.logHostFault()
 	mu.Lock()
 	defer mu.Unlock()
 	return found
-}
-
-// removeStrays ends the VMs and closes the slots that belong to no sandbox. Whose
-// directory is there has a sandbox, whatever its record says.
-func (m *Manager) removeStrays(ctx context.Context, found *Recovery) error {
-	known := func(name string) bool {
-		m.mu.Lock()
-		b := m.boxes[ID(name)]
-		m.mu.Unlock()
-		if b != nil || !idPattern.MatchString(name) {
-			return b != nil
-		}
-		_, err := os.Lstat(m.store.path(ID(name)))
-		return !errors.Is(err, fs.ErrNotExist)
-	}
-	killed, err := m.cfg.KillStrays(ctx, m.cfg.RunDir, m.cgroups(), known)
-	if err != nil {
-		return fmt.Errorf("kill stray vms: %w", err)
-	}
-	found.Strays = append(found.Strays, killed...)
-	if err := m.fence(ctx); err != nil {
-		m.log.Error("stray networks are left, they may belong to unknown sandboxes", "err", err)
-		return nil
-	}
-	// What cannot be removed is fenced off, counted and tried again there.
-	strays, err := m.cfg.Network.RemoveStrays(ctx)
-	if err != nil {
-		m.log.Error("stray networks not removed, their slots are fenced off", "err", err)
-	}
-	for _, s := range strays {
-		found.Strays = append(found.Strays, fmt.Sprintf("slot %d", s))
-	}
-	entries, err := os.ReadDir(m.cfg.RunDir)
-	if err != nil {
-		return fmt.Errorf("read run directory: %w", err)
-	}
-	for _, e := range entries {
-		if idPattern.MatchString(e.Name()) && !known(e.Name()) {
-			if err := os.RemoveAll(filepath.Join(m.cfg.RunDir, e.Name())); err != nil {
-				return fmt.Errorf("remove stray run directory: %w", err)
-			}
-		}
-	}
-	return nil
-}
-
-// slots returns the boxes that have one, by it.
-func (m *Manager) slots() map[network.Slot]*box {
-	slots := map[network.Slot]*box{}
-	for _, b := range m.all() {
-		if rec := b.record(); rec.Slot != 0 && rec.State != Stopped {
-			slots[rec.Slot] = b
-		}
-	}
-	return slots
 }
 
 // takeUp brings one record to a state that is true, and returns the list of
 // found in which its ID belongs. Called with the op lock held.
 func (m *Manager) takeUp(ctx context.Context, b *box, found *Recovery) *[]ID {
 	switch rec := b.record(); rec.State {
-	case Creating:
-		m.release(b, CreateFailed, "the agent stopped while the sandbox was being created")
+	case Creating, Waiting:
+		_ = m.release(b, CreateFailed, "the agent stopped while the sandbox was being created")
 		return &found.Freed
+	case Stopped:
+		if rec.BootKey != "" { // a waiting guest of an earlier agent's
+			_ = m.forget(b)
+		}
+		return nil
 	case Stopping:
-		m.release(b, rec.Reason, rec.Detail)
+		_ = m.release(b, rec.Reason, rec.Detail)
 		return &found.Freed
 	case Running, Paused:
 		return m.takeUpVM(ctx, b, found)
@@ -267,43 +228,30 @@ func (m *Manager) takeUpVM(ctx context.Context, b *box, found *Recovery) *[]ID {
 	}
 }
 
-// driverOf returns the driver that a handle is of. The Driver says itself that
-// it knows nothing of a handle that is nobody's.
-func (m *Manager) driverOf(h vmm.Handle) vmm.Driver {
-	for _, d := range m.cfg.Others {
-		if d.Name() == h.Driver {
-			return d
-		}
-	}
-	return m.cfg.Driver
-}
-
 // Shutdown ends the manager: no more creates, those in progress are undone.
 // The VMs are left for the next agent, or, with destroy, ended in parallel, but
 // for those of unknown sandboxes, which a person decides about.
 // It may be called again; each call returns when all is done or ctx ends.
 func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
-	m.mu.Lock()
-	m.draining = true
-	m.mu.Unlock()
+	m.drain()
+	m.pool.close()
 
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	var errs []error
 	for _, b := range m.all() {
-		b.mu.Lock()
-		creating, destroy := b.rec.State == Creating, destroy && b.rec.State != Unknown
-		if creating && b.abort != nil {
-			b.abort(errdefs.Unavailable.Errorf("the host is shutting down"))
-		}
-		b.mu.Unlock()
+		state := b.state()
+		creating, destroy := state == Creating || state == Waiting, destroy && state != Unknown
 		if !creating && !destroy {
 			continue
 		}
+		if creating {
+			b.cancel(errShutDown)
+		}
 		wg.Go(func() {
 			var err error
-			if destroy || m.inPool(b) {
-				err = m.destroyBox(ctx, b)
+			if destroy || m.pool.holds(b) {
+				err = m.destroy(ctx, b)
 			} else if err = b.hold(ctx, "awaited"); err == nil {
 				b.unhold()
 			}
@@ -315,24 +263,13 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 		})
 	}
 	wg.Wait()
-	m.end()
-	m.mu.Lock()
-	m.ended = true
-	m.mu.Unlock()
-	ended := make(chan struct{})
-	go func() {
-		m.wg.Wait()
-		close(ended)
-	}()
-	select {
-	case <-ended:
-		m.events.shut()
-		// Unless a VM's directory is in it, for the next agent to find.
-		_ = os.Remove(m.cfg.RunDir)
-		m.lock.release()
-	case <-ctx.Done():
-		errs = append(errs, fmt.Errorf("wait for work in progress: %w", context.Cause(ctx)))
+	if err := m.stop(ctx); err != nil {
+		return errors.Join(append(errs, err)...)
 	}
+	m.events.shut()
+	// Unless a VM's directory is in it, for the next agent to find.
+	_ = os.Remove(m.cfg.RunDir)
+	m.lock.release()
 	return errors.Join(errs...)
 }
 

@@ -46,6 +46,11 @@ const (
 	Stopping   State = "stopping"
 	Stopped    State = "stopped"
 
+	// Waiting is the state of a guest that is restored ahead of use and has no identity
+	// yet, or is about to be. No list shows it, no call reaches it, and a restart frees
+	// it.
+	Waiting State = "waiting"
+
 	// Unknown is the state of a sandbox whose record cannot be used. All that it
 	// has is left alone until the record can be, or until somebody destroys it.
 	// No record says so.
@@ -54,12 +59,13 @@ const (
 
 // States returns all states, in the order of a sandbox's life.
 func States() []State {
-	return []State{Creating, Running, Paused, Hibernated, Stopping, Stopped, Unknown}
+	return []State{Waiting, Creating, Running, Paused, Hibernated, Stopping, Stopped, Unknown}
 }
 
 // moves says which state may follow which. A sandbox that is unknown no more is
 // what its record says; see install.
 var moves = map[State][]State{
+	Waiting:    {Running},
 	Creating:   {Running, Stopping},
 	Running:    {Paused, Hibernated, Stopping},
 	Paused:     {Running, Hibernated, Stopping},
@@ -195,12 +201,12 @@ type Record struct {
 	CloneKey string `json:"cloneKey,omitempty"`
 	// VM is set from the start of the VMM until the sandbox is stopped.
 	VM *vmm.Handle `json:"vm,omitempty"`
-	// Warm marks a guest that waits, in creating, for the sandbox that it will
-	// be: the key of the ready snapshot that it came from. Nobody knows of it,
-	// and no start takes it over.
-	Warm string `json:"warm,omitempty"`
-	// Restored says that the VM came from a snapshot and was not booted.
+	// Restored says that the VM came from a snapshot and was not booted. The host itself
+	// does not read it.
 	Restored bool `json:"restored,omitempty"`
+	// BootKey is, in state waiting, the key of the boot snapshot that the guest comes
+	// from.
+	BootKey string `json:"warm,omitempty"`
 
 	CreatedAt time.Time `json:"createdAt"`
 	// StateAt is when State was entered.

@@ -2,15 +2,12 @@ package sandbox
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // Snapshot is a copy of what callers may know of a named snapshot.
@@ -64,13 +61,13 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 	if err := b.full(OpSnapshot); err != nil {
 		return Snapshotted{}, err
 	}
-	copied, err := m.room(int64(rec.MemMiB)<<20 + m.store.takenBytes(id))
+	copied, err := m.disk.reserve(int64(rec.MemMiB)<<20 + m.store.takenBytes(id))
 	if err != nil {
 		return fail(err)
 	}
 	defer copied()
 	if name == "" {
-		name = newSnapshotName()
+		name = "snap-" + randomHex(6)
 	}
 	stage, err := m.cfg.Templates.StageSnapshot(ctx, name)
 	if err != nil {
@@ -78,56 +75,48 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 	}
 	defer stage.Discard()
 	began := time.Now()
-	source, paused, err := m.photograph(ctx, id, OpSnapshot, "copied into a snapshot", stage.Dir, stage.AddOverlay)
+	was, err := m.copyState(ctx, id, "copied into a snapshot", freezing{op: OpSnapshot, dir: stage.Dir, disk: stage.AddOverlay})
 	if err != nil {
 		return Snapshotted{}, err
 	}
-	meta := template.Meta{
-		Shape: template.Shape{Driver: source.VM.Driver, VCPUs: source.VCPUs, MemMiB: source.MemMiB, DiskMiB: source.DiskMiB},
-		Source: &template.Source{
-			Sandbox: string(id), Template: source.Template, Base: source.Base, CloneKey: source.CloneKey,
-			Synced: true, Login: source.Login, CreatedAt: time.Now().UTC(),
-		},
-	}
-	publish, cancel := context.WithTimeoutCause(ctx, moveTimeout(source), errdefs.Unavailable.Errorf("the host's disk is too slow"))
-	defer cancel()
-	if meta.Key, err = m.memoryKey(publish, meta.Shape); err == nil {
-		err = stage.Publish(publish, meta)
-	}
-	if err == nil && ctx.Err() != nil {
-		// Whoever left does not know that it is there.
-		err = errors.Join(context.Cause(ctx), m.cfg.Templates.DropSnapshot(name))
-	}
-	if err != nil {
+	if err := m.publishSnapshot(ctx, name, stage, was.record); err != nil {
 		return fail(errdefs.DiskFull(err))
 	}
-	m.log.Info("snapshot made", "snapshot", name, "sandbox", id, "paused", paused.Round(time.Millisecond), "took", time.Since(began).Round(time.Millisecond))
+	m.log.Info("snapshot made", "snapshot", name, "sandbox", id,
+		"paused", was.paused.Round(time.Millisecond), "took", time.Since(began).Round(time.Millisecond))
 	made, err := m.cfg.Templates.Snapshot(ctx, name)
 	if err != nil {
 		return fail(err)
 	}
-	return Snapshotted{Snapshot: snapshotInfo(made), Paused: paused}, nil
+	return Snapshotted{Snapshot: snapshotInfo(made), Paused: was.paused}, nil
 }
 
-// memoryKey identifies what the memory of a driver's VM of that size depends on
-// here. Its kernel and its envd are in it, so they are not part of that. A driver
-// that is not here, or cannot restore, is errdefs.Unsupported.
-func (m *Manager) memoryKey(ctx context.Context, shape template.Shape) (string, error) {
-	driver := m.driverOf(vmm.Handle{Driver: shape.Driver})
-	if here := driver.Name(); shape.Driver != here {
-		return "", errdefs.Unsupported.Errorf("its memory is of the vmm %s, here is %s", shape.Driver, here)
+// publishSnapshot shows what was written of a sandbox, whose record said of, under a
+// name.
+func (m *Manager) publishSnapshot(ctx context.Context, name string, stage template.Stage, of Record) error {
+	meta := template.Meta{
+		Shape: template.Shape{Driver: of.VM.Driver, VCPUs: of.VCPUs, MemMiB: of.MemMiB, DiskMiB: of.DiskMiB},
+		Source: &template.Source{
+			Sandbox: string(of.ID), Template: of.Template, Base: of.Base, CloneKey: of.CloneKey,
+			Synced: true, Login: of.Login, CreatedAt: time.Now().UTC(),
+		},
 	}
-	restorer, ok := driver.(vmm.Restorer)
-	if !ok {
-		return "", errdefs.Unsupported.Errorf("the vmm %s cannot restore snapshots", shape.Driver)
+	publish, cancel := context.WithTimeoutCause(ctx, moveTimeout(of), errdefs.Unavailable.Errorf("the host's disk is too slow"))
+	defer cancel()
+	var err error
+	if meta.Key, err = m.memoryKey(publish, meta.Shape); err == nil {
+		err = stage.Publish(publish, meta)
 	}
-	any := Record{ID: bootName, Slot: 1, VCPUs: shape.VCPUs, MemMiB: shape.MemMiB, DiskMiB: shape.DiskMiB}
-	return restorer.SnapshotKey(ctx, m.spec(any, template.Template{}))
+	if err == nil && ctx.Err() != nil {
+		// The caller has left and does not know that it is there.
+		err = errors.Join(context.Cause(ctx), m.cfg.Templates.DropSnapshot(name))
+	}
+	return err
 }
 
 // Snapshots returns the named snapshots, newest first.
-func (m *Manager) Snapshots() ([]Snapshot, error) {
-	all, err := m.cfg.Templates.Snapshots()
+func (h *host) Snapshots() ([]Snapshot, error) {
+	all, err := h.cfg.Templates.Snapshots()
 	if err != nil {
 		return nil, err
 	}
@@ -139,18 +128,18 @@ func (m *Manager) Snapshots() ([]Snapshot, error) {
 }
 
 // DeleteSnapshot removes a named snapshot. Sandboxes made from it go on.
-func (m *Manager) DeleteSnapshot(name string) error {
-	if err := m.cfg.Templates.DropSnapshot(name); err != nil {
+func (h *host) DeleteSnapshot(name string) error {
+	if err := h.cfg.Templates.DropSnapshot(name); err != nil {
 		return err
 	}
-	m.log.Info("snapshot deleted", "snapshot", name)
+	h.log.Info("snapshot deleted", "snapshot", name)
 	return nil
 }
 
-// createFrom is Create from a named snapshot: the memory and the disk are its
+// createFromSnapshot is Create from a named snapshot: the memory and the disk are its
 // source's, the identity is the sandbox's own. If the memory does not fit the
 // host any more, the sandbox boots from the disk.
-func (m *Manager) createFrom(ctx context.Context, req CreateRequest) (Created, error) {
+func (m *Manager) createFromSnapshot(ctx context.Context, req CreateRequest) (Created, error) {
 	name := req.Template
 	snap, err := m.cfg.Templates.Snapshot(ctx, name)
 	if errors.Is(err, errdefs.NotFound) {
@@ -161,9 +150,11 @@ func (m *Manager) createFrom(ctx context.Context, req CreateRequest) (Created, e
 	}
 	switch shape := snap.Shape; {
 	case req.VCPUs != 0 && req.VCPUs != shape.VCPUs:
-		return Created{}, errdefs.InvalidArgument.Errorf("snapshot %q has %d vcpus, which cannot become %d: name none to take its own", name, shape.VCPUs, req.VCPUs)
+		return Created{}, errdefs.InvalidArgument.Errorf(
+			"snapshot %q has %d vcpus, which cannot become %d: name none to take its own", name, shape.VCPUs, req.VCPUs)
 	case req.MemMiB != 0 && req.MemMiB != shape.MemMiB:
-		return Created{}, errdefs.InvalidArgument.Errorf("snapshot %q has %d MiB of memory, which cannot become %d: name none to take its own", name, shape.MemMiB, req.MemMiB)
+		return Created{}, errdefs.InvalidArgument.Errorf(
+			"snapshot %q has %d MiB of memory, which cannot become %d: name none to take its own", name, shape.MemMiB, req.MemMiB)
 	}
 	tmpl, err := m.cfg.Templates.Get(snap.Source.Template)
 	if errors.Is(err, errdefs.NotFound) {
@@ -173,35 +164,44 @@ func (m *Manager) createFrom(ctx context.Context, req CreateRequest) (Created, e
 		return Created{}, err
 	}
 	if tmpl.BaseSHA256 != snap.Source.Base {
-		return Created{}, errdefs.Unsupported.Errorf("snapshot %q needs the base image that template %q had when it was made; the template has another one now", name, tmpl.Name)
+		return Created{}, errdefs.Unsupported.Errorf(
+			"snapshot %q needs the base image that template %q had when it was made; the template has another one now", name, tmpl.Name)
+	}
+	src, err := m.snapshotSource(ctx, snap)
+	if err != nil {
+		return Created{}, err
+	}
+	if err := req.check(); err != nil {
+		return Created{}, err
 	}
 	req.Template, req.VCPUs, req.MemMiB, req.diskMiB = tmpl.Name, snap.Shape.VCPUs, snap.Shape.MemMiB, snap.Shape.DiskMiB
 	req.Login = req.Login.Over(snap.Source.Login)
-	from := photo{Ready: snap.Ready, token: snap.Source.CloneKey, bootable: snap.Source.Synced}
-	key, err := m.memoryKey(ctx, snap.Shape)
-	switch {
-	case err != nil && !errors.Is(err, errdefs.Unsupported):
-		return Created{}, err
-	case err != nil:
-		from.why = first(err)
-	case key != snap.Key:
-		from.why = "its memory is of another version of the vmm, another machine or another cpu than here"
-	}
-	if from.why != "" && !from.bootable {
-		return Created{}, errdefs.Unsupported.Errorf(
-			"snapshot %q cannot be restored: %s; nor can it be booted, for its disk was not up to date", name, from.why)
-	}
-	return m.make(ctx, req, tmpl.BaseSHA256, func(ctx context.Context, b *box, took *phases) error {
-		if err := m.develop(ctx, b, tmpl, from, took); err != nil {
-			return err
-		}
-		took.log(m.log, b)
-		return m.move(b, Running, nil)
-	})
+	return m.create(ctx, req, tmpl, src)
 }
 
-func newSnapshotName() string {
-	var b [6]byte
-	rand.Read(b[:]) // never fails
-	return "snap-" + hex.EncodeToString(b[:])
+// snapshotSource returns what a sandbox starts from that is made from a named snapshot.
+// A disk that was synced can be booted where the memory does not fit.
+func (h *host) snapshotSource(ctx context.Context, snap template.Snapshot) (sourceOf, error) {
+	key, err := h.memoryKey(ctx, snap.Shape)
+	why := ""
+	switch {
+	case err != nil && !errors.Is(err, errdefs.Unsupported):
+		return nil, err
+	case err != nil:
+		why = firstLine(err)
+	case key != snap.Key:
+		why = "its memory is of another version of the vmm, another machine or another cpu than here"
+	}
+	src := source{memory: snap.Dir, disk: snap.Overlay, token: snap.Source.CloneKey}
+	if snap.Source.Synced {
+		src.boot = &source{from: FromBoot, why: why, disk: snap.Overlay}
+	}
+	if why == "" {
+		return fromSnapshot(src), nil
+	}
+	if src.boot == nil {
+		return nil, errdefs.Unsupported.Errorf(
+			"snapshot %q cannot be restored: %s; nor can it be booted, for its disk was not up to date", snap.Name, why)
+	}
+	return fromSnapshotDisk(*src.boot), nil
 }

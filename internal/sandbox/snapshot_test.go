@@ -305,14 +305,14 @@ func TestSnapshotDeletedMeanwhile(t *testing.T) {
 
 func TestSnapshotNeedsRoom(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t)
+		r, free := diskRig(t)
 		id := r.create()
-		r.cfg.Capacity.FreeDiskMiB = int(r.store.freeBytes()>>20) - 1
+		free.Store((testKeepMiB + 1) << 20)
 		_, err := r.Snapshot(t.Context(), id, "snap")
 		wantClass(t, err, errdefs.Exhausted)
 		r.wantState(id, Running)
 		// And on the way.
-		r.cfg.Capacity.FreeDiskMiB = 0
+		free.Store(100 << 30)
 		full := &os.PathError{Op: "write", Path: "mem", Err: syscall.ENOSPC}
 		for _, step := range []string{"snapshot", "snapshot.overlay"} {
 			r.faults.on(step, func(context.Context) error { return full })

@@ -16,8 +16,9 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-// store keeps the records: one directory per sandbox with its record, the record
-// before that, overlay and console. Names with a leading dot are garbage.
+// store keeps the files of sandboxes: one directory per sandbox with its record, the
+// record before that, overlay, console and, if it is hibernated, its snapshot. Names
+// with a leading dot are garbage.
 type store struct {
 	dir string
 	// hook is called before and after each change on disk; tests let it fail.
@@ -29,13 +30,6 @@ func (s store) at(step string) error {
 		return nil
 	}
 	return s.hook(step)
-}
-
-func openStore(dir string) (store, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return store{}, fmt.Errorf("make sandbox directory: %w", err)
-	}
-	return store{dir: dir}, nil
 }
 
 func (s store) path(id ID, elem ...string) string {
@@ -58,43 +52,70 @@ func (s store) reserve(id ID) error {
 	return errdefs.DiskFull(os.Mkdir(s.path(id), 0o700))
 }
 
+// errUnsettled is the error of a save of which it is not known whether the record on
+// disk is the old one or the new one.
+var errUnsettled = errors.New("the record on disk may be either one")
+
+// unsettled is an error that is errUnsettled, too.
+type unsettled struct{ error }
+
+func (u unsettled) Unwrap() error      { return u.error }
+func (unsettled) Is(target error) bool { return target == errUnsettled }
+
 // save replaces the record atomically and durably. The one before is kept beside
-// it.
+// it. On error the record is the old one, unless the error is errUnsettled.
 func (s store) save(r Record) (err error) {
-	defer func() { err = errdefs.DiskFull(err) }()
+	defer func() {
+		if err != nil {
+			err = errdefs.DiskFull(fmt.Errorf("write record: %w", err))
+		}
+	}()
+	tmp, err := s.writeRecord(r)
+	if err != nil {
+		return err
+	}
+	defer os.Remove(tmp) // gone after the rename
+	if err := s.keepPrevious(r.ID); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, s.record(r.ID)); err != nil {
+		return err
+	}
+	err = syncDir(s.path(r.ID))
+	if err == nil {
+		err = s.at("saved " + string(r.State))
+	}
+	if err == nil {
+		return nil
+	}
+	if terr := s.takeBack(r.ID); terr != nil {
+		return unsettled{fmt.Errorf("%w; then take it back: %w", err, terr)}
+	}
+	return err
+}
+
+// writeRecord writes a record durably into a file beside the present one.
+func (s store) writeRecord(r Record) (path string, err error) {
 	data, err := json.MarshalIndent(r, "", "  ")
 	if err == nil {
 		err = s.at("save " + string(r.State))
 	}
 	if err != nil {
-		return fmt.Errorf("write record: %w", err)
+		return "", err
 	}
 	f, err := os.CreateTemp(s.path(r.ID), ".record-*")
 	if err != nil {
-		return fmt.Errorf("write record: %w", err)
+		return "", err
 	}
-	defer os.Remove(f.Name()) // gone after the rename
 	_, err = f.Write(append(seal(data), '\n'))
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil && !r.LastActiveAt.IsZero() {
 		err = os.Chtimes(f.Name(), time.Time{}, r.LastActiveAt)
 	}
-	if err == nil {
-		err = s.keepPrevious(r.ID)
-	}
-	if err == nil {
-		err = os.Rename(f.Name(), s.record(r.ID))
-	}
-	if err == nil {
-		err = syncDir(s.path(r.ID))
-	}
-	if err == nil {
-		err = s.at("saved " + string(r.State))
-	}
 	if err != nil {
-		return fmt.Errorf("write record: %w", err)
+		return "", errors.Join(err, os.Remove(f.Name()))
 	}
-	return nil
+	return f.Name(), nil
 }
 
 // keepPrevious gives the present record its second name. A crash after the first
@@ -107,6 +128,28 @@ func (s store) keepPrevious(id ID) error {
 		return err
 	}
 	return nil
+}
+
+// takeBack puts the previous record in the place of the present one. That takes no
+// space on the disk.
+func (s store) takeBack(id ID) error {
+	data, _, err := readRecord(s.previous(id))
+	if errors.Is(err, fs.ErrNotExist) { // it is the first record: there is none again
+		return errors.Join(remove(s.record(id)), syncDir(s.path(id)))
+	}
+	if err != nil {
+		return err
+	}
+	if old, err := decodeRecord(data); err == nil {
+		if err := s.at("save " + string(old.State)); err != nil {
+			return err
+		}
+	}
+	again := s.path(id, ".record-again")
+	if err := errors.Join(remove(again), os.Link(s.previous(id), again)); err != nil {
+		return err
+	}
+	return errors.Join(os.Rename(again, s.record(id)), syncDir(s.path(id)))
 }
 
 // touch notes on disk that the sandbox was active. It survives the agent, and
@@ -172,6 +215,9 @@ func decodeRecord(data []byte) (Record, error) {
 	var r Record
 	if err := json.Unmarshal(data, &r); err != nil {
 		return Record{}, fmt.Errorf("record is damaged: %w", err)
+	}
+	if r.BootKey != "" && (r.State == Creating || r.State == Stopping) {
+		r.State = Waiting // earlier agents wrote these states, with the key as a mark
 	}
 	return r, r.validate()
 }

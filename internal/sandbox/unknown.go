@@ -4,12 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
-	"git.omukk.dev/wrenn/sandbox/internal/network"
 )
 
 // A sandbox is unknown whose record cannot be used. Its id is taken, its VM, its
@@ -17,118 +15,10 @@ import (
 // as far as it can be made out, and as the default size where it cannot.
 
 // standIn completes the record that stands in for one that cannot be used.
-func (m *Manager) standIn(rec *Record) {
+func (h *host) standIn(rec *Record) {
 	if rec.VCPUs == 0 {
-		rec.VCPUs, rec.MemMiB, rec.DiskMiB = 1, 512, m.cfg.OverlayMiB
+		rec.VCPUs, rec.MemMiB, rec.DiskMiB = 1, 512, h.cfg.OverlayMiB
 	}
-}
-
-// fence keeps the networks of unknown sandboxes from being taken for strays. That
-// of a VM is the one that its process is in. Where that cannot be found out, every
-// network that no record names is kept.
-func (m *Manager) fence(ctx context.Context) error {
-	var unknown []*box
-	for _, b := range m.all() {
-		if rec := b.record(); rec.State == Unknown && rec.Slot == 0 {
-			unknown = append(unknown, b)
-		}
-	}
-	if len(unknown) == 0 {
-		return m.unfence(ctx)
-	}
-	strays, err := m.cfg.Network.Strays(ctx)
-	if err != nil {
-		return fmt.Errorf("look for the networks of unknown sandboxes: %w", err)
-	}
-	m.mu.Lock()
-	for s := range m.held {
-		strays = append(strays, s)
-	}
-	m.mu.Unlock()
-	var paths []string
-	slots := map[string]network.Slot{}
-	for _, s := range strays {
-		path := m.cfg.Network.Plan().Addrs(s).NetNSPath
-		paths, slots[path] = append(paths, path), s
-	}
-	sure := true
-	for _, b := range unknown {
-		if !b.tryHold("looked at") {
-			sure = false
-			continue
-		}
-		path, err := m.cfg.NetNSOf(m.cfg.RunDir, string(b.id), paths)
-		if s, ok := slots[path]; ok && err == nil {
-			err = m.giveSlot(b, s)
-		}
-		if err != nil {
-			m.log.Warn("network of an unknown sandbox not found", "sandbox", b.id, "err", err)
-			sure = false
-		}
-		b.unhold()
-	}
-	if sure {
-		return m.unfence(ctx)
-	}
-	for _, s := range strays {
-		// One that is taken by now is a sandbox's that is known.
-		if m.cfg.Network.Claim(s) == nil {
-			m.mu.Lock()
-			m.held[s] = true
-			m.mu.Unlock()
-		}
-	}
-	return nil
-}
-
-// giveSlot notes that a slot belongs to an unknown sandbox. Called with the op
-// lock held.
-func (m *Manager) giveSlot(b *box, s network.Slot) error {
-	if err := m.claim(s); err != nil {
-		return err
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	m.used = m.used.minus(b.rec.takes())
-	b.rec.Slot, b.rec.HostIP = s, m.cfg.Network.Plan().Addrs(s).HostIP
-	m.used = m.used.plus(b.rec.takes())
-	return nil
-}
-
-// claim is Network.Claim, of a slot that is held, too.
-func (m *Manager) claim(s network.Slot) error {
-	m.mu.Lock()
-	held := m.held[s]
-	delete(m.held, s)
-	m.mu.Unlock()
-	if held {
-		return nil
-	}
-	return m.cfg.Network.Claim(s)
-}
-
-// unfence frees the slots that turned out to belong to no sandbox.
-func (m *Manager) unfence(ctx context.Context) error {
-	m.mu.Lock()
-	held := maps.Clone(m.held)
-	m.mu.Unlock()
-	var errs []error
-	for s := range held {
-		err := m.cfg.Network.Close(ctx, s)
-		if err == nil {
-			err = m.cfg.Network.Release(s)
-		}
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		m.mu.Lock()
-		delete(m.held, s)
-		m.mu.Unlock()
-	}
-	return errors.Join(errs...)
 }
 
 // Recover looks again at a sandbox that is unknown or unreachable, now and not
@@ -144,9 +34,9 @@ func (m *Manager) Recover(ctx context.Context, id ID) (Info, error) {
 	if info := b.info(); err == nil {
 		return info, nil
 	} else if info.Reason == NotUnderstood {
-		return info, errdefs.Corrupt.Errorf("recover sandbox %s: %s", id, m.told(err))
+		return info, errdefs.Corrupt.Errorf("recover sandbox %s: %s", id, m.detail(err))
 	}
-	return b.info(), errdefs.Unavailable.Errorf("recover sandbox %s: %s", id, m.told(err))
+	return b.info(), errdefs.Unavailable.Errorf("recover sandbox %s: %s", id, m.detail(err))
 }
 
 // lookInto looks again at a sandbox of which something is wrong. Called with the op
@@ -178,18 +68,16 @@ func (m *Manager) reread(ctx context.Context, b *box) error {
 		m.takeUp(ctx, b, &found)
 		return nil
 	}
-	if !errdefs.CannotRead(err) && !errors.Is(err, errNewer) && m.fallBack(ctx, b) {
+	if !errdefs.CannotRead(err) && !errors.Is(err, errNewer) && m.usePrevious(ctx, b) {
 		return nil
 	}
 	again := m.store.unknown(b.id, err)
-	b.mu.Lock()
-	news := b.rec.Reason != again.Reason
-	b.rec.Reason, b.rec.Detail = again.Reason, again.Detail
-	b.mu.Unlock()
+	news := b.record().Reason != again.Reason
+	b.set(func(r *Record) { r.Reason, r.Detail = again.Reason, again.Detail })
 	if news {
 		m.tellUnknown(b)
 	}
-	m.lookAgain(b)
+	b.lookLater()
 	return err
 }
 
@@ -206,7 +94,7 @@ func (m *Manager) install(ctx context.Context, b *box, rec Record) error {
 		return errdefs.Corrupt.Errorf("the record names network slot %d, and the vm is in %d", slot, was.Slot)
 	}
 	if slot != 0 && was.Slot == 0 {
-		if err := m.claim(slot); err != nil {
+		if err := m.fence.claim(slot); err != nil {
 			if !m.vmGone(ctx, rec) {
 				return fmt.Errorf("the record's network slot: %w", err)
 			}
@@ -214,39 +102,27 @@ func (m *Manager) install(ctx context.Context, b *box, rec Record) error {
 			rec.Slot, rec.HostIP = 0, netip.Addr{}
 		}
 	}
-	m.mu.Lock()
-	b.mu.Lock()
-	m.used = m.used.minus(was.takes())
-	if rec.State != Stopped {
-		m.used = m.used.plus(rec.takes())
+	b.set(func(r *Record) { *r = rec })
+	b.reached()
+	if rec.State == Stopped {
+		m.ledger.give(b.id)
+	} else {
+		m.ledger.adopt(b.id, rec.takes())
 	}
-	b.rec = rec
-	b.looks = 0
-	b.mu.Unlock()
-	m.mu.Unlock()
-	if rec.Warm == "" {
+	if rec.State != Waiting {
 		m.tell(Event{Time: time.Now().UTC(), ID: b.id, From: Unknown, To: rec.State, Reason: rec.Reason})
 	}
 	m.log.Info("sandbox is known again", "sandbox", b.id, "state", rec.State)
 	return nil
 }
 
-// vmGone says whether it is proven that the VM of a record is not there.
-func (m *Manager) vmGone(ctx context.Context, rec Record) bool {
-	if rec.VM == nil {
-		return true
-	}
-	_, err := m.driverOf(*rec.VM).Attach(ctx, *rec.VM)
-	return errors.Is(err, errdefs.NotFound)
-}
-
-// fallBack takes an unknown sandbox up by the record before the damaged one. That
+// usePrevious takes an unknown sandbox up by the record before the damaged one. That
 // may name what is not so any more; it is believed only if the VM that it names is
 // there and, where it runs, the guest takes the token. Called with the op lock
 // held.
-func (m *Manager) fallBack(ctx context.Context, b *box) bool {
+func (m *Manager) usePrevious(ctx context.Context, b *box) bool {
 	rec, err := m.store.loadFile(b.id, m.store.previous(b.id))
-	if err == nil && rec.State == Creating && rec.VM != nil && rec.Warm == "" {
+	if err == nil && rec.State == Creating && rec.VM != nil {
 		// The one after that said that it runs, or its VM would not be there.
 		rec.State = Running
 	}
@@ -257,28 +133,18 @@ func (m *Manager) fallBack(ctx context.Context, b *box) bool {
 	if was.Slot != rec.Slot { // that of the VM is known, or nothing is
 		return false
 	}
-	b.mu.Lock()
-	b.rec = rec
-	b.mu.Unlock()
+	b.set(func(r *Record) { *r = rec })
 	err = m.reach(ctx, b)
-	b.mu.Lock()
-	b.rec = was
-	g := b.guest
+	b.set(func(r *Record) { *r = was })
 	if err != nil {
-		b.guest = nil
-	}
-	b.mu.Unlock()
-	if err != nil {
-		if g != nil {
-			g.Close()
-		}
+		b.closeGuest()
 		m.log.Warn("the record before the damaged one does not do either", "sandbox", b.id, "err", err)
 		return false
 	}
 	if err := m.install(ctx, b, rec); err != nil {
 		return false
 	}
-	if err := m.save(b, func(*Record) {}); err != nil {
+	if err := m.rewrite(b); err != nil {
 		m.log.Error("record not mended", "sandbox", b.id, "err", err)
 	}
 	m.log.Warn("the record was damaged, the one before is in force", "sandbox", b.id)
@@ -286,10 +152,10 @@ func (m *Manager) fallBack(ctx context.Context, b *box) bool {
 }
 
 // tellUnknown puts it into the events and the log that a sandbox is unknown.
-func (m *Manager) tellUnknown(b *box) {
+func (r *registry) tellUnknown(b *box) {
 	rec := b.record()
-	m.log.Error("record cannot be used, the sandbox is left alone", "sandbox", b.id, "reason", rec.Reason, "detail", rec.Detail)
-	if last, ok := m.events.lastOf(b.id); !ok || last.To != Unknown || last.Reason != rec.Reason {
-		m.tell(Event{Time: time.Now().UTC(), ID: b.id, From: last.To, To: Unknown, Reason: rec.Reason})
+	r.log.Error("record cannot be used, the sandbox is left alone", "sandbox", b.id, "reason", rec.Reason, "detail", rec.Detail)
+	if last, ok := r.events.lastOf(b.id); !ok || last.To != Unknown || last.Reason != rec.Reason {
+		r.tell(Event{Time: time.Now().UTC(), ID: b.id, From: last.To, To: Unknown, Reason: rec.Reason})
 	}
 }

@@ -84,7 +84,7 @@ func TestUnusableRecordDestroysNothing(t *testing.T) {
 					r := newRig(t)
 					id, other := r.create(), r.create()
 					slot := r.slot(id)
-					before := r.used
+					before := r.taken()
 					r.die()
 					good, err := os.ReadFile(r.store.record(id))
 					if err != nil {
@@ -102,8 +102,8 @@ func TestUnusableRecordDestroysNothing(t *testing.T) {
 						t.Errorf("reason %s, detail %q", info.Reason, info.Detail)
 					}
 					r.wantLeftAlone(id, slot)
-					if r.used.Sandboxes != before.Sandboxes || r.used.MemMiB != before.MemMiB {
-						t.Errorf("capacity in use is %+v, was %+v", r.used, before)
+					if now := r.taken(); now.Sandboxes != before.Sandboxes || now.MemMiB != before.MemMiB {
+						t.Errorf("capacity in use is %+v, was %+v", now, before)
 					}
 					r.wantState(other, Running)
 					if fresh := r.create(); r.slot(fresh) == slot {

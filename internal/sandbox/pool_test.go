@@ -65,7 +65,7 @@ func TestWarmPool(t *testing.T) {
 			created.Timeout != 24*time.Hour || created.OnTimeout != HibernateOnTimeout {
 			t.Errorf("it is no new sandbox: %+v", created)
 		}
-		if rec, err := r.store.load(created.ID); err != nil || rec.Warm != "" || rec.State != Running || !rec.Restored {
+		if rec, err := r.store.load(created.ID); err != nil || rec.BootKey != "" || rec.State != Running || !rec.Restored {
 			t.Errorf("its record: %+v, %v", rec, err)
 		}
 		r.wantConsistent()
@@ -244,12 +244,12 @@ func TestWarmWaitsForCalm(t *testing.T) {
 		r.faults.on("guest.init", func(ctx context.Context) error { time.Sleep(20 * time.Second); return nil })
 		went := make(chan struct{})
 		go func() { defer close(went); r.create() }()
-		time.Sleep(20*time.Second + warmCalm/2)
+		time.Sleep(20*time.Second + poolCalm/2)
 		<-went
 		if n := r.driver.Calls("restore") - restores; n != 1 {
 			t.Errorf("%d VMs were restored, one of them for a create", n)
 		}
-		time.Sleep(warmCalm)
+		time.Sleep(poolCalm)
 		synctest.Wait()
 		if n := r.Stats().Warm; n != 1 {
 			t.Errorf("%d guests wait", n)
@@ -286,7 +286,7 @@ func TestWarmShutdown(t *testing.T) {
 			r.fillPool()
 			r.faults.on("guest.quiesce", hang)
 			r.create()
-			time.Sleep(2 * warmCalm)
+			time.Sleep(2 * poolCalm)
 			synctest.Wait()
 			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 			defer cancel()

@@ -1,0 +1,163 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"sync"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+)
+
+// Lease is the right to call a guest. While one is held the sandbox counts as
+// active.
+type Lease struct {
+	// Addr is where the guest is reached from the host.
+	Addr netip.Addr
+	// Token is what the guest demands.
+	Token string
+	// Alive ends when this incarnation of the VM does; its cause is classed.
+	Alive context.Context
+
+	// marked is not nil if the guest did not answer when it was last asked.
+	marked  error
+	guest   Guest
+	release func()
+}
+
+// Context returns a context that ends with ctx or with the VM.
+func (l *Lease) Context(ctx context.Context) (context.Context, context.CancelFunc) {
+	return both(ctx, l.Alive)
+}
+
+// endedWithin is how long after its last connection a VM is seen to be gone.
+const endedWithin = time.Second
+
+// Ended says why this incarnation of the VM ended: a call to its guest broke off
+// for that reason. nil says that the VM lives. A connection breaks a moment
+// before the VM is seen to be gone, so it waits for that a little, within ctx.
+func (l *Lease) Ended(ctx context.Context) error {
+	timer := time.NewTimer(endedWithin)
+	defer timer.Stop()
+	select {
+	case <-l.Alive.Done():
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return context.Cause(l.Alive)
+}
+
+// Release ends the lease; further calls do nothing, nor does one on a lease that
+// no manager gave.
+func (l *Lease) Release() {
+	if l.release != nil {
+		l.release()
+	}
+}
+
+// Lease takes a lease on a running sandbox. It waits, within ctx, for an
+// operation in progress.
+func (r *registry) Lease(ctx context.Context, id ID) (*Lease, error) {
+	b, err := r.find(id)
+	if err != nil {
+		return nil, err
+	}
+	if err := check(id, OpCall, b.state()); err != nil {
+		return nil, err
+	}
+	if err := b.hold(ctx, "called"); err != nil {
+		return nil, err
+	}
+	defer b.unhold()
+	if err := b.full(OpCall); err != nil {
+		return nil, err
+	}
+	rec := b.record()
+	if err := check(id, OpCall, rec.State); err != nil {
+		return nil, err
+	}
+	var marked error
+	if rec.Reason == Unreachable {
+		marked = unreached(rec)
+	}
+	b.beginLease()
+	var once sync.Once
+	return &Lease{
+		Addr: rec.HostIP, Token: rec.Token, Alive: b.op.alive, marked: marked, guest: b.op.guest,
+		release: func() { once.Do(func() { r.endLease(b) }) },
+	}, nil
+}
+
+func (b *box) beginLease() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mu.leases++
+	b.mu.attempts, b.mu.refusals = 0, 0
+}
+
+func (b *box) endLease(now time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mu.leases--
+	b.mu.rec.LastActiveAt = now
+}
+
+// endLease notes on disk, too, that the sandbox was active.
+func (r *registry) endLease(b *box) {
+	now := time.Now().UTC()
+	b.endLease(now)
+	if err := r.store.touch(b.id, now); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		r.log.Warn("activity not noted", "sandbox", b.id, "err", err)
+	}
+}
+
+// Command is what Exec runs, Result what came of it.
+type (
+	Command = guest.Command
+	Result  = guest.Result
+)
+
+// Exec runs one command in a running sandbox. When the VM dies before the command
+// ends the error is Unavailable.
+func (r *registry) Exec(ctx context.Context, id ID, cmd Command) (Result, error) {
+	lease, err := r.Lease(ctx, id)
+	if err != nil {
+		return Result{}, err
+	}
+	defer lease.Release()
+	ctx, cancel := lease.Context(ctx)
+	defer cancel()
+	if lease.marked != nil {
+		probe, cancel := context.WithTimeout(ctx, probeTimeout)
+		defer cancel()
+		if err := lease.guest.WaitReady(probe); err != nil {
+			return Result{}, fmt.Errorf("exec in sandbox %s: %w", id, lease.marked)
+		}
+	}
+	result, err := lease.guest.Exec(ctx, cmd)
+	if err != nil {
+		if errors.Is(err, errdefs.Unavailable) {
+			if ended := lease.Ended(ctx); ended != nil {
+				err = ended
+			}
+		}
+		return result, fmt.Errorf("exec in sandbox %s: %w", id, r.stillFull(id, err))
+	}
+	return result, nil
+}
+
+// stillFull returns the error of a call that was not answered in time, or that the
+// disk is full if that has stopped the sandbox.
+func (r *registry) stillFull(id ID, err error) error {
+	if !errors.Is(err, errdefs.TimedOut) {
+		return err
+	}
+	if info, gerr := r.Get(id); gerr == nil && info.Reason == DiskFull {
+		return errDiskFull(id)
+	}
+	return err
+}

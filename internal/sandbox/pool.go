@@ -1,0 +1,392 @@
+package sandbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+)
+
+const (
+	// poolCalm is how long no sandbox must have been started before a guest is
+	// made ahead: neither a create nor the first command of the sandbox just
+	// made has to share the CPUs with it.
+	poolCalm = time.Second
+	// poolLook is how often the pool is looked at when nothing happens: a
+	// guest of another kernel or envd than today's is of no use.
+	poolLook = 30 * time.Second
+)
+
+// errMakeWay ends the making of a guest whose room a sandbox needs.
+var errMakeWay = errdefs.Busy.Errorf("a sandbox needs the room")
+
+// pool holds restored guests that have no identity yet; each has a record in state
+// waiting, so that a restart frees it. It is safe for concurrent use.
+type pool struct {
+	// want is how many guests are to wait, calm how long no sandbox must have been
+	// started before one is made.
+	want int
+	calm time.Duration
+	// woken has an element when there is something to look at.
+	woken chan struct{}
+
+	mu     sync.Mutex
+	guests []*box // the oldest first
+	// making is closed when no more guest is on its way into the pool, nil if
+	// none is; stop ends its making.
+	making chan struct{}
+	stop   context.CancelCauseFunc
+	// startedAt is when a sandbox was last started.
+	startedAt time.Time
+	// closed: Shutdown ends the guests.
+	closed bool
+}
+
+func newPool(want int, calm time.Duration) *pool {
+	if calm == 0 {
+		calm = poolCalm
+	}
+	return &pool{want: want, calm: calm, woken: make(chan struct{}, 1)}
+}
+
+// wake has the pool looked at.
+func (p *pool) wake() {
+	select {
+	case p.woken <- struct{}{}:
+	default:
+	}
+}
+
+// stir notes that a sandbox is being started, or has been.
+func (p *pool) stir() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.startedAt = time.Now()
+	p.wake()
+}
+
+// untilCalm is how long to wait before the CPUs may be taken for a guest that
+// is not needed yet.
+func (p *pool) untilCalm() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return time.Until(p.startedAt.Add(p.calm))
+}
+
+// holds says whether a guest waits for its sandbox.
+func (p *pool) holds(b *box) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Contains(p.guests, b)
+}
+
+// size is how many guests wait.
+func (p *pool) size() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.guests)
+}
+
+// put adds a guest, unless the pool is closed or the guest's making has been ended.
+func (p *pool) put(ctx context.Context, b *box) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	if p.closed {
+		return errShutDown
+	}
+	p.guests = append(p.guests, b)
+	return nil
+}
+
+// drop takes a guest out, if it is in the pool.
+func (p *pool) drop(b *box) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.guests = slices.DeleteFunc(p.guests, func(w *box) bool { return w == b })
+}
+
+// close lets no more guest be taken out or put in.
+func (p *pool) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+}
+
+// takeOut takes the oldest guest that fits out of the pool, its op lock
+// held; nil if there is none.
+func (p *pool) takeOut(doing string, abort context.CancelCauseFunc, fits func(Record) bool) *box {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil
+	}
+	for i, b := range p.guests {
+		// A guest whose op lock is taken has lost its VM.
+		if !fits(b.record()) || !b.tryHold(doing) {
+			continue
+		}
+		p.guests = slices.Delete(p.guests, i, i+1)
+		b.setAbort(abort)
+		return b
+	}
+	return nil
+}
+
+// begin notes that a guest is being made; done ends that.
+func (p *pool) begin(stop context.CancelCauseFunc) (done func()) {
+	making := make(chan struct{})
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.making, p.stop = making, stop
+	return func() {
+		p.mu.Lock()
+		p.making = nil
+		p.mu.Unlock()
+		close(making)
+	}
+}
+
+// stopMaking ends the making of a guest and waits for that. It says whether one was
+// being made.
+func (p *pool) stopMaking(ctx context.Context) (stopped bool, err error) {
+	p.mu.Lock()
+	making, stop := p.making, p.stop
+	p.mu.Unlock()
+	if making == nil {
+		return false, nil
+	}
+	stop(errMakeWay)
+	select {
+	case <-making:
+		return true, nil
+	case <-ctx.Done():
+		return true, context.Cause(ctx)
+	}
+}
+
+// createWaiting makes a sandbox of a waiting guest with the same boot key. ok is false
+// if there is none, or none that still answers.
+func (m *Manager) createWaiting(ctx context.Context, req CreateRequest, tmpl template.Template) (_ Created, ok bool, err error) {
+	if m.pool.want == 0 {
+		return Created{}, false, nil
+	}
+	ctx, took := withPhases(ctx)
+	end := phase(ctx, "reserve")
+	began := time.Now().UTC()
+	key, err := m.bootKeyOf(ctx, req, tmpl)
+	if err != nil {
+		return Created{}, false, nil // the create from scratch says why
+	}
+	ctx, abort := context.WithCancelCause(ctx)
+	defer abort(nil)
+	m.pool.stir()
+	defer m.pool.stir()
+	for {
+		b := m.pool.takeOut("created", abort, func(r Record) bool { return r.BootKey == key && r.Template == req.Template })
+		if b == nil {
+			return Created{}, false, nil
+		}
+		end()
+		err := m.handOut(ctx, b, req, began)
+		if err == nil {
+			return m.created(b, source{from: FromWarm}, took), true, nil
+		}
+		if cause := context.Cause(ctx); cause != nil {
+			return Created{}, false, fmt.Errorf("create sandbox: %w", cause)
+		}
+		if errdefs.ClassOf(err) == errdefs.NotFound { // no guest has that user
+			return Created{}, false, fmt.Errorf("create sandbox: %w", err)
+		}
+		m.log.Warn("waiting guest of no use", "sandbox", b.id, "err", err)
+	}
+}
+
+// handOut tells a waiting guest what it is, and makes a sandbox of its
+// record. Until then it is no sandbox, on disk too. Called with the op
+// lock held, which it gives back; on error nothing is left of the guest.
+func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began time.Time) (err error) {
+	defer func() {
+		if err != nil {
+			_ = m.release(b, CreateFailed, err.Error()) // the janitor tries again
+		}
+		b.unhold()
+	}()
+	ctx, cancel := b.while(ctx)
+	defer cancel()
+	// The network is in place before the first of the user's code, which comes after Init.
+	rec := b.record()
+	if rec.Network = req.Network.clone(); !rec.Network.IsZero() {
+		end := phase(ctx, "network")
+		if err := m.setNetwork(ctx, rec); err != nil {
+			return err
+		}
+		end()
+	}
+	wake, cancelWake := context.WithTimeoutCause(ctx, wakeTimeout,
+		errdefs.Unavailable.Errorf("the waiting guest did not answer within %s", wakeTimeout))
+	defer cancelWake()
+	rec.Login = req.Login
+	end := phase(ctx, "init")
+	if err := b.op.guest.Init(wake, identity(rec, true)); err != nil {
+		return m.bootFailed(b, "initialise guest", err)
+	}
+	end()
+	defer phase(ctx, "commit")()
+	return m.move(b, Running, func(r *Record) {
+		r.BootKey, r.CreatedAt = "", began
+		r.Timeout, r.OnTimeout, r.Network, r.Login = req.Timeout, req.OnTimeout, rec.Network, rec.Login
+	})
+}
+
+// makeWay ends a waiting guest, the oldest first, so that a sandbox has
+// the room that it needs; false if there is none, or if all of them together
+// would not do.
+func (m *Manager) makeWay(ctx context.Context, need Resources) bool {
+	m.pool.stir()
+	var waiting []ID
+	for _, b := range m.all() {
+		if b.waits() {
+			waiting = append(waiting, b.id)
+		}
+	}
+	fits := m.ledger.fits(need, waiting)
+	if stopped, err := m.pool.stopMaking(ctx); stopped { // it takes room as well
+		return err == nil
+	}
+	if !fits {
+		return false
+	}
+	b := m.pool.takeOut("given up", nil, func(Record) bool { return true })
+	if b == nil {
+		return false
+	}
+	defer b.unhold()
+	return m.release(b, Destroyed, "a sandbox needs the room") == nil
+}
+
+// keepPool keeps the pool full until the manager's life ends. It makes one
+// guest at a time, and only while no sandbox is started.
+func (m *Manager) keepPool() {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	failures, retryAt := 0, time.Time{}
+	for {
+		select {
+		case <-m.life.Done():
+			return
+		case <-m.pool.woken:
+		case <-timer.C:
+		}
+		calm := m.pool.untilCalm()
+		if len(m.starts) > 0 { // their ends wake us
+			calm = poolLook
+		}
+		if wait := max(calm, time.Until(retryAt)); wait > 0 {
+			timer.Reset(wait)
+			continue
+		}
+		made, err := m.refill()
+		again := poolLook
+		switch {
+		case m.Draining():
+			return
+		case err == nil:
+			failures, retryAt = 0, time.Time{}
+			if made {
+				again = 0
+			}
+		case errors.Is(err, errdefs.Exhausted), errors.Is(err, errMakeWay):
+			// Sandboxes need the room: wait until one gives some back, or for the next look.
+			m.log.Debug("no room for a waiting guest", "err", err)
+		default:
+			failures++
+			again = backOff(failures)
+			retryAt = time.Now().Add(again)
+			m.log.Warn("waiting guest not made", "failures", failures, "err", err)
+		}
+		timer.Reset(again)
+	}
+}
+
+// refill ends the guests in the pool that are out of date, and makes one if there
+// are too few.
+func (m *Manager) refill() (made bool, err error) {
+	ctx, abort := context.WithCancelCause(m.life)
+	defer abort(nil)
+	defer m.pool.begin(abort)()
+	ctx, cancel := context.WithTimeoutCause(ctx, m.cfg.BootTimeout,
+		errdefs.Unavailable.Errorf("the guest was not ready within %s", m.cfg.BootTimeout))
+	defer cancel()
+	var req CreateRequest
+	if err := req.check(); err != nil {
+		return false, err
+	}
+	tmpl, err := m.cfg.Templates.Get(req.Template)
+	if err == nil {
+		req.bootKey, err = m.bootKeyOf(ctx, req, tmpl)
+	}
+	if err != nil {
+		return false, err
+	}
+	for {
+		old := m.pool.takeOut("replaced", nil, func(r Record) bool { return r.BootKey != req.bootKey })
+		if old == nil {
+			break
+		}
+		err := m.release(old, Destroyed, "it is out of date")
+		old.unhold()
+		if err != nil {
+			return false, err
+		}
+	}
+	if m.pool.size() >= m.pool.want {
+		return false, nil
+	}
+	ready, err := m.cfg.Templates.Ready(ctx, tmpl.Name, req.bootKey)
+	if errors.Is(err, errdefs.NotFound) || errors.Is(err, errdefs.Corrupt) {
+		return false, nil // the first create makes it, and wakes us
+	}
+	if err != nil {
+		return false, err
+	}
+	src := m.fromBootSnapshot(req.bootKey, ready)
+	src.tell, src.boot = tellNothing, nil
+	if err := m.addWaiting(ctx, req, tmpl, src, abort); err != nil {
+		return false, errdefs.DiskFull(err)
+	}
+	return true, nil
+}
+
+// addWaiting restores a guest and puts it into the pool.
+func (m *Manager) addWaiting(ctx context.Context, req CreateRequest, tmpl template.Template, src source, abort context.CancelCauseFunc) error {
+	ctx, took := withPhases(ctx)
+	end := phase(ctx, "reserve")
+	b, err := m.reserve(ctx, req, tmpl.BaseSHA256, abort)
+	if err != nil {
+		return err
+	}
+	defer b.unhold()
+	end()
+	if _, err = m.start(ctx, b, tmpl, src); err == nil {
+		ctx, cancel := b.while(ctx)
+		defer cancel()
+		err = m.pool.put(ctx, b)
+	}
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		_ = m.release(b, CreateFailed, err.Error()) // the janitor tries again
+		return err
+	}
+	m.log.Info("a guest waits for its sandbox", append([]any{"sandbox", b.id}, took.attrs()...)...)
+	return nil
+}

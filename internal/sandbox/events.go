@@ -266,7 +266,7 @@ func (l *eventLog) write(line eventLine) error {
 }
 
 // add appends an event, whose cursor it sets. The error concerns the file
-// alone, as long as there are cursors that are reserved: whoever watches sees the
+// alone, as long as there are cursors that are reserved: a watcher sees the
 // event all the same.
 func (l *eventLog) add(e Event) error {
 	l.mu.Lock()

@@ -131,7 +131,8 @@ func (m *Manager) freeHibernated(b *box) error {
 	if err != nil {
 		b.postpone()
 		m.log.Error("hibernated sandbox not freed, will try again", "sandbox", b.id, "err", err)
-		return errdefs.Unavailable.Errorf("sandbox %s is hibernated but not all of it could be freed yet; the host tries again by itself", b.id)
+		return errdefs.Unavailable.Errorf(
+			"sandbox %s is hibernated but not all of it could be freed yet; the host tries again by itself", b.id)
 	}
 	b.op.vm = nil
 	b.renew()
@@ -156,7 +157,8 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box) error {
 		return fail(err)
 	}
 	if tmpl.BaseSHA256 != rec.Base {
-		return errdefs.Unsupported.Errorf("resume sandbox %s: template %q has another base image than when the sandbox was made", b.id, rec.Template)
+		return errdefs.Unsupported.Errorf(
+			"resume sandbox %s: template %q has another base image than when the sandbox was made", b.id, rec.Template)
 	}
 	if err := m.store.checkSnapshot(b.id); err != nil {
 		return fail(err)

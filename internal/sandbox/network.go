@@ -95,7 +95,7 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, s NetworkSettings) e
 	}
 	defer end()
 	// The record comes first: if this agent dies in between, the next one does
-	// what nobody was told has failed.
+	// what no caller was told has failed.
 	was := b.record().Network
 	if err := m.save(b, func(r *Record) { r.Network = s.clone() }); err != nil {
 		return err

@@ -366,7 +366,9 @@ func (m *Manager) refill() (made bool, err error) {
 }
 
 // addWaiting restores a guest and puts it into the pool.
-func (m *Manager) addWaiting(ctx context.Context, req CreateRequest, tmpl template.Template, src source, abort context.CancelCauseFunc) error {
+func (m *Manager) addWaiting(
+	ctx context.Context, req CreateRequest, tmpl template.Template, src source, abort context.CancelCauseFunc,
+) error {
 	ctx, took := withPhases(ctx)
 	end := phase(ctx, "reserve")
 	b, err := m.reserve(ctx, req, tmpl.BaseSHA256, abort)

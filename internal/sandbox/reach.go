@@ -156,7 +156,7 @@ func (m *Manager) look(ctx context.Context, b *box) error {
 		err = broken
 	}
 	if !errors.Is(err, errGone) && errors.Join(context.Cause(b.op.alive), context.Cause(ctx)) != nil {
-		return err // it has ended and is about to be freed, or nobody waits any more
+		return err // it has ended and is about to be freed, or the caller has left
 	}
 	m.reached(b, err)
 	return err

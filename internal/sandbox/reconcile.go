@@ -45,7 +45,7 @@ func (r *reconciler) run() {
 }
 
 // reconcile removes what carries our mark and belongs to no sandbox, and rebuilds
-// what somebody took from a sandbox's network. A sandbox whose network cannot be
+// what was taken from a sandbox's network. A sandbox whose network cannot be
 // rebuilt is marked as unreachable: its memory and its disk are all right.
 func (r *reconciler) reconcile(ctx context.Context) {
 	var found Recovery
@@ -77,7 +77,7 @@ func (r *reconciler) reconcile(ctx context.Context) {
 		}
 	}
 	for slot, wrong := range wrong.Slots {
-		// Whoever changes it may be the reason; it is looked at again.
+		// An operation on it may be the reason; it is looked at again.
 		if b := boxes[slot]; b.tryHold("repaired") {
 			r.goes("repair", func() {
 				defer b.unhold()
@@ -239,7 +239,8 @@ func (r *reconciler) HostFault() string {
 	if far < 2 {
 		return ""
 	}
-	return fmt.Sprintf("none of the %d guests can be reached, though their VMs answer: look at this host's routes and firewalls, wrenn doctor helps", far)
+	return fmt.Sprintf("none of the %d guests can be reached, though their VMs answer: "+
+		"look at this host's routes and firewalls, wrenn doctor helps", far)
 }
 
 // logHostFault logs once that the fault is the host's, and once that it is over.

@@ -103,21 +103,27 @@ func TestRecordsOfEarlierAgents(t *testing.T) {
 			t.Errorf("an event tells of the guest that waited: %+v", e)
 		}
 		r.wantConsistent()
-		for _, id := range []ID{ids["paused"], ids["hibernated"]} {
-			if err := r.Resume(t.Context(), id); err != nil {
-				t.Error(err)
-			}
-		}
-		if disk, err := os.ReadFile(r.store.overlay(ids["hibernated"])); err != nil || string(disk) != "what the guest wrote\n" {
-			t.Errorf("the disk of what was hibernated: %q, %v", disk, err)
-		}
-		for _, info := range r.List(true) {
-			if err := r.Destroy(t.Context(), info.ID); err != nil {
-				t.Error(err)
-			}
-		}
-		r.wantNothing()
+		r.wantGoOn(ids)
 	})
+}
+
+// wantGoOn resumes what was paused or hibernated, and ends all.
+func (r *rig) wantGoOn(ids map[string]ID) {
+	r.t.Helper()
+	for _, id := range []ID{ids["paused"], ids["hibernated"]} {
+		if err := r.Resume(r.t.Context(), id); err != nil {
+			r.t.Error(err)
+		}
+	}
+	if disk, err := os.ReadFile(r.store.overlay(ids["hibernated"])); err != nil || string(disk) != "what the guest wrote\n" {
+		r.t.Errorf("the disk of what was hibernated: %q, %v", disk, err)
+	}
+	for _, info := range r.List(true) {
+		if err := r.Destroy(r.t.Context(), info.ID); err != nil {
+			r.t.Error(err)
+		}
+	}
+	r.wantNothing()
 }
 
 func sameIDs(a, b []ID) bool {

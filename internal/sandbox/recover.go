@@ -37,7 +37,7 @@ func (r Recovery) String() string {
 }
 
 // Open takes over the state directory: it adopts the sandboxes that run, frees
-// what is half made or belongs to nobody, and then accepts calls. Another agent
+// what is half made or belongs to no sandbox, and then accepts calls. Another agent
 // on the same directory is errdefs.Busy.
 func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	lock, err := lockDir(cfg.StateDir)

@@ -52,7 +52,7 @@ const (
 	Waiting State = "waiting"
 
 	// Unknown is the state of a sandbox whose record cannot be used. All that it
-	// has is left alone until the record can be, or until somebody destroys it.
+	// has is left alone until the record can be used, or until it is destroyed.
 	// No record says so.
 	Unknown State = "unknown"
 )
@@ -259,7 +259,7 @@ type Info struct {
 	ExpiresAt time.Time
 }
 
-// user is whom programs run as if a call names nobody.
+// user is the one that programs run as if a call names none.
 func (r Record) user() string { return cmp.Or(r.Login.User, "root") }
 
 func (r Record) info() Info {

@@ -279,7 +279,7 @@ func (s store) blank(id ID) bool {
 }
 
 // unknown stands in for a record that load does not return. It is never written:
-// what is on disk may be of use to somebody who understands it. Its sizes are
+// what is on disk may be of use to a person who understands it. Its sizes are
 // what can be made out, zero where nothing can.
 func (s store) unknown(id ID, err error) Record {
 	r := Record{Version: recordVersion, ID: id, State: Unknown, Reason: NotUnderstood, Detail: pathless(err)}

@@ -23,7 +23,7 @@ func (h *host) standIn(rec *Record) {
 
 // Recover looks again at a sandbox that is unknown or unreachable, now and not
 // when the host does so by itself. It is what its record says if that can be used
-// now, be it that it can be read again or that somebody mended it.
+// now, because it can be read again or was mended.
 func (m *Manager) Recover(ctx context.Context, id ID) (Info, error) {
 	b, ctx, end, err := m.begin(ctx, id, OpRecover, "recovered")
 	if err != nil {

@@ -33,7 +33,7 @@ func (v *vms) bootSource(ctx context.Context, rec Record, tmpl template.Template
 		if err != nil {
 			v.log.Warn("no boot snapshot, the sandbox boots", "sandbox", rec.ID, "why", why, "err", err)
 		}
-		return source{from: FromBoot, why: why}
+		return source{from: FromBoot, why: why, tell: tellIdentity}
 	}
 	key, err := v.bootKey(ctx, rec, tmpl)
 	if errors.Is(err, errNoRestorer) {
@@ -65,7 +65,7 @@ func (v *vms) bootSource(ctx context.Context, rec Record, tmpl template.Template
 		stage.Discard()
 		return src
 	}
-	return source{from: FromBoot, why: "the first of its kind", stage: &stage, stageMeta: template.Meta{
+	return source{from: FromBoot, why: "the first of its kind", tell: tellIdentity, stage: &stage, stageMeta: template.Meta{
 		Key:   key,
 		Shape: template.Shape{Driver: v.cfg.Driver.Name(), VCPUs: rec.VCPUs, MemMiB: rec.MemMiB, DiskMiB: rec.DiskMiB},
 	}}
@@ -74,7 +74,8 @@ func (v *vms) bootSource(ctx context.Context, rec Record, tmpl template.Template
 // fromBootSnapshot is what a sandbox starts from where there is a boot snapshot.
 func (h *host) fromBootSnapshot(key string, ready template.Ready) source {
 	return source{
-		from: FromReady, memory: ready.Dir, disk: ready.Overlay, bootKey: key, boot: &source{from: FromBoot},
+		from: FromReady, memory: ready.Dir, disk: ready.Overlay, tell: tellIdentity, bootKey: key,
+		boot: &source{from: FromBoot, tell: tellIdentity},
 		gone: errors.New("the boot snapshot was removed"),
 	}
 }

@@ -15,6 +15,8 @@ import (
 
 	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 // maxFreeze bounds the freeze, the sync that follows it included.
@@ -225,36 +227,40 @@ func (g *cgroups) goOn(machine bool) {
 // in memory to the disk. In a snapshot that the host makes then, none of them runs
 // before the machine has a new identity. 409 says that they run on.
 func (s *Server) freeze(w http.ResponseWriter, r *http.Request) {
-	if err := s.still(r.Context()); err != nil {
+	stopped, err := s.still(r.Context())
+	if err != nil {
 		s.log.Warn("freeze", "err", err)
 		writeError(w, http.StatusConflict, err.Error())
 		return
 	}
 	// The connection would be in the snapshot.
 	w.Header().Set("Connection", "close")
+	w.Header().Set(guestapi.HeaderStill, strconv.FormatInt(time.Since(stopped).Milliseconds(), 10))
 	w.WriteHeader(http.StatusNoContent)
 }
 
-func (s *Server) still(ctx context.Context) error {
+// still stops the users' processes and syncs. stopped is when it began to stop them.
+func (s *Server) still(ctx context.Context) (stopped time.Time, err error) {
 	groups := s.processes.cgroups
 	if groups == nil {
-		return errors.New("processes have no cgroups")
+		return stopped, errors.New("processes have no cgroups")
 	}
 	// Most is written while the processes run, so that they stand still for less.
 	if !s.sync(ctx) {
-		return errNotSynced
+		return stopped, errNotSynced
 	}
+	stopped = time.Now()
 	ctx, cancel := context.WithTimeout(ctx, maxFreeze)
 	defer cancel()
 	if err := groups.freeze(ctx, s.guest); err != nil {
-		return err
+		return stopped, err
 	}
 	// After ctx the caller no longer reads the answer, so it makes no snapshot.
 	if s.sync(ctx) && ctx.Err() == nil {
-		return nil
+		return stopped, nil
 	}
 	groups.thaw(s.guest, false)
-	return errNotFrozen
+	return stopped, errNotFrozen
 }
 
 // sync writes what is in memory to the disk. It says whether that ended before

@@ -38,8 +38,6 @@ const (
 
 	dialTimeout = 5 * time.Second
 	initTimeout = 10 * time.Second
-	// freezeTimeout is longer than the guest's own limit.
-	freezeTimeout = 10 * time.Second
 )
 
 // Client speaks to one incarnation of one guest. Its connections are its own, so
@@ -272,58 +270,72 @@ func (s *stamped) Close() error { return nil }
 // for a few seconds at most, until the guest's CPUs are idle. Afterwards no
 // connection is open, at the guest's end either.
 func (c *Client) Quiesce(ctx context.Context, quiet bool) error {
+	path := guestapi.PathQuiesce
 	if quiet {
-		return c.still(ctx, guestapi.PathQuiesce+"?"+guestapi.QueryQuiet+"=1")
+		path += "?" + guestapi.QueryQuiet + "=1"
 	}
-	return c.still(ctx, guestapi.PathQuiesce)
+	_, err := c.still(ctx, path)
+	return err
 }
 
 // Freeze stops the users' programs in the guest until the guest's next Init, which
 // must follow, and makes the guest write unsaved data to its disk. So in a guest
 // that is restored from a snapshot, no user's program runs before Init has set the
 // identity. Afterwards no connection is open. After an error the programs may be
-// stopped or not. A guest whose envd is too old is errdefs.Unsupported.
-func (c *Client) Freeze(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
-	defer cancel()
-	return c.still(ctx, guestapi.PathFreeze)
+// stopped or not. A guest whose envd is too old is errdefs.Unsupported. The guest
+// writes most of the data before it stops programs; ctx bounds all of it. since is when
+// the guest began to stop programs, by its own word, and within the call.
+func (c *Client) Freeze(ctx context.Context) (since time.Time, err error) {
+	began := time.Now()
+	header, err := c.still(ctx, guestapi.PathFreeze)
+	if err != nil {
+		return since, err
+	}
+	ms, err := strconv.ParseUint(header.Get(guestapi.HeaderStill), 10, 31)
+	if err != nil { // an older envd
+		return began, nil
+	}
+	if since = time.Now().Add(-time.Duration(ms) * time.Millisecond); since.Before(began) {
+		since = began
+	}
+	return since, nil
 }
 
 // still sends a request over a connection of its own and returns when that
-// connection has ended at both ends.
-func (c *Client) still(ctx context.Context, path string) error {
+// connection has ended at both ends. header is that of the answer.
+func (c *Client) still(ctx context.Context, path string) (header http.Header, err error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path, nil)
 	if err != nil {
-		return fmt.Errorf("quiesce the guest: %w", err)
+		return nil, fmt.Errorf("quiesce the guest: %w", err)
 	}
 	req.Close = true
 	raw, err := c.conns.dial(ctx)
 	if err != nil {
-		return errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
+		return nil, errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
 	}
 	last := &kept{raw}
 	transport := newTransport(func(context.Context) (net.Conn, error) { return last, nil })
 	resp, err := withToken{transport, c.token}.RoundTrip(req)
 	if err != nil {
 		raw.Close()
-		return errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
+		return nil, errdefs.Unavailable.Errorf("quiesce the guest: %s", plain(err))
 	}
 	resp.Body.Close()
 	switch resp.StatusCode {
 	case http.StatusNoContent:
 	case http.StatusConflict:
 		raw.Close()
-		return errdefs.Unavailable.Errorf("quiesce the guest: one of its programs cannot be stopped now, it waits for a device or a file system")
+		return nil, errdefs.Unavailable.Errorf("quiesce the guest: one of its programs cannot be stopped now, it waits for a device or a file system")
 	case http.StatusNotFound:
 		raw.Close()
-		return errdefs.Unsupported.Errorf("quiesce the guest: it was made by an older agent, and does not know how to stop its programs")
+		return nil, errdefs.Unsupported.Errorf("quiesce the guest: it was made by an older agent, and does not know how to stop its programs")
 	default:
 		raw.Close()
-		return errdefs.Unavailable.Errorf("quiesce the guest: it answered %s", errdefs.Foreign(resp.Status))
+		return nil, errdefs.Unavailable.Errorf("quiesce the guest: it answered %s", errdefs.Foreign(resp.Status))
 	}
 	last.part(ctx)
 	c.transport.CloseIdleConnections()
-	return nil
+	return resp.Header, nil
 }
 
 // plain is an error's text without the URL of the request: clients must not see

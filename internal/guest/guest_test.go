@@ -247,8 +247,32 @@ func TestFreezeAnswers(t *testing.T) {
 			w.WriteHeader(status)
 		}))
 		c := guest.New(netip.MustParseAddrPort(server.Listener.Addr().String()), "")
-		if err := c.Freeze(t.Context()); errdefs.ClassOf(err) != want || (err == nil) != (want == nil) {
+		if _, err := c.Freeze(t.Context()); errdefs.ClassOf(err) != want || (err == nil) != (want == nil) {
 			t.Errorf("answered %d: %v, want class %v", status, err, want)
+		}
+		c.Close()
+		server.Close()
+	}
+}
+
+// TestFreezeSaysSinceWhen: since the moment that the guest tells, but not before the
+// call began; a guest that does not tell may have stood still for all of it.
+func TestFreezeSaysSinceWhen(t *testing.T) {
+	const took = 50 * time.Millisecond
+	for told, atLeast := range map[string]time.Duration{"": took, "20": 20 * time.Millisecond, "999999999": took, "-1": took, "x": took} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			time.Sleep(took)
+			w.Header().Set("Connection", "close")
+			if told != "" {
+				w.Header().Set(guestapi.HeaderStill, told)
+			}
+			w.WriteHeader(http.StatusNoContent)
+		}))
+		c := guest.New(netip.MustParseAddrPort(server.Listener.Addr().String()), "")
+		began := time.Now()
+		since, err := c.Freeze(t.Context())
+		if still := time.Since(since); err != nil || still < atLeast || since.Before(began) || told == "20" && since.Sub(began) < took-atLeast {
+			t.Errorf("told %q: still for %s of %s, %v", told, still, time.Since(began), err)
 		}
 		c.Close()
 		server.Close()

@@ -86,6 +86,10 @@ const (
 	MissingUser   = "user"
 )
 
+// HeaderStill of the answer to PathFreeze is for how many milliseconds the
+// programs have stood still.
+const HeaderStill = "Wrenn-Guest-Still"
+
 // MaxEntropy bounds the bytes of InitRequest.Entropy.
 const MaxEntropy = 4096
 

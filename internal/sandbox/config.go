@@ -51,7 +51,7 @@ type Guest interface {
 	WaitReady(context.Context) error
 	Init(context.Context, guest.Init) error
 	Quiesce(ctx context.Context, quiet bool) error
-	Freeze(context.Context) error
+	Freeze(context.Context) (since time.Time, err error)
 	Exec(context.Context, guest.Command) (guest.Result, error)
 	Close()
 }

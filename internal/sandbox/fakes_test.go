@@ -13,6 +13,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
@@ -508,7 +509,9 @@ func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
 	return g.called(ctx, "guest.init")
 }
 func (g fakeGuest) Quiesce(ctx context.Context, _ bool) error { return g.called(ctx, "guest.quiesce") }
-func (g fakeGuest) Freeze(ctx context.Context) error          { return g.called(ctx, "guest.freeze") }
+func (g fakeGuest) Freeze(ctx context.Context) (time.Time, error) {
+	return time.Now(), g.called(ctx, "guest.freeze")
+}
 func (g fakeGuest) Close() {
 	g.mu.Lock()
 	defer g.mu.Unlock()

@@ -12,14 +12,9 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-const (
-	// freezeTimeout bounds how long the guest may take to stop its programs before a
-	// hibernation goes on without.
-	freezeTimeout = 10 * time.Second
-	// syncTimeout bounds how long the guest may take to write out what it has in
-	// memory, its programs stopped or not.
-	syncTimeout = 30 * time.Second
-)
+// stillTimeout bounds how long the guest may take to write out what it has in memory
+// and to stop its programs. Then a hibernation goes on without.
+const stillTimeout = 40 * time.Second
 
 // freezing says what freeze does, as plain data.
 type freezing struct {
@@ -146,38 +141,38 @@ func (v *vms) stillGuest(ctx context.Context, b *box, op Operation, was *frozen)
 	return since, fmt.Errorf("%s sandbox %s: %w", op, b.id, v.disk.why(b, err))
 }
 
-// stillPrograms has the guest sync most of its disk while its programs run, and then
-// stop them and sync the rest. since is when they stopped, or a little earlier. Called
-// with the op lock held.
+// stillPrograms has the guest stop its programs and sync its disk. since is when the
+// programs stopped, or a little earlier. Called with the op lock held.
 func (v *vms) stillPrograms(ctx context.Context, b *box) (since time.Time, err error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, syncTimeout,
-		errdefs.Unavailable.Errorf("the guest did not write out its memory within %s", syncTimeout))
+	ctx, cancel := stillWithin(ctx)
 	defer cancel()
-	if err := b.op.guest.Quiesce(ctx, false); err != nil {
-		return since, err
-	}
-	since = time.Now()
-	if err = b.op.guest.Freeze(ctx); err != nil {
+	since, err = b.op.guest.Freeze(ctx)
+	if err != nil {
 		v.thawFailed(ctx, b)
 	}
 	return since, err
 }
 
-// tryStill has the guest stop its programs and sync its disk; or only sync, if the
-// programs cannot be stopped. Called with the op lock held.
+// tryStill is stillPrograms, or a sync alone if the guest cannot stop its programs.
+// Called with the op lock held.
 func (v *vms) tryStill(ctx context.Context, b *box) error {
-	freeze, endFreeze := context.WithTimeoutCause(ctx, freezeTimeout,
-		errdefs.Unavailable.Errorf("the guest did not stop its programs within %s", freezeTimeout))
-	defer endFreeze()
-	err := b.op.guest.Freeze(freeze)
+	ctx, cancel := stillWithin(ctx)
+	defer cancel()
+	_, err := b.op.guest.Freeze(ctx)
 	if err == nil {
 		return nil
 	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	v.log.Warn("programs not stopped before the hibernation", "sandbox", b.id, "err", err)
-	ctx, cancel := context.WithTimeoutCause(ctx, syncTimeout,
-		errdefs.Unavailable.Errorf("the guest did not sync its disk within %s", syncTimeout))
-	defer cancel()
 	return b.op.guest.Quiesce(ctx, false)
+}
+
+// stillWithin bounds what a guest may take for its part of a freeze.
+func stillWithin(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, stillTimeout,
+		errdefs.Unavailable.Errorf("the guest did not stop its programs and write out its memory within %s", stillTimeout))
 }
 
 // thawFailed lets the programs of a guest go on whose freeze failed, which may have

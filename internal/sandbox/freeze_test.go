@@ -20,7 +20,7 @@ func TestProgramsAreFrozenInCopies(t *testing.T) {
 		"fork":     func(r *rig, id ID) error { _, err := r.Fork(r.t.Context(), id, 1); return err },
 		"snapshot": func(r *rig, id ID) error { _, err := r.Snapshot(r.t.Context(), id, ""); return err },
 	}
-	steps := []string{"guest.quiesce", "guest.freeze", "pause", "resume", "snapshot", "guest.init"}
+	steps := []string{"guest.freeze", "pause", "resume", "snapshot", "guest.init"}
 	for name, doCopy := range copies {
 		synctest.Test(t, func(t *testing.T) {
 			r := newRig(t)
@@ -35,7 +35,7 @@ func TestProgramsAreFrozenInCopies(t *testing.T) {
 				}
 				return seen, err
 			}
-			want := []string{"guest.quiesce", "guest.freeze", "pause", "snapshot", "resume", "guest.init"}
+			want := []string{"guest.freeze", "pause", "snapshot", "resume", "guest.init"}
 			got, err := after(func() error { return doCopy(r, id) })
 			if err != nil || !slices.Equal(got[:min(len(got), len(want))], want) {
 				t.Errorf("%s: steps %v, %v; want %v", name, got, err, want)
@@ -44,7 +44,7 @@ func TestProgramsAreFrozenInCopies(t *testing.T) {
 			r.faults.on("guest.freeze", func(context.Context) error { return errdefs.Unavailable.Errorf("it waits for a device") })
 			got, err = after(func() error { return doCopy(r, id) })
 			wantClass(t, err, errdefs.Unavailable)
-			if want := []string{"guest.quiesce", "guest.freeze", "guest.init"}; !slices.Equal(got, want) {
+			if want := []string{"guest.freeze", "guest.init"}; !slices.Equal(got, want) {
 				t.Errorf("%s of what cannot be frozen: steps %v, want %v", name, got, want)
 			}
 			r.wantState(id, Running)
@@ -54,13 +54,13 @@ func TestProgramsAreFrozenInCopies(t *testing.T) {
 			}
 			got, err = after(func() error { return doCopy(r, id) })
 			wantClass(t, err, errdefs.Unavailable)
-			if want := []string{"resume", "guest.quiesce", "guest.freeze", "guest.init", "pause"}; !slices.Equal(got, want) {
+			if want := []string{"resume", "guest.freeze", "guest.init", "pause"}; !slices.Equal(got, want) {
 				t.Errorf("%s of a paused one that cannot be frozen: steps %v, want %v", name, got, want)
 			}
 			r.wantState(id, Paused)
 			r.faults.on("guest.freeze", nil)
 			got, err = after(func() error { return doCopy(r, id) })
-			want = []string{"resume", "guest.quiesce", "guest.freeze", "pause", "snapshot", "pause"}
+			want = []string{"resume", "guest.freeze", "pause", "snapshot", "pause"}
 			if err != nil || !slices.Equal(got[:min(len(got), len(want))], want) {
 				t.Errorf("%s of a paused one: steps %v, %v; want %v", name, got, err, want)
 			}

@@ -40,7 +40,7 @@ func (o *OnTimeout) check() error {
 // moveTimeout bounds an operation that writes a sandbox's memory to the disk, or reads
 // it from there.
 func moveTimeout(rec Record) time.Duration {
-	return opTimeout + syncTimeout + perGiB(perGiBMove, rec.MemMiB)
+	return opTimeout + stillTimeout + perGiB(perGiBMove, rec.MemMiB)
 }
 
 // Hibernate writes a running or paused sandbox to disk and ends its VM: memory,

@@ -307,7 +307,7 @@ func TestTimeoutOfAGuestThatDoesNotHelp(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				time.Sleep(time.Minute + freezeTimeout + syncTimeout + 3*time.Second)
+				time.Sleep(time.Minute + stillTimeout + 3*time.Second)
 				synctest.Wait()
 				info := r.wantState(created.ID, Hibernated)
 				if !strings.Contains(info.Detail, "without the guest's help") {

@@ -81,7 +81,11 @@ func (s store) save(r Record) (err error) {
 	if err := os.Rename(tmp, s.record(r.ID)); err != nil {
 		return err
 	}
-	err = syncDir(s.path(r.ID))
+	// A VM does not outlive the host: after a crash it does not matter whether the record
+	// says running or paused.
+	if r.State != Paused {
+		err = syncDir(s.path(r.ID))
+	}
 	if err == nil {
 		err = s.at("saved " + string(r.State))
 	}

@@ -57,7 +57,7 @@ type mute struct{}
 func (mute) WaitReady(context.Context) error                           { return nil }
 func (mute) Init(context.Context, guest.Init) error                    { return nil }
 func (mute) Quiesce(context.Context, bool) error                       { return nil }
-func (mute) Freeze(context.Context) error                              { return nil }
+func (mute) Freeze(context.Context) (time.Time, error)                 { return time.Now(), nil }
 func (mute) Exec(context.Context, guest.Command) (guest.Result, error) { return guest.Result{}, nil }
 func (mute) Close()                                                    {}
 

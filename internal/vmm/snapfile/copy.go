@@ -47,12 +47,12 @@ func FileSource(f *os.File) (Source, error) {
 // Write writes a source to out, which is empty, and leaves holes where the source
 // is zero. It returns the digest of what it wrote, as Digest computes it, and has
 // started the write-back to the disk. The CPUs share the pieces.
-func Write(ctx context.Context, out *os.File, from Source) (File, error) {
+func Write(ctx context.Context, out *os.File, from Source) (_ File, err error) {
 	back, err := startWriteBack(out)
 	if err != nil {
 		return File{}, err
 	}
-	defer back.end()
+	defer func() { back.end(err) }()
 	sum, err := write(ctx, out, from, sha256.New, back.wrote)
 	return File{Size: from.Size, Pieces: sum}, err
 }
@@ -91,6 +91,8 @@ func write(ctx context.Context, out *os.File, from Source, newHash func() hash.H
 type writeBack struct {
 	since atomic.Int64
 	kick  chan struct{}
+	// done is closed when the descriptor is.
+	done chan struct{}
 }
 
 func startWriteBack(f *os.File) (*writeBack, error) {
@@ -100,8 +102,9 @@ func startWriteBack(f *os.File) (*writeBack, error) {
 	if err != nil {
 		return nil, err
 	}
-	b := &writeBack{kick: make(chan struct{}, 1)}
+	b := &writeBack{kick: make(chan struct{}, 1), done: make(chan struct{})}
 	go func() {
+		defer close(b.done)
 		defer unix.Close(fd)
 		for range b.kick {
 			_ = unix.SyncFileRange(fd, 0, 0, unix.SYNC_FILE_RANGE_WRITE) // an error shows at the fsync
@@ -125,9 +128,16 @@ func (b *writeBack) wake() {
 	}
 }
 
-func (b *writeBack) end() {
-	b.wake()
+// end starts the last write-back. After an error it waits until the file is closed:
+// the caller removes it then, and nothing must hold its room or its file system.
+func (b *writeBack) end(err error) {
+	if err == nil {
+		b.wake()
+	}
 	close(b.kick)
+	if err != nil {
+		<-b.done
+	}
 }
 
 // Copy makes the new file dst a copy of src, which must not change until Copy

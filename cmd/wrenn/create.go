@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,6 +20,7 @@ type size struct {
 	then     string
 	user     string
 	env      []string
+	labels   []string
 	reach    reach
 }
 
@@ -28,6 +30,7 @@ func (s *size) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&s.memory, "memory", "m", "", "memory in MiB, or with a unit: 512m, 2g (default 512, or the snapshot's)")
 	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox when this time passes without activity (10m, 1h); 0 is never")
 	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens when --timeout passes: destroy, or hibernate to disk")
+	cmd.Flags().StringArrayVarP(&s.labels, "label", "l", nil, "set NAME=VALUE as metadata, by which ps --filter finds the sandbox; may be repeated")
 	s.reach.flags(cmd)
 }
 
@@ -47,14 +50,31 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 	if err != nil {
 		return nil, err
 	}
+	labels, err := labelsOf(s.labels)
+	if err != nil {
+		return nil, err
+	}
 	policy, err := s.reach.policy()
 	if err != nil {
 		return nil, err
 	}
 	return &hostagentv1.CreateSandboxRequest{
 		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
-		User: s.user, Envs: env,
+		User: s.user, Envs: env, Metadata: labels,
 	}, nil
+}
+
+// labelsOf reads flags of the form NAME=VALUE, or NAME for an empty value.
+func labelsOf(flags []string) (map[string]string, error) {
+	labels := map[string]string{}
+	for _, label := range flags {
+		name, value, _ := strings.Cut(label, "=")
+		if name == "" {
+			return nil, fmt.Errorf("--label %q: want NAME=VALUE", label)
+		}
+		labels[name] = value
+	}
+	return labels, nil
 }
 
 // wholeSeconds is a timeout as the API counts it.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -19,13 +20,18 @@ import (
 
 func newPs(c *cli) *cobra.Command {
 	var all, quiet, asJSON bool
+	var filters []string
 	cmd := &cobra.Command{
 		Use:     "ps",
 		Aliases: []string{"ls", "list"},
 		Short:   "List sandboxes",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			sandboxes, err := c.host.List(cmd.Context(), all)
+			wanted, err := wantedLabels(filters)
+			if err != nil {
+				return err
+			}
+			sandboxes, err := c.host.List(cmd.Context(), all, wanted)
 			if err != nil {
 				return err
 			}
@@ -57,9 +63,24 @@ func newPs(c *cli) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "also list sandboxes that ended by themselves, for as long as the agent remembers them")
+	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "list only sandboxes with a label: label=NAME=VALUE; may be repeated")
 	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only ids")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
+}
+
+// wantedLabels reads filters of the form label=NAME=VALUE.
+func wantedLabels(filters []string) (map[string]string, error) {
+	wanted := map[string]string{}
+	for _, filter := range filters {
+		label, ok := strings.CutPrefix(filter, "label=")
+		name, value, pair := strings.Cut(label, "=")
+		if has, twice := wanted[name]; !ok || !pair || name == "" || twice && has != value {
+			return nil, fmt.Errorf("--filter %q: want label=NAME=VALUE, and one value for each name", filter)
+		}
+		wanted[name] = value
+	}
+	return wanted, nil
 }
 
 // rough is a duration as people say it.

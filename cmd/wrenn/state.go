@@ -115,7 +115,7 @@ func newRm(c *cli) *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			if all {
-				sandboxes, err := c.host.List(cmd.Context(), true)
+				sandboxes, err := c.host.List(cmd.Context(), true, nil)
 				if err != nil {
 					return err
 				}

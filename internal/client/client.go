@@ -103,9 +103,9 @@ func (h *Host) Create(ctx context.Context, req *hostagentv1.CreateSandboxRequest
 }
 
 // List returns the sandboxes of the host; with ended, also those that ended by
-// themselves and are still remembered.
-func (h *Host) List(ctx context.Context, ended bool) ([]*hostagentv1.SandboxInfo, error) {
-	resp, err := call(ctx, h.rpc.ListSandboxes, &hostagentv1.ListSandboxesRequest{All: ended})
+// themselves and are still remembered; only those whose metadata has these pairs.
+func (h *Host) List(ctx context.Context, ended bool, metadata map[string]string) ([]*hostagentv1.SandboxInfo, error) {
+	resp, err := call(ctx, h.rpc.ListSandboxes, &hostagentv1.ListSandboxesRequest{All: ended, Metadata: metadata})
 	return resp.GetSandboxes(), err
 }
 
@@ -119,7 +119,7 @@ func (h *Host) Find(ctx context.Context, ref string) (*Sandbox, error) {
 	if strings.HasPrefix(ref, "sb-") && len(ref) >= fullID || ref == "" {
 		return h.Sandbox(ref), nil
 	}
-	sandboxes, err := h.List(ctx, true)
+	sandboxes, err := h.List(ctx, true, nil)
 	if err != nil {
 		return nil, err
 	}

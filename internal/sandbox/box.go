@@ -146,13 +146,22 @@ func (b *box) set(change func(*Record)) {
 
 // info is a copy for callers; a sandbox with work in flight is active now.
 func (b *box) info() Info {
+	info, _ := b.infoIf(func(*Record) bool { return true })
+	return info
+}
+
+// infoIf is info of a sandbox whose record fits. Others are not copied.
+func (b *box) infoIf(fits func(*Record) bool) (_ Info, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if !fits(&b.mu.rec) {
+		return Info{}, false
+	}
 	rec := b.mu.rec
 	if b.mu.leases > 0 {
 		rec.LastActiveAt = time.Now().UTC()
 	}
-	return rec.info()
+	return rec.info(), true
 }
 
 // closeGuest ends the connections to the guest. Called with the op lock held.

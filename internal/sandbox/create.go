@@ -40,6 +40,8 @@ type CreateRequest struct {
 	// Login is what its programs begin with; what it does not say is the
 	// template's or the snapshot's.
 	Login Login
+	// Labels are kept as they are. Those of a snapshot's source are not the sandbox's.
+	Labels Labels
 
 	// diskMiB is a fork's; Config.OverlayMiB when zero.
 	diskMiB int
@@ -74,7 +76,8 @@ func (r *CreateRequest) check() error {
 	if r.MemMiB < MinMemMiB || r.MemMiB > MaxMemMiB {
 		errs = append(errs, fmt.Errorf("memory is %d MiB, must be %d to %d", r.MemMiB, MinMemMiB, MaxMemMiB))
 	}
-	errs = append(errs, checkTimeout(r.Timeout), r.OnTimeout.check(), CheckUser(r.Login.User), CheckEnv(r.Login.Env))
+	errs = append(errs, checkTimeout(r.Timeout), r.OnTimeout.check(), CheckUser(r.Login.User), CheckEnv(r.Login.Env),
+		checkMetadata(r.Labels.Metadata))
 	if err := errors.Join(errs...); err != nil {
 		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
@@ -229,9 +232,9 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: state,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(), Login: req.Login, BootKey: req.bootKey,
-		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(),
-		CloneKey:  newToken(),
+		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(), Login: req.Login, Labels: req.Labels.clone(),
+		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
+		BootKey:   req.bootKey,
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
 	b.setAbort(abort)
@@ -244,7 +247,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	}
 	temp.Keep()
 	if state == Creating {
-		m.tell(Event{Time: now, ID: id, To: Creating})
+		m.tell(b, Event{Time: now, To: Creating})
 	}
 	return b, nil
 }

@@ -31,16 +31,19 @@ type Event struct {
 	From   State  `json:"from,omitempty"`
 	To     State  `json:"to"`
 	Reason Reason `json:"reason,omitempty"`
+
+	Labels
 }
 
 const (
 	// keptEvents is how many events can be read again.
 	keptEvents = 10_000
 	// maxEventBytes is the size at which the log's file is written anew with
-	// the kept events alone.
+	// the kept events alone, unless those alone had more than half of it.
 	maxEventBytes = 8 << 20
-	// maxEventLine bounds a line of the file; they have about 200 bytes.
-	maxEventLine = 4 << 10
+	// maxEventLine bounds a line of the file; they have about 200 bytes, but for
+	// metadata, of which each byte may be written as six.
+	maxEventLine = 4<<10 + 6*MaxMetadataBytes
 	// cursorBlock is how many cursors are reserved on disk at a time. After half
 	// of them the next are.
 	cursorBlock = 10_000
@@ -58,10 +61,14 @@ const (
 type eventLog struct {
 	path string
 
-	mu     sync.Mutex
-	f      *os.File
-	size   int
-	events []Event // in order
+	mu sync.Mutex
+	f  *os.File
+	// size is the file's, kept what it was when the file was last written anew.
+	size, kept int
+	// labelled are the sandboxes whose labels are in the file: the first line of each
+	// has them, the others do not.
+	labelled map[ID]bool
+	events   []Event // in order
 	// next is the cursor of the event to come; those up to reserved may be given.
 	next, reserved uint64
 	// retryAt is when a file that could not be written is tried again: all of it
@@ -124,6 +131,7 @@ func (l *eventLog) read() (whole bool, err error) {
 		sealed bool
 	}
 	var lines []found
+	labels := map[ID]Labels{}
 	anySealed := false
 	whole = true
 	r := bufio.NewReaderSize(f, maxEventLine)
@@ -149,6 +157,11 @@ func (l *eventLog) read() (whole bool, err error) {
 		}
 		if line.Reserved != 0 {
 			continue
+		}
+		if first, ok := labels[line.ID]; ok && line.Labels.isZero() {
+			line.Labels = first
+		} else if !line.Labels.isZero() {
+			labels[line.ID] = line.Labels
 		}
 		lines = append(lines, found{line.Event, sealed(text)})
 		if len(lines) > 4*keptEvents { // which no agent writes
@@ -191,9 +204,15 @@ func (l *eventLog) lastOf(id ID) (Event, bool) {
 	return Event{}, false
 }
 
-// encode returns a line.
-func (l eventLine) encode() ([]byte, error) {
-	data, err := json.Marshal(l)
+// encode returns a line, and notes that the file has the labels of its sandbox. Called
+// with mu held.
+func (l *eventLog) encode(line eventLine) ([]byte, error) {
+	if l.labelled[line.ID] {
+		line.Labels = Labels{}
+	} else if !line.Labels.isZero() {
+		l.labelled[line.ID] = true
+	}
+	data, err := json.Marshal(line)
 	if err != nil {
 		return nil, err
 	}
@@ -210,8 +229,9 @@ func (l *eventLog) rewrite() error {
 		lines = append(lines, eventLine{Event: e})
 	}
 	var text bytes.Buffer
+	l.labelled = map[ID]bool{}
 	for _, line := range lines {
-		data, err := line.encode()
+		data, err := l.encode(line)
 		if err != nil {
 			return fmt.Errorf("write event log: %w", err)
 		}
@@ -227,7 +247,7 @@ func (l *eventLog) rewrite() error {
 		l.retryAt = time.Now().Add(retryFirst)
 		return fmt.Errorf("write event log: %w", err)
 	}
-	l.f, l.size, l.reserved = f, text.Len(), reserved
+	l.f, l.size, l.kept, l.reserved = f, text.Len(), text.Len(), reserved
 	return nil
 }
 
@@ -247,7 +267,7 @@ func (l *eventLog) reserve() error {
 // write appends a line to the file. After half a line the file is written anew
 // next time. Called with mu held.
 func (l *eventLog) write(line eventLine) error {
-	data, err := line.encode()
+	data, err := l.encode(line)
 	if err != nil {
 		return err
 	}
@@ -275,7 +295,7 @@ func (l *eventLog) add(e Event) error {
 	switch {
 	case l.f == nil && time.Now().Before(l.retryAt):
 		err = errors.New("the event log could not be written a moment ago")
-	case l.f == nil || l.size > maxEventBytes || len(l.events) > 2*keptEvents:
+	case l.f == nil || l.size > max(maxEventBytes, 2*l.kept) || len(l.events) > 2*keptEvents:
 		err = l.rewrite()
 	case l.next+cursorBlock/2 > l.reserved:
 		err = l.reserve()

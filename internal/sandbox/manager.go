@@ -56,14 +56,14 @@ func (r *registry) AccessToken(id ID) (string, error) {
 
 // List returns all sandboxes, oldest first; stopped ones only on demand. It
 // never waits for an operation.
-func (r *registry) List(stopped bool) []Info {
+func (r *registry) List(stopped bool) []Info { return r.Select(Filter{Stopped: stopped}) }
+
+// Select is List with a filter.
+func (r *registry) Select(f Filter) []Info {
 	boxes := r.all()
 	infos := make([]Info, 0, len(boxes))
 	for _, b := range boxes {
-		if b.waits() {
-			continue
-		}
-		if info := b.info(); stopped || info.State != Stopped {
+		if info, ok := b.infoIf(f.matches); ok {
 			infos = append(infos, info)
 		}
 	}

@@ -148,9 +148,9 @@ func (r *registry) move(b *box, to State, change func(*Record)) error {
 	rec := b.record()
 	if from.State == Waiting { // to callers the sandbox begins here
 		from.State, from.StateAt = Creating, rec.CreatedAt
-		r.tell(Event{Time: rec.CreatedAt, ID: b.id, To: Creating})
+		r.tell(b, Event{Time: rec.CreatedAt, To: Creating})
 	}
-	r.tell(Event{Time: now, ID: b.id, From: from.State, To: to, Reason: rec.Reason})
+	r.tell(b, Event{Time: now, From: from.State, To: to, Reason: rec.Reason})
 	r.log.Info("sandbox "+string(to), "sandbox", b.id, "from", from.State, "reason", rec.Reason,
 		"after", now.Sub(from.StateAt).Round(time.Millisecond))
 	return nil
@@ -173,14 +173,19 @@ func (r *registry) mark(b *box, reason Reason, detail string) error {
 		b.set(change)
 	}
 	if rec.Reason != reason {
-		r.tell(Event{Time: time.Now().UTC(), ID: b.id, From: rec.State, To: rec.State, Reason: reason})
+		r.tell(b, Event{Time: time.Now().UTC(), From: rec.State, To: rec.State, Reason: reason})
 		r.log.Info("sandbox marked", "sandbox", b.id, "state", rec.State, "reason", reason, "detail", detail)
 	}
 	return err
 }
 
-// tell puts an event into the log.
-func (r *registry) tell(e Event) {
+// tell puts an event of a sandbox into the log. Of an unknown one the log knows the
+// labels, if anything does.
+func (r *registry) tell(b *box, e Event) {
+	e.ID = b.id
+	if rec := b.record(); rec.State != Unknown {
+		e.Labels = rec.Labels
+	}
 	if err := r.events.add(e); err != nil {
 		r.log.Warn("event not kept", "sandbox", e.ID, "to", e.To, "err", err)
 	}

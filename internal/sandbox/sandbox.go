@@ -190,6 +190,8 @@ type Record struct {
 	// Login is what its programs begin with. Its variables may be secret.
 	Login Login `json:"login,omitzero"`
 
+	Labels
+
 	// Slot is 0, and HostIP invalid, while the sandbox is hibernated and all
 	// that it had of the host is free.
 	Slot   network.Slot `json:"slot"`
@@ -252,6 +254,7 @@ type Info struct {
 	Network      NetworkSettings
 	User         string
 	HostIP       netip.Addr
+	Labels       Labels
 	CreatedAt    time.Time
 	StateAt      time.Time
 	LastActiveAt time.Time
@@ -266,7 +269,8 @@ func (r Record) info() Info {
 	info := Info{
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
 		Template: r.Template, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
-		Network: r.Network.clone(), User: r.user(), HostIP: r.HostIP, CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
+		Network: r.Network.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
+		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 	}
 	if r.Timeout > 0 && r.State == Running {
 		info.ExpiresAt = r.LastActiveAt.Add(r.Timeout)

@@ -110,7 +110,7 @@ func (m *Manager) install(ctx context.Context, b *box, rec Record) error {
 		m.ledger.adopt(b.id, rec.takes())
 	}
 	if rec.State != Waiting {
-		m.tell(Event{Time: time.Now().UTC(), ID: b.id, From: Unknown, To: rec.State, Reason: rec.Reason})
+		m.tell(b, Event{Time: time.Now().UTC(), From: Unknown, To: rec.State, Reason: rec.Reason})
 	}
 	m.log.Info("sandbox is known again", "sandbox", b.id, "state", rec.State)
 	return nil
@@ -156,6 +156,6 @@ func (r *registry) tellUnknown(b *box) {
 	rec := b.record()
 	r.log.Error("record cannot be used, the sandbox is left alone", "sandbox", b.id, "reason", rec.Reason, "detail", rec.Detail)
 	if last, ok := r.events.lastOf(b.id); !ok || last.To != Unknown || last.Reason != rec.Reason {
-		r.tell(Event{Time: time.Now().UTC(), ID: b.id, From: last.To, To: Unknown, Reason: rec.Reason})
+		r.tell(b, Event{Time: time.Now().UTC(), From: last.To, To: Unknown, Reason: rec.Reason, Labels: last.Labels})
 	}
 }

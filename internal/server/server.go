@@ -128,6 +128,7 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		OnTimeout: sandbox.OnTimeout(req.Msg.OnTimeout),
 		Network:   networkSettings(req.Msg.Network),
 		Login:     sandbox.Login{User: req.Msg.User, Env: req.Msg.Envs},
+		Labels:    sandbox.Labels{Metadata: req.Msg.Metadata},
 	})
 	if err != nil {
 		return nil, err
@@ -372,7 +373,7 @@ func (s *service) addTraffic(ctx context.Context, infos ...*pb.SandboxInfo) {
 
 func (s *service) ListSandboxes(ctx context.Context, req *request[pb.ListSandboxesRequest]) (*response[pb.ListSandboxesResponse], error) {
 	resp := &pb.ListSandboxesResponse{}
-	for _, info := range s.manager.List(req.Msg.All) {
+	for _, info := range s.manager.Select(sandbox.Filter{Stopped: req.Msg.All, Metadata: req.Msg.Metadata}) {
 		resp.Sandboxes = append(resp.Sandboxes, sandboxInfo(info))
 	}
 	s.addTraffic(ctx, resp.Sandboxes...)
@@ -390,7 +391,7 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
 		TimeoutSec: int32(info.Timeout / time.Second),
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
-		User: info.User,
+		User: info.User, Metadata: info.Labels.Metadata,
 	}
 	if info.HostIP.IsValid() {
 		out.HostIp = info.HostIP.String()
@@ -453,6 +454,7 @@ func (s *service) WatchEvents(
 		return stream.Send(&pb.WatchEventsResponse{Event: &pb.Event{
 			Cursor: e.Cursor, TimeUnixMs: e.Time.UnixMilli(), SandboxId: string(e.ID),
 			From: string(e.From), To: string(e.To), Reason: string(e.Reason),
+			Metadata: e.Metadata,
 		}})
 	})
 }

@@ -206,7 +206,7 @@ func (a *Agent) sandbox() *v1.SandboxInfo {
 	defer a.mu.Unlock()
 	return &v1.SandboxInfo{
 		SandboxId: ID, Status: cmp.Or(a.Status, "running"), Template: a.Text, HostIp: a.Text, Reason: a.Text, Detail: a.Text,
-		CreatedAtUnix: time.Now().Unix(),
+		CreatedAtUnix: time.Now().Unix(), Metadata: map[string]string{a.Text: a.Text},
 	}
 }
 
@@ -259,7 +259,8 @@ func (a *Agent) ListSnapshots(context.Context, request[v1.ListSnapshotsRequest])
 }
 
 func (a *Agent) WatchEvents(_ context.Context, _ request[v1.WatchEventsRequest], s sender[v1.WatchEventsResponse]) error {
-	return s.Send(&v1.WatchEventsResponse{Event: &v1.Event{Cursor: 1, SandboxId: a.Text, To: a.Text, Reason: a.Text}})
+	return s.Send(&v1.WatchEventsResponse{Event: &v1.Event{Cursor: 1, SandboxId: a.Text, To: a.Text, Reason: a.Text,
+		Metadata: map[string]string{a.Text: a.Text}}})
 }
 
 func (a *Agent) GetConsole(context.Context, request[v1.GetConsoleRequest]) (response[v1.GetConsoleResponse], error) {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 )
@@ -18,6 +19,8 @@ type size struct {
 	memory   string
 	timeout  time.Duration
 	then     string
+	deadline string
+	atEnd    string
 	user     string
 	env      []string
 	labels   []string
@@ -30,6 +33,8 @@ func (s *size) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&s.memory, "memory", "m", "", "memory in MiB, or with a unit: 512m, 2g (default 512, or the snapshot's)")
 	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox when this time passes without activity (10m, 1h); 0 is never")
 	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens when --timeout passes: destroy, or hibernate to disk")
+	cmd.Flags().StringVar(&s.deadline, "deadline", "", "end the sandbox after this time, whatever happens in it (2h), or at a time (2030-01-31T12:00:00Z)")
+	cmd.Flags().StringVar(&s.atEnd, "on-deadline", "destroy", "what happens at --deadline: destroy, or hibernate to disk")
 	cmd.Flags().StringArrayVarP(&s.labels, "label", "l", nil, "set NAME=VALUE as metadata, by which ps --filter finds the sandbox; may be repeated")
 	s.reach.flags(cmd)
 }
@@ -58,10 +63,33 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 	if err != nil {
 		return nil, err
 	}
+	end, err := endAt(s.deadline)
+	if err != nil {
+		return nil, err
+	}
+	var deadline *timestamppb.Timestamp
+	if !end.IsZero() {
+		deadline = timestamppb.New(end)
+	}
 	return &hostagentv1.CreateSandboxRequest{
 		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
-		User: s.user, Envs: env, Metadata: labels,
+		User: s.user, Envs: env, Metadata: labels, Deadline: deadline, OnDeadline: s.atEnd,
 	}, nil
+}
+
+// endAt reads a deadline: so long from now, a time, or "never" or nothing for none.
+func endAt(text string) (time.Time, error) {
+	if text == "" || text == "never" {
+		return time.Time{}, nil
+	}
+	if d, err := time.ParseDuration(text); err == nil && d >= 0 {
+		return time.Now().Add(d), nil
+	}
+	at, err := time.Parse(time.RFC3339, text)
+	if err != nil {
+		return at, fmt.Errorf("deadline %q is neither a duration such as 30m or 2h nor a time such as 2030-01-31T12:00:00Z", text)
+	}
+	return at, nil
 }
 
 // labelsOf reads flags of the form NAME=VALUE, or NAME for an empty value.

@@ -172,3 +172,37 @@ func newTimeout(c *cli) *cobra.Command {
 		},
 	}
 }
+
+func newDeadline(c *cli) *cobra.Command {
+	var then string
+	cmd := &cobra.Command{
+		Use:   "deadline ID DURATION|TIME|never",
+		Short: "Set when a sandbox ends, whatever happens in it",
+		Long: `Set after which time from now, or at which time, a sandbox ends, whatever happens in
+it. The time 0s is now. A hibernated sandbox has no running deadline: the resume
+drops one that has passed.`,
+		Example: "  wrenn deadline 3fa 2h\n  wrenn deadline 3fa 2030-01-31T12:00:00Z --on-deadline hibernate",
+		Args:    cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			at, err := endAt(args[1])
+			if err != nil {
+				return err
+			}
+			s, err := c.find(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if err := s.SetDeadline(cmd.Context(), at, then); err != nil {
+				return err
+			}
+			if at.IsZero() {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s has no deadline\n", s.ID)
+			} else {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s ends at %s\n", s.ID, at.Local().Format(time.DateTime))
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&then, "on-deadline", "", "what happens then: destroy, or hibernate to disk (default as before)")
+	return cmd
+}

@@ -24,7 +24,7 @@ func verbs() [][]string {
 	return [][]string{
 		{"create"}, {"run", "true"}, {"exec", id, "true"}, {"shell", id}, {"cp", id + ":/x", "-"}, {"cp", "/proc/self/comm", id + ":/x"},
 		{"top", id}, {"port", id, "80"}, {"ps"}, {"exec", "012", "true"}, {"pause", id}, {"resume", id}, {"recover", id}, {"fork", id},
-		{"snapshot", id}, {"snapshot", "rm", "x"}, {"snapshots"}, {"rm", id}, {"rm", "--all"}, {"timeout", id, "1m"},
+		{"snapshot", id}, {"snapshot", "rm", "x"}, {"snapshots"}, {"rm", id}, {"rm", "--all"}, {"timeout", id, "1m"}, {"deadline", id, "1m"},
 		{"network", id}, {"network", id, "--reset"}, {"inspect", id}, {"inspect", "--token", id}, {"logs", id}, {"events"}, {"verify"},
 	}
 }

@@ -2,6 +2,9 @@ package client
 
 import (
 	"context"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 )
@@ -84,6 +87,17 @@ func (s *Sandbox) Snapshot(ctx context.Context, name string) (*hostagentv1.Snaps
 // SetTimeout sets the idle timeout in seconds; 0 is never.
 func (s *Sandbox) SetTimeout(ctx context.Context, seconds int32) (*hostagentv1.SetTimeoutResponse, error) {
 	return call(ctx, s.host.rpc.SetTimeout, &hostagentv1.SetTimeoutRequest{SandboxId: s.ID, TimeoutSec: seconds})
+}
+
+// SetDeadline sets when the sandbox ends, whatever happens in it; the zero time is
+// never. What happens then is destroy or hibernate, as before when empty.
+func (s *Sandbox) SetDeadline(ctx context.Context, at time.Time, then string) error {
+	req := &hostagentv1.SetDeadlineRequest{SandboxId: s.ID, OnDeadline: then}
+	if !at.IsZero() {
+		req.Deadline = timestamppb.New(at)
+	}
+	_, err := call(ctx, s.host.rpc.SetDeadline, req)
+	return err
 }
 
 // SetNetwork replaces the policy; nil is the host's settings.

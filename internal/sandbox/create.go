@@ -35,6 +35,10 @@ type CreateRequest struct {
 	Timeout time.Duration
 	// OnTimeout is what happens then; destroy when empty.
 	OnTimeout OnTimeout
+	// EndAt is when the sandbox ends, whatever happens in it; zero is never.
+	EndAt time.Time
+	// OnEnd is what happens then; destroy when empty.
+	OnEnd OnTimeout
 	// Network is what the sandbox may reach.
 	Network NetworkSettings
 	// Login is what its programs begin with; what it does not say is the
@@ -76,12 +80,22 @@ func (r *CreateRequest) check() error {
 	if r.MemMiB < MinMemMiB || r.MemMiB > MaxMemMiB {
 		errs = append(errs, fmt.Errorf("memory is %d MiB, must be %d to %d", r.MemMiB, MinMemMiB, MaxMemMiB))
 	}
-	errs = append(errs, checkTimeout(r.Timeout), r.OnTimeout.check(), CheckUser(r.Login.User), CheckEnv(r.Login.Env),
+	errs = append(errs, checkTimeout(r.Timeout), r.OnTimeout.check("on_timeout"), r.checkEnd(), r.OnEnd.check("on_deadline"),
+		CheckUser(r.Login.User), CheckEnv(r.Login.Env),
 		checkMetadata(r.Labels.Metadata))
 	if err := errors.Join(errs...); err != nil {
 		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	return nil
+}
+
+// checkEnd is of a create, which must not be too late.
+func (r *CreateRequest) checkEnd() error {
+	now := time.Now()
+	if passed(r.EndAt, now) {
+		return fmt.Errorf("deadline %s has passed", r.EndAt.UTC().Format(time.RFC3339))
+	}
+	return checkEnd(r.EndAt, now)
 }
 
 func checkTimeout(d time.Duration) error {
@@ -232,7 +246,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: state,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, Base: base, Network: req.Network.clone(), Login: req.Login, Labels: req.Labels.clone(),
+		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Base: base, Network: req.Network.clone(), Login: req.Login, Labels: req.Labels.clone(),
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		BootKey:   req.bootKey,
 		CreatedAt: now, StateAt: now, LastActiveAt: now,

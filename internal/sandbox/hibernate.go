@@ -18,7 +18,7 @@ import (
 // hibernating it. Then it ends. The pauses between are four minutes together.
 const hibernateTries = 10
 
-// OnTimeout is what becomes of a sandbox that expires.
+// OnTimeout is what becomes of a sandbox that expires, by its idle timeout or its deadline.
 type OnTimeout string
 
 const (
@@ -26,13 +26,14 @@ const (
 	HibernateOnTimeout OnTimeout = "hibernate"
 )
 
-func (o *OnTimeout) check() error {
+// check sets an empty one, which a field of a request had, to its default.
+func (o *OnTimeout) check(field string) error {
 	switch *o {
 	case "":
 		*o = DestroyOnTimeout
 	case DestroyOnTimeout, HibernateOnTimeout:
 	default:
-		return fmt.Errorf("on_timeout is %.40q, must be destroy or hibernate", string(*o))
+		return fmt.Errorf("%s is %.40q, must be destroy or hibernate", field, string(*o))
 	}
 	return nil
 }
@@ -208,7 +209,11 @@ func (m *Manager) readmit(ctx context.Context, b *box) (err error) {
 	}
 	temp.Push("slot", func(context.Context) error { return m.cfg.Network.Release(slot) })
 	hostIP := m.cfg.Network.Plan().Addrs(slot).HostIP
-	if err := m.save(b, func(r *Record) { r.Slot, r.HostIP = slot, hostIP }); err != nil {
+	if err := m.save(b, func(r *Record) {
+		if r.Slot, r.HostIP = slot, hostIP; passed(r.EndAt, time.Now()) {
+			r.EndAt = time.Time{} // it would end at once
+		}
+	}); err != nil {
 		return err
 	}
 	temp.Keep()

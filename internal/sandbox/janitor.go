@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// sweepEvery is how often the janitor looks around.
+// sweepEvery is how often the janitor looks around at least. It does so at each
+// deadline, too.
 const sweepEvery = time.Second
 
 // chore is what is due of a sandbox.
@@ -26,22 +27,38 @@ type janitor struct{ *Manager }
 
 // run does so until the manager's life ends.
 func (j janitor) run() {
-	tick := time.NewTicker(sweepEvery)
-	defer tick.Stop()
+	timer := time.NewTimer(sweepEvery)
+	defer timer.Stop()
 	for {
 		select {
-		case <-tick.C:
-			j.sweep(time.Now())
+		case <-timer.C:
+		case <-j.woken:
 		case <-j.life.Done():
 			return
 		}
+		next := j.sweep(time.Now())
+		timer.Reset(max(min(time.Until(next), sweepEvery), time.Millisecond))
+	}
+}
+
+// wakeJanitor has the janitor look around now.
+func (m *Manager) wakeJanitor() {
+	select {
+	case m.woken <- struct{}{}:
+	default:
 	}
 }
 
 // sweep starts what is due, each on its own goroutine: a stuck VM delays
-// no other sandbox. One whose op lock is taken is left for the next time.
-func (j janitor) sweep(now time.Time) {
+// no other sandbox. One whose op lock is taken is left for the next time. It returns
+// when the next deadline is, if there is one soon.
+func (j janitor) sweep(now time.Time) (next time.Time) {
+	next = now.Add(sweepEvery)
 	for _, b := range j.all() {
+		rec := b.record()
+		if at := rec.endsAt(); at.After(now) && at.Before(next) {
+			next = at
+		}
 		if j.due(b, now) != choreNone && b.tryHold("freed") {
 			j.goes("sweep", func() {
 				defer b.unhold()
@@ -49,15 +66,17 @@ func (j janitor) sweep(now time.Time) {
 			})
 		}
 	}
+	return next
 }
 
 // due says what is to be done.
 func (j janitor) due(b *box, now time.Time) chore {
+	expiry := b.expiry(now, j.cfg.KeepPaused)
 	rec := b.record()
 	switch {
-	case b.expired(now, j.cfg.KeepPaused) && rec.OnTimeout == HibernateOnTimeout && rec.State == Running:
+	case expiry == HibernateOnTimeout:
 		return choreHibernate
-	case b.expired(now, j.cfg.KeepPaused):
+	case expiry != "":
 		return choreExpire
 	case b.retryDue(now):
 		return choreFree
@@ -78,7 +97,11 @@ func (j janitor) attend(b *box, now time.Time) {
 	case choreHibernate:
 		j.hibernateExpired(b)
 	case choreExpire:
-		err = j.release(b, Expired, "")
+		detail := ""
+		if rec := b.record(); rec.ended(now) {
+			detail = "its deadline has passed"
+		}
+		err = j.release(b, Expired, detail)
 	case choreFree:
 		if b.state() == Hibernated {
 			err = j.freeHibernated(b)
@@ -97,31 +120,6 @@ func (j janitor) attend(b *box, now time.Time) {
 	}
 	if err != nil {
 		j.log.Debug("chore not done", "sandbox", b.id, "err", err)
-	}
-}
-
-// expired: nothing has happened in the sandbox for as long as it may stay so.
-func (b *box) expired(now time.Time, keepPaused time.Duration) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	rec := &b.mu.rec
-	// The clock has been put back: a sandbox gets no more time by that than once more.
-	for _, at := range []*time.Time{&rec.LastActiveAt, &rec.StateAt} {
-		if at.After(now) {
-			*at = now
-		}
-	}
-	switch {
-	case b.mu.leases > 0:
-		return false
-	case rec.State == Running && b.mu.attempts > 0 && now.Before(b.mu.retryAt):
-		return false
-	case rec.State == Running:
-		return rec.Timeout > 0 && !now.Before(rec.LastActiveAt.Add(rec.Timeout))
-	case rec.State == Paused:
-		return keepPaused > 0 && !now.Before(rec.StateAt.Add(keepPaused))
-	default:
-		return false
 	}
 }
 

@@ -28,7 +28,9 @@ type Manager struct {
 	pool   *pool
 	lock   *dirLock
 	store  store
-	log    *slog.Logger
+	// woken has an element when the janitor is to look around.
+	woken chan struct{}
+	log   *slog.Logger
 }
 
 // Get returns one sandbox. It never waits for an operation.

@@ -293,15 +293,17 @@ func TestOperationsByState(t *testing.T) {
 	may := map[State][]Operation{
 		Waiting:    nil,
 		Creating:   {OpDestroy},
-		Running:    {OpPause, OpHibernate, OpFork, OpSnapshot, OpCall, OpTimeout, OpRecover, OpDestroy},
-		Paused:     {OpResume, OpHibernate, OpFork, OpSnapshot, OpTimeout, OpRecover, OpDestroy},
-		Hibernated: {OpResume, OpTimeout, OpRecover, OpDestroy},
+		Running:    {OpPause, OpHibernate, OpFork, OpSnapshot, OpCall, OpTimeout, OpDeadline, OpRecover, OpDestroy},
+		Paused:     {OpResume, OpHibernate, OpFork, OpSnapshot, OpTimeout, OpDeadline, OpRecover, OpDestroy},
+		Hibernated: {OpResume, OpTimeout, OpDeadline, OpRecover, OpDestroy},
 		Unknown:    {OpRecover, OpDestroy},
 		Stopping:   {OpDestroy},
 		Stopped:    {OpDestroy},
 	}
 	for _, state := range States() {
-		for _, op := range []Operation{OpPause, OpHibernate, OpFork, OpSnapshot, OpResume, OpCall, OpTimeout, OpRecover, OpDestroy} {
+		for _, op := range []Operation{
+			OpPause, OpHibernate, OpFork, OpSnapshot, OpResume, OpCall, OpTimeout, OpDeadline, OpRecover, OpDestroy,
+		} {
 			err := check("sb-0", op, state)
 			if got := err == nil; got != slices.Contains(may[state], op) {
 				t.Errorf("%s of a %s sandbox: %v", op, state, err)

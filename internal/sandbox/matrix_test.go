@@ -23,6 +23,8 @@ type scenario struct {
 	keeps bool
 	// asleep says that no failure costs the sandbox: its snapshot is safe.
 	asleep bool
+	// ends says that the sandbox is gone in the end, whatever fails.
+	ends bool
 	// change sets up another manager than usual.
 	change func(*Config)
 }
@@ -87,6 +89,31 @@ var scenarios = map[string]scenario{
 		},
 		run:   func(ctx context.Context, r *rig, id ID) error { return r.Hibernate(ctx, id) },
 		keeps: true,
+	},
+	"deadline": {
+		prepare: func(r *rig) ID { return r.create() },
+		run: func(ctx context.Context, r *rig, id ID) error {
+			_, err := r.SetDeadline(ctx, id, time.Now().Add(3*time.Second), HibernateOnTimeout)
+			time.Sleep(5 * time.Second)
+			synctest.Wait()
+			return err
+		},
+		keeps: true,
+	},
+	"deadline that destroys a paused one": {
+		prepare: func(r *rig) ID {
+			id := r.until(3*time.Second, CreateRequest{})
+			if err := r.Pause(r.t.Context(), id); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run: func(ctx context.Context, r *rig, id ID) error {
+			time.Sleep(5 * time.Second)
+			synctest.Wait()
+			return nil
+		},
+		ends: true,
 	},
 	"fork": {
 		prepare: func(r *rig) ID { return r.create() },
@@ -413,6 +440,9 @@ func (s scenario) under(t *testing.T, step, kind string) {
 			t.Errorf("a failed resume cost the sandbox: %v", err)
 		}
 		r.wantConsistent()
+	}
+	if s.ends {
+		r.wantState(id, Stopped)
 	}
 	// A snapshot is whole and of use, or not there.
 	snapshots, err := r.Snapshots()

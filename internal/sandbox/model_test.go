@@ -220,6 +220,29 @@ func testModel(t *testing.T, warm int) {
 				state  State
 			}
 			spoiled := map[ID]broken{}
+			type deadline struct {
+				at   time.Time
+				then State
+			}
+			ends := map[ID]deadline{}
+			// settle follows the deadlines that have passed. The agent may have come up
+			// since, or the sandbox have been unknown: it has a moment to act.
+			settle := func(rt *rapid.T) {
+				synctest.Wait()
+				for id, end := range ends {
+					if s := model[id]; s != Running && s != Paused || time.Now().Before(end.at) {
+						continue
+					}
+					if info, _ := r.Get(id); info.State != end.then {
+						time.Sleep(sweepEvery + 100*time.Millisecond)
+						synctest.Wait()
+					}
+					if info, err := r.Get(id); info.State != end.then {
+						rt.Fatalf("sandbox %s is %s, %v, after its deadline", id, info.State, err)
+					}
+					model[id] = end.then
+				}
+			}
 			pick := func(rt *rapid.T) ID {
 				var ids []ID
 				for _, info := range r.List(true) {
@@ -291,6 +314,24 @@ func testModel(t *testing.T, warm int) {
 					_, err := r.Exec(t.Context(), id, Command{Cmd: "x"})
 					want(rt, "exec", id, err, Running)
 				},
+				"deadline": func(rt *rapid.T) {
+					id, in := pick(rt), rapid.SampledFrom([]time.Duration{-1, 0, 10, 700, 3000, 8000}).Draw(rt, "ms")
+					then := rapid.SampledFrom([]OnTimeout{DestroyOnTimeout, HibernateOnTimeout}).Draw(rt, "then")
+					end := deadline{time.Now().Add(in * time.Millisecond), map[OnTimeout]State{
+						DestroyOnTimeout: Stopped, HibernateOnTimeout: Hibernated,
+					}[then]}
+					_, err := r.SetDeadline(t.Context(), id, end.at, then)
+					if want(rt, "deadline", id, err, Running, Paused, Hibernated) {
+						ends[id] = end
+					}
+				},
+				"no deadline": func(rt *rapid.T) {
+					id := pick(rt)
+					_, err := r.SetDeadline(t.Context(), id, time.Time{}, "")
+					if want(rt, "no deadline", id, err, Running, Paused, Hibernated) {
+						delete(ends, id)
+					}
+				},
 				"pause": func(rt *rapid.T) {
 					id := pick(rt)
 					if want(rt, "pause", id, r.Pause(t.Context(), id), Running) {
@@ -299,13 +340,16 @@ func testModel(t *testing.T, warm int) {
 				},
 				"resume": func(rt *rapid.T) {
 					id := pick(rt)
-					if want(rt, "resume", id, r.Resume(t.Context(), id), Paused) {
+					if want(rt, "resume", id, r.Resume(t.Context(), id), Paused, Hibernated) {
+						if model[id] == Hibernated && !time.Now().Before(ends[id].at) {
+							delete(ends, id)
+						}
 						model[id] = Running
 					}
 				},
 				"destroy": func(rt *rapid.T) {
 					id := pick(rt)
-					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Stopped, Unknown) {
+					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Hibernated, Stopped, Unknown) {
 						delete(model, id)
 						delete(spoiled, id)
 					}
@@ -393,7 +437,7 @@ func testModel(t *testing.T, warm int) {
 					}
 				},
 				"": func(rt *rapid.T) {
-					synctest.Wait()
+					settle(rt)
 					infos := r.List(true)
 					if len(infos) != len(model) {
 						rt.Fatalf("%d sandboxes, the model has %d", len(infos), len(model))

@@ -243,7 +243,7 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 	return m.move(b, Running, func(r *Record) {
 		r.BootKey, r.CreatedAt = "", began
 		r.Timeout, r.OnTimeout, r.Network, r.Login = req.Timeout, req.OnTimeout, rec.Network, rec.Login
-		r.Labels = req.Labels.clone()
+		r.EndAt, r.OnEnd, r.Labels = asEnd(req.EndAt), req.OnEnd, req.Labels.clone()
 	})
 }
 

@@ -373,7 +373,7 @@ func TestClockThatIsPutBack(t *testing.T) {
 	b.mu.Lock()
 	b.mu.rec.LastActiveAt = now.Add(24 * time.Hour)
 	b.mu.Unlock()
-	if b.expired(now, 0) || !b.expired(now.Add(61*time.Second), 0) {
+	if b.expiry(now, 0) != "" || b.expiry(now.Add(61*time.Second), 0) == "" {
 		t.Error("it does not expire after its timeout")
 	}
 }

@@ -87,6 +87,7 @@ const (
 	OpResume    Operation = "resume"
 	OpCall      Operation = "exec"
 	OpTimeout   Operation = "a timeout"
+	OpDeadline  Operation = "a deadline"
 	OpNetwork   Operation = "a network policy"
 	OpRecover   Operation = "recover"
 	OpDestroy   Operation = "destroy"
@@ -101,6 +102,7 @@ var allowed = map[Operation][]State{
 	OpResume:    {Paused, Hibernated},
 	OpCall:      {Running},
 	OpTimeout:   {Running, Paused, Hibernated},
+	OpDeadline:  {Running, Paused, Hibernated},
 	OpNetwork:   {Running, Paused, Hibernated},
 	OpRecover:   {Running, Paused, Hibernated, Unknown},
 	OpDestroy:   {Creating, Running, Paused, Hibernated, Stopping, Stopped, Unknown},
@@ -181,6 +183,11 @@ type Record struct {
 
 	// OnTimeout is what happens when it expires; empty is destroy.
 	OnTimeout OnTimeout `json:"onTimeout,omitempty"`
+	// EndAt is the deadline, when the sandbox ends whatever happens in it; zero is none.
+	// It is moved by a create and by SetDeadline alone.
+	EndAt time.Time `json:"endAt,omitzero"`
+	// OnEnd is what happens then; empty is destroy.
+	OnEnd OnTimeout `json:"onEnd,omitempty"`
 	// Base is the digest of the base image that the disk is laid over.
 	Base string `json:"base,omitempty"`
 
@@ -251,6 +258,8 @@ type Info struct {
 	MemMiB       int
 	Timeout      time.Duration
 	OnTimeout    OnTimeout
+	EndAt        time.Time
+	OnEnd        OnTimeout
 	Network      NetworkSettings
 	User         string
 	HostIP       netip.Addr
@@ -269,11 +278,15 @@ func (r Record) info() Info {
 	info := Info{
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
 		Template: r.Template, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
+		EndAt: r.EndAt, OnEnd: r.OnEnd,
 		Network: r.Network.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 	}
 	if r.Timeout > 0 && r.State == Running {
 		info.ExpiresAt = r.LastActiveAt.Add(r.Timeout)
+	}
+	if at := r.endsAt(); !at.IsZero() && (info.ExpiresAt.IsZero() || at.Before(info.ExpiresAt)) {
+		info.ExpiresAt = at
 	}
 	return info
 }

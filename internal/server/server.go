@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
@@ -119,6 +120,10 @@ func ready(manager *sandbox.Manager) http.HandlerFunc {
 }
 
 func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandboxRequest]) (*response[pb.CreateSandboxResponse], error) {
+	end, err := deadline(req.Msg.Deadline)
+	if err != nil {
+		return nil, err
+	}
 	created, err := s.manager.Create(ctx, sandbox.CreateRequest{
 		Template: req.Msg.Template,
 		VCPUs:    int(req.Msg.Vcpus),
@@ -126,6 +131,8 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		Timeout:  time.Duration(req.Msg.TimeoutSec) * time.Second,
 
 		OnTimeout: sandbox.OnTimeout(req.Msg.OnTimeout),
+		EndAt:     end,
+		OnEnd:     sandbox.OnTimeout(req.Msg.OnDeadline),
 		Network:   networkSettings(req.Msg.Network),
 		Login:     sandbox.Login{User: req.Msg.User, Env: req.Msg.Envs},
 		Labels:    sandbox.Labels{Metadata: req.Msg.Metadata},
@@ -391,10 +398,13 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
 		TimeoutSec: int32(info.Timeout / time.Second),
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
-		User: info.User, Metadata: info.Labels.Metadata,
+		User: info.User, Metadata: info.Labels.Metadata, OnDeadline: string(info.OnEnd),
 	}
 	if info.HostIP.IsValid() {
 		out.HostIp = info.HostIP.String()
+	}
+	if !info.EndAt.IsZero() {
+		out.Deadline = timestamppb.New(info.EndAt)
 	}
 	if !info.ExpiresAt.IsZero() {
 		out.ExpiresAtUnix = info.ExpiresAt.Unix()
@@ -430,6 +440,36 @@ func (s *service) SetTimeout(ctx context.Context, req *request[pb.SetTimeoutRequ
 		return nil, err
 	}
 	return connect.NewResponse(&pb.SetTimeoutResponse{ExpiresAtUnix: sandboxInfo(info).ExpiresAtUnix}), nil
+}
+
+func (s *service) SetDeadline(ctx context.Context, req *request[pb.SetDeadlineRequest]) (*response[pb.SetDeadlineResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	end, err := deadline(req.Msg.Deadline)
+	if err != nil {
+		return nil, err
+	}
+	info, err := s.manager.SetDeadline(ctx, id, end, sandbox.OnTimeout(req.Msg.OnDeadline))
+	if err != nil {
+		return nil, err
+	}
+	return connect.NewResponse(&pb.SetDeadlineResponse{Sandbox: sandboxInfo(info)}), nil
+}
+
+// deadline is the time that a request names; zero if it names none.
+func deadline(t *timestamppb.Timestamp) (time.Time, error) {
+	if t == nil {
+		return time.Time{}, nil
+	}
+	if err := t.CheckValid(); err != nil {
+		return time.Time{}, errdefs.InvalidArgument.Errorf("deadline: %w", err)
+	}
+	if t.Seconds < 0 { // one of these is Go's zero time
+		return time.Time{}, errdefs.InvalidArgument.Errorf("deadline is before 1970")
+	}
+	return t.AsTime(), nil
 }
 
 func (s *service) WatchEvents(

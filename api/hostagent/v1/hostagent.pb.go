@@ -11,6 +11,7 @@ package hostagentv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -47,7 +48,12 @@ type CreateSandboxRequest struct {
 	Envs map[string]string `protobuf:"bytes,8,rep,name=envs,proto3" json:"envs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// What the caller wants to find again: lists, events and forks have it. At most 64
 	// pairs, keys of 1 to 256 bytes, values of at most 4096, 16 KiB together.
-	Metadata      map[string]string `protobuf:"bytes,9,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Metadata map[string]string `protobuf:"bytes,9,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// When the sandbox ends, whatever happens in it; never when absent. At most a year
+	// ahead. Its idle timeout, timeout_sec, may end it before. A fork has it, too.
+	Deadline *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	// What happens to it then: "destroy" (also when empty) or "hibernate".
+	OnDeadline    string `protobuf:"bytes,11,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -143,6 +149,20 @@ func (x *CreateSandboxRequest) GetMetadata() map[string]string {
 		return x.Metadata
 	}
 	return nil
+}
+
+func (x *CreateSandboxRequest) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+func (x *CreateSandboxRequest) GetOnDeadline() string {
+	if x != nil {
+		return x.OnDeadline
+	}
+	return ""
 }
 
 type CreateSandboxResponse struct {
@@ -1698,7 +1718,8 @@ type SandboxInfo struct {
 	Reason string `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`
 	// What is known about the reason, for a person.
 	Detail string `protobuf:"bytes,11,opt,name=detail,proto3" json:"detail,omitempty"`
-	// When the sandbox expires if nothing happens in it; 0 is never.
+	// When the sandbox expires if nothing happens in it: by its idle timeout or its
+	// deadline, whichever comes first; 0 is never.
 	ExpiresAtUnix int64 `protobuf:"varint,12,opt,name=expires_at_unix,json=expiresAtUnix,proto3" json:"expires_at_unix,omitempty"`
 	// What happens when it expires: destroy or hibernate.
 	OnTimeout string `protobuf:"bytes,13,opt,name=on_timeout,json=onTimeout,proto3" json:"on_timeout,omitempty"`
@@ -1709,7 +1730,12 @@ type SandboxInfo struct {
 	// User whose programs run in the sandbox if a call names no user.
 	User string `protobuf:"bytes,16,opt,name=user,proto3" json:"user,omitempty"`
 	// As its creator gave it; a fork has that of its source.
-	Metadata      map[string]string `protobuf:"bytes,17,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Metadata map[string]string `protobuf:"bytes,17,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// When the sandbox ends, whatever happens in it; never when absent. It does not act
+	// on a hibernated sandbox. A resume drops one that has passed.
+	Deadline *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	// What happens at the deadline: destroy or hibernate.
+	OnDeadline    string `protobuf:"bytes,19,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1863,6 +1889,20 @@ func (x *SandboxInfo) GetMetadata() map[string]string {
 	return nil
 }
 
+func (x *SandboxInfo) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+func (x *SandboxInfo) GetOnDeadline() string {
+	if x != nil {
+		return x.OnDeadline
+	}
+	return ""
+}
+
 type GetSandboxRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -1961,6 +2001,112 @@ func (x *GetSandboxResponse) GetAccessToken() string {
 	return ""
 }
 
+type SetDeadlineRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// At most a year ahead; never when absent. One that has passed acts at once.
+	Deadline *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=deadline,proto3" json:"deadline,omitempty"`
+	// What happens then: "destroy" or "hibernate"; as before when empty.
+	OnDeadline    string `protobuf:"bytes,3,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDeadlineRequest) Reset() {
+	*x = SetDeadlineRequest{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDeadlineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDeadlineRequest) ProtoMessage() {}
+
+func (x *SetDeadlineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDeadlineRequest.ProtoReflect.Descriptor instead.
+func (*SetDeadlineRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *SetDeadlineRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *SetDeadlineRequest) GetDeadline() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Deadline
+	}
+	return nil
+}
+
+func (x *SetDeadlineRequest) GetOnDeadline() string {
+	if x != nil {
+		return x.OnDeadline
+	}
+	return ""
+}
+
+type SetDeadlineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sandbox       *SandboxInfo           `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetDeadlineResponse) Reset() {
+	*x = SetDeadlineResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetDeadlineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetDeadlineResponse) ProtoMessage() {}
+
+func (x *SetDeadlineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetDeadlineResponse.ProtoReflect.Descriptor instead.
+func (*SetDeadlineResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *SetDeadlineResponse) GetSandbox() *SandboxInfo {
+	if x != nil {
+		return x.Sandbox
+	}
+	return nil
+}
+
 type SetTimeoutRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -1972,7 +2118,7 @@ type SetTimeoutRequest struct {
 
 func (x *SetTimeoutRequest) Reset() {
 	*x = SetTimeoutRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1984,7 +2130,7 @@ func (x *SetTimeoutRequest) String() string {
 func (*SetTimeoutRequest) ProtoMessage() {}
 
 func (x *SetTimeoutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[31]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1997,7 +2143,7 @@ func (x *SetTimeoutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTimeoutRequest.ProtoReflect.Descriptor instead.
 func (*SetTimeoutRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{31}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SetTimeoutRequest) GetSandboxId() string {
@@ -2024,7 +2170,7 @@ type SetTimeoutResponse struct {
 
 func (x *SetTimeoutResponse) Reset() {
 	*x = SetTimeoutResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2036,7 +2182,7 @@ func (x *SetTimeoutResponse) String() string {
 func (*SetTimeoutResponse) ProtoMessage() {}
 
 func (x *SetTimeoutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[32]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2049,7 +2195,7 @@ func (x *SetTimeoutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetTimeoutResponse.ProtoReflect.Descriptor instead.
 func (*SetTimeoutResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{32}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SetTimeoutResponse) GetExpiresAtUnix() int64 {
@@ -2074,7 +2220,7 @@ type WatchEventsRequest struct {
 
 func (x *WatchEventsRequest) Reset() {
 	*x = WatchEventsRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2086,7 +2232,7 @@ func (x *WatchEventsRequest) String() string {
 func (*WatchEventsRequest) ProtoMessage() {}
 
 func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[33]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2099,7 +2245,7 @@ func (x *WatchEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsRequest.ProtoReflect.Descriptor instead.
 func (*WatchEventsRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{33}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *WatchEventsRequest) GetAfter() uint64 {
@@ -2133,7 +2279,7 @@ type WatchEventsResponse struct {
 
 func (x *WatchEventsResponse) Reset() {
 	*x = WatchEventsResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2145,7 +2291,7 @@ func (x *WatchEventsResponse) String() string {
 func (*WatchEventsResponse) ProtoMessage() {}
 
 func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[34]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2158,7 +2304,7 @@ func (x *WatchEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchEventsResponse.ProtoReflect.Descriptor instead.
 func (*WatchEventsResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{34}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *WatchEventsResponse) GetEvent() *Event {
@@ -2190,7 +2336,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2202,7 +2348,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[35]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2215,7 +2361,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{35}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Event) GetCursor() uint64 {
@@ -2278,7 +2424,7 @@ type GetConsoleRequest struct {
 
 func (x *GetConsoleRequest) Reset() {
 	*x = GetConsoleRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2290,7 +2436,7 @@ func (x *GetConsoleRequest) String() string {
 func (*GetConsoleRequest) ProtoMessage() {}
 
 func (x *GetConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[36]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2303,7 +2449,7 @@ func (x *GetConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConsoleRequest.ProtoReflect.Descriptor instead.
 func (*GetConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{36}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetConsoleRequest) GetSandboxId() string {
@@ -2329,7 +2475,7 @@ type GetConsoleResponse struct {
 
 func (x *GetConsoleResponse) Reset() {
 	*x = GetConsoleResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2341,7 +2487,7 @@ func (x *GetConsoleResponse) String() string {
 func (*GetConsoleResponse) ProtoMessage() {}
 
 func (x *GetConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[37]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2354,7 +2500,7 @@ func (x *GetConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConsoleResponse.ProtoReflect.Descriptor instead.
 func (*GetConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{37}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *GetConsoleResponse) GetConsole() []byte {
@@ -2375,7 +2521,7 @@ type VerifyRequest struct {
 
 func (x *VerifyRequest) Reset() {
 	*x = VerifyRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2387,7 +2533,7 @@ func (x *VerifyRequest) String() string {
 func (*VerifyRequest) ProtoMessage() {}
 
 func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[38]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2400,7 +2546,7 @@ func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
 func (*VerifyRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{38}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VerifyRequest) GetNames() []string {
@@ -2426,7 +2572,7 @@ type VerifyResponse struct {
 
 func (x *VerifyResponse) Reset() {
 	*x = VerifyResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2438,7 +2584,7 @@ func (x *VerifyResponse) String() string {
 func (*VerifyResponse) ProtoMessage() {}
 
 func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2451,7 +2597,7 @@ func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
 func (*VerifyResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *VerifyResponse) GetKind() string {
@@ -2490,7 +2636,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2502,7 +2648,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2515,7 +2661,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
 }
 
 type GetVersionResponse struct {
@@ -2532,7 +2678,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2544,7 +2690,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2557,7 +2703,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -2585,7 +2731,7 @@ var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
 const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
-	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\"\xf6\x03\n" +
+	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x04\n" +
 	"\x14CreateSandboxRequest\x12\x1a\n" +
 	"\btemplate\x18\x01 \x01(\tR\btemplate\x12\x14\n" +
 	"\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n" +
@@ -2597,7 +2743,11 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\anetwork\x18\x06 \x01(\v2\x1b.hostagent.v1.NetworkPolicyR\anetwork\x12\x12\n" +
 	"\x04user\x18\a \x01(\tR\x04user\x12@\n" +
 	"\x04envs\x18\b \x03(\v2,.hostagent.v1.CreateSandboxRequest.EnvsEntryR\x04envs\x12L\n" +
-	"\bmetadata\x18\t \x03(\v20.hostagent.v1.CreateSandboxRequest.MetadataEntryR\bmetadata\x1a7\n" +
+	"\bmetadata\x18\t \x03(\v20.hostagent.v1.CreateSandboxRequest.MetadataEntryR\bmetadata\x126\n" +
+	"\bdeadline\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x1f\n" +
+	"\von_deadline\x18\v \x01(\tR\n" +
+	"onDeadline\x1a7\n" +
 	"\tEnvsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +
@@ -2713,7 +2863,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xa0\x05\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xf9\x05\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -2735,7 +2885,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\anetwork\x18\x0e \x01(\v2\x1b.hostagent.v1.NetworkPolicyR\anetwork\x126\n" +
 	"\atraffic\x18\x0f \x01(\v2\x1c.hostagent.v1.NetworkTrafficR\atraffic\x12\x12\n" +
 	"\x04user\x18\x10 \x01(\tR\x04user\x12C\n" +
-	"\bmetadata\x18\x11 \x03(\v2'.hostagent.v1.SandboxInfo.MetadataEntryR\bmetadata\x1a;\n" +
+	"\bmetadata\x18\x11 \x03(\v2'.hostagent.v1.SandboxInfo.MetadataEntryR\bmetadata\x126\n" +
+	"\bdeadline\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x1f\n" +
+	"\von_deadline\x18\x13 \x01(\tR\n" +
+	"onDeadline\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"2\n" +
@@ -2744,7 +2897,15 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"l\n" +
 	"\x12GetSandboxResponse\x123\n" +
 	"\asandbox\x18\x01 \x01(\v2\x19.hostagent.v1.SandboxInfoR\asandbox\x12!\n" +
-	"\faccess_token\x18\x02 \x01(\tR\vaccessToken\"S\n" +
+	"\faccess_token\x18\x02 \x01(\tR\vaccessToken\"\x8c\x01\n" +
+	"\x12SetDeadlineRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x126\n" +
+	"\bdeadline\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x1f\n" +
+	"\von_deadline\x18\x03 \x01(\tR\n" +
+	"onDeadline\"J\n" +
+	"\x13SetDeadlineResponse\x123\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.hostagent.v1.SandboxInfoR\asandbox\"S\n" +
 	"\x11SetTimeoutRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1f\n" +
@@ -2791,7 +2952,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
 	"\x03vmm\x18\x02 \x01(\tR\x03vmm\x12\x1f\n" +
 	"\vvmm_version\x18\x03 \x01(\tR\n" +
-	"vmmVersion2\x96\f\n" +
+	"vmmVersion2\xea\f\n" +
 	"\x10HostAgentService\x12X\n" +
 	"\rCreateSandbox\x12\".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n" +
 	"\x0eRecoverSandbox\x12#.hostagent.v1.RecoverSandboxRequest\x1a$.hostagent.v1.RecoverSandboxResponse\x12[\n" +
@@ -2808,7 +2969,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"GetSandbox\x12\x1f.hostagent.v1.GetSandboxRequest\x1a .hostagent.v1.GetSandboxResponse\x12O\n" +
 	"\n" +
-	"SetTimeout\x12\x1f.hostagent.v1.SetTimeoutRequest\x1a .hostagent.v1.SetTimeoutResponse\x12T\n" +
+	"SetTimeout\x12\x1f.hostagent.v1.SetTimeoutRequest\x1a .hostagent.v1.SetTimeoutResponse\x12R\n" +
+	"\vSetDeadline\x12 .hostagent.v1.SetDeadlineRequest\x1a!.hostagent.v1.SetDeadlineResponse\x12T\n" +
 	"\vWatchEvents\x12 .hostagent.v1.WatchEventsRequest\x1a!.hostagent.v1.WatchEventsResponse0\x01\x12O\n" +
 	"\n" +
 	"GetConsole\x12\x1f.hostagent.v1.GetConsoleRequest\x1a .hostagent.v1.GetConsoleResponse\x12E\n" +
@@ -2828,7 +2990,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 	return file_hostagent_v1_hostagent_proto_rawDescData
 }
 
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 50)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*CreateSandboxRequest)(nil),    // 0: hostagent.v1.CreateSandboxRequest
 	(*CreateSandboxResponse)(nil),   // 1: hostagent.v1.CreateSandboxResponse
@@ -2861,84 +3023,93 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*SandboxInfo)(nil),             // 28: hostagent.v1.SandboxInfo
 	(*GetSandboxRequest)(nil),       // 29: hostagent.v1.GetSandboxRequest
 	(*GetSandboxResponse)(nil),      // 30: hostagent.v1.GetSandboxResponse
-	(*SetTimeoutRequest)(nil),       // 31: hostagent.v1.SetTimeoutRequest
-	(*SetTimeoutResponse)(nil),      // 32: hostagent.v1.SetTimeoutResponse
-	(*WatchEventsRequest)(nil),      // 33: hostagent.v1.WatchEventsRequest
-	(*WatchEventsResponse)(nil),     // 34: hostagent.v1.WatchEventsResponse
-	(*Event)(nil),                   // 35: hostagent.v1.Event
-	(*GetConsoleRequest)(nil),       // 36: hostagent.v1.GetConsoleRequest
-	(*GetConsoleResponse)(nil),      // 37: hostagent.v1.GetConsoleResponse
-	(*VerifyRequest)(nil),           // 38: hostagent.v1.VerifyRequest
-	(*VerifyResponse)(nil),          // 39: hostagent.v1.VerifyResponse
-	(*GetVersionRequest)(nil),       // 40: hostagent.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),      // 41: hostagent.v1.GetVersionResponse
-	nil,                             // 42: hostagent.v1.CreateSandboxRequest.EnvsEntry
-	nil,                             // 43: hostagent.v1.CreateSandboxRequest.MetadataEntry
-	nil,                             // 44: hostagent.v1.ExecRequest.EnvsEntry
-	nil,                             // 45: hostagent.v1.ListSandboxesRequest.MetadataEntry
-	nil,                             // 46: hostagent.v1.SandboxInfo.MetadataEntry
-	nil,                             // 47: hostagent.v1.Event.MetadataEntry
+	(*SetDeadlineRequest)(nil),      // 31: hostagent.v1.SetDeadlineRequest
+	(*SetDeadlineResponse)(nil),     // 32: hostagent.v1.SetDeadlineResponse
+	(*SetTimeoutRequest)(nil),       // 33: hostagent.v1.SetTimeoutRequest
+	(*SetTimeoutResponse)(nil),      // 34: hostagent.v1.SetTimeoutResponse
+	(*WatchEventsRequest)(nil),      // 35: hostagent.v1.WatchEventsRequest
+	(*WatchEventsResponse)(nil),     // 36: hostagent.v1.WatchEventsResponse
+	(*Event)(nil),                   // 37: hostagent.v1.Event
+	(*GetConsoleRequest)(nil),       // 38: hostagent.v1.GetConsoleRequest
+	(*GetConsoleResponse)(nil),      // 39: hostagent.v1.GetConsoleResponse
+	(*VerifyRequest)(nil),           // 40: hostagent.v1.VerifyRequest
+	(*VerifyResponse)(nil),          // 41: hostagent.v1.VerifyResponse
+	(*GetVersionRequest)(nil),       // 42: hostagent.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),      // 43: hostagent.v1.GetVersionResponse
+	nil,                             // 44: hostagent.v1.CreateSandboxRequest.EnvsEntry
+	nil,                             // 45: hostagent.v1.CreateSandboxRequest.MetadataEntry
+	nil,                             // 46: hostagent.v1.ExecRequest.EnvsEntry
+	nil,                             // 47: hostagent.v1.ListSandboxesRequest.MetadataEntry
+	nil,                             // 48: hostagent.v1.SandboxInfo.MetadataEntry
+	nil,                             // 49: hostagent.v1.Event.MetadataEntry
+	(*timestamppb.Timestamp)(nil),   // 50: google.protobuf.Timestamp
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	3,  // 0: hostagent.v1.CreateSandboxRequest.network:type_name -> hostagent.v1.NetworkPolicy
-	42, // 1: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
-	43, // 2: hostagent.v1.CreateSandboxRequest.metadata:type_name -> hostagent.v1.CreateSandboxRequest.MetadataEntry
-	2,  // 3: hostagent.v1.CreateSandboxResponse.phases:type_name -> hostagent.v1.Phase
-	28, // 4: hostagent.v1.RecoverSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
-	28, // 5: hostagent.v1.ForkSandboxResponse.sandboxes:type_name -> hostagent.v1.SandboxInfo
-	17, // 6: hostagent.v1.SnapshotSandboxResponse.snapshot:type_name -> hostagent.v1.Snapshot
-	17, // 7: hostagent.v1.ListSnapshotsResponse.snapshots:type_name -> hostagent.v1.Snapshot
-	3,  // 8: hostagent.v1.UpdateNetworkRequest.network:type_name -> hostagent.v1.NetworkPolicy
-	44, // 9: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
-	45, // 10: hostagent.v1.ListSandboxesRequest.metadata:type_name -> hostagent.v1.ListSandboxesRequest.MetadataEntry
-	28, // 11: hostagent.v1.ListSandboxesResponse.sandboxes:type_name -> hostagent.v1.SandboxInfo
-	3,  // 12: hostagent.v1.SandboxInfo.network:type_name -> hostagent.v1.NetworkPolicy
-	4,  // 13: hostagent.v1.SandboxInfo.traffic:type_name -> hostagent.v1.NetworkTraffic
-	46, // 14: hostagent.v1.SandboxInfo.metadata:type_name -> hostagent.v1.SandboxInfo.MetadataEntry
-	28, // 15: hostagent.v1.GetSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
-	35, // 16: hostagent.v1.WatchEventsResponse.event:type_name -> hostagent.v1.Event
-	47, // 17: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
-	0,  // 18: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
-	9,  // 19: hostagent.v1.HostAgentService.RecoverSandbox:input_type -> hostagent.v1.RecoverSandboxRequest
-	5,  // 20: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
-	7,  // 21: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
-	11, // 22: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
-	13, // 23: hostagent.v1.HostAgentService.ForkSandbox:input_type -> hostagent.v1.ForkSandboxRequest
-	15, // 24: hostagent.v1.HostAgentService.SnapshotSandbox:input_type -> hostagent.v1.SnapshotSandboxRequest
-	18, // 25: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
-	20, // 26: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
-	22, // 27: hostagent.v1.HostAgentService.UpdateNetwork:input_type -> hostagent.v1.UpdateNetworkRequest
-	24, // 28: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
-	26, // 29: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
-	29, // 30: hostagent.v1.HostAgentService.GetSandbox:input_type -> hostagent.v1.GetSandboxRequest
-	31, // 31: hostagent.v1.HostAgentService.SetTimeout:input_type -> hostagent.v1.SetTimeoutRequest
-	33, // 32: hostagent.v1.HostAgentService.WatchEvents:input_type -> hostagent.v1.WatchEventsRequest
-	36, // 33: hostagent.v1.HostAgentService.GetConsole:input_type -> hostagent.v1.GetConsoleRequest
-	38, // 34: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
-	40, // 35: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
-	1,  // 36: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
-	10, // 37: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
-	6,  // 38: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
-	8,  // 39: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
-	12, // 40: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
-	14, // 41: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
-	16, // 42: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
-	19, // 43: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
-	21, // 44: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
-	23, // 45: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
-	25, // 46: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
-	27, // 47: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
-	30, // 48: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
-	32, // 49: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
-	34, // 50: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
-	37, // 51: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
-	39, // 52: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
-	41, // 53: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
-	36, // [36:54] is the sub-list for method output_type
-	18, // [18:36] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	44, // 1: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
+	45, // 2: hostagent.v1.CreateSandboxRequest.metadata:type_name -> hostagent.v1.CreateSandboxRequest.MetadataEntry
+	50, // 3: hostagent.v1.CreateSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
+	2,  // 4: hostagent.v1.CreateSandboxResponse.phases:type_name -> hostagent.v1.Phase
+	28, // 5: hostagent.v1.RecoverSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
+	28, // 6: hostagent.v1.ForkSandboxResponse.sandboxes:type_name -> hostagent.v1.SandboxInfo
+	17, // 7: hostagent.v1.SnapshotSandboxResponse.snapshot:type_name -> hostagent.v1.Snapshot
+	17, // 8: hostagent.v1.ListSnapshotsResponse.snapshots:type_name -> hostagent.v1.Snapshot
+	3,  // 9: hostagent.v1.UpdateNetworkRequest.network:type_name -> hostagent.v1.NetworkPolicy
+	46, // 10: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
+	47, // 11: hostagent.v1.ListSandboxesRequest.metadata:type_name -> hostagent.v1.ListSandboxesRequest.MetadataEntry
+	28, // 12: hostagent.v1.ListSandboxesResponse.sandboxes:type_name -> hostagent.v1.SandboxInfo
+	3,  // 13: hostagent.v1.SandboxInfo.network:type_name -> hostagent.v1.NetworkPolicy
+	4,  // 14: hostagent.v1.SandboxInfo.traffic:type_name -> hostagent.v1.NetworkTraffic
+	48, // 15: hostagent.v1.SandboxInfo.metadata:type_name -> hostagent.v1.SandboxInfo.MetadataEntry
+	50, // 16: hostagent.v1.SandboxInfo.deadline:type_name -> google.protobuf.Timestamp
+	28, // 17: hostagent.v1.GetSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
+	50, // 18: hostagent.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
+	28, // 19: hostagent.v1.SetDeadlineResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
+	37, // 20: hostagent.v1.WatchEventsResponse.event:type_name -> hostagent.v1.Event
+	49, // 21: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
+	0,  // 22: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
+	9,  // 23: hostagent.v1.HostAgentService.RecoverSandbox:input_type -> hostagent.v1.RecoverSandboxRequest
+	5,  // 24: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
+	7,  // 25: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
+	11, // 26: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
+	13, // 27: hostagent.v1.HostAgentService.ForkSandbox:input_type -> hostagent.v1.ForkSandboxRequest
+	15, // 28: hostagent.v1.HostAgentService.SnapshotSandbox:input_type -> hostagent.v1.SnapshotSandboxRequest
+	18, // 29: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
+	20, // 30: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
+	22, // 31: hostagent.v1.HostAgentService.UpdateNetwork:input_type -> hostagent.v1.UpdateNetworkRequest
+	24, // 32: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
+	26, // 33: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
+	29, // 34: hostagent.v1.HostAgentService.GetSandbox:input_type -> hostagent.v1.GetSandboxRequest
+	33, // 35: hostagent.v1.HostAgentService.SetTimeout:input_type -> hostagent.v1.SetTimeoutRequest
+	31, // 36: hostagent.v1.HostAgentService.SetDeadline:input_type -> hostagent.v1.SetDeadlineRequest
+	35, // 37: hostagent.v1.HostAgentService.WatchEvents:input_type -> hostagent.v1.WatchEventsRequest
+	38, // 38: hostagent.v1.HostAgentService.GetConsole:input_type -> hostagent.v1.GetConsoleRequest
+	40, // 39: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
+	42, // 40: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
+	1,  // 41: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
+	10, // 42: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
+	6,  // 43: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
+	8,  // 44: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
+	12, // 45: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
+	14, // 46: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
+	16, // 47: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
+	19, // 48: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
+	21, // 49: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
+	23, // 50: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
+	25, // 51: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
+	27, // 52: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
+	30, // 53: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
+	34, // 54: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
+	32, // 55: hostagent.v1.HostAgentService.SetDeadline:output_type -> hostagent.v1.SetDeadlineResponse
+	36, // 56: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
+	39, // 57: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
+	41, // 58: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
+	43, // 59: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
+	41, // [41:60] is the sub-list for method output_type
+	22, // [22:41] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
@@ -2953,7 +3124,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   48,
+			NumMessages:   50,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

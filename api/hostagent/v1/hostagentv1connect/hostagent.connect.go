@@ -76,6 +76,9 @@ const (
 	// HostAgentServiceSetTimeoutProcedure is the fully-qualified name of the HostAgentService's
 	// SetTimeout RPC.
 	HostAgentServiceSetTimeoutProcedure = "/hostagent.v1.HostAgentService/SetTimeout"
+	// HostAgentServiceSetDeadlineProcedure is the fully-qualified name of the HostAgentService's
+	// SetDeadline RPC.
+	HostAgentServiceSetDeadlineProcedure = "/hostagent.v1.HostAgentService/SetDeadline"
 	// HostAgentServiceWatchEventsProcedure is the fully-qualified name of the HostAgentService's
 	// WatchEvents RPC.
 	HostAgentServiceWatchEventsProcedure = "/hostagent.v1.HostAgentService/WatchEvents"
@@ -125,6 +128,9 @@ type HostAgentServiceClient interface {
 	// SetTimeout sets after how much inactivity, counted from now, a sandbox
 	// expires; longer or shorter than before.
 	SetTimeout(context.Context, *connect.Request[v1.SetTimeoutRequest]) (*connect.Response[v1.SetTimeoutResponse], error)
+	// SetDeadline sets when a sandbox ends, whatever happens in it; earlier or later
+	// than before.
+	SetDeadline(context.Context, *connect.Request[v1.SetDeadlineRequest]) (*connect.Response[v1.SetDeadlineResponse], error)
 	// WatchEvents streams every change of state of every sandbox: first those
 	// that are remembered, then new ones as they happen.
 	WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest]) (*connect.ServerStreamForClient[v1.WatchEventsResponse], error)
@@ -233,6 +239,12 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("SetTimeout")),
 			connect.WithClientOptions(opts...),
 		),
+		setDeadline: connect.NewClient[v1.SetDeadlineRequest, v1.SetDeadlineResponse](
+			httpClient,
+			baseURL+HostAgentServiceSetDeadlineProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("SetDeadline")),
+			connect.WithClientOptions(opts...),
+		),
 		watchEvents: connect.NewClient[v1.WatchEventsRequest, v1.WatchEventsResponse](
 			httpClient,
 			baseURL+HostAgentServiceWatchEventsProcedure,
@@ -276,6 +288,7 @@ type hostAgentServiceClient struct {
 	listSandboxes   *connect.Client[v1.ListSandboxesRequest, v1.ListSandboxesResponse]
 	getSandbox      *connect.Client[v1.GetSandboxRequest, v1.GetSandboxResponse]
 	setTimeout      *connect.Client[v1.SetTimeoutRequest, v1.SetTimeoutResponse]
+	setDeadline     *connect.Client[v1.SetDeadlineRequest, v1.SetDeadlineResponse]
 	watchEvents     *connect.Client[v1.WatchEventsRequest, v1.WatchEventsResponse]
 	getConsole      *connect.Client[v1.GetConsoleRequest, v1.GetConsoleResponse]
 	verify          *connect.Client[v1.VerifyRequest, v1.VerifyResponse]
@@ -352,6 +365,11 @@ func (c *hostAgentServiceClient) SetTimeout(ctx context.Context, req *connect.Re
 	return c.setTimeout.CallUnary(ctx, req)
 }
 
+// SetDeadline calls hostagent.v1.HostAgentService.SetDeadline.
+func (c *hostAgentServiceClient) SetDeadline(ctx context.Context, req *connect.Request[v1.SetDeadlineRequest]) (*connect.Response[v1.SetDeadlineResponse], error) {
+	return c.setDeadline.CallUnary(ctx, req)
+}
+
 // WatchEvents calls hostagent.v1.HostAgentService.WatchEvents.
 func (c *hostAgentServiceClient) WatchEvents(ctx context.Context, req *connect.Request[v1.WatchEventsRequest]) (*connect.ServerStreamForClient[v1.WatchEventsResponse], error) {
 	return c.watchEvents.CallServerStream(ctx, req)
@@ -408,6 +426,9 @@ type HostAgentServiceHandler interface {
 	// SetTimeout sets after how much inactivity, counted from now, a sandbox
 	// expires; longer or shorter than before.
 	SetTimeout(context.Context, *connect.Request[v1.SetTimeoutRequest]) (*connect.Response[v1.SetTimeoutResponse], error)
+	// SetDeadline sets when a sandbox ends, whatever happens in it; earlier or later
+	// than before.
+	SetDeadline(context.Context, *connect.Request[v1.SetDeadlineRequest]) (*connect.Response[v1.SetDeadlineResponse], error)
 	// WatchEvents streams every change of state of every sandbox: first those
 	// that are remembered, then new ones as they happen.
 	WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest], *connect.ServerStream[v1.WatchEventsResponse]) error
@@ -512,6 +533,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		connect.WithSchema(hostAgentServiceMethods.ByName("SetTimeout")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentServiceSetDeadlineHandler := connect.NewUnaryHandler(
+		HostAgentServiceSetDeadlineProcedure,
+		svc.SetDeadline,
+		connect.WithSchema(hostAgentServiceMethods.ByName("SetDeadline")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentServiceWatchEventsHandler := connect.NewServerStreamHandler(
 		HostAgentServiceWatchEventsProcedure,
 		svc.WatchEvents,
@@ -566,6 +593,8 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServiceGetSandboxHandler.ServeHTTP(w, r)
 		case HostAgentServiceSetTimeoutProcedure:
 			hostAgentServiceSetTimeoutHandler.ServeHTTP(w, r)
+		case HostAgentServiceSetDeadlineProcedure:
+			hostAgentServiceSetDeadlineHandler.ServeHTTP(w, r)
 		case HostAgentServiceWatchEventsProcedure:
 			hostAgentServiceWatchEventsHandler.ServeHTTP(w, r)
 		case HostAgentServiceGetConsoleProcedure:
@@ -637,6 +666,10 @@ func (UnimplementedHostAgentServiceHandler) GetSandbox(context.Context, *connect
 
 func (UnimplementedHostAgentServiceHandler) SetTimeout(context.Context, *connect.Request[v1.SetTimeoutRequest]) (*connect.Response[v1.SetTimeoutResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.SetTimeout is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) SetDeadline(context.Context, *connect.Request[v1.SetDeadlineRequest]) (*connect.Response[v1.SetDeadlineResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.SetDeadline is not implemented"))
 }
 
 func (UnimplementedHostAgentServiceHandler) WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest], *connect.ServerStream[v1.WatchEventsResponse]) error {

@@ -3,6 +3,7 @@ package main
 import (
 	"maps"
 	"testing"
+	"time"
 )
 
 func TestLabels(t *testing.T) {
@@ -21,5 +22,18 @@ func TestLabels(t *testing.T) {
 	got, err := wantedLabels([]string{"label=a=1", "label=b=", "label=c=x=y", "label=a=1"})
 	if want := map[string]string{"a": "1", "b": "", "c": "x=y"}; err != nil || !maps.Equal(got, want) {
 		t.Errorf("filters: %v, %v", got, err)
+	}
+}
+
+func TestEndAt(t *testing.T) {
+	now := time.Now()
+	for text, want := range map[string]time.Time{
+		"": {}, "never": {}, "0s": now, "2h": now.Add(2 * time.Hour),
+		"2030-01-31T12:00:00+01:00": time.Date(2030, 1, 31, 11, 0, 0, 0, time.UTC),
+	} {
+		got, err := endAt(text)
+		if err != nil || got.IsZero() != want.IsZero() || got.Sub(want).Abs() > time.Minute {
+			t.Errorf("%q: %s, %v", text, got, err)
+		}
 	}
 }

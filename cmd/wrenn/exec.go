@@ -75,11 +75,13 @@ func (x *command) connected(args []string) (client.Command, error) {
 func newExec(c *cli) *cobra.Command {
 	var x command
 	cmd := &cobra.Command{
-		Use:   "exec ID [--] COMMAND [ARG...]",
-		Short: "Run a command in a running sandbox",
+		Use:         "exec ID [--] COMMAND [ARG...]",
+		Short:       "Run a command in a running sandbox",
+		Annotations: likeDocker(),
 		Long: `Run a command in a running sandbox. Output is printed as the command writes it.
 The exit status is the command's own, or 128+N if signal N ended the command,
-127 if the command does not exist, 126 if it cannot be executed.
+127 if the command does not exist, 126 if it cannot be executed, 125 for any
+other error: arguments, agent, sandbox, user, or directory.
 
 With -i, the command reads stdin. With -t, it runs in this terminal, and all
 keys go to it, Ctrl-C too. Without -t, Ctrl-C ends the command, and the exit
@@ -130,8 +132,9 @@ func exit(status int, err error) error {
 func newShell(c *cli) *cobra.Command {
 	var user string
 	cmd := &cobra.Command{
-		Use:   "shell ID",
-		Short: "Open a shell in a running sandbox",
+		Use:         "shell ID",
+		Short:       "Open a shell in a running sandbox",
+		Annotations: likeDocker(),
 		Long: `Open a login shell in a running sandbox: bash, or sh if there is no bash. The exit
 status is the shell's. When the connection ends, the shell and its programs end
 too. If stdin is not a terminal, the shell reads its commands from stdin.`,
@@ -157,10 +160,11 @@ func newRun(c *cli) *cobra.Command {
 	var s size
 	var x command
 	cmd := &cobra.Command{
-		Use:   "run [--] COMMAND [ARG...]",
-		Short: "Run a command in a sandbox of its own, destroyed afterwards",
+		Use:         "run [--] COMMAND [ARG...]",
+		Short:       "Run a command in a sandbox of its own, destroyed afterwards",
+		Annotations: likeDocker(),
 		Long: `Create a sandbox, run a command in it, print its output, destroy the sandbox, and
-exit with the command's status.`,
+exit with the command's status. 125 to 127 mean what they mean for 'wrenn exec'.`,
 		Example: "  wrenn run -- sh -c 'uname -a; id'\n  wrenn run -m 1g -it -- bash",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) (err error) {

@@ -20,13 +20,20 @@ const nowhere = "http://127.0.0.1:1"
 // inProcess runs wrenn in this process and returns what it prints and its error.
 func inProcess(t *testing.T, args ...string) (printed string, err error) {
 	t.Helper()
+	printed, _, err = executed(t, args...)
+	return printed, err
+}
+
+// executed also returns the command that the arguments name.
+func executed(t *testing.T, args ...string) (printed string, cmd *cobra.Command, err error) {
+	t.Helper()
 	var out bytes.Buffer
 	root := newRoot()
 	root.SetOut(&out)
 	root.SetErr(&out)
 	root.SetArgs(args)
-	err = root.ExecuteContext(t.Context())
-	return out.String(), err
+	cmd, err = root.ExecuteContextC(t.Context())
+	return out.String(), cmd, err
 }
 
 // commands are all commands, without those that cobra adds.

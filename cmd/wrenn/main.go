@@ -9,11 +9,14 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strconv"
 	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
 )
 
 // version is set by the build.
@@ -65,20 +68,30 @@ func untilSignal() context.Context {
 
 func main() {
 	ctx := untilSignal()
-	err := newRoot().ExecuteContext(ctx)
+	cmd, err := newRoot().ExecuteContextC(ctx)
 	if err == nil {
 		return
 	}
-	status, quiet := exitStatus(ctx, err)
+	status, quiet := exitStatus(ctx, cmd, err)
 	if !quiet {
 		complain("%s", explain(err))
 	}
 	os.Exit(status)
 }
 
-// exitStatus returns the status that an error ends the program with; quiet means
-// that no message is printed.
-func exitStatus(ctx context.Context, err error) (status int, quiet bool) {
+// ownStatus is the annotation of a command whose own errors end the program with
+// another status than 1.
+const ownStatus = "status"
+
+// likeDocker are the annotations of the commands that pass on the exit status of a
+// command in a sandbox.
+func likeDocker() map[string]string {
+	return map[string]string{ownStatus: strconv.Itoa(errhttp.NotTheCommand)}
+}
+
+// exitStatus returns the status that an error of cmd ends the program with; quiet
+// means that no message is printed.
+func exitStatus(ctx context.Context, cmd *cobra.Command, err error) (status int, quiet bool) {
 	var exit exitError
 	var own *statusError
 	var sig signalError
@@ -89,9 +102,11 @@ func exitStatus(ctx context.Context, err error) (status int, quiet bool) {
 		return own.status, false
 	case errors.As(context.Cause(ctx), &sig):
 		return sig.status(), false
-	default:
-		return 1, false
 	}
+	if status, err := strconv.Atoi(cmd.Annotations[ownStatus]); err == nil {
+		return status, false
+	}
+	return 1, false
 }
 
 // explain is an error as a person wants to read it, with the next step.

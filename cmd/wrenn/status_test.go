@@ -33,19 +33,42 @@ func verbs() [][]string {
 // the message that it would end with, and its status.
 func ends(t *testing.T, agent string, args ...string) (printed, message string, status int) {
 	t.Helper()
-	printed, err := inProcess(t, append([]string{"--host", agent}, args...)...)
+	printed, cmd, err := executed(t, append([]string{"--host", agent}, args...)...)
 	if err == nil {
 		return printed, "", 0
 	}
-	status, quiet := exitStatus(t.Context(), err)
+	status, quiet := exitStatus(t.Context(), cmd, err)
 	if !quiet {
 		message = explain(err)
 	}
 	return printed, message, status
 }
 
-// An error of the agent ends every command with 1 and a message that has the
-// text and the code, whatever its class.
+// ownErrors is the exit status of a verb for an error that is not about a command
+// in a sandbox.
+func ownErrors(verb string) int {
+	if verb == "exec" || verb == "run" || verb == "shell" {
+		return 125
+	}
+	return 1
+}
+
+// What a person types wrongly is an error that is not about the command.
+func TestStatusOfWrongArguments(t *testing.T) {
+	for _, line := range []string{
+		"exec", "exec " + clienttest.ID, "exec --nonsense x y", "exec -e =x x y", "run", "run -m much true", "run --vcpus", "shell", "shell a b",
+		"exec --host :: x y", "ps x", "create --memory much", "cp a", "nonsense",
+	} {
+		args := strings.Fields(line)
+		if _, said, status := ends(t, nowhere, args...); status != ownErrors(args[0]) || said == "" {
+			t.Errorf("%q: status %d, %q", line, status, said)
+		}
+	}
+}
+
+// An error of the agent ends every command with 1, or 125 where 1 could be the
+// status of a command in a sandbox, and a message that has the text and the code,
+// whatever its class.
 func TestErrorsOfTheAgent(t *testing.T) {
 	codes := map[string]connect.Code{"internal": connect.CodeInternal}
 	for _, class := range errdefs.Classes() {
@@ -58,7 +81,8 @@ func TestErrorsOfTheAgent(t *testing.T) {
 			url := (&clienttest.Agent{Err: connect.NewError(code, errors.New("no luck today"))}).Serve(t)
 			for _, args := range verbs() {
 				printed, said, status := ends(t, url, args...)
-				if !strings.HasPrefix(said, "no luck today") || !strings.Contains(said, "("+name+")") || printed != "" || status != 1 {
+				if !strings.HasPrefix(said, "no luck today") || !strings.Contains(said, "("+name+")") || printed != "" ||
+					status != ownErrors(args[0]) {
 					t.Errorf("%q: %d, %q, %q", args, status, said, printed)
 				}
 			}
@@ -167,7 +191,7 @@ func TestSignalThatComesTwice(t *testing.T) {
 func TestNoAgent(t *testing.T) {
 	for _, args := range verbs() {
 		_, said, status := ends(t, nowhere, args...)
-		if status != 1 || !strings.Contains(said, "no host agent answers") || !strings.Contains(said, "`wrenn serve`") {
+		if status != ownErrors(args[0]) || !strings.Contains(said, "no host agent answers") || !strings.Contains(said, "`wrenn serve`") {
 			t.Errorf("%q: %d, %q", args, status, said)
 		}
 	}

@@ -182,7 +182,7 @@ func (x *execution) run(ctx context.Context) (*process.ProcessEvent_EndEvent, er
 	case x.self != nil || !connect.IsWireError(err):
 		return nil, err
 	}
-	if status := errhttp.OfCode(connect.CodeOf(err)).NotStarted; status != 1 {
+	if status := errhttp.OfCode(connect.CodeOf(err)).NotStarted; status != errhttp.NotTheCommand {
 		return nil, &StartError{status, err}
 	}
 	return nil, err

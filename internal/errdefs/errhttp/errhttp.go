@@ -22,10 +22,13 @@ type Row struct {
 	// own for its codes.
 	Status int
 	// NotStarted is the exit status of a program that was to run a command in a
-	// sandbox and could not start it, as shells have it. A program that ends for
-	// another reason exits with 1.
+	// sandbox and could not start it, as shells and docker have it.
 	NotStarted int
 }
+
+// NotTheCommand is the exit status of a program that was to run a command in a
+// sandbox and ends with an error that is not about the command.
+const NotTheCommand = 125
 
 // table has a row for every class. Of classes that share a status, the first one
 // is what OfStatus makes of that status.
@@ -33,25 +36,25 @@ var table = []struct {
 	class *errdefs.Class
 	Row
 }{
-	{errdefs.InvalidArgument, Row{connect.CodeInvalidArgument, http.StatusBadRequest, 1}},
-	{errdefs.Unauthenticated, Row{connect.CodeUnauthenticated, http.StatusUnauthorized, 1}},
+	{errdefs.InvalidArgument, Row{connect.CodeInvalidArgument, http.StatusBadRequest, NotTheCommand}},
+	{errdefs.Unauthenticated, Row{connect.CodeUnauthenticated, http.StatusUnauthorized, NotTheCommand}},
 	{errdefs.Denied, Row{connect.CodePermissionDenied, http.StatusForbidden, 126}},
 	{errdefs.NotFound, Row{connect.CodeNotFound, http.StatusNotFound, 127}},
-	{errdefs.WrongState, Row{connect.CodeFailedPrecondition, http.StatusConflict, 1}},
-	{errdefs.AlreadyExists, Row{connect.CodeAlreadyExists, http.StatusConflict, 1}},
-	{errdefs.Busy, Row{connect.CodeAborted, http.StatusConflict, 1}},
-	{errdefs.Exhausted, Row{connect.CodeResourceExhausted, http.StatusTooManyRequests, 1}},
-	{errdefs.Unsupported, Row{connect.CodeUnimplemented, http.StatusNotImplemented, 1}},
-	{errdefs.Unavailable, Row{connect.CodeUnavailable, http.StatusServiceUnavailable, 1}},
-	{errdefs.TimedOut, Row{connect.CodeDeadlineExceeded, http.StatusGatewayTimeout, 1}},
-	{errdefs.Corrupt, Row{connect.CodeDataLoss, http.StatusInternalServerError, 1}},
+	{errdefs.WrongState, Row{connect.CodeFailedPrecondition, http.StatusConflict, NotTheCommand}},
+	{errdefs.AlreadyExists, Row{connect.CodeAlreadyExists, http.StatusConflict, NotTheCommand}},
+	{errdefs.Busy, Row{connect.CodeAborted, http.StatusConflict, NotTheCommand}},
+	{errdefs.Exhausted, Row{connect.CodeResourceExhausted, http.StatusTooManyRequests, NotTheCommand}},
+	{errdefs.Unsupported, Row{connect.CodeUnimplemented, http.StatusNotImplemented, NotTheCommand}},
+	{errdefs.Unavailable, Row{connect.CodeUnavailable, http.StatusServiceUnavailable, NotTheCommand}},
+	{errdefs.TimedOut, Row{connect.CodeDeadlineExceeded, http.StatusGatewayTimeout, NotTheCommand}},
+	{errdefs.Corrupt, Row{connect.CodeDataLoss, http.StatusInternalServerError, NotTheCommand}},
 }
 
 // Rows of errors without a class.
 var (
-	internal = Row{connect.CodeInternal, http.StatusInternalServerError, 1}
+	internal = Row{connect.CodeInternal, http.StatusInternalServerError, NotTheCommand}
 	// A client that has cancelled its request reads no answer; 499 is for logs.
-	cancelled = Row{connect.CodeCanceled, 499, 1}
+	cancelled = Row{connect.CodeCanceled, 499, NotTheCommand}
 )
 
 // OfClass returns the row of a class; that of an internal error for nil.

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/term"
 
 	"git.omukk.dev/wrenn/sandbox/internal/client"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
 // command holds the flags that describe a command in a sandbox.
@@ -20,6 +21,30 @@ type command struct {
 	user        string
 	interactive bool
 	tty         bool
+	within      time.Duration // --connect-timeout
+}
+
+// patience adds --connect-timeout.
+func (x *command) patience(cmd *cobra.Command) {
+	cmd.Flags().DurationVar(&x.within, "connect-timeout", 30*time.Second,
+		"give up when the agent, or then the sandbox, does not answer for so long; 0 is never")
+}
+
+// find returns the sandbox that an argument names, within --connect-timeout.
+func (x *command) find(ctx context.Context, c *cli, ref string) (*client.Sandbox, error) {
+	if x.within <= 0 {
+		return c.find(ctx, ref)
+	}
+	late := errdefs.TimedOut.Errorf("host agent %s did not answer within %v", c.host.URL(), x.within)
+	// A deadline would travel in the request, and the agent's word of it come first.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer time.AfterFunc(x.within, func() { cancel(late) }).Stop()
+	s, err := c.find(ctx, ref)
+	if err != nil && errors.Is(context.Cause(ctx), late) {
+		return nil, late
+	}
+	return s, err
 }
 
 func (x *command) flags(cmd *cobra.Command) {
@@ -28,6 +53,7 @@ func (x *command) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVarP(&x.user, "user", "u", "", "user of the command in the sandbox")
 	cmd.Flags().BoolVarP(&x.interactive, "interactive", "i", false, "connect stdin")
 	cmd.Flags().BoolVarP(&x.tty, "tty", "t", false, "run the command in this terminal")
+	x.patience(cmd)
 	cmd.Flags().SetInterspersed(false) // flags behind the command are its own
 }
 
@@ -54,6 +80,7 @@ func variables(flags []string) (map[string]string, error) {
 func (x *command) connected(args []string) (client.Command, error) {
 	cmd := client.Command{
 		Cmd: args[0], Args: args[1:], Cwd: x.cwd, User: x.user, Stdout: os.Stdout, Stderr: os.Stderr,
+		StartWithin: x.within,
 	}
 	var err error
 	if cmd.Env, err = variables(x.env); err != nil {
@@ -85,7 +112,7 @@ other error: arguments, agent, sandbox, user, or directory.
 
 With -i, the command reads stdin. With -t, it runs in this terminal, and all
 keys go to it, Ctrl-C too. Without -t, Ctrl-C ends the command, and the exit
-status is 130.`,
+status is 130. A sandbox that does not confirm that end is left after 4 seconds.`,
 		Example: `  wrenn exec 3fa -- sh -c 'echo $HOME; exit 3'
   wrenn exec -it 3fa -- python3
   tar c dir | wrenn exec -i 3fa -- tar x -C /tmp`,
@@ -95,7 +122,7 @@ status is 130.`,
 			if err != nil {
 				return err
 			}
-			s, err := c.find(cmd.Context(), args[0])
+			s, err := x.find(cmd.Context(), c, args[0])
 			if err != nil {
 				return err
 			}
@@ -121,8 +148,10 @@ func exit(status int, err error) error {
 	switch {
 	case errors.As(err, &start):
 		return &statusError{start.Status, err}
-	case errors.As(err, &sig):
+	case errors.As(err, &sig) && err.Error() == sig.Error():
 		return exitError(sig.status())
+	case errors.As(err, &sig):
+		return &statusError{sig.status(), err}
 	case err == nil && status != 0:
 		return exitError(status)
 	}
@@ -130,7 +159,7 @@ func exit(status int, err error) error {
 }
 
 func newShell(c *cli) *cobra.Command {
-	var user string
+	var x command
 	cmd := &cobra.Command{
 		Use:         "shell ID",
 		Short:       "Open a shell in a running sandbox",
@@ -140,11 +169,11 @@ status is the shell's. When the connection ends, the shell and its programs end
 too. If stdin is not a terminal, the shell reads its commands from stdin.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s, err := c.find(cmd.Context(), args[0])
+			s, err := x.find(cmd.Context(), c, args[0])
 			if err != nil {
 				return err
 			}
-			x := command{user: user, interactive: true, tty: term.IsTerminal(int(os.Stdin.Fd()))}
+			x.interactive, x.tty = true, term.IsTerminal(int(os.Stdin.Fd()))
 			shell, err := x.connected([]string{"sh"})
 			if err != nil {
 				return err
@@ -152,7 +181,8 @@ too. If stdin is not a terminal, the shell reads its commands from stdin.`,
 			return exit(s.Shell(cmd.Context(), shell))
 		},
 	}
-	cmd.Flags().StringVarP(&user, "user", "u", "", "user of the shell in the sandbox")
+	cmd.Flags().StringVarP(&x.user, "user", "u", "", "user of the shell in the sandbox")
+	x.patience(cmd)
 	return cmd
 }
 

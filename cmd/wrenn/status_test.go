@@ -187,6 +187,51 @@ func TestSignalThatComesTwice(t *testing.T) {
 	}
 }
 
+// The first signal ends a program whose agent or guest does not answer.
+func TestSignalWithoutAnAnswer(t *testing.T) {
+	for _, silent := range []string{"ListSandboxes", "GetSandbox", "Start", "start event"} {
+		t.Run(silent, func(t *testing.T) {
+			t.Parallel()
+			cmd := program(t, (&clienttest.Agent{Silent: []string{silent}}).Serve(t), "exec", "012", "--", "x")
+			var stderr strings.Builder
+			cmd.Stderr = &stderr
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Second)
+			began := time.Now()
+			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			_ = cmd.Wait()
+			took, status := time.Since(began), cmd.ProcessState.ExitCode()
+			if status != 143 || took > 6*time.Second || !strings.HasPrefix(stderr.String(), "wrenn: ") {
+				t.Errorf("status %d after %v: %q", status, took, &stderr)
+			}
+		})
+	}
+}
+
+// An agent or a guest that does not answer is an error after --connect-timeout.
+func TestConnectTimeout(t *testing.T) {
+	for _, silent := range []string{"ListSandboxes", "GetSandbox", "Start", "start event"} {
+		url := (&clienttest.Agent{Silent: []string{silent}}).Serve(t)
+		for _, verb := range []string{"exec", "shell"} {
+			args := []string{verb, "--connect-timeout", "100ms", "012", "x"}
+			if verb == "shell" {
+				args = args[:4]
+			}
+			if _, said, status := ends(t, url, args...); status != 125 || !strings.Contains(said, "within 100ms") {
+				t.Errorf("%s, %q: status %d, %q", silent, args, status, said)
+			}
+		}
+	}
+	url := (&clienttest.Agent{Exit: 3}).Serve(t)
+	if _, said, status := ends(t, url, "exec", "--connect-timeout", "0", "012", "x"); status != 3 {
+		t.Errorf("without a limit: %d, %q", status, said)
+	}
+}
+
 // Without an agent, a command says what to do.
 func TestNoAgent(t *testing.T) {
 	for _, args := range verbs() {

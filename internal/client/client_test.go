@@ -146,12 +146,82 @@ func TestExecIsInterrupted(t *testing.T) {
 		ctx, leave := context.WithCancelCause(t.Context())
 		s := sandboxOf(t, a.Serve(t))
 		if signals > 1 {
-			s.host.grace = 20 * time.Millisecond
+			s.host.grace = 200 * time.Millisecond
 		}
 		_, err := s.Exec(ctx, Command{Cmd: "x", Stdout: writerFunc(func() { leave(errBroken) })})
 		if diff := gocmp.Diff(want, a.Signaled()); diff != "" || !errors.Is(err, errBroken) {
 			t.Errorf("%d: %v, %s", signals, err, diff)
 		}
+	}
+}
+
+// A command of which the guest does not say that it has started is an error in the
+// time that the caller gives, and no reason to wait when the caller leaves.
+func TestGuestThatDoesNotAnswer(t *testing.T) {
+	for _, silent := range []string{"GetSandbox", "Start", "start event"} { // the latter two are the guest's
+		t.Run(silent, func(t *testing.T) {
+			t.Parallel()
+			s := sandboxOf(t, (&clienttest.Agent{Silent: []string{silent}}).Serve(t))
+			s.host.grace = 100 * time.Millisecond
+			began := time.Now()
+			_, err := s.Exec(t.Context(), Command{Cmd: "x", StartWithin: 50 * time.Millisecond})
+			if errdefs.ClassOf(err) != errdefs.TimedOut || !strings.Contains(err.Error(), "did not start the command within 50ms") {
+				t.Errorf("the caller waits: %v", err)
+			}
+			ctx, leave := context.WithCancelCause(t.Context())
+			time.AfterFunc(50*time.Millisecond, func() { leave(errBroken) })
+			if _, err := s.Exec(ctx, Command{Cmd: "x"}); !errors.Is(err, errBroken) || !strings.Contains(err.Error(), "may run on") {
+				t.Errorf("the caller leaves: %v", err)
+			}
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("both took %v", took)
+			}
+		})
+	}
+}
+
+// A guest that falls silent while the command runs does not keep a caller that
+// leaves, nor does output that is not taken.
+func TestLeavingACommand(t *testing.T) {
+	stuck := make(chan struct{})
+	defer close(stuck)
+	for name, stdout := range map[string]func(leave func()){
+		"silent guest":   func(leave func()) { leave() },
+		"blocked output": func(leave func()) { leave(); <-stuck },
+	} {
+		t.Run(name, func(t *testing.T) {
+			a := &clienttest.Agent{Archive: []byte("started"), Endless: 3}
+			if name == "silent guest" {
+				a.Silent = []string{"SendSignal"}
+			}
+			s := sandboxOf(t, a.Serve(t))
+			s.host.grace = 100 * time.Millisecond
+			ctx, leave := context.WithCancelCause(t.Context())
+			began := time.Now()
+			// A command that has started is not subject to StartWithin.
+			_, err := s.Exec(ctx, Command{Cmd: "x", StartWithin: 10 * time.Second, Stdout: writerFunc(func() {
+				stdout(func() { leave(errBroken) })
+			})})
+			if took := time.Since(began); !errors.Is(err, errBroken) || !strings.Contains(err.Error(), "may run on") || took > 5*time.Second {
+				t.Errorf("%v after %v", err, took)
+			}
+		})
+	}
+}
+
+// StartWithin bounds the start alone.
+func TestLongCommand(t *testing.T) {
+	a := &clienttest.Agent{Archive: []byte("started"), Endless: 1, Exit: 4}
+	s := sandboxOf(t, a.Serve(t))
+	var signalled error
+	started := writerFunc(func() {
+		go func() {
+			time.Sleep(300 * time.Millisecond)
+			_, signalled = s.processes("").SendSignal(t.Context(), connect.NewRequest(&process.SendSignalRequest{}))
+		}()
+	})
+	if status, err := s.Exec(t.Context(), Command{Cmd: "x", Stdout: started, StartWithin: 200 * time.Millisecond}); status != 4 || err != nil {
+		t.Errorf("%d, %v; %v", status, err, signalled)
 	}
 }
 

@@ -22,13 +22,16 @@ import (
 const (
 	// inputSize is how much of stdin travels at once.
 	inputSize = 32 << 10
-	// termGrace is what a command gets between SIGTERM and SIGKILL.
+	// termGrace is what a command gets between SIGTERM and SIGKILL, and what a guest
+	// gets for its answer after ctx has ended.
 	termGrace = 2 * time.Second
-	// startGraces is how many times termGrace a guest gets to start a command
-	// after ctx has ended, so that the command can be ended.
-	startGraces = 5
-	// interruptTimeout bounds all that is tried to end a command.
-	interruptTimeout = 10 * time.Second
+)
+
+var (
+	// errNoStart is why a connection ends whose guest did not start the command in
+	// time, errLeft why it ends after ctx.
+	errNoStart = errors.New("the command did not start in time")
+	errLeft    = errors.New("the caller has left")
 )
 
 // Command is a command to be run in a sandbox, and what it is connected to.
@@ -49,6 +52,9 @@ type Command struct {
 	// Stdin is that terminal too, and all output goes to Stdout. It hands on every
 	// key as it is until Exec returns.
 	Terminal *os.File
+	// StartWithin bounds the wait for the guest's word that the command has started;
+	// 0 is no bound.
+	StartWithin time.Duration
 }
 
 // StartError is the guest's own word that a command cannot be started.
@@ -71,22 +77,32 @@ func (e *StartError) Unwrap() error { return e.err }
 // Exec runs a command in the sandbox to its end and returns its exit status as
 // shells count it: 128+N for a command that signal N ended. When ctx ends, the
 // command gets SIGTERM and then SIGKILL, its end is awaited, and the error is the
-// cause of ctx. A read from Stdin may still be under way when Exec returns:
-// nothing can interrupt it. A command that cannot be started is a *StartError.
+// cause of ctx; a guest that does not say so in time is left. A read from
+// Stdin may still be under way when Exec returns, and after the end of ctx a write of
+// output: nothing can interrupt them. A command that cannot be started is a
+// *StartError.
 func (s *Sandbox) Exec(ctx context.Context, cmd Command) (status int, err error) {
 	// The stream outlives ctx, to see the end of an interrupted command.
-	life, hangUp := context.WithCancel(context.WithoutCancel(ctx))
-	defer hangUp()
+	life, hangUp := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer hangUp(nil)
 	x := &execution{
 		Command: cmd, guest: s.processes(cmd.User), grace: s.host.grace,
 		life: life, hangUp: hangUp, started: make(chan struct{}),
 	}
-	defer context.AfterFunc(ctx, x.awaitStart)()
-	end, err := x.run(ctx)
-	if cause := context.Cause(ctx); cause != nil {
-		return 0, cause
+	defer context.AfterFunc(ctx, func() { x.awaitStart(x.grace, errLeft) })()
+	if cmd.StartWithin > 0 {
+		go x.awaitStart(cmd.StartWithin, errNoStart)
 	}
-	if err != nil {
+	end, err := x.outcome(ctx)
+	cause, why := context.Cause(ctx), context.Cause(life)
+	switch {
+	case cause != nil && end == nil && errors.Is(why, errLeft):
+		return 0, fmt.Errorf("sandbox %s does not say that the command has ended; it may run on: %w", s.ID, cause)
+	case cause != nil:
+		return 0, cause
+	case errors.Is(why, errNoStart):
+		return 0, errdefs.TimedOut.Errorf("sandbox %s did not start the command within %v; it may do so later", s.ID, cmd.StartWithin)
+	case err != nil:
 		return 0, err
 	}
 	return guest.ExitCode(end)
@@ -110,7 +126,7 @@ type execution struct {
 	Command
 	guest  processconnect.ProcessClient
 	life   context.Context // of the connection
-	hangUp func()          // ends it
+	hangUp func(why error) // ends it
 	grace  time.Duration   // between SIGTERM and SIGKILL
 
 	started chan struct{}            // closed when self is known
@@ -135,15 +151,42 @@ func (x *execution) request() *connect.Request[process.StartRequest] {
 	return req
 }
 
-// awaitStart gives a guest some time to start the command after ctx has ended.
-// A command that is not started yet cannot be asked to end, and one that starts
-// later would run on although its caller is gone.
-func (x *execution) awaitStart() {
+// awaitStart ends the connection if the command has not started within limit. After
+// the end of ctx the guest still gets some time: a command that has not started
+// cannot be asked to end, and one that starts later runs on without its caller.
+func (x *execution) awaitStart(limit time.Duration, why error) {
 	select {
 	case <-x.life.Done():
 	case <-x.started:
-	case <-time.After(startGraces * x.grace):
-		x.hangUp()
+	case <-time.After(limit):
+		x.hangUp(why)
+	}
+}
+
+// outcome is what run returns. It does not wait for a write of output that blocks
+// after the connection has been given up.
+func (x *execution) outcome(ctx context.Context) (*process.ProcessEvent_EndEvent, error) {
+	var end *process.ProcessEvent_EndEvent
+	var err error
+	returned := make(chan struct{})
+	go func() {
+		defer close(returned)
+		end, err = x.run(ctx)
+	}()
+	select {
+	case <-returned:
+		return end, err
+	case <-x.life.Done():
+	}
+	var late <-chan time.Time
+	if why := context.Cause(x.life); !errors.Is(why, context.Canceled) {
+		late = time.After(x.grace / 4)
+	}
+	select {
+	case <-returned:
+		return end, err
+	case <-late:
+		return nil, context.Cause(x.life)
 	}
 }
 
@@ -154,6 +197,7 @@ func (x *execution) run(ctx context.Context) (*process.ProcessEvent_EndEvent, er
 		return nil, err
 	}
 	defer events.Close()
+	defer x.hangUp(nil) // Close reads what is left of the stream
 	for events.Receive() {
 		switch event := events.Msg().GetEvent().GetEvent().(type) {
 		case *process.ProcessEvent_Start:
@@ -207,7 +251,7 @@ func (x *execution) connect(ctx context.Context) (disconnect func(), err error) 
 	}
 	return func() {
 		keepRunning()
-		x.hangUp()
+		x.hangUp(nil)
 		resizing.Wait()
 		keepRaw()
 		restore()
@@ -261,15 +305,18 @@ func (x *execution) feed() {
 
 // interrupt sends SIGTERM, then SIGKILL, then hangs up.
 func (x *execution) interrupt() {
-	defer x.hangUp()
-	ctx, cancel := context.WithTimeout(x.life, interruptTimeout)
-	defer cancel()
+	defer x.hangUp(errLeft)
+	grace := x.grace
 	for _, signal := range []process.Signal{process.Signal_SIGNAL_SIGTERM, process.Signal_SIGNAL_SIGKILL} {
-		_, _ = x.guest.SendSignal(ctx, connect.NewRequest(&process.SendSignalRequest{Process: x.self, Signal: signal}))
-		select {
-		case <-ctx.Done(): // the end was seen
+		step, cancel := context.WithTimeout(x.life, grace)
+		_, err := x.guest.SendSignal(step, connect.NewRequest(&process.SendSignalRequest{Process: x.self, Signal: signal}))
+		<-step.Done()
+		cancel()
+		if x.life.Err() != nil { // the end was seen
 			return
-		case <-time.After(x.grace):
+		}
+		if err != nil { // the guest does not answer: SIGKILL is on its way, no more
+			grace /= 4
 		}
 	}
 }

@@ -50,6 +50,7 @@ type Agent struct {
 	Endless   int                   // they end when they were sent so many signals
 	Missing   []string              // commands that do not exist
 	Fail      error                 // Start answers it, if not nil
+	Silent    []string              // calls that are never answered, by name; "start event" is Start after its headers
 	File      []byte                // content of /files
 	Refusal   string                // answer of /files, /metrics and CONNECT, if not empty
 	Elsewhere string                // where /metrics redirects to, if not empty
@@ -78,6 +79,11 @@ func (a *Agent) Serve(t testing.TB) string {
 	guest.HandleFunc("/files", a.files)
 	guest.HandleFunc("/metrics", a.metrics)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		if slices.Contains(a.Silent, path.Base(r.URL.Path)) {
+			_, _ = io.Copy(io.Discard, r.Body)
+			<-r.Context().Done()
+			return
+		}
 		if a.Token != "" && (r.Header.Get("X-Access-Token") != a.Token || r.Header.Get("E2b-Sandbox-Id") != ID) {
 			http.Error(w, "no token", http.StatusUnauthorized)
 			return
@@ -102,6 +108,9 @@ func (w watching) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, r connect.AnyRequest) (connect.AnyResponse, error) {
 		if err := w.called(r.Spec().Procedure); err != nil {
 			return nil, err
+		}
+		if slices.Contains(w.Silent, path.Base(r.Spec().Procedure)) {
+			<-ctx.Done()
 		}
 		return next(ctx, r)
 	}
@@ -291,6 +300,13 @@ func (a *Agent) Start(ctx context.Context, req request[process.StartRequest], s 
 	a.mu.Lock()
 	a.started = append(a.started, req.Msg.Process.Cmd)
 	a.mu.Unlock()
+	if slices.Contains(a.Silent, "start event") {
+		if err := s.Send(nil); err != nil {
+			return err
+		}
+		<-ctx.Done()
+		return ctx.Err()
+	}
 	send := func(e *process.ProcessEvent) error { return s.Send(&process.StartResponse{Event: e}) }
 	data := func(d *process.ProcessEvent_DataEvent) error {
 		return send(&process.ProcessEvent{Event: &process.ProcessEvent_Data{Data: d}})

@@ -209,8 +209,8 @@ while True: held.append(b'x' * (8 << 20))"`
 		t.Errorf("%v, %v; want out of memory", end, err)
 	}
 	resp, err := b.exec("sh", "-c", hog)
-	if err != nil || resp.ExitCode != 137 {
-		t.Errorf("%v, %v; want 137", resp, err)
+	if err != nil || resp.ExitCode != 137 || resp.Signal != 9 || !resp.OutOfMemory {
+		t.Errorf("%v, %v; want 137, for want of memory", resp, err)
 	}
 	if got := b.sh("echo here"); got != "here" {
 		t.Errorf("after it: %q", got)

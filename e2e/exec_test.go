@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
@@ -122,9 +123,15 @@ func TestExecTimeout(t *testing.T) {
 		SandboxId: b.id, Cmd: "sh", TimeoutSec: 1,
 		// Deaf to SIGTERM, with a child, a grandchild and one in a session
 		// of its own.
-		Args: []string{"-c", `trap '' TERM; sleep 98761 & (sleep 98761 &) ; setsid sh -c 'trap "" TERM; sleep 98761' & sleep 98761; sleep 98761`},
+		Args: []string{"-c", `echo until then; trap '' TERM; sleep 98761 & (sleep 98761 &)
+			setsid sh -c 'trap "" TERM; sleep 98761' & sleep 98761; sleep 98761`},
 	}))
 	wantCode(t, err, connect.CodeDeadlineExceeded, "1")
+	if coded := new(connect.Error); !errors.As(err, &coded) || len(coded.Details()) != 1 {
+		t.Errorf("the error has no output: %v", err)
+	} else if out, err := coded.Details()[0].Value(); err != nil || string(out.(*hostagentv1.ExecOutput).Stdout) != "until then\n" {
+		t.Errorf("the error has the output %v, %v", out, err)
+	}
 	if took := time.Since(began); took > 8*time.Second {
 		t.Errorf("took %s", took)
 	}

@@ -80,7 +80,9 @@ func variables(flags []string) (map[string]string, error) {
 func (x *command) connected(args []string) (client.Command, error) {
 	cmd := client.Command{
 		Cmd: args[0], Args: args[1:], Cwd: x.cwd, User: x.user, Stdout: os.Stdout, Stderr: os.Stderr,
-		StartWithin: x.within,
+		StartWithin: x.within, OutOfMemory: func() {
+			complain("out of memory: the sandbox's kernel killed a process of the command; --memory at create gives more")
+		},
 	}
 	var err error
 	if cmd.Env, err = variables(x.env); err != nil {

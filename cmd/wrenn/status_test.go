@@ -121,6 +121,19 @@ func TestStatusOfACommand(t *testing.T) {
 	}
 }
 
+// A command that had no memory says so beside its status.
+func TestOutOfMemory(t *testing.T) {
+	for said, want := range map[string]string{"": "", "signal: killed": "", "out of memory: signal: killed": "wrenn: out of memory: "} {
+		url := (&clienttest.Agent{Exit: 137, EndError: said}).Serve(t)
+		for _, args := range [][]string{{"exec", clienttest.ID, "x"}, {"run", "x"}} {
+			_, stderr, status := wrenn(t, url, args...)
+			if status != 137 || !strings.HasPrefix(stderr, want) || (stderr == "") != (want == "") {
+				t.Errorf("%q, %q: status %d, %q", said, args, status, stderr)
+			}
+		}
+	}
+}
+
 // A signal ends the command in the sandbox, and the status says which it was.
 // What runs in a sandbox of its own is destroyed all the same.
 func TestSignals(t *testing.T) {

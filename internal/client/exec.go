@@ -52,6 +52,9 @@ type Command struct {
 	// Stdin is that terminal too, and all output goes to Stdout. It hands on every
 	// key as it is until Exec returns.
 	Terminal *os.File
+	// OutOfMemory, if not nil, is called before Exec returns when the guest's kernel
+	// killed a process of the command because there was no memory.
+	OutOfMemory func()
 	// StartWithin bounds the wait for the guest's word that the command has started;
 	// 0 is no bound.
 	StartWithin time.Duration
@@ -104,6 +107,9 @@ func (s *Sandbox) Exec(ctx context.Context, cmd Command) (status int, err error)
 		return 0, errdefs.TimedOut.Errorf("sandbox %s did not start the command within %v; it may do so later", s.ID, cmd.StartWithin)
 	case err != nil:
 		return 0, err
+	}
+	if cmd.OutOfMemory != nil && guest.OutOfMemory(end) {
+		cmd.OutOfMemory()
 	}
 	return guest.ExitCode(end)
 }

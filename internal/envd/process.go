@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	processv1 "git.omukk.dev/wrenn/sandbox/api/process"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
 const (
@@ -218,7 +219,7 @@ func (ps *processes) run(p *process, files *stdio, c command) {
 	}
 	if p.cgroup != nil {
 		if n := p.cgroup.oomKills(); n > 0 {
-			text := "out of memory: " + p.ending.GetStatus()
+			text := guestapi.OutOfMemory + p.ending.GetStatus()
 			p.ending.Error = &text
 		}
 		ps.cgroups.release(p.cgroup)

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -47,6 +48,11 @@ type Result struct {
 	// ExitCode is the exit status, or 128+N for a command that signal N
 	// ended.
 	ExitCode int
+	// Signal is the signal that ended the command; 0 if none did.
+	Signal syscall.Signal
+	// OutOfMemory says that the guest's kernel killed a process of the command
+	// because there was no memory.
+	OutOfMemory bool
 	// Detail is what the guest says about an end other than exit status 0:
 	// "signal: killed", "out of memory: signal: killed".
 	Detail string
@@ -96,7 +102,8 @@ func (c *Client) Exec(ctx context.Context, cmd Command) (Result, error) {
 	if err != nil {
 		return result, errdefs.Unavailable.Errorf("run command: %w", err)
 	}
-	result.ExitCode, result.Detail = code, errdefs.Foreign(end.GetError())
+	result.ExitCode, result.Signal = code, endedBy(end)
+	result.OutOfMemory, result.Detail = OutOfMemory(end), errdefs.Foreign(end.GetError())
 	return result, nil
 }
 
@@ -189,22 +196,28 @@ func ExitCode(end *process.ProcessEvent_EndEvent) (int, error) {
 	case code != -1 || end.GetExited():
 		return -1, fmt.Errorf("the guest tells of exit status %d, which no process has", code)
 	}
-	if sig, ok := signalNamed(end.GetStatus()); ok {
-		return 128 + int(sig), nil
-	}
-	return 128, nil
+	return 128 + int(endedBy(end)), nil
 }
 
-// signalNamed finds the signal in a status such as "signal: killed (core
-// dumped)".
-func signalNamed(status string) (syscall.Signal, bool) {
+// OutOfMemory reports whether the guest's kernel killed a process of the command
+// because there was no memory.
+func OutOfMemory(end *process.ProcessEvent_EndEvent) bool {
+	return strings.HasPrefix(end.GetError(), guestapi.OutOfMemory)
+}
+
+// endedBy is the signal in the status of an end, such as "signal: killed (core
+// dumped)"; 0 if there is none.
+func endedBy(end *process.ProcessEvent_EndEvent) syscall.Signal {
+	if end.GetExited() {
+		return 0
+	}
 	for sig := syscall.Signal(1); sig < 65; sig++ {
 		text := "signal: " + sig.String()
-		if status == text || status == text+" (core dumped)" {
-			return sig, true
+		if status := end.GetStatus(); status == text || status == text+" (core dumped)" {
+			return sig
 		}
 	}
-	return 0, false
+	return 0
 }
 
 // capture keeps the beginning of a stream and counts the rest.

@@ -58,23 +58,25 @@ func TestExec(t *testing.T) {
 		cmd            guest.Command
 		stdout, stderr string
 		code           int
+		signal         bool
 	}{
-		{"streams apart", sh("echo out; echo err >&2"), "out\n", "err\n", 0},
-		{"exit status", sh("exit 3"), "", "", 3},
-		{"exit status 255", sh("exit 255"), "", "", 255},
-		{"killed", sh("kill -KILL $$"), "", "", 137},
-		{"terminated", sh("kill -TERM $$"), "", "", 143},
-		{"segmentation fault", sh("kill -SEGV $$"), "", "", 139},
-		{"real-time signal", sh("kill -40 $$"), "", "", 168},
-		{"no input", sh("cat"), "", "", 0},
-		{"environment", guest.Command{Cmd: "sh", Args: []string{"-c", "echo $A $HOME"}, Env: map[string]string{"A": "b c", "HOME": "/x"}}, "b c /x\n", "", 0},
-		{"directory", guest.Command{Cmd: "pwd", Cwd: "/usr"}, "/usr\n", "", 0},
-		{"user", guest.Command{Cmd: "id", Args: []string{"-un"}, User: "nobody"}, "nobody\n", "", 0},
-		{"arguments as they are", guest.Command{Cmd: "printf", Args: []string{"%s|", "a b", "", "$x", "*"}}, "a b||$x|*|", "", 0},
-		{"absolute path", guest.Command{Cmd: "/bin/echo", Args: []string{"hi"}}, "hi\n", "", 0},
-		{"bytes that are no text", guest.Command{Cmd: "printf", Args: []string{`\377\000\n`}}, "\xff\x00\n", "", 0},
-		{"beyond the bound", guest.Command{Cmd: "printf", Args: []string{"0123456789"}, MaxOutput: 4}, "0123\n[wrenn: 6 bytes of stdout are missing]\n", "", 0},
-		{"at the bound", guest.Command{Cmd: "printf", Args: []string{"0123"}, MaxOutput: 4}, "0123", "", 0},
+		{"streams apart", sh("echo out; echo err >&2"), "out\n", "err\n", 0, false},
+		{"exit status", sh("exit 3"), "", "", 3, false},
+		{"exit status 255", sh("exit 255"), "", "", 255, false},
+		{"exit status like a signal's", sh("exit 137"), "", "", 137, false},
+		{"killed", sh("kill -KILL $$"), "", "", 137, true},
+		{"terminated", sh("kill -TERM $$"), "", "", 143, true},
+		{"segmentation fault", sh("kill -SEGV $$"), "", "", 139, true},
+		{"real-time signal", sh("kill -40 $$"), "", "", 168, true},
+		{"no input", sh("cat"), "", "", 0, false},
+		{"environment", guest.Command{Cmd: "sh", Args: []string{"-c", "echo $A $HOME"}, Env: map[string]string{"A": "b c", "HOME": "/x"}}, "b c /x\n", "", 0, false},
+		{"directory", guest.Command{Cmd: "pwd", Cwd: "/usr"}, "/usr\n", "", 0, false},
+		{"user", guest.Command{Cmd: "id", Args: []string{"-un"}, User: "nobody"}, "nobody\n", "", 0, false},
+		{"arguments as they are", guest.Command{Cmd: "printf", Args: []string{"%s|", "a b", "", "$x", "*"}}, "a b||$x|*|", "", 0, false},
+		{"absolute path", guest.Command{Cmd: "/bin/echo", Args: []string{"hi"}}, "hi\n", "", 0, false},
+		{"bytes that are no text", guest.Command{Cmd: "printf", Args: []string{`\377\000\n`}}, "\xff\x00\n", "", 0, false},
+		{"beyond the bound", guest.Command{Cmd: "printf", Args: []string{"0123456789"}, MaxOutput: 4}, "0123\n[wrenn: 6 bytes of stdout are missing]\n", "", 0, false},
+		{"at the bound", guest.Command{Cmd: "printf", Args: []string{"0123"}, MaxOutput: 4}, "0123", "", 0, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.cmd.User != "" && os.Getuid() != 0 {
@@ -86,6 +88,9 @@ func TestExec(t *testing.T) {
 			}
 			if string(got.Stdout) != tt.stdout || string(got.Stderr) != tt.stderr || got.ExitCode != tt.code {
 				t.Errorf("got %q, %q, %d; want %q, %q, %d", got.Stdout, got.Stderr, got.ExitCode, tt.stdout, tt.stderr, tt.code)
+			}
+			if signal := map[bool]int{true: tt.code - 128}[tt.signal]; int(got.Signal) != signal || got.OutOfMemory {
+				t.Errorf("signal %d, out of memory: %v; want %d", got.Signal, got.OutOfMemory, signal)
 			}
 		})
 	}

@@ -41,6 +41,10 @@ const (
 	PathCompose = "/files/compose"
 )
 
+// OutOfMemory is what the error of a command's end begins with when the guest's
+// kernel has killed a process of the command because there was no memory.
+const OutOfMemory = "out of memory: "
+
 // QueryQuiet makes PathQuiesce wait until the guest has nothing to do: "?quiet=1".
 const QueryQuiet = "quiet"
 

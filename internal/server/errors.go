@@ -6,6 +6,7 @@ import (
 	"log/slog"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
 )
@@ -43,5 +44,20 @@ func connectError(log *slog.Logger, procedure string, err error) error {
 		return err
 	}
 	row, told := errhttp.Tell(log, procedure, err)
-	return connect.NewError(row.Code, told)
+	coded := connect.NewError(row.Code, told)
+	var more *detailed
+	if errors.As(err, &more) {
+		if detail, err := connect.NewErrorDetail(more.detail); err == nil {
+			coded.AddDetail(detail)
+		}
+	}
+	return coded
 }
+
+// detailed is an error with a message for programs.
+type detailed struct {
+	error
+	detail proto.Message
+}
+
+func (e *detailed) Unwrap() error { return e.error }

@@ -1,8 +1,10 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -16,13 +18,16 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
@@ -54,12 +59,24 @@ func (noDisks) StageReady(context.Context, string) (template.Stage, error) {
 // mute is a guest without programs.
 type mute struct{}
 
-func (mute) WaitReady(context.Context) error                           { return nil }
-func (mute) Init(context.Context, guest.Init) error                    { return nil }
-func (mute) Quiesce(context.Context, bool) error                       { return nil }
-func (mute) Freeze(context.Context) (time.Time, error)                 { return time.Now(), nil }
-func (mute) Exec(context.Context, guest.Command) (guest.Result, error) { return guest.Result{}, nil }
-func (mute) Close()                                                    {}
+func (mute) WaitReady(context.Context) error           { return nil }
+func (mute) Init(context.Context, guest.Init) error    { return nil }
+func (mute) Quiesce(context.Context, bool) error       { return nil }
+func (mute) Freeze(context.Context) (time.Time, error) { return time.Now(), nil }
+func (mute) Close()                                    {}
+
+// Exec ends as the command's name says.
+func (mute) Exec(_ context.Context, cmd guest.Command) (guest.Result, error) {
+	switch cmd.Cmd {
+	case "hog":
+		return guest.Result{ExitCode: 137, Signal: syscall.SIGKILL, OutOfMemory: true}, nil
+	case "late":
+		return guest.Result{Stdout: []byte("half"), Stderr: bytes.Repeat([]byte("e"), 3<<20)}, errdefs.TimedOut.Errorf("too late")
+	case "late and silent":
+		return guest.Result{}, errdefs.TimedOut.Errorf("too late")
+	}
+	return guest.Result{}, nil
+}
 
 // plane is a control plane in front of a manager with one running sandbox, whose
 // VMs, networks and guests are fakes.
@@ -364,6 +381,49 @@ func TestLimitsOfFields(t *testing.T) {
 	}
 	if got := slices.Sorted(maps.Keys(before)); len(got) < 5 {
 		t.Errorf("the state is looked at in too few places: %q", got)
+	}
+}
+
+// TestEndOfACommand: the answer says which signal ended a command and whether memory
+// was short, and an error has what was written until then.
+func TestEndOfACommand(t *testing.T) {
+	p := newPlane(t)
+	for protocol, limit := range map[string]int{connect.ProtocolConnect: 1 << 20, connect.ProtocolGRPCWeb: 2 << 10} {
+		var option []connect.ClientOption
+		if protocol == connect.ProtocolGRPCWeb {
+			option = append(option, connect.WithGRPCWeb())
+		}
+		client := hostagentv1connect.NewHostAgentServiceClient(http.DefaultClient, p.url, option...)
+		exec := func(cmd string) (*pb.ExecResponse, error) {
+			resp, err := client.Exec(t.Context(), connect.NewRequest(&pb.ExecRequest{SandboxId: p.id, Cmd: cmd}))
+			if err != nil {
+				return nil, err
+			}
+			return resp.Msg, nil
+		}
+		if got, err := exec("hog"); err != nil || got.ExitCode != 137 || got.Signal != 9 || !got.OutOfMemory {
+			t.Errorf("%s: %v, %v", protocol, got, err)
+		}
+		if got, err := exec("true"); err != nil || got.Signal != 0 || got.OutOfMemory {
+			t.Errorf("%s: %v, %v", protocol, got, err)
+		}
+		_, err := exec("late")
+		var coded *connect.Error
+		if !errors.As(err, &coded) || coded.Code() != connect.CodeDeadlineExceeded || len(coded.Details()) != 1 {
+			t.Fatalf("%s: %v", protocol, err)
+		}
+		value, err := coded.Details()[0].Value()
+		out, ok := value.(*pb.ExecOutput)
+		if err != nil || !ok || string(out.Stdout) != "half" {
+			t.Fatalf("%s: %.100v, %v", protocol, value, err)
+		}
+		missing := fmt.Sprintf("e\n[wrenn: %d bytes of stderr are missing]\n", 3<<20-limit)
+		if n := bytes.Count(out.Stderr, []byte("e")); n < limit || n > limit+10 || !strings.HasSuffix(string(out.Stderr), missing) {
+			t.Errorf("%s: %d bytes of stderr", protocol, len(out.Stderr))
+		}
+		if _, err := exec("late and silent"); !errors.As(err, &coded) || len(coded.Details()) != 0 {
+			t.Errorf("%s: without output: %v, %v", protocol, err, coded.Details())
+		}
 	}
 }
 

@@ -28,12 +28,16 @@ const (
 	maxMessageBytes = 4 << 20
 	maxArgs         = 4096
 	// maxArgBytes is Linux's limit of one argument, 32 pages.
-	maxArgBytes     = 128 << 10
-	maxArgsBytes    = 1 << 20
-	maxPathBytes    = 4096
-	maxExecTimeout  = 24 * time.Hour
-	execTimeout     = 30 * time.Second
-	maxOutputBytes  = 8 << 20
+	maxArgBytes    = 128 << 10
+	maxArgsBytes   = 1 << 20
+	maxPathBytes   = 4096
+	maxExecTimeout = 24 * time.Hour
+	execTimeout    = 30 * time.Second
+	maxOutputBytes = 8 << 20
+	// maxErrorOutput and maxHeaderOutput bound the output in an error; clients of
+	// gRPC take some 8 KiB of headers.
+	maxErrorOutput  = 1 << 20
+	maxHeaderOutput = 2 << 10
 	maxConsoleBytes = 1 << 20
 	consoleBytes    = 64 << 10
 )
@@ -273,11 +277,35 @@ func (s *service) Exec(ctx context.Context, req *request[pb.ExecRequest]) (*resp
 	}
 	result, err := s.manager.Exec(ctx, id, cmd)
 	if err != nil {
-		return nil, err
+		return nil, withOutput(err, result, req.Peer().Protocol)
 	}
 	return connect.NewResponse(&pb.ExecResponse{
 		Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: int32(result.ExitCode),
+		Signal: int32(result.Signal), OutOfMemory: result.OutOfMemory,
 	}), nil
+}
+
+// withOutput adds to the error of a command what it had written, if anything.
+func withOutput(err error, result sandbox.Result, protocol string) error {
+	if len(result.Stdout)+len(result.Stderr) == 0 {
+		return err
+	}
+	limit := maxErrorOutput
+	if protocol != connect.ProtocolConnect {
+		limit = maxHeaderOutput
+	}
+	return &detailed{err, &pb.ExecOutput{
+		Stdout: beginning(result.Stdout, "stdout", limit), Stderr: beginning(result.Stderr, "stderr", limit),
+	}}
+}
+
+// beginning is what an error has of an output.
+func beginning(output []byte, name string, limit int) []byte {
+	missing := len(output) - limit
+	if missing <= 0 {
+		return output
+	}
+	return fmt.Appendf(nil, "%s\n[wrenn: %d bytes of %s are missing]\n", output[:limit], missing, name)
 }
 
 // command returns the command that a request says, if it is one.

@@ -47,6 +47,7 @@ type Agent struct {
 	Archive   []byte                // what tar writes, and any other command
 	Stderr    string                // what they say beside it
 	Exit      int32                 // and end with
+	EndError  string                // and say of that end, if not empty
 	Endless   int                   // they end when they were sent so many signals
 	Missing   []string              // commands that do not exist
 	Fail      error                 // Start answers it, if not nil
@@ -329,7 +330,11 @@ func (a *Agent) Start(ctx context.Context, req request[process.StartRequest], s 
 	if err != nil {
 		return err
 	}
-	return send(&process.ProcessEvent{Event: &process.ProcessEvent_End{End: &process.ProcessEvent_EndEvent{Exited: true, ExitCode: a.Exit}}})
+	end := &process.ProcessEvent_EndEvent{Exited: true, ExitCode: a.Exit}
+	if a.EndError != "" {
+		end.Error = &a.EndError
+	}
+	return send(&process.ProcessEvent{Event: &process.ProcessEvent_End{End: end}})
 }
 
 func await(ctx context.Context, what <-chan struct{}) error {

@@ -118,7 +118,8 @@ type HostAgentServiceClient interface {
 	// UpdateNetwork replaces what a sandbox may reach, and how much of it, at
 	// once.
 	UpdateNetwork(context.Context, *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error)
-	// Exec runs one command in a running sandbox and answers when it has ended.
+	// Exec runs one command in a running sandbox and answers when it has ended. An
+	// error has an ExecOutput among its details if the command had written something.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ListSandboxes answers with every sandbox of this host, oldest first.
 	ListSandboxes(context.Context, *connect.Request[v1.ListSandboxesRequest]) (*connect.Response[v1.ListSandboxesResponse], error)
@@ -416,7 +417,8 @@ type HostAgentServiceHandler interface {
 	// UpdateNetwork replaces what a sandbox may reach, and how much of it, at
 	// once.
 	UpdateNetwork(context.Context, *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error)
-	// Exec runs one command in a running sandbox and answers when it has ended.
+	// Exec runs one command in a running sandbox and answers when it has ended. An
+	// error has an ExecOutput among its details if the command had written something.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
 	// ListSandboxes answers with every sandbox of this host, oldest first.
 	ListSandboxes(context.Context, *connect.Request[v1.ListSandboxesRequest]) (*connect.Response[v1.ListSandboxesResponse], error)

@@ -3,13 +3,16 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/client"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
@@ -118,7 +121,12 @@ status is 130. A sandbox that does not confirm that end is left after 4 seconds.
 		Example: `  wrenn exec 3fa -- sh -c 'echo $HOME; exit 3'
   wrenn exec -it 3fa -- python3
   tar c dir | wrenn exec -i 3fa -- tar x -C /tmp`,
-		Args: cobra.MinimumNArgs(2),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 1 && strings.HasPrefix(args[1], "-") && args[1] != "--" {
+				return fmt.Errorf("flags stand before the id: wrenn exec %s … %s COMMAND; a command that begins with - follows --", args[1], args[0])
+			}
+			return cobra.MinimumNArgs(2)(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			command, err := x.connected(withoutDash(args[1:]))
 			if err != nil {
@@ -216,10 +224,23 @@ exit with the command's status. 125 to 127 mean what they mean for 'wrenn exec'.
 					complain("sandbox %s is still there: %s", sandbox.ID, explain(derr))
 				}
 			}()
-			return exit(sandbox.Exec(cmd.Context(), command))
+			status, err := sandbox.Exec(cmd.Context(), command)
+			if client.Missing(err) && s.template == "" && c.isTemplate(cmd.Context(), args[0]) {
+				err = fmt.Errorf("%w; did you mean --template %s?", err, args[0])
+			}
+			return exit(status, err)
 		},
 	}
 	s.flags(cmd)
 	x.flags(cmd)
 	return cmd
+}
+
+// isTemplate reports whether a sandbox can start from what has that name.
+func (c *cli) isTemplate(ctx context.Context, name string) bool {
+	if name == "minimal" {
+		return true
+	}
+	snapshots, err := c.host.Snapshots(ctx)
+	return err == nil && slices.ContainsFunc(snapshots.Snapshots, func(s *hostagentv1.Snapshot) bool { return s.Name == name })
 }

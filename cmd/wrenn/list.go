@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -57,7 +58,11 @@ func newPs(c *cli) *cobra.Command {
 				} else if s.TimeoutSec != 0 || s.CreatedAtUnix <= 0 || s.Status == "stopped" {
 					expires = "-"
 				}
-				row(w, s.SandboxId, s.Template, client.StatusText(s), s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb), s.HostIp, created, expires)
+				address := cmp.Or(s.HostIp, "-")
+				if s.Status == "stopped" {
+					address = "-" // another sandbox may have it by now
+				}
+				row(w, s.SandboxId, s.Template, client.StatusText(s), s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb), address, created, expires)
 			}
 			return w.Flush()
 		},
@@ -86,6 +91,8 @@ func wantedLabels(filters []string) (map[string]string, error) {
 // rough is a duration as people say it.
 func rough(d time.Duration) string {
 	switch d = max(d, 0); {
+	case d/time.Second == 1:
+		return "1 second"
 	case d < 2*time.Minute:
 		return fmt.Sprintf("%d seconds", int(d.Seconds()))
 	case d < 2*time.Hour:

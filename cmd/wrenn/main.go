@@ -10,11 +10,13 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
 )
@@ -118,7 +120,8 @@ func explain(err error) string {
 	if cerr.Code() == connect.CodeUnavailable && errors.Is(err, syscall.ECONNREFUSED) {
 		return fmt.Sprintf("no host agent answers (%s); start one with `wrenn serve`, or name another with --host", cerr.Message())
 	}
-	return fmt.Sprintf("%s (%s)", cerr.Message(), cerr.Code())
+	_, hint, _ := strings.Cut(err.Error(), cerr.Error())
+	return fmt.Sprintf("%s (%s)%s", cerr.Message(), cerr.Code(), hint)
 }
 
 func newRoot() *cobra.Command {
@@ -143,6 +146,7 @@ Then, as any user who can reach the agent:
 		SilenceErrors: true,
 		Version:       buildVersion(),
 	}
+	root.SetFlagErrorFunc(flagHint)
 	root.SetOut(printer{os.Stdout})
 	root.SetErr(printer{os.Stderr})
 	root.PersistentFlags().StringVarP(&c.addr, "host", "H", env("WRENN_HOST", "http://127.0.0.1:50051"),
@@ -163,6 +167,34 @@ Then, as any user who can reach the agent:
 	}
 	root.AddCommand(newVersion(c))
 	return root
+}
+
+// otherNames are flags of other tools of this kind, each with the one that is meant.
+var otherNames = map[string]string{
+	"image": "template", "snapshot": "template", "from": "template", "cpu": "vcpus", "cpus": "vcpus", "mem": "memory", "ram": "memory",
+	"ttl": "timeout", "idle-timeout": "timeout", "cwd": "workdir", "dir": "workdir", "envs": "env",
+	"number": "count", "tail": "tail-bytes", "stdin": "interactive", "hibernate": "to-disk",
+}
+
+// flagHint adds to an error about a flag which one may be meant.
+func flagHint(cmd *cobra.Command, err error) error {
+	var unknown *pflag.NotExistError
+	if !errors.As(err, &unknown) {
+		return err
+	}
+	typed, meant := unknown.GetSpecifiedName(), ""
+	if cmd.Flags().Lookup(otherNames[typed]) != nil {
+		meant = otherNames[typed]
+	}
+	cmd.Flags().VisitAll(func(f *pflag.Flag) {
+		if len(typed) > 2 && (strings.HasPrefix(f.Name, typed) || strings.HasPrefix(typed, f.Name)) {
+			meant = f.Name
+		}
+	})
+	if meant == "" {
+		return err
+	}
+	return fmt.Errorf("%w; did you mean --%s?", err, meant)
 }
 
 // env is an environment variable with a default: the defaults of flags.

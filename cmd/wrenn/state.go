@@ -1,13 +1,18 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"slices"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	"git.omukk.dev/wrenn/sandbox/internal/client"
 )
@@ -107,6 +112,9 @@ func newRm(c *cli) *cobra.Command {
 		Use:     "rm ID...",
 		Aliases: []string{"destroy", "kill"},
 		Short:   "Destroy sandboxes, whatever their state",
+		Long: `Destroy the sandboxes that are named, whatever their state. With --all, destroy
+every sandbox of the host except hibernated ones; with
+--all --force, those too. On a terminal, --all without --force asks first.`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if all && len(args) == 0 {
 				return nil
@@ -115,15 +123,11 @@ func newRm(c *cli) *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			if all {
-				sandboxes, err := c.host.List(cmd.Context(), true, nil)
+				more, err := c.all(cmd, refs, force)
 				if err != nil {
 					return err
 				}
-				for _, s := range sandboxes {
-					if !slices.Contains(refs, s.SandboxId) {
-						refs = append(refs, s.SandboxId)
-					}
-				}
+				refs = append(refs, more...)
 			}
 			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error {
 				err := s.Destroy(ctx)
@@ -134,9 +138,54 @@ func newRm(c *cli) *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().BoolVarP(&force, "force", "f", false, "do not fail for a sandbox that does not exist")
-	cmd.Flags().BoolVarP(&all, "all", "a", false, "every sandbox of the host")
+	cmd.Flags().BoolVarP(&force, "force", "f", false, "do not fail for a sandbox that does not exist; with --all, ask nothing and spare none")
+	cmd.Flags().BoolVarP(&all, "all", "a", false, "every sandbox of the host that is not hibernated")
 	return cmd
+}
+
+// all are the ids that `rm --all` destroys beside those that are named. Without force,
+// hibernated sandboxes are spared, and a person at a terminal is asked.
+func (c *cli) all(cmd *cobra.Command, named []string, force bool) ([]string, error) {
+	sandboxes, err := c.host.List(cmd.Context(), true, nil)
+	if err != nil {
+		return nil, err
+	}
+	var ids []string
+	spared, alive := 0, 0
+	for _, s := range sandboxes {
+		switch {
+		case slices.Contains(named, s.SandboxId):
+			continue
+		case s.Status == "hibernated" && !force:
+			spared++
+			continue
+		case s.Status != "stopped":
+			alive++
+		}
+		ids = append(ids, s.SandboxId)
+	}
+	if spared > 0 {
+		fmt.Fprintf(cmd.ErrOrStderr(), "wrenn: %d hibernated stay; --force destroys them too\n", spared)
+	}
+	in, ok := cmd.InOrStdin().(*os.File)
+	if force || alive == 0 || !ok || !term.IsTerminal(int(in.Fd())) {
+		return ids, nil
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "Destroy all %d sandboxes that live? [y/N] ", alive)
+	answer := make(chan string, 1)
+	go func() { // nothing can interrupt a read from a terminal
+		line, _ := bufio.NewReader(in).ReadString('\n')
+		answer <- strings.ToLower(strings.TrimSpace(line))
+	}()
+	select {
+	case said := <-answer:
+		if said == "y" || said == "yes" {
+			return ids, nil
+		}
+		return nil, errors.New("no sandbox was destroyed")
+	case <-cmd.Context().Done():
+		return nil, context.Cause(cmd.Context())
+	}
 }
 
 func newTimeout(c *cli) *cobra.Command {

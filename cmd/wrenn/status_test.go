@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"github.com/creack/pty"
 	gocmp "github.com/google/go-cmp/cmp"
 
 	"git.omukk.dev/wrenn/sandbox/api/process"
@@ -270,6 +271,60 @@ func TestForce(t *testing.T) {
 	}
 }
 
+// A command that does not exist and is a template's name was meant as that.
+func TestTemplateAsACommand(t *testing.T) {
+	for name, want := range map[string]bool{"minimal": true, "prepared": true, "other": false} {
+		url := (&clienttest.Agent{Missing: []string{name}, Text: "prepared"}).Serve(t) // the name of its snapshot
+		_, said, status := ends(t, url, "run", name, "true")
+		if status != 127 || strings.HasSuffix(said, "did you mean --template "+name+"?") != want {
+			t.Errorf("%s: status %d, %q", name, status, said)
+		}
+	}
+}
+
+// A sandbox that has no address shows none.
+func TestAddresses(t *testing.T) {
+	for status, want := range map[string]bool{"running": true, "paused": true, "stopped": false} {
+		printed, _, _ := ends(t, (&clienttest.Agent{Status: status, Text: "10.11.0.9"}).Serve(t), "ps", "-a")
+		if line := strings.Split(printed, "\n")[1]; (strings.Count(line, "10.11.0.9") == 3) != want { // the template and the reason, too
+			t.Errorf("%s: %q", status, line)
+		}
+	}
+}
+
+// rm --all spares hibernated sandboxes, and asks on a terminal; not so with --force.
+func TestRemoveAll(t *testing.T) {
+	for _, c := range []struct {
+		status, args, typed string
+		want                bool
+	}{
+		{"running", "rm --all", "", true}, {"paused", "rm --all", "", true},
+		{"hibernated", "rm --all", "", false}, {"hibernated", "rm --all --force", "", true}, {"hibernated", "rm 012", "", true},
+		{"running", "rm --all", "y\n", true}, {"running", "rm --all", "yes\n", true}, {"running", "rm --all", "n\n", false},
+		{"running", "rm --all", "\n", false}, {"running", "rm --all", "\x04", false},
+		{"running", "rm --all --force", "n\n", true}, {"running", "rm 012", "n\n", true}, {"stopped", "rm --all", "n\n", true},
+	} {
+		a := &clienttest.Agent{Status: c.status}
+		cmd := program(t, a.Serve(t), strings.Fields(c.args)...)
+		if c.typed != "" {
+			file, tty, err := pty.Open()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			defer tty.Close()
+			cmd.Stdin = tty
+			if _, err := file.WriteString(c.typed); err != nil {
+				t.Fatal(err)
+			}
+		}
+		out, err := cmd.CombinedOutput()
+		if got := slices.Contains(a.Calls(), "DestroySandbox"); got != c.want || (err == nil) != (c.want || c.typed == "") {
+			t.Errorf("%s sandbox, %s, %q: destroyed: %v, %v: %q", c.status, c.args, c.typed, got, err, out)
+		}
+	}
+}
+
 // An error among several does not keep the others from being done.
 func TestSeveral(t *testing.T) {
 	url := (&clienttest.Agent{}).Serve(t)
@@ -303,7 +358,8 @@ func TestParseMiB(t *testing.T) {
 
 func TestRough(t *testing.T) {
 	for d, want := range map[time.Duration]string{
-		-time.Second: "0 seconds", 119 * time.Second: "119 seconds", 2 * time.Minute: "2 minutes", 119 * time.Minute: "119 minutes",
+		-time.Second: "0 seconds", time.Second: "1 second", 1999 * time.Millisecond: "1 second", 2 * time.Second: "2 seconds",
+		119 * time.Second: "119 seconds", 2 * time.Minute: "2 minutes", 119 * time.Minute: "119 minutes",
 		2 * time.Hour: "2 hours", 47 * time.Hour: "47 hours", 48 * time.Hour: "2 days", 1000 * time.Hour: "41 days",
 	} {
 		if got := rough(d); got != want {

@@ -201,7 +201,7 @@ func (s *Sandbox) tool(ctx context.Context, user string, in io.Reader, out io.Wr
 		Cmd: name, Args: args, User: user, Tied: true, Stdin: in, Stdout: out, Stderr: &complaint,
 	})
 	switch {
-	case missing(err):
+	case Missing(err):
 		return fmt.Errorf("the sandbox has no %s, which this copy needs", name)
 	case err != nil:
 		return err

@@ -68,8 +68,8 @@ type StartError struct {
 	err    error
 }
 
-// missing reports whether err says that a program does not exist.
-func missing(err error) bool {
+// Missing reports whether err says that a program does not exist.
+func Missing(err error) bool {
 	var start *StartError
 	return errors.As(err, &start) && start.Status == errhttp.OfClass(errdefs.NotFound).NotStarted
 }
@@ -120,7 +120,7 @@ func (s *Sandbox) Shell(ctx context.Context, cmd Command) (status int, err error
 	for _, shell := range []string{"bash", "sh"} {
 		cmd.Cmd, cmd.Args = shell, []string{"-l"}
 		status, err = s.Exec(ctx, cmd)
-		if !missing(err) {
+		if !Missing(err) {
 			break
 		}
 	}

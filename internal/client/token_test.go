@@ -52,7 +52,7 @@ func TestNoTokenIsNotTheGuestsWord(t *testing.T) {
 	if connect.CodeOf(err) != connect.CodeNotFound || connect.IsWireError(err) {
 		t.Errorf("%v, from the wire: %v", err, connect.IsWireError(err))
 	}
-	if _, err := s.Exec(t.Context(), Command{Cmd: "true"}); err == nil || missing(err) {
+	if _, err := s.Exec(t.Context(), Command{Cmd: "true"}); err == nil || Missing(err) {
 		t.Errorf("exec: %v", err)
 	}
 }

@@ -23,34 +23,37 @@ const (
 	MaxTimeout = 365 * 24 * time.Hour
 )
 
-// CreateRequest describes a new sandbox; zero values take the defaults.
+// CreateRequest describes a new sandbox; zero values take the defaults. As JSON it is
+// what an owner key stands for.
 type CreateRequest struct {
 	// Template is "minimal" when empty.
-	Template string
+	Template string `json:",omitzero"`
 	// VCPUs is 1 when zero.
-	VCPUs int
+	VCPUs int `json:",omitzero"`
 	// MemMiB is 512 when zero.
-	MemMiB int
+	MemMiB int `json:",omitzero"`
 	// Timeout is the inactivity after which the sandbox expires; 0 is never.
-	Timeout time.Duration
+	Timeout time.Duration `json:",omitzero"`
 	// OnTimeout is what happens then; destroy when empty.
-	OnTimeout OnTimeout
+	OnTimeout OnTimeout `json:",omitzero"`
 	// EndAt is when the sandbox ends, whatever happens in it; zero is never.
-	EndAt time.Time
+	EndAt time.Time `json:",omitzero"`
 	// OnEnd is what happens then; destroy when empty.
-	OnEnd OnTimeout
+	OnEnd OnTimeout `json:",omitzero"`
 	// Network is what the sandbox may reach.
-	Network NetworkSettings
+	Network NetworkSettings `json:",omitzero"`
 	// Login is what its programs begin with; what it does not say is the
 	// template's or the snapshot's.
-	Login Login
+	Login Login `json:",omitzero"`
 	// Labels are kept as they are. Those of a snapshot's source are not the sandbox's.
-	Labels Labels
+	Labels Labels `json:",omitzero"`
 
 	// diskMiB is a fork's; Config.OverlayMiB when zero.
 	diskMiB int
 	// bootKey, if not empty, makes a waiting guest from the boot snapshot with that key.
 	bootKey string
+	// digest is of the request that has an owner key.
+	digest string
 }
 
 // Created is what came of a Create.
@@ -108,8 +111,18 @@ func checkTimeout(d time.Duration) error {
 var errDestroyed = errdefs.Busy.Errorf("the sandbox was destroyed during the operation")
 
 // Create makes a sandbox and returns when commands can run in it. ctx bounds
-// the making only: the sandbox outlives it. On error nothing is left.
+// the making only: the sandbox outlives it. On error nothing is left. A request with an
+// owner key makes one sandbox, however often it comes, and gets that one, whatever its
+// state is; another request with the key is errdefs.AlreadyExists. The key is free when
+// the sandbox is forgotten.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (Created, error) {
+	if req.Labels.OwnerKey != "" {
+		return m.createOwned(ctx, req)
+	}
+	return m.createNew(ctx, req)
+}
+
+func (m *Manager) createNew(ctx context.Context, req CreateRequest) (Created, error) {
 	asked := req
 	if err := req.check(); err != nil {
 		return Created{}, err
@@ -246,7 +259,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: state,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Base: base, Network: req.Network.clone(), Login: req.Login, Labels: req.Labels.clone(),
+		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Base: base, Network: req.Network.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		BootKey:   req.bootKey,
 		CreatedAt: now, StateAt: now, LastActiveAt: now,

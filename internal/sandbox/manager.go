@@ -26,6 +26,7 @@ type Manager struct {
 	disk   *disk
 	fence  *fence
 	pool   *pool
+	owners *owners
 	lock   *dirLock
 	store  store
 	// woken has an element when the janitor is to look around.

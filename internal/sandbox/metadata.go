@@ -64,11 +64,14 @@ func (f Filter) matches(rec *Record) bool {
 type Labels struct {
 	// Project is who the sandbox belongs to; empty if it was made without one.
 	Project string `json:"project,omitempty"`
+	// OwnerKey is the creator's own name for the sandbox; empty if it gave none. No other
+	// sandbox of the project has it, nor does a fork.
+	OwnerKey string `json:"ownerKey,omitempty"`
 	// Metadata is as it was given: nil and empty differ. It is never changed.
 	Metadata map[string]string `json:"metadata,omitzero"`
 }
 
-func (l Labels) isZero() bool { return l.Project == "" && l.Metadata == nil }
+func (l Labels) isZero() bool { return l.Project == "" && l.OwnerKey == "" && l.Metadata == nil }
 
 // clone returns labels that share nothing with these.
 func (l Labels) clone() Labels {

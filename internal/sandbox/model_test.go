@@ -215,6 +215,7 @@ func testModel(t *testing.T, warm int) {
 			}()
 			model := map[ID]State{}
 			snapshots := map[string]bool{}
+			keys := map[string]ID{} // the sandbox may be gone
 			type broken struct {
 				record []byte
 				state  State
@@ -277,6 +278,27 @@ func testModel(t *testing.T, warm int) {
 						rt.Fatal(err)
 					}
 					model[info.ID] = Running
+				},
+				"create with an owner key": func(rt *rapid.T) {
+					key := rapid.SampledFrom([]string{"red", "green"}).Draw(rt, "key")
+					id := keys[key]
+					state, known := model[id]
+					if len(model) > 8 && !known {
+						rt.Skip()
+					}
+					made, err := r.Create(t.Context(), CreateRequest{Labels: Labels{OwnerKey: key}})
+					switch {
+					case known && state == Unknown:
+						if !errors.Is(err, errdefs.Unavailable) {
+							rt.Fatalf("create with the key of an unknown sandbox: %v", err)
+						}
+					case err != nil:
+						rt.Fatal(err)
+					case known && made.ID != id:
+						rt.Fatalf("create with the key of sandbox %s made %s", id, made.ID)
+					case !known:
+						keys[key], model[made.ID] = made.ID, Running
+					}
 				},
 				"time passes": func(rt *rapid.T) {
 					time.Sleep(time.Duration(rapid.IntRange(1, 5000).Draw(rt, "ms")) * time.Millisecond)

@@ -77,6 +77,7 @@ func newManager(cfg Config, lock *dirLock) *Manager {
 		ledger:   newLedger(cfg.Capacity, free),
 		fence:    &fence{net: cfg.Network, slots: map[network.Slot]bool{}},
 		pool:     newPool(cfg.Warm, cfg.poolCalm),
+		owners:   newOwners(),
 		lock:     lock, store: disk, log: cfg.Log, woken: make(chan struct{}, 1),
 	}
 	m.disk = newDisk(m.registry, m.work, m.ledger, free, cfg.Capacity)

@@ -198,6 +198,8 @@ type Record struct {
 	Login Login `json:"login,omitzero"`
 
 	Labels
+	// RequestDigest is of the request that made the sandbox, if it had an owner key.
+	RequestDigest string `json:"requestDigest,omitempty"`
 
 	// Slot is 0, and HostIP invalid, while the sandbox is hibernated and all
 	// that it had of the host is free.

@@ -307,6 +307,8 @@ var limits = []struct{ rpc, request, word string }{
 	{"CreateSandbox", `{"metadata":{"` + strings.Repeat("x", sandbox.MaxMetadataKey+1) + `":""}}`, "metadata"},
 	{"CreateSandbox", `{"deadline":"2001-01-01T00:00:00Z"}`, "deadline"},
 	{"CreateSandbox", `{"deadline":"9999-01-01T00:00:00Z"}`, "deadline"},
+	{"CreateSandbox", `{"owner_key":"a b"}`, "owner_key"},
+	{"CreateSandbox", `{"owner_key":"` + strings.Repeat("a", 256) + `"}`, "owner_key"},
 	{"CreateSandbox", `{"on_deadline":"explode"}`, "on_deadline"},
 	{"SetDeadline", `{"sandbox_id":"ID","deadline":"9999-01-01T00:00:00Z"}`, "deadline"},
 	{"SetDeadline", `{"sandbox_id":"ID","deadline":"0001-01-01T00:00:00Z"}`, "deadline"},

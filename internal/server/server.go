@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"runtime/debug"
 	"strings"
 	"sync/atomic"
@@ -139,7 +140,7 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		OnEnd:     sandbox.OnTimeout(req.Msg.OnDeadline),
 		Network:   networkSettings(req.Msg.Network),
 		Login:     sandbox.Login{User: req.Msg.User, Env: req.Msg.Envs},
-		Labels:    sandbox.Labels{Metadata: req.Msg.Metadata},
+		Labels:    sandbox.Labels{OwnerKey: req.Msg.OwnerKey, Metadata: req.Msg.Metadata},
 	})
 	if err != nil {
 		return nil, err
@@ -149,7 +150,7 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		return nil, err
 	}
 	resp := &pb.CreateSandboxResponse{
-		SandboxId: string(created.ID), Status: string(created.State), HostIp: created.HostIP.String(),
+		SandboxId: string(created.ID), Status: string(created.State), HostIp: addrText(created.HostIP),
 		StartedFrom: created.From, Why: validText(created.Why), AccessToken: token,
 	}
 	for _, p := range created.Phases {
@@ -419,6 +420,14 @@ func (s *service) ListSandboxes(ctx context.Context, req *request[pb.ListSandbox
 // bytes. A single field that is not UTF-8 makes the whole answer an error.
 func validText(text string) string { return strings.ToValidUTF8(text, "\ufffd") }
 
+// addrText is empty for no address.
+func addrText(addr netip.Addr) string {
+	if !addr.IsValid() {
+		return ""
+	}
+	return addr.String()
+}
+
 func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 	out := &pb.SandboxInfo{
 		SandboxId: string(info.ID), Status: string(info.State), Template: info.Template,
@@ -427,9 +436,7 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 		TimeoutSec: int32(info.Timeout / time.Second),
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
 		User: info.User, Metadata: info.Labels.Metadata, OnDeadline: string(info.OnEnd),
-	}
-	if info.HostIP.IsValid() {
-		out.HostIp = info.HostIP.String()
+		OwnerKey: info.Labels.OwnerKey, HostIp: addrText(info.HostIP),
 	}
 	if !info.EndAt.IsZero() {
 		out.Deadline = timestamppb.New(info.EndAt)
@@ -522,7 +529,7 @@ func (s *service) WatchEvents(
 		return stream.Send(&pb.WatchEventsResponse{Event: &pb.Event{
 			Cursor: e.Cursor, TimeUnixMs: e.Time.UnixMilli(), SandboxId: string(e.ID),
 			From: string(e.From), To: string(e.To), Reason: string(e.Reason),
-			Metadata: e.Metadata,
+			Metadata: e.Metadata, OwnerKey: e.OwnerKey,
 		}})
 	})
 }

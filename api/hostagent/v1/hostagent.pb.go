@@ -53,7 +53,13 @@ type CreateSandboxRequest struct {
 	// ahead. Its idle timeout, timeout_sec, may end it before. A fork has it, too.
 	Deadline *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=deadline,proto3" json:"deadline,omitempty"`
 	// What happens to it then: "destroy" (also when empty) or "hibernate".
-	OnDeadline    string `protobuf:"bytes,11,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
+	OnDeadline string `protobuf:"bytes,11,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
+	// The caller's own name for the sandbox, 1 to 255 of A-Z, a-z, 0-9, '_', '.', '-';
+	// none when empty. The same request with the same key is answered with the sandbox
+	// that it made before, whatever its status is, so that it can be sent again when its
+	// answer was lost. Another request with the key is already_exists. The key is free
+	// when the sandbox was destroyed, or is no longer remembered.
+	OwnerKey      string `protobuf:"bytes,12,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -165,6 +171,13 @@ func (x *CreateSandboxRequest) GetOnDeadline() string {
 	return ""
 }
 
+func (x *CreateSandboxRequest) GetOwnerKey() string {
+	if x != nil {
+		return x.OwnerKey
+	}
+	return ""
+}
+
 type CreateSandboxResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "sb-" and at least 16 lower-case hexadecimal digits.
@@ -174,7 +187,8 @@ type CreateSandboxResponse struct {
 	// Address of the sandbox as seen from the host.
 	HostIp string `protobuf:"bytes,3,opt,name=host_ip,json=hostIp,proto3" json:"host_ip,omitempty"`
 	// What it started from: "warm" (a waiting guest), "ready snapshot" (the boot
-	// snapshot), "snapshot" or "cold boot".
+	// snapshot), "snapshot" or "cold boot". Empty if it is the sandbox that a request with
+	// the same owner_key made before.
 	StartedFrom string `protobuf:"bytes,4,opt,name=started_from,json=startedFrom,proto3" json:"started_from,omitempty"`
 	// Why it had to boot; empty when it did not.
 	Why string `protobuf:"bytes,5,opt,name=why,proto3" json:"why,omitempty"`
@@ -1810,7 +1824,9 @@ type SandboxInfo struct {
 	// on a hibernated sandbox. A resume drops one that has passed.
 	Deadline *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=deadline,proto3" json:"deadline,omitempty"`
 	// What happens at the deadline: destroy or hibernate.
-	OnDeadline    string `protobuf:"bytes,19,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
+	OnDeadline string `protobuf:"bytes,19,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
+	// As its creator gave it.
+	OwnerKey      string `protobuf:"bytes,20,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1974,6 +1990,13 @@ func (x *SandboxInfo) GetDeadline() *timestamppb.Timestamp {
 func (x *SandboxInfo) GetOnDeadline() string {
 	if x != nil {
 		return x.OnDeadline
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetOwnerKey() string {
+	if x != nil {
+		return x.OwnerKey
 	}
 	return ""
 }
@@ -2405,6 +2428,7 @@ type Event struct {
 	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	// That of the sandbox.
 	Metadata      map[string]string `protobuf:"bytes,7,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	OwnerKey      string            `protobuf:"bytes,8,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2486,6 +2510,13 @@ func (x *Event) GetMetadata() map[string]string {
 		return x.Metadata
 	}
 	return nil
+}
+
+func (x *Event) GetOwnerKey() string {
+	if x != nil {
+		return x.OwnerKey
+	}
+	return ""
 }
 
 type GetConsoleRequest struct {
@@ -2806,7 +2837,7 @@ var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
 const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
-	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x04\n" +
+	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xec\x04\n" +
 	"\x14CreateSandboxRequest\x12\x1a\n" +
 	"\btemplate\x18\x01 \x01(\tR\btemplate\x12\x14\n" +
 	"\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n" +
@@ -2822,7 +2853,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\bdeadline\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x1f\n" +
 	"\von_deadline\x18\v \x01(\tR\n" +
-	"onDeadline\x1a7\n" +
+	"onDeadline\x12\x1b\n" +
+	"\towner_key\x18\f \x01(\tR\bownerKey\x1a7\n" +
 	"\tEnvsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +
@@ -2944,7 +2976,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xf9\x05\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\x96\x06\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -2969,7 +3001,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\bmetadata\x18\x11 \x03(\v2'.hostagent.v1.SandboxInfo.MetadataEntryR\bmetadata\x126\n" +
 	"\bdeadline\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x1f\n" +
 	"\von_deadline\x18\x13 \x01(\tR\n" +
-	"onDeadline\x1a;\n" +
+	"onDeadline\x12\x1b\n" +
+	"\towner_key\x18\x14 \x01(\tR\bownerKey\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"2\n" +
@@ -3000,7 +3033,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"sandbox_id\x18\x02 \x01(\tR\tsandboxId\x12\x1b\n" +
 	"\tno_follow\x18\x03 \x01(\bR\bnoFollow\"@\n" +
 	"\x13WatchEventsResponse\x12)\n" +
-	"\x05event\x18\x01 \x01(\v2\x13.hostagent.v1.EventR\x05event\"\x98\x02\n" +
+	"\x05event\x18\x01 \x01(\v2\x13.hostagent.v1.EventR\x05event\"\xb5\x02\n" +
 	"\x05Event\x12\x16\n" +
 	"\x06cursor\x18\x01 \x01(\x04R\x06cursor\x12 \n" +
 	"\ftime_unix_ms\x18\x02 \x01(\x03R\n" +
@@ -3010,7 +3043,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x04from\x18\x04 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x05 \x01(\tR\x02to\x12\x16\n" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12=\n" +
-	"\bmetadata\x18\a \x03(\v2!.hostagent.v1.Event.MetadataEntryR\bmetadata\x1a;\n" +
+	"\bmetadata\x18\a \x03(\v2!.hostagent.v1.Event.MetadataEntryR\bmetadata\x12\x1b\n" +
+	"\towner_key\x18\b \x01(\tR\bownerKey\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Q\n" +

@@ -19,7 +19,7 @@ const (
 	dataIdle    = 5 * time.Minute
 	// drainTime bounds how long the rest of a body is read after the answer. If it
 	// were not read, a client that reads its answer late would lose it.
-	drainTime = 500 * time.Millisecond
+	drainTime = 2 * time.Second
 )
 
 // errStalled: more of a body is to come, and the client has sent nothing for too

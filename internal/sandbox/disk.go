@@ -175,7 +175,7 @@ func (d *disk) stats() (free int64) {
 // watch looks at the free space until the manager's life ends: the more often, the
 // sooner it may be used up.
 func (d *disk) watch() {
-	timer := time.NewTimer(0)
+	timer := time.NewTimer(d.look(time.Now()))
 	defer timer.Stop()
 	for {
 		select {

@@ -277,7 +277,8 @@ func (m *Manager) makeWay(ctx context.Context, need Resources) bool {
 // keepPool keeps the pool full until the manager's life ends. It makes one
 // guest at a time, and only while no sandbox is started.
 func (m *Manager) keepPool() {
-	timer := time.NewTimer(0)
+	m.pool.wake()
+	timer := time.NewTimer(poolLook)
 	defer timer.Stop()
 	failures, retryAt := 0, time.Time{}
 	for {
@@ -303,7 +304,7 @@ func (m *Manager) keepPool() {
 		case err == nil:
 			failures, retryAt = 0, time.Time{}
 			if made {
-				again = 0
+				m.pool.wake() // another may be wanted
 			}
 		case errors.Is(err, errdefs.Exhausted), errors.Is(err, errMakeWay):
 			// Sandboxes need the room: wait until one gives some back, or for the next look.

@@ -173,3 +173,57 @@ func TestMinimalHolds(t *testing.T) {
 		}
 	}
 }
+
+// TestGuestIsAsAContainer in what programs take for granted.
+func TestGuestIsAsAContainer(t *testing.T) {
+	a := sharedAgent(t)
+	b := sharedBox(t)
+	const loopback = `python3 -c 'import socket
+l = socket.create_server(("::1", 0), family=socket.AF_INET6)
+c = socket.socket(socket.AF_INET6); c.connect(("localhost", l.getsockname()[1]))
+print(c.getpeername()[0])'`
+	for _, c := range []struct {
+		user, env, script, want string
+	}{
+		{"", "", "echo $LANG; locale charmap", "C.UTF-8\nUTF-8"},
+		{"user", "", "echo $LANG; locale charmap; sudo -n sh -c 'echo $LANG'", "C.UTF-8\nUTF-8\nC.UTF-8"},
+		{"", "LANG=C", "echo $LANG", "C"},
+		{"", "TZ=Asia/Tokyo", "date -d @0 +%H%Z", "09JST"},
+		{"", "", "date -d @0 +%H%Z", "00UTC"},
+		{"user", "", "sudo -n id -u", "0"},
+		{"0", "", "id -un; pwd; echo $HOME", "root\n/root\n/root"},
+		{"1000", "", "id -un; id -G; pwd; echo $USER", "user\n1000\n/home/user\nuser"},
+		{"1000:33", "", "id -u; id -G; pwd", "1000\n33\n/home/user"},
+		{"user:33", "", "id -u; id -G; pwd", "1000\n33\n/home/user"},
+		{"4242", "", "id -u; id -G; pwd; echo $HOME", "4242\n0\n/\n/"},
+		{"4242:4343", "", "id -u; id -G; pwd; touch /tmp/of-4242; stat -c %u:%g /tmp/of-4242", "4242\n4343\n/\n4242:4343"},
+		{"", "", "getent hosts localhost | awk '{print $1}'; getent ahostsv4 localhost | awk '{print $1; exit}'", "::1\n127.0.0.1"},
+		{"user", "", loopback, "::1"},
+		{"", "", "ulimit -n; ulimit -Hn", "65536\n524288"},
+		{"user", "", "ulimit -n; ulimit -Hn", "65536\n524288"},
+		{"user", "", "stat -f -c %T /dev/shm; stat -c %a /dev/shm; echo x >/dev/shm/x && rm /dev/shm/x", "tmpfs\n1777"},
+		{"user", "", "python3 -c 'import multiprocessing as m; print(m.Value(\"i\", 7).value)'", "7"},
+	} {
+		req := &hostagentv1.ExecRequest{SandboxId: b.id, Cmd: "sh", Args: []string{"-c", c.script}, User: c.user}
+		if name, value, ok := strings.Cut(c.env, "="); ok {
+			req.Envs = map[string]string{name: value}
+		}
+		resp, err := a.Exec(t.Context(), connect.NewRequest(req))
+		if err != nil {
+			t.Errorf("%q as %q: %v", c.script, c.user, err)
+			continue
+		}
+		if got := strings.TrimSpace(string(resp.Msg.Stdout)); got != c.want {
+			t.Errorf("%q as %q with %q says %q, want %q; %s", c.script, c.user, c.env, got, c.want, resp.Msg.Stderr)
+		}
+	}
+	if out, err := a.cli(t, "cp", "-u", "4242:4343", "login_test.go", b.id+":/tmp/copied"); err != nil {
+		t.Errorf("copy: %v: %s", err, out)
+	} else if got := b.sh("stat -c %u:%g /tmp/copied"); got != "4242:4343" {
+		t.Errorf("a copy belongs to %s", got)
+	}
+	own := a.create(t, &hostagentv1.CreateSandboxRequest{User: "4242:4343", Envs: map[string]string{"TZ": "America/New_York"}})
+	if got := own.sh("id -u; id -g; date -d @0 +%H%Z"); got != "4242\n4343\n19EST" || own.info().User != "4242:4343" {
+		t.Errorf("a sandbox of uid and gid says %q, is %v", got, own.info())
+	}
+}

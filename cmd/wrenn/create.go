@@ -162,7 +162,8 @@ its --timeout passes without activity.`,
 		},
 	}
 	s.flags(cmd)
-	cmd.Flags().StringVarP(&s.user, "user", "u", "", "user of programs that are started without a user (default the template's)")
+	cmd.Flags().StringVarP(&s.user, "user", "u", "",
+		"user of programs that are started without a user: a name, a uid, or uid:gid (default the template's)")
 	cmd.Flags().StringArrayVarP(&s.env, "env", "e", nil, "set NAME=VALUE for all programs, or NAME to pass on your variable; may be repeated")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "print on stderr what the sandbox started from and how long each step took")

@@ -53,7 +53,7 @@ func (x *command) find(ctx context.Context, c *cli, ref string) (*client.Sandbox
 func (x *command) flags(cmd *cobra.Command) {
 	cmd.Flags().StringArrayVarP(&x.env, "env", "e", nil, "set NAME=VALUE for the command, or NAME to pass on your variable; may be repeated")
 	cmd.Flags().StringVarP(&x.cwd, "workdir", "w", "", "directory of the command in the sandbox")
-	cmd.Flags().StringVarP(&x.user, "user", "u", "", "user of the command in the sandbox")
+	cmd.Flags().StringVarP(&x.user, "user", "u", "", "user of the command in the sandbox: a name, a uid, or uid:gid")
 	cmd.Flags().BoolVarP(&x.interactive, "interactive", "i", false, "connect stdin")
 	cmd.Flags().BoolVarP(&x.tty, "tty", "t", false, "run the command in this terminal")
 	x.patience(cmd)

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -27,24 +28,55 @@ var errNoAccount = errors.New("no such user")
 // runs, and the files are small.
 type accounts struct{ etc string }
 
-// lookup finds a user by name; errNoAccount if there is none. A system without
-// a user database has root.
-func (a accounts) lookup(name string) (account, error) {
+// lookup finds a user; errNoAccount if there is none. The user is given as a name, as
+// a uid, which the database need not have, or as either with ":" and a gid, which is
+// then the only group.
+func (a accounts) lookup(user string) (account, error) {
+	name, group, grouped := strings.Cut(user, ":")
+	as, err := a.find(name)
+	if uid, ok := parseID(name); errors.Is(err, errNoAccount) && ok {
+		as, err = account{name: name, uid: uid, groups: []uint32{0}, home: "/", shell: "/bin/sh"}, nil
+	}
+	if err != nil || !grouped {
+		return as, err
+	}
+	gid, ok := parseID(group)
+	if !ok {
+		return account{}, errNoAccount
+	}
+	as.gid, as.groups = gid, []uint32{gid}
+	return as, nil
+}
+
+// parseID reads a uid or gid. The highest number means "unchanged" to the kernel.
+func parseID(text string) (uint32, bool) {
+	id, err := strconv.ParseUint(text, 10, 32)
+	return uint32(id), err == nil && id != math.MaxUint32
+}
+
+// find finds a user of the database by name or uid. A system without a database has
+// root.
+func (a accounts) find(name string) (account, error) {
 	var found account
+	number, numeric := parseID(name)
 	err := a.each("passwd", 7, func(f []string) bool {
 		uid, uidErr := strconv.ParseUint(f[2], 10, 32)
 		gid, gidErr := strconv.ParseUint(f[3], 10, 32)
-		if f[0] != name || uidErr != nil || gidErr != nil {
+		if uidErr != nil || gidErr != nil {
 			return true
 		}
-		found = account{name: name, uid: uint32(uid), gid: uint32(gid), home: f[5], shell: f[6]}
-		return false
+		// A name that looks like a number goes before the number.
+		byName := f[0] == name
+		if byName || numeric && found.name == "" && uint32(uid) == number {
+			found = account{name: f[0], uid: uint32(uid), gid: uint32(gid), home: f[5], shell: f[6]}
+		}
+		return !byName
 	})
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return account{}, fmt.Errorf("read users: %w", err)
 	}
 	if found.name == "" {
-		if name != "root" {
+		if name != "root" && name != "0" {
 			return account{}, errNoAccount
 		}
 		found = account{name: "root", home: "/root", shell: "/bin/sh"}
@@ -58,7 +90,7 @@ func (a accounts) lookup(name string) (account, error) {
 	found.groups = []uint32{found.gid}
 	err = a.each("group", 4, func(f []string) bool {
 		gid, err := strconv.ParseUint(f[2], 10, 32)
-		if err == nil && uint32(gid) != found.gid && slices.Contains(strings.Split(f[3], ","), name) {
+		if err == nil && uint32(gid) != found.gid && slices.Contains(strings.Split(f[3], ","), found.name) {
 			found.groups = append(found.groups, uint32(gid))
 		}
 		return true

@@ -281,9 +281,9 @@ func (b *booter) limits() {
 	b.optional("protect envd from the OOM killer", os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0o644))
 	// In a guest, memory costs less than the time that the garbage collector takes.
 	debug.SetGCPercent(400)
-	// These are the limits that the init of a distribution sets.
+	// The limits of containers. What a program may open at once is bounded by memory.
 	b.optional("raise the limit of open files",
-		unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 1024, Max: 524288}))
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 65536, Max: 524288}))
 	for name, value := range map[string]string{
 		"HOME": "/root", "PATH": DefaultPath, "TERM": "", "GODEBUG": "",
 	} {

@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -221,15 +222,26 @@ func (s *Server) environment(as account) map[string]string {
 		path = DefaultPath
 	}
 	return map[string]string{
-		"PATH": path, "HOME": as.home, "USER": as.name, "LOGNAME": as.name, "SHELL": as.shell,
+		"PATH": path, "LANG": "C.UTF-8", "HOME": as.home, "USER": as.name, "LOGNAME": as.name, "SHELL": as.shell,
 	}
 }
 
-// requestUser returns the user that a request acts as: the name in its Basic
+// requestUser returns the user that a request acts as: that of its Basic
 // authorization, or the default user.
 func (s *Server) requestUser(h http.Header) (account, error) {
-	name, _, _ := (&http.Request{Header: h}).BasicAuth()
-	return s.account(name)
+	return s.account(basicUser(h))
+}
+
+// basicUser returns the user of a Basic authorization. A user has an empty password, so
+// what stands between two colons is a gid. Other passwords are ignored.
+func basicUser(h http.Header) string {
+	user, rest, _ := (&http.Request{Header: h}).BasicAuth()
+	if gid, ok := strings.CutSuffix(rest, ":"); ok {
+		if _, ok := parseID(gid); ok {
+			user += ":" + gid
+		}
+	}
+	return user
 }
 
 func (s *Server) account(name string) (account, error) {

@@ -78,7 +78,7 @@ func (s *Server) fileUser(r *http.Request, operation string) (account, error) {
 	}
 	name := q.Get("username")
 	if name == "" {
-		name, _, _ = r.BasicAuth()
+		name = basicUser(r.Header)
 	}
 	return s.account(name)
 }

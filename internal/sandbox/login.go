@@ -18,13 +18,13 @@ const (
 	MaxEnvBytes = 64 << 10
 )
 
-// userPattern is what useradd(8) lets through, and numbers.
-var userPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}$`)
+// userPattern is what useradd(8) lets through, or a uid; a gid may follow.
+var userPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}(:[0-9]{1,10})?$`)
 
-// CheckUser says whether there can be a user of that name; none is fine.
+// CheckUser says whether there can be such a user; none is fine.
 func CheckUser(name string) error {
 	if name != "" && !userPattern.MatchString(name) {
-		return fmt.Errorf("user %.40q is no user name: want 1 to 32 letters, digits, '_', '.', '-'", name)
+		return fmt.Errorf("user %.40q is no user name: want 1 to 32 letters, digits, '_', '.', '-', or a uid; :GID may follow", name)
 	}
 	return nil
 }

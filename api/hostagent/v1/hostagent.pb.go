@@ -41,7 +41,8 @@ type CreateSandboxRequest struct {
 	// What the sandbox may reach; the host's policy when absent.
 	Network *NetworkPolicy `protobuf:"bytes,6,opt,name=network,proto3" json:"network,omitempty"`
 	// User whose programs run in the sandbox, and in whose home files land, if a
-	// call names no user; that of the template or the snapshot when empty.
+	// call names no user; that of the template or the snapshot when empty. A name, a
+	// uid, or either with ":" and a gid.
 	User string `protobuf:"bytes,7,opt,name=user,proto3" json:"user,omitempty"`
 	// Variables of all its programs, beside those of the template or the snapshot
 	// and over them.
@@ -1455,7 +1456,7 @@ type ExecRequest struct {
 	Args []string `protobuf:"bytes,3,rep,name=args,proto3" json:"args,omitempty"`
 	// Seconds after which the command is killed; 30 when zero.
 	TimeoutSec int32 `protobuf:"varint,4,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
-	// User of the command; the sandbox's user when empty.
+	// User of the command, as in CreateSandboxRequest; the sandbox's user when empty.
 	User string `protobuf:"bytes,5,opt,name=user,proto3" json:"user,omitempty"`
 	// Its variables, beside those of the sandbox and over them.
 	Envs map[string]string `protobuf:"bytes,6,rep,name=envs,proto3" json:"envs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`

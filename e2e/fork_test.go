@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"regexp"
+	"strings"
 	"testing"
 	"time"
 
@@ -109,5 +110,38 @@ func TestFork(t *testing.T) {
 	}
 	if got := last.next(); got != 6 {
 		t.Errorf("it counts %d, want 6", got)
+	}
+}
+
+// A program that runs on in a fork draws new numbers from the kernel, and the same as
+// its source from a generator of its own.
+func TestForkedGenerators(t *testing.T) {
+	a := sharedAgent(t)
+	source := a.create(t, nil)
+	source.sh(`mkfifo /root/ask && (setsid python3 -c 'import os, random, uuid
+random.random()
+while True:
+    open("/root/ask").read()
+    text = "%s %s %s\n" % (random.random(), os.urandom(8).hex(), uuid.uuid4())
+    open("/root/new", "w").write(text)
+    os.rename("/root/new", "/root/drawn")' >/dev/null 2>&1 &)`)
+	draw := func(b *sandbox) []string {
+		b.t.Helper()
+		return strings.Fields(b.sh("rm -f /root/drawn; echo >/root/ask; until cat /root/drawn 2>/dev/null; do sleep 0.05; done"))
+	}
+	draw(source)
+	resp, err := a.ForkSandbox(t.Context(), connect.NewRequest(&hostagentv1.ForkSandboxRequest{SandboxId: source.id}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fork := &sandbox{t, a, resp.Msg.Sandboxes[0].SandboxId}
+	defer func() {
+		if err := fork.destroy(); err != nil {
+			t.Error(err)
+		}
+	}()
+	one, two := draw(source), draw(fork)
+	if len(one) != 3 || len(two) != 3 || one[0] != two[0] || one[1] == two[1] || one[2] == two[2] {
+		t.Errorf("the source drew %v, its fork %v", one, two)
 	}
 }

@@ -61,13 +61,15 @@ lint: ## gofmt, go vet, staticcheck, buf lint, the limits of tools/ratchet
 ratchet: ## write what has become shorter or simpler into tools/ratchet/list.txt
 	go -C tools run ./ratchet -write
 
-generate: ## generate the stubs of the protos anew
+generate: ## generate the code of api/ anew
 	cd api && $(TOOL) buf generate
+	cd api/e2b && $(TOOL) oapi-codegen -config oapi-codegen.yaml -o e2b.gen.go openapi.yaml
 
 check-generated: ## fail when the committed stubs are stale
 	dir=$$(mktemp -d); trap 'rm -rf $$dir' EXIT; cp -r api $$dir/api; \
-	cd api && $(TOOL) buf generate -o $$dir/new && cd .. && \
-	for f in $$(git ls-files 'api/*.go'); do cmp $$f $$dir/new/$${f#api/} || { echo "stale: run make generate"; exit 1; }; done
+	cd api && $(TOOL) buf generate -o $$dir/new && cd .. && mkdir -p $$dir/new/e2b && \
+	cd api/e2b && $(TOOL) oapi-codegen -config oapi-codegen.yaml -o $$dir/new/e2b/e2b.gen.go openapi.yaml && cd ../.. && \
+	for f in $$(git ls-files 'api/*.pb.go' 'api/*.connect.go' 'api/*.gen.go'); do cmp $$f $$dir/new/$${f#api/} || { echo "stale: run make generate"; exit 1; }; done
 
 clean: ## remove what was built
 	rm -rf bin

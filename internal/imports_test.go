@@ -66,6 +66,12 @@ var mayImport = map[string][]string{
 		"internal/guest", "internal/guestapi", "internal/vmm", "internal/vmm/kvm", "internal/vmm/launch", "internal/vmm/qemu",
 		"internal/vmm/firecracker", "internal/errdefs",
 	},
+	"internal/sealed":      {"internal/atomicfile", "internal/errdefs"},
+	"internal/auth":        {"internal/sealed", "internal/errdefs"},
+	"internal/idempotency": {"internal/sealed", "internal/errdefs"},
+	"internal/e2b": {
+		"internal/sandbox", "internal/auth", "internal/idempotency", "api/...", "internal/errdefs", "internal/errdefs/errhttp",
+	},
 	"internal/server":       {"internal/sandbox", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
 	"internal/gateway":      {"internal/sandbox", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp", "internal/splice"},
 	"internal/testenv":      {},

@@ -211,8 +211,17 @@ type ConnectRequest struct {
 	// Memory False: a cold boot from the disk of a paused sandbox.
 	Memory *bool `json:"memory,omitempty"`
 
-	// Timeout Seconds from now; v1 demands it, v2 takes 300.
+	// Timeout Seconds from now; 300 if absent.
 	Timeout *int `json:"timeout,omitempty"`
+}
+
+// ConnectRequestV1 defines model for ConnectRequestV1.
+type ConnectRequestV1 struct {
+	// Memory False: a cold boot from the disk of a paused sandbox.
+	Memory *bool `json:"memory,omitempty"`
+
+	// Timeout Seconds from now.
+	Timeout *int `json:"timeout"`
 }
 
 // Error defines model for Error.
@@ -617,8 +626,8 @@ type Time = Timestamp
 
 // TimeoutRequest defines model for TimeoutRequest.
 type TimeoutRequest struct {
-	// Timeout Seconds from now.
-	Timeout int `json:"timeout"`
+	// Timeout Seconds from now; 0 ends it now.
+	Timeout *int `json:"timeout"`
 }
 
 // User defines model for User.
@@ -839,7 +848,7 @@ type ListTemplatesV2Params struct {
 type CreateSandboxV1JSONRequestBody = NewSandbox
 
 // ConnectSandboxV1JSONRequestBody defines body for ConnectSandboxV1 for application/json ContentType.
-type ConnectSandboxV1JSONRequestBody = ConnectRequest
+type ConnectSandboxV1JSONRequestBody = ConnectRequestV1
 
 // ForkSandboxJSONRequestBody defines body for ForkSandbox for application/json ContentType.
 type ForkSandboxJSONRequestBody = ForkRequest

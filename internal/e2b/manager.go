@@ -1,0 +1,260 @@
+package e2b
+
+import (
+	"context"
+	"regexp"
+	"strings"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+)
+
+// Manager is what the handlers need of the sandboxes of this host. Calls by id are
+// not told whose the sandbox is: the handlers look first, and an id is never used
+// for another sandbox. Errors have a class of errdefs; slices and maps are the
+// caller's own.
+type Manager interface {
+	// NewID returns an id that no sandbox has or had.
+	NewID() sandbox.ID
+	// Create returns when commands can run in the sandbox. On error nothing is left.
+	Create(context.Context, CreateRequest) (Sandbox, error)
+	// Get and List never wait for an operation. List is in no particular order.
+	Get(sandbox.ID) (Sandbox, error)
+	List(project string) []Sandbox
+	// Tokens are the same for the whole life of a sandbox.
+	Tokens(sandbox.ID) (Tokens, error)
+	// Destroy ends a sandbox for good, with its saved state.
+	Destroy(context.Context, sandbox.ID) error
+	// Pause saves a running sandbox to disk and ends its VM.
+	Pause(context.Context, sandbox.ID, PauseRequest) error
+	// Connect extends a running sandbox's life, or resumes a paused one. It waits
+	// for a pause or a snapshot in progress; concurrent calls share one resume.
+	Connect(context.Context, sandbox.ID, ConnectRequest) (sb Sandbox, resumed bool, err error)
+	// SetEnd moves the end of a running sandbox; with extend, only to a later time.
+	// It is WrongState for one that is paused.
+	SetEnd(ctx context.Context, id sandbox.ID, end time.Time, extend bool) error
+	// UpdateNetwork replaces what a sandbox may reach.
+	UpdateNetwork(context.Context, sandbox.ID, Egress) error
+	// Fork returns one result for each fork; the error is of the whole call.
+	Fork(ctx context.Context, id sandbox.ID, owner Owner, count int, timeout time.Duration) ([]Forked, error)
+	// Snapshot keeps the state of a sandbox as a build of a template, while the
+	// sandbox goes on.
+	Snapshot(context.Context, sandbox.ID, SnapshotRequest) (Template, error)
+	// Metrics returns samples from start to end, oldest first; a zero time is no
+	// bound.
+	Metrics(id sandbox.ID, start, end time.Time) ([]Metric, error)
+	// Logs returns what is kept of a sandbox's output, oldest first.
+	Logs(sandbox.ID) ([]LogLine, error)
+	// Events returns what is kept of a project's events, oldest first: those of one
+	// sandbox, which may be gone, or of all if id is empty.
+	Events(project string, id sandbox.ID) ([]Event, error)
+}
+
+// Templates is what the handlers need of the templates of this host. A snapshot
+// that a user made is a template.
+type Templates interface {
+	// List returns all templates of all projects, in no particular order.
+	List() ([]Template, error)
+	// Delete removes a template, or one tag of a snapshot with the build that has
+	// no other. It is WrongState while sandboxes need it.
+	Delete(ctx context.Context, id, tag string) error
+	SetPublic(ctx context.Context, id string, public bool) error
+	// Tag makes tags lead to a build, wherever they led before.
+	Tag(ctx context.Context, id, build string, tags []string) error
+	Untag(ctx context.Context, id string, tags []string) error
+}
+
+// ErrGuestSilent is the error of Pause if the guest had to be healthy and is not.
+var ErrGuestSilent = errdefs.WrongState.Errorf("the sandbox's guest does not answer")
+
+// Action is what happens at the end of a sandbox's time.
+type Action string
+
+const (
+	Kill  Action = "kill"
+	Pause Action = "pause"
+	// PauseFiles is a pause that keeps the files alone.
+	PauseFiles Action = "pause_files"
+)
+
+// Owner is the project that a sandbox belongs to, and what that project may have.
+type Owner struct {
+	Project string
+	Quota   auth.Quota
+}
+
+// CreateRequest describes a new sandbox.
+type CreateRequest struct {
+	// ID is from NewID.
+	ID    sandbox.ID
+	Owner Owner
+	// Template and Build are ids.
+	Template, Build string
+	// Timeout is from the moment at which the sandbox runs until its end. It is kept:
+	// the life after an automatic resume goes by it.
+	Timeout    time.Duration
+	OnEnd      Action
+	AutoResume bool
+	Metadata   map[string]string
+	Env        map[string]string
+	Egress     Egress
+	Ingress    Ingress
+}
+
+// Egress is what a sandbox may reach, as its user said it: nil is not said.
+type Egress struct {
+	AllowInternet *bool
+	Allow, Deny   []string
+	DNS           []string
+}
+
+// Ingress is how a sandbox's own servers are reached.
+type Ingress struct {
+	// Public is true if nil; false demands the traffic token.
+	Public *bool
+	// MaskHost is the Host that servers see; ${PORT} in it is the port.
+	MaskHost string
+}
+
+// Sandbox is a copy of what callers may know of one. It has no secrets.
+type Sandbox struct {
+	ID      sandbox.ID
+	Project string
+	State   sandbox.State
+	// Pausing says that a running sandbox is being paused.
+	Pausing bool
+	// Template is the id of the template that it comes from at last, Alias a name.
+	Template, Alias        string
+	VCPUs, MemMiB, DiskMiB int
+	EnvdVersion            string
+	StartedAt, EndAt       time.Time // of the last start or resume; zero is no end
+	PausedAt               time.Time
+	OnEnd                  Action
+	AutoResume             bool
+	FilesOnly              bool // paused without memory
+	Metadata               map[string]string
+	Egress                 Egress
+	Ingress                Ingress
+}
+
+// Tokens are the secrets of a sandbox.
+type Tokens struct {
+	// Envd is what its guest demands, Traffic what the ports of its user demand;
+	// that is empty if they are public.
+	Envd, Traffic string
+}
+
+// PauseRequest says what a pause keeps.
+type PauseRequest struct {
+	FilesOnly bool
+	// HealthyGuest refuses the pause of a guest that does not answer.
+	HealthyGuest bool
+}
+
+// ConnectRequest asks that a sandbox runs, and for how long.
+type ConnectRequest struct {
+	// Timeout is from now. It shortens no life.
+	Timeout time.Duration
+	// FilesOnly boots a paused sandbox from its disk.
+	FilesOnly bool
+	// PausedOnly refuses a running sandbox with WrongState.
+	PausedOnly bool
+	// OnEnd replaces what happens at the end unless it is empty.
+	OnEnd Action
+}
+
+// Forked is one fork, or why there is none.
+type Forked struct {
+	Sandbox Sandbox
+	Err     error
+}
+
+// SnapshotRequest names a snapshot. Without a name one is made up.
+type SnapshotRequest struct {
+	Project, Name, Tag string
+	FilesOnly          bool
+}
+
+// Template is what sandboxes are made from.
+type Template struct {
+	// ID is 20 of a-z and 0-9.
+	ID string
+	// Project is empty for the host's own templates, which every project may use.
+	Project string
+	Public  bool
+	// Names are without a namespace; a snapshot may have none.
+	Names []string
+	// Source is the sandbox that a snapshot was made of; empty for other templates.
+	Source                 sandbox.ID
+	VCPUs, MemMiB, DiskMiB int
+	EnvdVersion            string
+	Spawned                int64
+	SpawnedAt              time.Time
+	CreatedAt, UpdatedAt   time.Time
+	// Builds are newest first, at least one.
+	Builds []Build
+	Tags   []Tag
+}
+
+// Build is one content of a template.
+type Build struct {
+	// ID is a UUID.
+	ID string
+	// Status is building, waiting, ready or error.
+	Status                           string
+	CreatedAt, UpdatedAt, FinishedAt time.Time
+}
+
+// Tag leads to a build of its template.
+type Tag struct {
+	Name, Build string
+	CreatedAt   time.Time
+}
+
+// Metric is a sample of what a sandbox uses, in bytes.
+type Metric struct {
+	At                          time.Time
+	VCPUs                       int
+	CPUUsedPct                  float64
+	MemUsed, MemTotal, MemCache int64
+	DiskUsed, DiskTotal         int64
+}
+
+// LogLine is one line of a sandbox's output.
+type LogLine struct {
+	At time.Time
+	// Level is debug, info, warn or error.
+	Level, Message string
+	Fields         map[string]string
+}
+
+// Event is one change of a sandbox.
+type Event struct {
+	// ID is the event's place in the log.
+	ID uint64
+	At time.Time
+	// Type is created, updated, paused, resumed, checkpointed or killed.
+	Type     string
+	Sandbox  sandbox.ID
+	Template string
+	Build    string
+	Data     map[string]any
+}
+
+var idPattern = regexp.MustCompile(`^sb-?([0-9a-f]{16,32})(-[A-Za-z0-9_-]*)?$`)
+
+// ParseID reads an id as clients write it: with or without the dash after sb, and
+// with whatever older clients append after another dash. ok is false for what no
+// sandbox can be called.
+func ParseID(text string) (id sandbox.ID, ok bool) {
+	m := idPattern.FindStringSubmatch(text)
+	if m == nil {
+		return "", false
+	}
+	return sandbox.ID("sb-" + m[1]), true
+}
+
+// FormatID writes an id as clients expect it: they cut it at a dash.
+func FormatID(id sandbox.ID) string { return strings.Replace(string(id), "-", "", 1) }

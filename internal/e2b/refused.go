@@ -1,0 +1,90 @@
+package e2b
+
+import (
+	"context"
+
+	api "git.omukk.dev/wrenn/sandbox/api/e2b"
+)
+
+// Operations that this host does not have answer with a sentence, so that a caller
+// sees that it is the host and not the address that is at fault.
+
+func (*server) CreateTemplateV1(context.Context, api.CreateTemplateV1RequestObject) (api.CreateTemplateV1ResponseObject, error) {
+	return nil, errBuilds
+}
+
+func (*server) CreateTemplateV2(context.Context, api.CreateTemplateV2RequestObject) (api.CreateTemplateV2ResponseObject, error) {
+	return nil, errBuilds
+}
+
+func (*server) CreateTemplateV3(context.Context, api.CreateTemplateV3RequestObject) (api.CreateTemplateV3ResponseObject, error) {
+	return nil, errBuilds
+}
+
+func (*server) RebuildTemplateV1(context.Context, api.RebuildTemplateV1RequestObject) (api.RebuildTemplateV1ResponseObject, error) {
+	return nil, errBuilds
+}
+
+func (*server) GetTemplateFiles(context.Context, api.GetTemplateFilesRequestObject) (api.GetTemplateFilesResponseObject, error) {
+	return nil, errBuilds
+}
+
+func (*server) StartBuild(context.Context, api.StartBuildRequestObject) (api.StartBuildResponseObject, error) {
+	return nil, errBuilds
+}
+
+func (*server) ListVolumes(context.Context, api.ListVolumesRequestObject) (api.ListVolumesResponseObject, error) {
+	return nil, errVolumes
+}
+
+func (*server) CreateVolume(context.Context, api.CreateVolumeRequestObject) (api.CreateVolumeResponseObject, error) {
+	return nil, errVolumes
+}
+
+func (*server) GetVolume(context.Context, api.GetVolumeRequestObject) (api.GetVolumeResponseObject, error) {
+	return nil, errVolumes
+}
+
+func (*server) DeleteVolume(context.Context, api.DeleteVolumeRequestObject) (api.DeleteVolumeResponseObject, error) {
+	return nil, errVolumes
+}
+
+func (*server) ListSecrets(context.Context, api.ListSecretsRequestObject) (api.ListSecretsResponseObject, error) {
+	return nil, errSecrets
+}
+
+func (*server) CreateSecret(context.Context, api.CreateSecretRequestObject) (api.CreateSecretResponseObject, error) {
+	return nil, errSecrets
+}
+
+func (*server) GetSecret(context.Context, api.GetSecretRequestObject) (api.GetSecretResponseObject, error) {
+	return nil, errSecrets
+}
+
+func (*server) UpdateSecret(context.Context, api.UpdateSecretRequestObject) (api.UpdateSecretResponseObject, error) {
+	return nil, errSecrets
+}
+
+func (*server) DeleteSecret(context.Context, api.DeleteSecretRequestObject) (api.DeleteSecretResponseObject, error) {
+	return nil, errSecrets
+}
+
+func (*server) ListWebhooks(context.Context, api.ListWebhooksRequestObject) (api.ListWebhooksResponseObject, error) {
+	return nil, errWebhooks
+}
+
+func (*server) CreateWebhook(context.Context, api.CreateWebhookRequestObject) (api.CreateWebhookResponseObject, error) {
+	return nil, errWebhooks
+}
+
+func (*server) GetWebhook(context.Context, api.GetWebhookRequestObject) (api.GetWebhookResponseObject, error) {
+	return nil, errWebhooks
+}
+
+func (*server) UpdateWebhook(context.Context, api.UpdateWebhookRequestObject) (api.UpdateWebhookResponseObject, error) {
+	return nil, errWebhooks
+}
+
+func (*server) DeleteWebhook(context.Context, api.DeleteWebhookRequestObject) (api.DeleteWebhookResponseObject, error) {
+	return nil, errWebhooks
+}

@@ -1,0 +1,521 @@
+package e2b
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	api "git.omukk.dev/wrenn/sandbox/api/e2b"
+)
+
+// defaultTag is the tag of a reference that has none.
+const defaultTag = "default"
+
+// baseName is the template that clients ask for if they are told none.
+const baseName = "base"
+
+var (
+	templateName = regexp.MustCompile(`^[a-z0-9_-]{1,128}$`)
+	tagName      = regexp.MustCompile(`^[a-z0-9_.-]{1,128}$`)
+	uuid         = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
+)
+
+// reference is what a caller writes for a template: [namespace/]name[:tag].
+type reference struct {
+	namespace, name, tag string
+}
+
+func parseReference(text string) (reference, error) {
+	rest := strings.ToLower(strings.TrimSpace(text))
+	var r reference
+	if namespace, name, ok := strings.Cut(rest, "/"); ok {
+		r.namespace, rest = namespace, name
+		if !templateName.MatchString(namespace) {
+			return r, refuse(http.StatusBadRequest, "template %.140q: a namespace has a-z, 0-9, _ and -", text)
+		}
+	}
+	name, tag, hasTag := strings.Cut(rest, ":")
+	r.name, r.tag = name, tag
+	if !templateName.MatchString(name) {
+		return r, refuse(http.StatusBadRequest, "template %.140q: a name has up to 128 of a-z, 0-9, _ and -", text)
+	}
+	if hasTag && !tagName.MatchString(tag) {
+		return r, refuse(http.StatusBadRequest, "template %.140q: a tag has up to 128 of a-z, 0-9, _, . and -", text)
+	}
+	return r, nil
+}
+
+func noTemplate(text string) error {
+	return refuse(http.StatusNotFound, "template '%.140s' not found", text)
+}
+
+// visible returns the templates that the caller may use.
+func (s *server) visible(ctx context.Context) ([]Template, error) {
+	all, err := s.Templates.List()
+	if err != nil {
+		return nil, err
+	}
+	project := owner(ctx).Project
+	return slices.DeleteFunc(slices.Clone(all), func(t Template) bool {
+		return t.Project != project && t.Project != "" && !t.Public
+	}), nil
+}
+
+// lookup returns the template of a reference: by id, by a name of the caller's
+// project, by a name of the host's, in this order. A namespace names the project.
+func (s *server) lookup(ctx context.Context, text string) (Template, reference, error) {
+	ref, err := parseReference(text)
+	if err != nil {
+		return Template{}, ref, err
+	}
+	all, err := s.visible(ctx)
+	if err != nil {
+		return Template{}, ref, err
+	}
+	project := owner(ctx).Project
+	named := func(namespace, name string) func(Template) bool {
+		return func(t Template) bool { return t.Project == namespace && slices.Contains(t.Names, name) }
+	}
+	var ways []func(Template) bool
+	if ref.namespace != "" {
+		ways = append(ways, named(ref.namespace, ref.name))
+	} else {
+		ways = append(ways, func(t Template) bool { return t.ID == ref.name }, named(project, ref.name), named("", ref.name))
+	}
+	// The host's own templates have no namespace; callers may write their own.
+	if ref.namespace == project {
+		ways = append(ways, named("", ref.name))
+	}
+	if ref.name == baseName && (ref.namespace == "" || ref.namespace == project) {
+		ways = append(ways, named("", s.DefaultTemplate))
+	}
+	for _, way := range ways {
+		if i := slices.IndexFunc(all, way); i >= 0 {
+			return all[i], ref, nil
+		}
+	}
+	return Template{}, ref, noTemplate(text)
+}
+
+// build returns the build of a template that a tag or a build's id leads to.
+func (t Template) build(tag string) (Build, bool) {
+	id := tag
+	if !uuid.MatchString(tag) {
+		i := slices.IndexFunc(t.Tags, func(have Tag) bool { return have.Name == orDefault(tag) })
+		if i < 0 {
+			return Build{}, false
+		}
+		id = t.Tags[i].Build
+	}
+	i := slices.IndexFunc(t.Builds, func(b Build) bool { return b.ID == id })
+	if i < 0 {
+		return Build{}, false
+	}
+	return t.Builds[i], true
+}
+
+func orDefault(tag string) string {
+	if tag == "" {
+		return defaultTag
+	}
+	return tag
+}
+
+// resolve returns the template and the build that a sandbox is made from.
+func (s *server) resolve(ctx context.Context, text string) (Template, string, error) {
+	t, ref, err := s.lookup(ctx, text)
+	if err != nil {
+		return t, "", err
+	}
+	b, ok := t.build(ref.tag)
+	switch {
+	case !ok && ref.tag == "" && len(t.Tags) == 0 && len(t.Builds) > 0:
+		b = t.Builds[0] // a template that was never tagged
+	case !ok:
+		return t, "", refuse(http.StatusNotFound, "tag '%s' does not exist for template '%.140s'", orDefault(ref.tag), text)
+	}
+	if b.Status != string(api.BuildStateReady) {
+		return t, "", refuse(http.StatusBadRequest, "build %s of template '%.140s' is %s, not ready", b.ID, text, b.Status)
+	}
+	return t, b.ID, nil
+}
+
+// templateFilter returns the id of the template that a list is restricted to, which
+// is empty for one that does not exist.
+func (s *server) templateFilter(ctx context.Context, text string) (string, error) {
+	if strings.Contains(text, ":") {
+		return "", refuse(http.StatusBadRequest, "template %.140q has a tag; want an id or a name", text)
+	}
+	t, _, err := s.lookup(ctx, text)
+	if isNotFound(err) {
+		return "", nil
+	}
+	return t.ID, err
+}
+
+func isNotFound(err error) bool {
+	var own *refusal
+	return errors.As(err, &own) && own.status == http.StatusNotFound
+}
+
+// own returns a template that the caller may change.
+func (s *server) own(ctx context.Context, text string) (Template, reference, error) {
+	t, ref, err := s.lookup(ctx, text)
+	if err == nil && t.Project != owner(ctx).Project {
+		err = refuse(http.StatusForbidden, "template '%.140s' is not of your project", text)
+	}
+	return t, ref, err
+}
+
+func names(t Template) []string {
+	full := []string{}
+	for _, name := range t.Names {
+		if t.Project != "" {
+			name = t.Project + "/" + name
+		}
+		full = append(full, name)
+	}
+	return full
+}
+
+func (s *server) template(t Template) api.Template {
+	isDefault := t.Project == "" && slices.Contains(t.Names, s.DefaultTemplate)
+	out := api.Template{
+		TemplateID: t.ID, CpuCount: t.VCPUs, MemoryMB: t.MemMiB, DiskSizeMB: t.DiskMiB, Public: t.Public || t.Project == "",
+		Aliases: append([]string{}, t.Names...), Names: names(t), CreatedAt: api.At(t.CreatedAt), UpdatedAt: api.At(t.UpdatedAt),
+		SpawnCount: t.Spawned, BuildCount: len(t.Builds), EnvdVersion: t.EnvdVersion, BuildStatus: api.BuildStateWaiting,
+		IsDefault: some(isDefault),
+	}
+	if len(t.Builds) > 0 {
+		out.BuildID, out.BuildStatus = t.Builds[0].ID, api.BuildState(t.Builds[0].Status)
+	}
+	if !t.SpawnedAt.IsZero() {
+		at := api.At(t.SpawnedAt)
+		out.LastSpawnedAt = &at
+	}
+	return out
+}
+
+// pageOf returns one page of the templates that keep wants.
+func (s *server) pageOf(ctx context.Context, p page, keep func(Template) bool) ([]api.Template, *string, error) {
+	all, err := s.visible(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	all = slices.DeleteFunc(all, func(t Template) bool { return t.Source != "" || !keep(t) })
+	onPage, next := cut(p, all, func(t Template) (time.Time, string) { return t.CreatedAt, t.ID })
+	out := []api.Template{}
+	for _, t := range onPage {
+		out = append(out, s.template(t))
+	}
+	return out, next, nil
+}
+
+// mine says whether a template is of the caller's own or of the host's.
+func mine(ctx context.Context) func(Template) bool {
+	project := owner(ctx).Project
+	return func(t Template) bool { return t.Project == project || t.Project == "" }
+}
+
+func (s *server) ListTemplatesV1(ctx context.Context, r api.ListTemplatesV1RequestObject) (api.ListTemplatesV1ResponseObject, error) {
+	if err := checkTeam(ctx, r.Params.TeamID); err != nil {
+		return nil, err
+	}
+	all, _, err := s.pageOf(ctx, page{order: descending, limit: int(^uint(0) >> 1)}, mine(ctx))
+	return api.ListTemplatesV1200JSONResponse(all), err
+}
+
+func (s *server) ListTemplatesV2(ctx context.Context, r api.ListTemplatesV2RequestObject) (api.ListTemplatesV2ResponseObject, error) {
+	if err := checkTeam(ctx, r.Params.TeamID); err != nil {
+		return nil, err
+	}
+	p, err := parsePage("templates", nil, r.Params.Limit, r.Params.NextToken)
+	if err != nil {
+		return nil, err
+	}
+	all, next, err := s.pageOf(ctx, p, mine(ctx))
+	return api.ListTemplatesV2200JSONResponse{Body: all, Headers: api.ListTemplatesV2200ResponseHeaders{XNextToken: next}}, err
+}
+
+func (s *server) ListDefaultTemplates(ctx context.Context, r api.ListDefaultTemplatesRequestObject,
+) (api.ListDefaultTemplatesResponseObject, error) {
+	p, err := parsePage("default-templates", nil, r.Params.Limit, r.Params.NextToken)
+	if err != nil {
+		return nil, err
+	}
+	all, next, err := s.pageOf(ctx, p, func(t Template) bool { return t.Project == "" })
+	return api.ListDefaultTemplates200JSONResponse{Body: all, Headers: api.ListDefaultTemplates200ResponseHeaders{XNextToken: next}}, err
+}
+
+func (s *server) GetTemplate(ctx context.Context, r api.GetTemplateRequestObject) (api.GetTemplateResponseObject, error) {
+	p, err := parsePage("builds", nil, r.Params.Limit, r.Params.NextToken)
+	if err != nil {
+		return nil, err
+	}
+	t, _, err := s.lookup(ctx, r.TemplateID)
+	if err != nil {
+		return nil, err
+	}
+	onPage, next := cut(p, t.Builds, func(b Build) (time.Time, string) { return b.CreatedAt, b.ID })
+	builds := []api.Build{}
+	for _, b := range onPage {
+		out := api.Build{
+			BuildID: b.ID, Status: api.BuildState(b.Status), CreatedAt: api.At(b.CreatedAt), UpdatedAt: api.At(b.UpdatedAt),
+			CpuCount: t.VCPUs, MemoryMB: t.MemMiB, DiskSizeMB: some(t.DiskMiB), EnvdVersion: some(t.EnvdVersion),
+		}
+		if !b.FinishedAt.IsZero() {
+			at := api.At(b.FinishedAt)
+			out.FinishedAt = &at
+		}
+		builds = append(builds, out)
+	}
+	f := s.template(t)
+	return api.GetTemplate200JSONResponse{
+		Headers: api.GetTemplate200ResponseHeaders{XNextToken: next},
+		Body: api.TemplateWithBuilds{
+			TemplateID: f.TemplateID, BuildID: f.BuildID, CpuCount: f.CpuCount, MemoryMB: f.MemoryMB, DiskSizeMB: f.DiskSizeMB,
+			Public: f.Public, Aliases: f.Aliases, Names: f.Names, CreatedAt: f.CreatedAt, UpdatedAt: f.UpdatedAt,
+			LastSpawnedAt: f.LastSpawnedAt, SpawnCount: f.SpawnCount, BuildCount: f.BuildCount, EnvdVersion: f.EnvdVersion,
+			BuildStatus: f.BuildStatus, IsDefault: f.IsDefault, Builds: builds,
+		},
+	}, nil
+}
+
+func (s *server) GetTemplateAlias(ctx context.Context, r api.GetTemplateAliasRequestObject,
+) (api.GetTemplateAliasResponseObject, error) {
+	t, ref, err := s.lookup(ctx, r.Alias)
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := t.build(ref.tag); !ok && ref.tag != "" {
+		return nil, refuse(http.StatusNotFound, "tag '%s' does not exist for template '%.140s'", ref.tag, r.Alias)
+	}
+	return api.GetTemplateAlias200JSONResponse{TemplateID: t.ID, Public: t.Public || t.Project == ""}, nil
+}
+
+// DeleteTemplate also deletes a snapshot, whose id is slug/name:tag or id:tag.
+func (s *server) DeleteTemplate(ctx context.Context, r api.DeleteTemplateRequestObject) (api.DeleteTemplateResponseObject, error) {
+	t, ref, err := s.own(ctx, r.TemplateID)
+	if err != nil {
+		return nil, err
+	}
+	if ref.tag != "" {
+		if _, ok := t.build(ref.tag); !ok {
+			return nil, noTemplate(r.TemplateID)
+		}
+		if t.Source == "" {
+			return nil, refuse(http.StatusBadRequest, "template '%.140s' has a tag; DELETE /templates/tags removes tags", r.TemplateID)
+		}
+	}
+	err = s.Templates.Delete(ctx, t.ID, ref.tag)
+	return api.DeleteTemplate204Response{}, wrongStateAs(http.StatusBadRequest, err)
+}
+
+// publish makes a template public, or the caller's project's alone.
+func (s *server) publish(ctx context.Context, text string, public *bool) (Template, error) {
+	t, _, err := s.own(ctx, text)
+	if err == nil && public != nil {
+		err = s.Templates.SetPublic(ctx, t.ID, *public)
+	}
+	return t, err
+}
+
+func (s *server) UpdateTemplateV1(ctx context.Context, r api.UpdateTemplateV1RequestObject,
+) (api.UpdateTemplateV1ResponseObject, error) {
+	_, err := s.publish(ctx, r.TemplateID, r.Body.Public)
+	return api.UpdateTemplateV1200JSONResponse{}, err
+}
+
+func (s *server) UpdateTemplateV2(ctx context.Context, r api.UpdateTemplateV2RequestObject,
+) (api.UpdateTemplateV2ResponseObject, error) {
+	t, err := s.publish(ctx, r.TemplateID, r.Body.Public)
+	return api.UpdateTemplateV2200JSONResponse{Names: names(t)}, err
+}
+
+// checkTags refuses what no tag can be called.
+func checkTags(tags []string) ([]string, error) {
+	if len(tags) == 0 {
+		return nil, refuse(http.StatusBadRequest, "tags are missing")
+	}
+	var clean []string
+	for _, tag := range tags {
+		tag = strings.ToLower(strings.TrimSpace(tag))
+		if !tagName.MatchString(tag) || uuid.MatchString(tag) {
+			return nil, refuse(http.StatusBadRequest, "tag %.140q: want up to 128 of a-z, 0-9, _, . and -, and no UUID", tag)
+		}
+		clean = append(clean, tag)
+	}
+	return clean, nil
+}
+
+func (s *server) AssignTags(ctx context.Context, r api.AssignTagsRequestObject) (api.AssignTagsResponseObject, error) {
+	tags, err := checkTags(r.Body.Tags)
+	if err != nil {
+		return nil, err
+	}
+	t, ref, err := s.own(ctx, r.Body.Target)
+	if err != nil {
+		return nil, err
+	}
+	b, ok := t.build(ref.tag)
+	if !ok {
+		return nil, refuse(http.StatusNotFound, "tag '%s' does not exist for template '%.140s'", orDefault(ref.tag), r.Body.Target)
+	}
+	err = s.Templates.Tag(ctx, t.ID, b.ID, tags)
+	return api.AssignTags201JSONResponse{Tags: tags, BuildID: b.ID}, err
+}
+
+func (s *server) RemoveTags(ctx context.Context, r api.RemoveTagsRequestObject) (api.RemoveTagsResponseObject, error) {
+	tags, err := checkTags(r.Body.Tags)
+	if err != nil {
+		return nil, err
+	}
+	if strings.Contains(r.Body.Name, ":") {
+		return nil, refuse(http.StatusBadRequest, "name %.140q has a tag", r.Body.Name)
+	}
+	if slices.Contains(tags, defaultTag) {
+		return nil, refuse(http.StatusBadRequest, "the tag 'default' cannot be removed")
+	}
+	t, _, err := s.own(ctx, r.Body.Name)
+	if err == nil {
+		err = s.Templates.Untag(ctx, t.ID, tags)
+	}
+	return api.RemoveTags204Response{}, err
+}
+
+func (s *server) ListTags(ctx context.Context, r api.ListTagsRequestObject) (api.ListTagsResponseObject, error) {
+	t, _, err := s.lookup(ctx, r.TemplateID)
+	if err != nil {
+		return nil, err
+	}
+	tags := api.ListTags200JSONResponse{}
+	for _, tag := range t.Tags {
+		tags = append(tags, api.Tag{Tag: tag.Name, BuildID: tag.Build, CreatedAt: api.At(tag.CreatedAt)})
+	}
+	return tags, nil
+}
+
+// findBuild returns a build of a template; what is not there is a bad request, as
+// E2B's server has it.
+func (s *server) findBuild(ctx context.Context, template, build string) (Template, Build, error) {
+	t, _, err := s.lookup(ctx, template)
+	if err != nil {
+		return t, Build{}, err
+	}
+	i := slices.IndexFunc(t.Builds, func(b Build) bool { return b.ID == build })
+	if i < 0 {
+		return t, Build{}, refuse(http.StatusBadRequest, "build %.70q of template '%.140s' does not exist", build, template)
+	}
+	return t, t.Builds[i], nil
+}
+
+// GetBuildStatus tells of builds that are there. No build of this host has logs.
+func (s *server) GetBuildStatus(ctx context.Context, r api.GetBuildStatusRequestObject) (api.GetBuildStatusResponseObject, error) {
+	if n := value(r.Params.Limit, maxPage); n < 1 || n > maxPage || value(r.Params.LogsOffset, 0) < 0 {
+		return nil, refuse(http.StatusBadRequest, "limit must be between 1 and %d, logsOffset not negative", maxPage)
+	}
+	t, b, err := s.findBuild(ctx, r.TemplateID, r.BuildID)
+	return api.GetBuildStatus200JSONResponse{
+		TemplateID: t.ID, BuildID: b.ID, Status: api.BuildState(b.Status), Logs: []string{}, LogEntries: []api.BuildLogEntry{},
+	}, err
+}
+
+func (s *server) GetBuildLogs(ctx context.Context, r api.GetBuildLogsRequestObject) (api.GetBuildLogsResponseObject, error) {
+	_, _, err := s.findBuild(ctx, r.TemplateID, r.BuildID)
+	return api.GetBuildLogs200JSONResponse{Logs: []api.BuildLogEntry{}}, err
+}
+
+// snapshotID is what clients use a snapshot by: name and tag, or id and tag.
+func snapshotID(t Template, tag string) string {
+	if full := names(t); len(full) > 0 {
+		return full[0] + ":" + tag
+	}
+	return t.ID + ":" + tag
+}
+
+func (s *server) CreateSnapshot(ctx context.Context, r api.CreateSnapshotRequestObject) (api.CreateSnapshotResponseObject, error) {
+	body := value(r.Body, api.SnapshotRequest{})
+	project := owner(ctx).Project
+	req := SnapshotRequest{Project: project, Tag: defaultTag, FilesOnly: !value(body.Memory, true)}
+	if name := value(body.Name, ""); name != "" {
+		ref, err := parseReference(name)
+		if err != nil {
+			return nil, err
+		}
+		if ref.namespace != "" && ref.namespace != project {
+			return nil, refuse(http.StatusBadRequest, "snapshot %.140q: the namespace of your names is %s", name, project)
+		}
+		if uuid.MatchString(ref.tag) {
+			return nil, refuse(http.StatusBadRequest, "snapshot %.140q: a tag is no UUID", name)
+		}
+		req.Name, req.Tag = ref.name, orDefault(ref.tag)
+	}
+	sb, err := s.find(ctx, r.SandboxID)
+	if err != nil {
+		return nil, err
+	}
+	t, err := s.Manager.Snapshot(ctx, sb.ID, req)
+	if err != nil {
+		return nil, busyAs(http.StatusServiceUnavailable, err)
+	}
+	return api.CreateSnapshot201JSONResponse{SnapshotID: snapshotID(t, req.Tag), Names: names(t)}, nil
+}
+
+// snapshot is one entry of a list: a tag of a template that is a snapshot.
+type snapshot struct {
+	info api.SnapshotInfo
+	at   time.Time
+}
+
+func (s *server) ListSnapshots(ctx context.Context, r api.ListSnapshotsRequestObject) (api.ListSnapshotsResponseObject, error) {
+	p, err := parsePage("snapshots", nil, r.Params.Limit, r.Params.NextToken)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := s.snapshots(ctx, value(r.Params.SandboxID, ""), value(r.Params.Name, ""))
+	if err != nil {
+		return nil, err
+	}
+	onPage, next := cut(p, entries, func(e snapshot) (time.Time, string) { return e.at, e.info.SnapshotID })
+	answer := api.ListSnapshots200JSONResponse{
+		Body: []api.SnapshotInfo{}, Headers: api.ListSnapshots200ResponseHeaders{XNextToken: next},
+	}
+	for _, e := range onPage {
+		answer.Body = append(answer.Body, e.info)
+	}
+	return answer, nil
+}
+
+// snapshots returns the caller's snapshots of a sandbox and with a name; empty is
+// any.
+func (s *server) snapshots(ctx context.Context, source, name string) ([]snapshot, error) {
+	all, err := s.Templates.List()
+	if err != nil {
+		return nil, err
+	}
+	var ref reference
+	if name != "" {
+		if ref, err = parseReference(name); err != nil {
+			return nil, err
+		}
+	}
+	from, known := ParseID(source)
+	project := owner(ctx).Project
+	var entries []snapshot
+	for _, t := range all {
+		foreign := t.Project != project || t.Source == "" || source != "" && (!known || t.Source != from)
+		if foreign || name != "" && (ref.namespace != "" && ref.namespace != project || !slices.Contains(t.Names, ref.name)) {
+			continue
+		}
+		for _, tag := range t.Tags {
+			if ref.tag == "" || ref.tag == tag.Name {
+				entries = append(entries, snapshot{api.SnapshotInfo{SnapshotID: snapshotID(t, tag.Name), Names: names(t)}, tag.CreatedAt})
+			}
+		}
+	}
+	return entries, nil
+}

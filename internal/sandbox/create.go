@@ -259,7 +259,8 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: state,
 		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Base: base, Network: req.Network.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
+		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Base: base,
+		Network: req.Network.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		BootKey:   req.bootKey,
 		CreatedAt: now, StateAt: now, LastActiveAt: now,

@@ -41,8 +41,8 @@ const (
 	// maxEventBytes is the size at which the log's file is written anew with
 	// the kept events alone, unless those alone had more than half of it.
 	maxEventBytes = 8 << 20
-	// maxEventLine bounds a line of the file; they have about 200 bytes, but for
-	// metadata, of which each byte may be written as six.
+	// maxEventLine bounds a line of the file; they have about 200 bytes, and
+	// metadata, each byte of which may be written as six.
 	maxEventLine = 4<<10 + 6*MaxMetadataBytes
 	// cursorBlock is how many cursors are reserved on disk at a time. After half
 	// of them the next are.

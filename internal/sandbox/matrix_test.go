@@ -420,15 +420,7 @@ func (s scenario) under(t *testing.T, step, kind string) {
 	time.Sleep(5 * time.Minute)
 	synctest.Wait()
 	r.wantConsistent()
-	if s.keeps {
-		info, err := r.Get(id)
-		if err == nil && info.State == Unknown {
-			info, err = r.Recover(t.Context(), id)
-		}
-		if err != nil || info.State != Running && info.State != Paused && info.State != Hibernated || info.Reason != "" {
-			t.Errorf("what failed cost the sandbox: %+v, %v", info, err)
-		}
-	}
+	s.wantEnd(r, id)
 	if s.asleep {
 		info, err := r.Get(id)
 		if err == nil && info.State == Hibernated {
@@ -440,9 +432,6 @@ func (s scenario) under(t *testing.T, step, kind string) {
 			t.Errorf("a failed resume cost the sandbox: %v", err)
 		}
 		r.wantConsistent()
-	}
-	if s.ends {
-		r.wantState(id, Stopped)
 	}
 	// A snapshot is whole and of use, or not there.
 	snapshots, err := r.Snapshots()
@@ -477,6 +466,23 @@ func (s scenario) under(t *testing.T, step, kind string) {
 	r.wantNothing()
 	if again := r.create(); r.wantState(again, Running).ID != again {
 		t.Error("no sandbox can be made afterwards")
+	}
+}
+
+// wantEnd checks what keeps and ends say of the sandbox.
+func (s scenario) wantEnd(r *rig, id ID) {
+	r.t.Helper()
+	if s.ends {
+		r.wantState(id, Stopped)
+	}
+	if s.keeps {
+		info, err := r.Get(id)
+		if err == nil && info.State == Unknown {
+			info, err = r.Recover(r.t.Context(), id)
+		}
+		if err != nil || info.State != Running && info.State != Paused && info.State != Hibernated || info.Reason != "" {
+			r.t.Errorf("what failed cost the sandbox: %+v, %v", info, err)
+		}
 	}
 }
 

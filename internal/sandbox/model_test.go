@@ -215,35 +215,11 @@ func testModel(t *testing.T, warm int) {
 			}()
 			model := map[ID]State{}
 			snapshots := map[string]bool{}
-			keys := map[string]ID{} // the sandbox may be gone
 			type broken struct {
 				record []byte
 				state  State
 			}
 			spoiled := map[ID]broken{}
-			type deadline struct {
-				at   time.Time
-				then State
-			}
-			ends := map[ID]deadline{}
-			// settle follows the deadlines that have passed. The agent may have come up
-			// since, or the sandbox have been unknown: it has a moment to act.
-			settle := func(rt *rapid.T) {
-				synctest.Wait()
-				for id, end := range ends {
-					if s := model[id]; s != Running && s != Paused || time.Now().Before(end.at) {
-						continue
-					}
-					if info, _ := r.Get(id); info.State != end.then {
-						time.Sleep(sweepEvery + 100*time.Millisecond)
-						synctest.Wait()
-					}
-					if info, err := r.Get(id); info.State != end.then {
-						rt.Fatalf("sandbox %s is %s, %v, after its deadline", id, info.State, err)
-					}
-					model[id] = end.then
-				}
-			}
 			pick := func(rt *rapid.T) ID {
 				var ids []ID
 				for _, info := range r.List(true) {
@@ -268,6 +244,7 @@ func testModel(t *testing.T, warm int) {
 				}
 				return ok
 			}
+			m := modelled{r, model, map[ID]modelledEnd{}, map[string]ID{}, pick, want}
 			rt.Repeat(map[string]func(*rapid.T){
 				"create": func(rt *rapid.T) {
 					if len(model) > 8 {
@@ -279,27 +256,7 @@ func testModel(t *testing.T, warm int) {
 					}
 					model[info.ID] = Running
 				},
-				"create with an owner key": func(rt *rapid.T) {
-					key := rapid.SampledFrom([]string{"red", "green"}).Draw(rt, "key")
-					id := keys[key]
-					state, known := model[id]
-					if len(model) > 8 && !known {
-						rt.Skip()
-					}
-					made, err := r.Create(t.Context(), CreateRequest{Labels: Labels{OwnerKey: key}})
-					switch {
-					case known && state == Unknown:
-						if !errors.Is(err, errdefs.Unavailable) {
-							rt.Fatalf("create with the key of an unknown sandbox: %v", err)
-						}
-					case err != nil:
-						rt.Fatal(err)
-					case known && made.ID != id:
-						rt.Fatalf("create with the key of sandbox %s made %s", id, made.ID)
-					case !known:
-						keys[key], model[made.ID] = made.ID, Running
-					}
-				},
+				"create with an owner key": m.createOwned,
 				"time passes": func(rt *rapid.T) {
 					time.Sleep(time.Duration(rapid.IntRange(1, 5000).Draw(rt, "ms")) * time.Millisecond)
 					synctest.Wait()
@@ -336,39 +293,15 @@ func testModel(t *testing.T, warm int) {
 					_, err := r.Exec(t.Context(), id, Command{Cmd: "x"})
 					want(rt, "exec", id, err, Running)
 				},
-				"deadline": func(rt *rapid.T) {
-					id, in := pick(rt), rapid.SampledFrom([]time.Duration{-1, 0, 10, 700, 3000, 8000}).Draw(rt, "ms")
-					then := rapid.SampledFrom([]OnTimeout{DestroyOnTimeout, HibernateOnTimeout}).Draw(rt, "then")
-					end := deadline{time.Now().Add(in * time.Millisecond), map[OnTimeout]State{
-						DestroyOnTimeout: Stopped, HibernateOnTimeout: Hibernated,
-					}[then]}
-					_, err := r.SetDeadline(t.Context(), id, end.at, then)
-					if want(rt, "deadline", id, err, Running, Paused, Hibernated) {
-						ends[id] = end
-					}
-				},
-				"no deadline": func(rt *rapid.T) {
-					id := pick(rt)
-					_, err := r.SetDeadline(t.Context(), id, time.Time{}, "")
-					if want(rt, "no deadline", id, err, Running, Paused, Hibernated) {
-						delete(ends, id)
-					}
-				},
+				"deadline":    m.deadline,
+				"no deadline": m.noDeadline,
 				"pause": func(rt *rapid.T) {
 					id := pick(rt)
 					if want(rt, "pause", id, r.Pause(t.Context(), id), Running) {
 						model[id] = Paused
 					}
 				},
-				"resume": func(rt *rapid.T) {
-					id := pick(rt)
-					if want(rt, "resume", id, r.Resume(t.Context(), id), Paused, Hibernated) {
-						if model[id] == Hibernated && !time.Now().Before(ends[id].at) {
-							delete(ends, id)
-						}
-						model[id] = Running
-					}
-				},
+				"resume": m.resume,
 				"destroy": func(rt *rapid.T) {
 					id := pick(rt)
 					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Hibernated, Stopped, Unknown) {
@@ -459,7 +392,7 @@ func testModel(t *testing.T, warm int) {
 					}
 				},
 				"": func(rt *rapid.T) {
-					settle(rt)
+					m.settle(rt)
 					infos := r.List(true)
 					if len(infos) != len(model) {
 						rt.Fatalf("%d sandboxes, the model has %d", len(infos), len(model))

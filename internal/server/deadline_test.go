@@ -36,7 +36,8 @@ func TestDeadline(t *testing.T) {
 		return resp.Msg.Sandbox
 	}
 	later := at.Add(30 * time.Minute)
-	if s := set(&pb.SetDeadlineRequest{Deadline: timestamppb.New(later), OnDeadline: "hibernate"}); !s.Deadline.AsTime().Equal(later) || s.OnDeadline != "hibernate" {
+	s := set(&pb.SetDeadlineRequest{Deadline: timestamppb.New(later), OnDeadline: "hibernate"})
+	if !s.Deadline.AsTime().Equal(later) || s.OnDeadline != "hibernate" {
 		t.Errorf("set: %v", s)
 	}
 	if s := set(&pb.SetDeadlineRequest{}); s.Deadline != nil || s.OnDeadline != "hibernate" {

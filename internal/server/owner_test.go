@@ -28,7 +28,8 @@ func TestOwnerKey(t *testing.T) {
 	if err != nil || again.SandboxId != first.SandboxId || again.AccessToken != first.AccessToken || again.StartedFrom != "" {
 		t.Errorf("again: %v, %v; first %v", again, err, first)
 	}
-	if _, err := create(&pb.CreateSandboxRequest{OwnerKey: "key", Envs: map[string]string{"a": "1"}}); connect.CodeOf(err) != connect.CodeAlreadyExists {
+	_, err = create(&pb.CreateSandboxRequest{OwnerKey: "key", Envs: map[string]string{"a": "1"}})
+	if connect.CodeOf(err) != connect.CodeAlreadyExists {
 		t.Errorf("another request: %v", err)
 	}
 	_, err = c.PauseSandbox(t.Context(), connect.NewRequest(&pb.PauseSandboxRequest{SandboxId: first.SandboxId, ToDisk: true}))

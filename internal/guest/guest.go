@@ -325,7 +325,8 @@ func (c *Client) still(ctx context.Context, path string) (header http.Header, er
 	case http.StatusNoContent:
 	case http.StatusConflict:
 		raw.Close()
-		return nil, errdefs.Unavailable.Errorf("quiesce the guest: one of its programs cannot be stopped now, it waits for a device or a file system")
+		return nil, errdefs.Unavailable.Errorf(
+			"quiesce the guest: one of its programs cannot be stopped now, it waits for a device or a file system")
 	case http.StatusNotFound:
 		raw.Close()
 		return nil, errdefs.Unsupported.Errorf("quiesce the guest: it was made by an older agent, and does not know how to stop its programs")

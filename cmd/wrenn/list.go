@@ -62,7 +62,8 @@ func newPs(c *cli) *cobra.Command {
 				if s.Status == "stopped" {
 					address = "-" // another sandbox may have it by now
 				}
-				row(w, s.SandboxId, s.Template, client.StatusText(s), s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb), address, created, expires)
+				row(w, s.SandboxId, cmp.Or(s.Snapshot, s.Template), client.StatusText(s), s.Vcpus,
+					fmt.Sprintf("%d MiB", s.MemoryMb), address, created, expires)
 			}
 			return w.Flush()
 		},

@@ -292,6 +292,16 @@ func TestAddresses(t *testing.T) {
 	}
 }
 
+// A sandbox that was made from a snapshot shows its name.
+func TestSnapshotInPs(t *testing.T) {
+	for snapshot, want := range map[string]string{"": "base", "prepared": "prepared"} {
+		printed, _, status := ends(t, (&clienttest.Agent{Text: "base", Snapshot: snapshot}).Serve(t), "ps")
+		if got := strings.Fields(strings.Split(printed, "\n")[1])[1]; got != want || status != 0 {
+			t.Errorf("%q: %q, status %d, %q", snapshot, got, status, printed)
+		}
+	}
+}
+
 // rm --all spares hibernated sandboxes, and asks on a terminal; not so with --force.
 func TestRemoveAll(t *testing.T) {
 	for _, c := range []struct {

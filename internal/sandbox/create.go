@@ -48,6 +48,8 @@ type CreateRequest struct {
 	// Labels are kept as they are. Those of a snapshot's source are not the sandbox's.
 	Labels Labels `json:",omitzero"`
 
+	// snapshot is the name of the snapshot that the state comes from.
+	snapshot string
 	// diskMiB is a fork's; Config.OverlayMiB when zero.
 	diskMiB int
 	// bootKey, if not empty, makes a waiting guest from the boot snapshot with that key.
@@ -258,7 +260,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	now := time.Now().UTC()
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: state,
-		Template: req.Template, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
+		Template: req.Template, Snapshot: req.snapshot, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
 		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Base: base,
 		Network: req.Network.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),

@@ -110,7 +110,7 @@ func (m *Manager) fork(ctx context.Context, of Record, src source) (Info, error)
 		return Info{}, errdefs.Unsupported.Errorf("template %q has another base image than when the sandbox was made", of.Template)
 	}
 	req := CreateRequest{
-		Template: of.Template, VCPUs: of.VCPUs, MemMiB: of.MemMiB, diskMiB: of.DiskMiB,
+		Template: of.Template, snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, diskMiB: of.DiskMiB,
 		Timeout: of.Timeout, OnTimeout: of.OnTimeout, EndAt: of.EndAt, OnEnd: of.OnEnd,
 		Network: of.Network, Login: of.Login, Labels: of.Labels.clone(),
 	}

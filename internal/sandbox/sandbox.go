@@ -175,6 +175,9 @@ type Record struct {
 	Detail string `json:"detail,omitempty"`
 
 	Template string `json:"template"`
+	// Snapshot is the name of the snapshot that the sandbox, or the one that it is
+	// a fork of, was made from. It may be deleted by now.
+	Snapshot string `json:"snapshot,omitempty"`
 	VCPUs    int    `json:"vcpus"`
 	MemMiB   int    `json:"memMiB"`
 	DiskMiB  int    `json:"diskMiB"`
@@ -256,6 +259,7 @@ type Info struct {
 	Reason       Reason
 	Detail       string
 	Template     string
+	Snapshot     string
 	VCPUs        int
 	MemMiB       int
 	Timeout      time.Duration
@@ -279,7 +283,7 @@ func (r Record) user() string { return cmp.Or(r.Login.User, "root") }
 func (r Record) info() Info {
 	info := Info{
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
-		Template: r.Template, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
+		Template: r.Template, Snapshot: r.Snapshot, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
 		EndAt: r.EndAt, OnEnd: r.OnEnd,
 		Network: r.Network.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,

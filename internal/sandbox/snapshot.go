@@ -174,6 +174,7 @@ func (m *Manager) createFromSnapshot(ctx context.Context, req CreateRequest) (Cr
 	if err := req.check(); err != nil {
 		return Created{}, err
 	}
+	req.snapshot = name
 	req.Template, req.VCPUs, req.MemMiB, req.diskMiB = tmpl.Name, snap.Shape.VCPUs, snap.Shape.MemMiB, snap.Shape.DiskMiB
 	req.Login = req.Login.Over(snap.Source.Login)
 	return m.create(ctx, req, tmpl, src)

@@ -115,6 +115,33 @@ func TestNamedSnapshot(t *testing.T) {
 	})
 }
 
+// TestSandboxNamesItsSnapshot: a sandbox, and its forks, say which snapshot they come
+// from, also when that is deleted and another agent runs.
+func TestSandboxNamesItsSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		source, _ := snapshotted(r, CreateRequest{}, "snap")
+		created, err := r.Create(t.Context(), CreateRequest{Template: "snap"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.DeleteSnapshot("snap"); err != nil {
+			t.Fatal(err)
+		}
+		forked, err := r.Fork(t.Context(), created.ID, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.die()
+		r.start()
+		for id, want := range map[ID]string{source: "", created.ID: "snap", forked.Sandboxes[0].ID: "snap"} {
+			if info, err := r.Get(id); err != nil || info.Snapshot != want || info.Template != "minimal" {
+				t.Errorf("%s is of template %q and snapshot %q, %v", id, info.Template, info.Snapshot, err)
+			}
+		}
+	})
+}
+
 func TestSnapshotNames(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)

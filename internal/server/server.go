@@ -430,7 +430,7 @@ func addrText(addr netip.Addr) string {
 
 func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 	out := &pb.SandboxInfo{
-		SandboxId: string(info.ID), Status: string(info.State), Template: info.Template,
+		SandboxId: string(info.ID), Status: string(info.State), Template: info.Template, Snapshot: info.Snapshot,
 		Vcpus: int32(info.VCPUs), MemoryMb: int32(info.MemMiB), OnTimeout: string(info.OnTimeout),
 		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
 		TimeoutSec: int32(info.Timeout / time.Second),

@@ -1827,7 +1827,10 @@ type SandboxInfo struct {
 	// What happens at the deadline: destroy or hibernate.
 	OnDeadline string `protobuf:"bytes,19,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
 	// As its creator gave it.
-	OwnerKey      string `protobuf:"bytes,20,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
+	OwnerKey string `protobuf:"bytes,20,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
+	// The snapshot that it was made from, or the sandbox of which it is a fork; empty
+	// for none. It may be deleted by now.
+	Snapshot      string `protobuf:"bytes,21,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1998,6 +2001,13 @@ func (x *SandboxInfo) GetOnDeadline() string {
 func (x *SandboxInfo) GetOwnerKey() string {
 	if x != nil {
 		return x.OwnerKey
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetSnapshot() string {
+	if x != nil {
+		return x.Snapshot
 	}
 	return ""
 }
@@ -2977,7 +2987,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\x96\x06\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xb2\x06\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -3003,7 +3013,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\bdeadline\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x1f\n" +
 	"\von_deadline\x18\x13 \x01(\tR\n" +
 	"onDeadline\x12\x1b\n" +
-	"\towner_key\x18\x14 \x01(\tR\bownerKey\x1a;\n" +
+	"\towner_key\x18\x14 \x01(\tR\bownerKey\x12\x1a\n" +
+	"\bsnapshot\x18\x15 \x01(\tR\bsnapshot\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"2\n" +

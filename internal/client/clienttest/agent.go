@@ -41,6 +41,7 @@ type Agent struct {
 	Err       error                 // every call of the agent's own answers it, if not nil
 	Token     string                // of the sandbox; if not empty, the guest demands it
 	Text      string                // in every field of an answer that is text
+	Snapshot  string                // that the sandbox was made from
 	Also      []string              // IDs of other sandboxes, in ListSandboxes
 	Console   []byte                // of GetConsole
 	Entry     *filesystem.EntryInfo // of Stat
@@ -216,7 +217,7 @@ func (a *Agent) sandbox() *v1.SandboxInfo {
 	defer a.mu.Unlock()
 	return &v1.SandboxInfo{
 		SandboxId: ID, Status: cmp.Or(a.Status, "running"), Template: a.Text, HostIp: a.Text, Reason: a.Text, Detail: a.Text,
-		CreatedAtUnix: time.Now().Unix(), Metadata: map[string]string{a.Text: a.Text},
+		Snapshot: a.Snapshot, CreatedAtUnix: time.Now().Unix(), Metadata: map[string]string{a.Text: a.Text},
 	}
 }
 

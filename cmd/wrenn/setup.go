@@ -206,7 +206,9 @@ something required is missing. As root it sees more.`,
 	return cmd
 }
 
+// printChecks prints checks for a person, and what follows from them.
 func printChecks(w io.Writer, checks []host.Check) {
+	seen := map[string]bool{}
 	for _, c := range checks {
 		mark := "ok"
 		switch {
@@ -217,15 +219,26 @@ func printChecks(w io.Writer, checks []host.Check) {
 		case !c.OK:
 			mark = "--"
 		}
+		seen[mark] = true
 		fmt.Fprintf(w, "%s  %-18s %s\n", mark, c.Name, c.Found)
 		fmt.Fprintf(w, "    %-18s why:  %s\n", "", c.Why)
 		if c.Fix != "" {
 			fmt.Fprintf(w, "    %-18s mend: %s\n", "", c.Fix)
 		}
 	}
-	if host.Ready(checks) {
-		fmt.Fprintln(w, "\nThis host can run sandboxes.")
-	} else {
-		fmt.Fprintln(w, "\nThis host cannot run sandboxes yet: mend what is marked NO.")
+	fmt.Fprintln(w)
+	if seen["--"] {
+		fmt.Fprintln(w, "-- is optional: sandboxes run without it, slower or less contained.")
+	}
+	if seen["??"] {
+		fmt.Fprintln(w, "?? could not be looked at.")
+	}
+	switch {
+	case host.Ready(checks):
+		fmt.Fprintln(w, "This host can run sandboxes.")
+	case seen["NO"]:
+		fmt.Fprintln(w, "This host cannot run sandboxes yet: mend what is marked NO.")
+	default:
+		fmt.Fprintln(w, "Whether this host can run sandboxes is not known: run `wrenn doctor` as root.")
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/client/clienttest"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
+	"git.omukk.dev/wrenn/sandbox/internal/host"
 )
 
 // verbs are all commands that ask the agent, as far as arguments go.
@@ -298,6 +299,26 @@ func TestSnapshotInPs(t *testing.T) {
 		printed, _, status := ends(t, (&clienttest.Agent{Text: "base", Snapshot: snapshot}).Serve(t), "ps")
 		if got := strings.Fields(strings.Split(printed, "\n")[1])[1]; got != want || status != 0 {
 			t.Errorf("%q: %q, status %d, %q", snapshot, got, status, printed)
+		}
+	}
+}
+
+// doctor says what its marks mean and what follows from them.
+func TestDoctorsWords(t *testing.T) {
+	ok := host.Check{OK: true, Level: host.Required}
+	no, unknown, optional := host.Check{Level: host.Required}, host.Check{Level: host.Required, Unknown: true}, host.Check{Level: host.Optional}
+	for _, c := range []struct {
+		check host.Check
+		want  string
+	}{
+		{ok, "\n\nThis host can run sandboxes.\n"},
+		{optional, "\n\n-- is optional: sandboxes run without it, slower or less contained.\nThis host can run sandboxes.\n"},
+		{no, "\n\nThis host cannot run sandboxes yet: mend what is marked NO.\n"},
+		{unknown, "\n\n?? could not be looked at.\nWhether this host can run sandboxes is not known: run `wrenn doctor` as root.\n"},
+	} {
+		var out strings.Builder
+		if printChecks(&out, []host.Check{ok, c.check}); !strings.HasSuffix(out.String(), c.want) {
+			t.Errorf("%+v: %q, want %q", c.check, &out, c.want)
 		}
 	}
 }

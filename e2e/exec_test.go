@@ -9,8 +9,12 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -137,6 +141,53 @@ func TestExecTimeout(t *testing.T) {
 	}
 	if n := b.survivors("98761"); n != "0" {
 		t.Errorf("%s processes have survived", n)
+	}
+}
+
+// TestExecOfASilentGuest: a VM that stands still keeps no wrenn exec, neither one that
+// it has not answered nor one whose command runs.
+func TestExecOfASilentGuest(t *testing.T) {
+	a := startAgent(t)
+	b := a.create(t, nil)
+	b.sh("true")
+	wrenn := func(args ...string) *exec.Cmd {
+		cmd := exec.Command(filepath.Join(a.bin, "wrenn"), append([]string{"--host", a.url, "exec"}, args...)...)
+		cmd.Stderr = os.Stderr
+		return cmd
+	}
+	running := wrenn(b.id, "--", "sh", "-c", "echo started; sleep 98763")
+	out, err := running.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := running.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 8)); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(b.vmmPID(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Kill(b.vmmPID(), syscall.SIGCONT)
+	began := time.Now()
+	late := wrenn("--connect-timeout", "2s", b.id, "true")
+	if err := late.Run(); late.ProcessState.ExitCode() != 125 || time.Since(began) > 6*time.Second {
+		t.Errorf("with --connect-timeout 2s: %v after %v", err, time.Since(began))
+	}
+	waiting := wrenn(b.id, "true")
+	if err := waiting.Start(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(time.Second) // it asks the guest
+	for name, cmd := range map[string]*exec.Cmd{"running": running, "waiting": waiting} {
+		began := time.Now()
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Wait(); cmd.ProcessState.ExitCode() != 143 || time.Since(began) > 8*time.Second {
+			t.Errorf("%s: %v, %v after SIGTERM", name, err, time.Since(began))
+		}
 	}
 }
 

@@ -306,7 +306,8 @@ func TestSnapshotInPs(t *testing.T) {
 // doctor says what its marks mean and what follows from them.
 func TestDoctorsWords(t *testing.T) {
 	ok := host.Check{OK: true, Level: host.Required}
-	no, unknown, optional := host.Check{Level: host.Required}, host.Check{Level: host.Required, Unknown: true}, host.Check{Level: host.Optional}
+	no, optional := host.Check{Level: host.Required}, host.Check{Level: host.Optional}
+	unknown := host.Check{Level: host.Required, Unknown: true}
 	for _, c := range []struct {
 		check host.Check
 		want  string

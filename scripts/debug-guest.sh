@@ -35,7 +35,7 @@ done
 
 case $accel in
     kvm) cpu=host ;;
-    tcg) cpu=qemu64 accel=tcg,thread=multi ;;
+    tcg) cpu=qemu64,ssse3=on,sse4.1=on,sse4.2=on,popcnt=on,cx16=on,lahf-lm=on,xsave=on,xsaveopt=on,xgetbv1=on,avx=on,avx2=on,bmi1=on,bmi2=on,f16c=on,fma=on,abm=on,movbe=on,aes=on,pclmulqdq=on,enforce=on accel=tcg,thread=multi ;;
     *)
         echo "ACCEL is $accel, must be tcg or kvm" >&2
         exit 2

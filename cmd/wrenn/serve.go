@@ -16,6 +16,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/agent"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 )
 
 // hostFlags are the flags that serve, setup and doctor share.
@@ -31,6 +32,8 @@ func newHostFlags(cmd *cobra.Command) *hostFlags {
 	f.StringVar(&c.StateDir, "state-dir", env("WRENN_STATE_DIR", c.StateDir),
 		"directory of kernels, templates, disks and records (env WRENN_STATE_DIR)")
 	f.StringVar(&c.VMM, "vmm", env("WRENN_VMM", c.VMM), "VMM to run sandboxes with: auto, firecracker or qemu (env WRENN_VMM)")
+	f.StringVar(&c.CPU, "cpu", env("WRENN_CPU", c.CPU),
+		"CPU that guests see without KVM: "+strings.Join(qemu.CPUs(), ", ")+"; with KVM they see the host's (env WRENN_CPU)")
 	f.StringVar(&c.Firecracker, "firecracker", env("WRENN_FIRECRACKER", c.Firecracker), "Firecracker's program (env WRENN_FIRECRACKER)")
 	f.StringVar(&c.Jailer, "jailer", env("WRENN_JAILER", c.Jailer),
 		"its jailer; empty for the one in PATH, if there is one, none to do without (env WRENN_JAILER)")

@@ -112,7 +112,8 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	}
 	a := &Agent{cfg: cfg, log: cfg.Log}
 	report := chosen.Report
-	a.log.Info("vmm chosen", "vmm", chosen.Driver.Name(), "version", report.Version, "accel", report.Accel, "why", chosen.Why)
+	a.log.Info("vmm chosen", "vmm", chosen.Driver.Name(), "version", report.Version, "accel", report.Accel,
+		"cpu", report.CPU, "why", chosen.Why)
 	if report.Warning != "" {
 		a.log.Warn("vmm runs with less than it could have", "vmm", chosen.Driver.Name(), "why", report.Warning)
 	}

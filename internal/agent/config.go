@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -40,6 +41,8 @@ type Config struct {
 	// Firecracker and Jailer are Firecracker's programs. An empty Jailer is the
 	// one in PATH, if there is one; "none" is to do without.
 	Firecracker, Jailer string
+	// CPU is what QEMU's guests see without KVM, one of qemu.CPUs.
+	CPU string
 
 	// Listen is the TCP address of the API.
 	Listen string
@@ -95,7 +98,7 @@ func Defaults() Config {
 	cpus := runtime.NumCPU()
 	return Config{
 		StateDir: DefaultStateDir, Version: "dev",
-		VMM: host.AutoVMM, Firecracker: "firecracker",
+		VMM: host.AutoVMM, Firecracker: "firecracker", CPU: qemu.DefaultCPU,
 		Listen: "127.0.0.1:50051",
 		Egress: network.Public, Pool: 4,
 		OverlayMiB: 4096, DiskBytes: 256 << 20, DiskOps: 16384,
@@ -256,6 +259,9 @@ func (c Config) plan() (network.Plan, error) {
 	if c.VMM != host.AutoVMM && c.VMM != firecracker.Name && c.VMM != qemu.Name {
 		errs = append(errs, fmt.Errorf("--vmm %q is unknown: use auto, firecracker or qemu", c.VMM))
 	}
+	if !slices.Contains(qemu.CPUs(), c.CPU) {
+		errs = append(errs, fmt.Errorf("--cpu %q is unknown: use %s", c.CPU, strings.Join(qemu.CPUs(), ", ")))
+	}
 	return plan, errors.Join(errs...)
 }
 
@@ -274,12 +280,12 @@ func (c Config) drivers(retry bool) []vmm.Driver {
 	}
 	return []vmm.Driver{
 		firecracker.New(firecracker.Config{Binary: c.Firecracker, Jailer: c.Jailer, Probe: probe(firecracker.Name)}),
-		qemu.New(qemu.Config{Probe: probe(qemu.Name)}),
+		qemu.New(qemu.Config{Probe: probe(qemu.Name), CPU: c.CPU}),
 	}
 }
 
 // CheckHost returns what is wrong with the settings that setup and doctor have,
-// too: StateDir, VMM and the ranges.
+// too: StateDir, VMM, CPU and the ranges.
 func (c Config) CheckHost() error {
 	_, err := c.plan()
 	return err

@@ -191,7 +191,7 @@ func (m machine) driver(d vmm.Driver, report vmm.Report, err error) Check {
 	switch {
 	case err == nil:
 		c.OK = true
-		c.Found = report.Version + " with " + report.Accel
+		c.Found = report.Version + " with " + report.Accel + ", CPU " + report.CPU
 		if report.Warning != "" {
 			c.Found += "; " + report.Warning
 		}

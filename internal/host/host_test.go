@@ -42,13 +42,13 @@ func (d driver) Needs() vmm.Needs {
 }
 
 var (
-	qemuTCG = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "tcg", Speed: vmm.Emulated, Isolation: vmm.Emulation,
-		Why: "the CPU shows neither vmx nor svm"}}
+	qemuTCG = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "tcg", CPU: "x86-64-v3", Speed: vmm.Emulated,
+		Isolation: vmm.Emulation, Why: "the CPU shows neither vmx nor svm"}}
 	qemuKVM  = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "kvm", Speed: vmm.Native, Why: "a probe guest booted"}}
 	sentry   = driver{name: "sentry", report: vmm.Report{Version: "1", Accel: "systrap", Speed: vmm.NearNative, Why: "it needs nothing"}}
 	noQEMU   = driver{name: "qemu", err: errdefs.Unavailable.Errorf("qemu-system-x86_64 is not installed")}
 	noKVM    = driver{name: "firecracker", err: errdefs.Unsupported.Errorf("firecracker needs KVM")}
-	unjailed = driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", Speed: vmm.Native,
+	unjailed = driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", CPU: "host", Speed: vmm.Native,
 		Why: "a probe guest booted", Warning: "there is no jailer"}}
 	firecracker = driver{name: "firecracker", err: errdefs.Unavailable.Errorf("firecracker is not installed")}
 )
@@ -103,7 +103,7 @@ func find(t *testing.T, checks []Check, name string) Check {
 }
 
 // slow is what doctor says of QEMU without KVM.
-const slow = "7.2.22 with tcg; guests run emulated, 10 to 50 times slower than the host, isolated by emulation and a jail"
+const slow = "7.2.22 with tcg, CPU x86-64-v3; guests run emulated, 10 to 50 times slower than the host, isolated by emulation and a jail"
 
 // Each case breaks one thing of a good host and says what becomes of it.
 func TestDoctor(t *testing.T) {
@@ -149,7 +149,7 @@ func TestDoctor(t *testing.T) {
 		{check: "vmm qemu", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}, fix: "apt-get install"},
 		{check: "vmm firecracker", want: bad, drivers: []vmm.Driver{noQEMU, firecracker}},
 		{check: "vmm firecracker", want: badOpt, drivers: []vmm.Driver{noKVM, qemuTCG}, found: "needs KVM"},
-		{check: "vmm firecracker", want: ok, drivers: []vmm.Driver{unjailed, qemuTCG}, found: "1.12.1 with kvm; there is no jailer"},
+		{check: "vmm firecracker", want: ok, drivers: []vmm.Driver{unjailed, qemuTCG}, found: "1.12.1 with kvm, CPU host; there is no jailer"},
 		{check: "vmm in use", want: ok, drivers: []vmm.Driver{noKVM, qemuTCG}, found: "qemu with tcg: it works without KVM; firecracker needs KVM; qemu: the CPU"},
 		{check: "vmm in use", want: bad, drivers: []vmm.Driver{firecracker, noQEMU}, found: "firecracker is not installed; qemu-system-x86_64 is not installed"},
 		{check: "tun", want: ok},

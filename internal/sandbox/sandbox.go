@@ -262,6 +262,7 @@ type Info struct {
 	Snapshot     string
 	VCPUs        int
 	MemMiB       int
+	CPU          string // as vmm.Handle has it; empty without a VM
 	Timeout      time.Duration
 	OnTimeout    OnTimeout
 	EndAt        time.Time
@@ -287,6 +288,9 @@ func (r Record) info() Info {
 		EndAt: r.EndAt, OnEnd: r.OnEnd,
 		Network: r.Network.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
+	}
+	if r.VM != nil {
+		info.CPU = r.VM.CPU
 	}
 	if r.Timeout > 0 && r.State == Running {
 		info.ExpiresAt = r.LastActiveAt.Add(r.Timeout)

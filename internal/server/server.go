@@ -431,7 +431,7 @@ func addrText(addr netip.Addr) string {
 func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 	out := &pb.SandboxInfo{
 		SandboxId: string(info.ID), Status: string(info.State), Template: info.Template, Snapshot: info.Snapshot,
-		Vcpus: int32(info.VCPUs), MemoryMb: int32(info.MemMiB), OnTimeout: string(info.OnTimeout),
+		Vcpus: int32(info.VCPUs), MemoryMb: int32(info.MemMiB), Cpu: info.CPU, OnTimeout: string(info.OnTimeout),
 		CreatedAtUnix: info.CreatedAt.Unix(), LastActiveAtUnix: info.LastActiveAt.Unix(),
 		TimeoutSec: int32(info.Timeout / time.Second),
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),

@@ -52,12 +52,17 @@ const (
 	UserSpaceKernel Isolation = "a user-space kernel"
 )
 
+// HostCPU is the CPU of guests that see the host's.
+const HostCPU = "host"
+
 // Report is what a driver's Check found.
 type Report struct {
 	// Version of the VMM program.
 	Version string
 	// Accel is what runs the guest's code, in a word: "kvm", "tcg".
 	Accel string
+	// CPU is what guests see, in a word: HostCPU, "x86-64-v3".
+	CPU string
 	// Isolation and Speed are what follows for guests.
 	Isolation Isolation
 	Speed     Speed

@@ -113,6 +113,9 @@ type Handle struct {
 	Driver string `json:"driver"`
 	// Version of the VMM that runs the VM.
 	Version string `json:"version"`
+	// CPU is what the guest sees, as in Report; empty if an earlier agent started
+	// the VM.
+	CPU string `json:"cpu,omitempty"`
 	// State is the driver's own: pid, start time, sockets.
 	State json.RawMessage `json:"state"`
 }

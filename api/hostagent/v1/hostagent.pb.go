@@ -1830,7 +1830,10 @@ type SandboxInfo struct {
 	OwnerKey string `protobuf:"bytes,20,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
 	// The snapshot that it was made from, or the sandbox of which it is a fork; empty
 	// for none. It may be deleted by now.
-	Snapshot      string `protobuf:"bytes,21,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	Snapshot string `protobuf:"bytes,21,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// CPU that the guest sees: host, x86-64-v3 and the like. Empty while it has no VM,
+	// and if an earlier agent started that.
+	Cpu           string `protobuf:"bytes,22,opt,name=cpu,proto3" json:"cpu,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2008,6 +2011,13 @@ func (x *SandboxInfo) GetOwnerKey() string {
 func (x *SandboxInfo) GetSnapshot() string {
 	if x != nil {
 		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetCpu() string {
+	if x != nil {
+		return x.Cpu
 	}
 	return ""
 }
@@ -2987,7 +2997,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xb2\x06\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xc4\x06\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -3014,7 +3024,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\von_deadline\x18\x13 \x01(\tR\n" +
 	"onDeadline\x12\x1b\n" +
 	"\towner_key\x18\x14 \x01(\tR\bownerKey\x12\x1a\n" +
-	"\bsnapshot\x18\x15 \x01(\tR\bsnapshot\x1a;\n" +
+	"\bsnapshot\x18\x15 \x01(\tR\bsnapshot\x12\x10\n" +
+	"\x03cpu\x18\x16 \x01(\tR\x03cpu\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"2\n" +

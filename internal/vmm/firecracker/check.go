@@ -52,7 +52,7 @@ func (d *Driver) check(ctx context.Context) (found, error) {
 			return found{}, false, err
 		}
 		f := found{bin: bin, report: vmm.Report{
-			Version: bin.version, Accel: "kvm", Isolation: kvm.Isolation(), Speed: vmm.Native,
+			Version: bin.version, Accel: "kvm", CPU: vmm.HostCPU, Isolation: kvm.Isolation(), Speed: vmm.Native,
 			Why: verdict.Why + ", confined by its jailer",
 		}}
 		if bin.jailer == "" {

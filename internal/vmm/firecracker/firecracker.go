@@ -250,7 +250,7 @@ type vm struct {
 
 func newVM(p *launch.Process, version string, st state) *vm {
 	v := &vm{state: st, api: newClient(st.Socket), writing: make(chan struct{}, 1)}
-	v.VM = launch.NewVM(p, Name, version, &v.state)
+	v.VM = launch.NewVM(p, Name, version, vmm.HostCPU, &v.state)
 	return v
 }
 

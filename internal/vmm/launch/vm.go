@@ -19,15 +19,17 @@ type VM struct {
 	*Process
 	// Version of the VMM.
 	Version string
+	// CPU is what the guest sees.
+	CPU string
 
 	driver string
 	state  any
 }
 
-// NewVM returns the VM of a process. state is the driver's part of the handle; it
+// NewVM returns the VM of a process, whose guest sees that CPU. state is the driver's part of the handle; it
 // names the process too.
-func NewVM(p *Process, driver, version string, state any) VM {
-	return VM{Process: p, Version: version, driver: driver, state: state}
+func NewVM(p *Process, driver, version, cpu string, state any) VM {
+	return VM{Process: p, Version: version, CPU: cpu, driver: driver, state: state}
 }
 
 // Attach adopts the process of a handle, and reads the driver's state from it.
@@ -44,7 +46,7 @@ func Attach(ctx context.Context, driver string, h vmm.Handle, state any, process
 	if err != nil {
 		return VM{}, fmt.Errorf("attach: %w", err)
 	}
-	return NewVM(p, driver, h.Version, state), nil
+	return NewVM(p, driver, h.Version, h.CPU, state), nil
 }
 
 // GiveUp ends an attachment because the VMM failed to answer with err, and says
@@ -63,7 +65,7 @@ func (v VM) Handle() vmm.Handle {
 	if err != nil {
 		panic(err) // strings and numbers always encode
 	}
-	return vmm.Handle{Driver: v.driver, Version: v.Version, State: state}
+	return vmm.Handle{Driver: v.driver, Version: v.Version, CPU: v.CPU, State: state}
 }
 
 // Change brings the VM into a state by a call to the VMM; what names the call. If

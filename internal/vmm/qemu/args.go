@@ -28,6 +28,7 @@ type machine struct {
 	binary  string
 	version string
 	accel   string
+	cpu     string // QEMU's -cpu
 	spec    vmm.Spec
 	// memory is the memory file of a snapshot to restore; empty to boot.
 	memory string
@@ -47,10 +48,10 @@ func argv(m machine) []string {
 // board renders CPU, memory and chipset.
 func board(m machine) []string {
 	// By itself TCG keeps up to 1 GiB of translated code. 64 MiB fit into the
-	// VMM's memory limit beside the guest. qemu64 boots faster than max.
-	accel, cpu := "tcg,thread=multi,tb-size=64", "qemu64"
+	// VMM's memory limit beside the guest.
+	accel := "tcg,thread=multi,tb-size=64"
 	if m.accel == accelKVM {
-		accel, cpu = "kvm", "host"
+		accel = "kvm"
 	}
 	// The memory of a booted VM is a file in memory, and a snapshot a copy of
 	// that file. Restored VMs share the pages of one snapshot's file until they
@@ -63,7 +64,7 @@ func board(m machine) []string {
 		"-no-user-config", "-nodefaults", "-display", "none",
 		"-machine", "q35,usb=off,smbus=off,sata=off,vmport=off,suppress-vmdesc=on,memory-backend=ram",
 		"-accel", accel,
-		"-cpu", cpu,
+		"-cpu", m.cpu,
 		"-smp", strconv.Itoa(m.spec.VCPUs),
 		"-m", fmt.Sprintf("%dM", m.spec.MemMiB),
 		"-object", fmt.Sprintf("%s,id=ram,size=%dM", ram, m.spec.MemMiB),

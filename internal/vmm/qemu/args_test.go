@@ -31,10 +31,10 @@ func TestArgv(t *testing.T) {
 
 	const binary = "/usr/bin/qemu-system-x86_64"
 	for name, m := range map[string]machine{
-		"small-tcg":    {binary: binary, version: "7.2.22", accel: "tcg", spec: small},
-		"full-tcg":     {binary: binary, version: "7.2.22", accel: "tcg", spec: full},
-		"full-kvm":     {binary: binary, version: "8.2.0", accel: "kvm", spec: full},
-		"full-restore": {binary: binary, version: "10.0.0", accel: "tcg", spec: full, memory: "/t/ready/1/mem"},
+		"small-tcg":    {binary: binary, version: "7.2.22", accel: "tcg", cpu: models[DefaultCPU], spec: small},
+		"full-tcg":     {binary: binary, version: "7.2.22", accel: "tcg", cpu: models[cpuV1], spec: full},
+		"full-kvm":     {binary: binary, version: "8.2.0", accel: "kvm", cpu: "host", spec: full},
+		"full-restore": {binary: binary, version: "10.0.0", accel: "tcg", cpu: models["max"], spec: full, memory: "/t/ready/1/mem"},
 	} {
 		got := render(argv(m))
 		golden := filepath.Join("testdata", name+".golden")

@@ -27,16 +27,16 @@ func (d *Driver) Check(ctx context.Context) (vmm.Report, error) {
 			return vmm.Report{}, false, err
 		}
 		verdict, err := d.cfg.Probe.KVM(ctx, Name, version, func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
-			return d.launch(ctx, spec, vmm.Report{Version: version, Accel: accelKVM}, nil)
+			return d.launch(ctx, spec, vmm.Report{Version: version, Accel: accelKVM, CPU: vmm.HostCPU}, nil)
 		})
 		if err != nil {
 			return vmm.Report{}, false, err
 		}
 		report := vmm.Report{Version: version, Why: verdict.Why}
 		if verdict.Works {
-			report.Accel, report.Isolation, report.Speed = accelKVM, kvm.Isolation(), vmm.Native
+			report.Accel, report.CPU, report.Isolation, report.Speed = accelKVM, vmm.HostCPU, kvm.Isolation(), vmm.Native
 		} else {
-			report.Accel, report.Isolation, report.Speed = accelTCG, vmm.Emulation, vmm.Emulated
+			report.Accel, report.CPU, report.Isolation, report.Speed = accelTCG, d.cfg.CPU, vmm.Emulation, vmm.Emulated
 		}
 		return report, verdict.Final, nil
 	})

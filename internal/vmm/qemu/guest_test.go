@@ -423,7 +423,7 @@ func TestProbe(t *testing.T) {
 	withGuest(t, &s, "")
 	p := kvm.Probe{Kernel: s.Spec.Kernel.Image, Initrd: s.Spec.Kernel.Initrd}
 	took, err := p.Boot(t.Context(), func(ctx context.Context, spec vmm.Spec) (vmm.VM, error) {
-		return New(Config{}).launch(ctx, spec, vmm.Report{Version: "7.2.0", Accel: "tcg"}, nil)
+		return New(Config{}).launch(ctx, spec, vmm.Report{Version: "7.2.0", Accel: "tcg", CPU: DefaultCPU}, nil)
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -575,7 +575,7 @@ func BenchmarkSnapshotCycle(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			args := argv(machine{binary: binary, version: report.Version, accel: report.Accel, spec: spec, memory: filepath.Join(dir, snapfile.MemoryName)})
+			args := argv(machine{binary: binary, version: report.Version, accel: report.Accel, cpu: model(report), spec: spec, memory: filepath.Join(dir, snapfile.MemoryName)})
 			cmd := exec.Command(args[0], args[1:]...)
 			cmd.ExtraFiles = []*os.File{socket, state}
 			if err := cmd.Start(); err != nil {

@@ -33,6 +33,8 @@ type Config struct {
 	Binary string
 	// Probe tells whether KVM works. Until it says so, KVM is not used.
 	Probe kvm.Probe
+	// CPU is what guests see without KVM, one of CPUs; empty for DefaultCPU.
+	CPU string
 }
 
 // Driver implements vmm.Driver.
@@ -45,6 +47,9 @@ type Driver struct {
 func New(cfg Config) *Driver {
 	if cfg.Binary == "" {
 		cfg.Binary = "qemu-system-x86_64"
+	}
+	if cfg.CPU == "" {
+		cfg.CPU = DefaultCPU
 	}
 	return &Driver{cfg: cfg, checked: launch.NewMemo[vmm.Report]()}
 }
@@ -106,7 +111,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		return nil, err
 	}
 	steps.Push("remove jail", func(context.Context) error { return remove(jail(spec.RunDir)) })
-	m := machine{binary: binary, version: report.Version, accel: report.Accel, spec: spec}
+	m := machine{binary: binary, version: report.Version, accel: report.Accel, cpu: model(report), spec: spec}
 	files, want := []*os.File{socket}, statusRunning
 	if from != nil {
 		m.memory = from.memory()
@@ -124,7 +129,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 	steps.Push("kill vmm", process.Kill)
 	socket.Close() // QEMU holds the only copy now, so its end breaks connections at once
 
-	v := newVM(process, report.Version, state{
+	v := newVM(process, report, state{
 		Process: process.Ref(),
 		QMP:     qmpSocket(spec.RunDir),
 		Shape:   shapeOf(spec, report),
@@ -214,9 +219,9 @@ type vm struct {
 	state state
 }
 
-func newVM(p *launch.Process, version string, s state) *vm {
+func newVM(p *launch.Process, report vmm.Report, s state) *vm {
 	v := &vm{state: s}
-	v.VM = launch.NewVM(p, Name, version, &v.state)
+	v.VM = launch.NewVM(p, Name, report.Version, report.CPU, &v.state)
 	return v
 }
 

@@ -71,7 +71,7 @@ func vmAt(t *testing.T, path string) *vm {
 			t.Error(err)
 		}
 	})
-	return newVM(process, "7.2.22", state{Process: process.Ref(), QMP: path})
+	return newVM(process, vmm.Report{Version: "7.2.22", CPU: DefaultCPU}, state{Process: process.Ref(), QMP: path})
 }
 
 func TestLostAnswers(t *testing.T) {
@@ -222,7 +222,7 @@ func TestInternalError(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { process.Kill(context.Background()) })
-			v := newVM(process, "7.2.22", state{Process: process.Ref(), QMP: path})
+			v := newVM(process, vmm.Report{Version: "7.2.22", CPU: DefaultCPU}, state{Process: process.Ref(), QMP: path})
 			if name == "log" {
 				go v.watch()
 			}

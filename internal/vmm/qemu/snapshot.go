@@ -36,7 +36,9 @@ var (
 // shape is what a VM and one restored from its snapshot have in common: the
 // devices, as QEMU numbers them, and what is behind the guest's CPU.
 type shape struct {
-	Accel  string `json:"accel"`
+	Accel string `json:"accel"`
+	// CPU is what shapeCPU says.
+	CPU    string `json:"cpu,omitempty"`
 	VCPUs  int    `json:"vcpus"`
 	MemMiB int    `json:"mem_mib"`
 	// Disks has a letter for each: r for read-only, w else.
@@ -46,7 +48,7 @@ type shape struct {
 }
 
 func shapeOf(s vmm.Spec, report vmm.Report) shape {
-	sh := shape{Accel: report.Accel, VCPUs: s.VCPUs, MemMiB: s.MemMiB}
+	sh := shape{Accel: report.Accel, CPU: shapeCPU(report), VCPUs: s.VCPUs, MemMiB: s.MemMiB}
 	for _, d := range s.Root.Disks() {
 		if d.ReadOnly {
 			sh.Disks += "r"
@@ -179,6 +181,13 @@ func (d *Driver) Restore(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM
 	if err := spec.Validate(needs); err != nil {
 		return nil, err
 	}
+	was, err := snapfile.Shape[shape](dir)
+	if err == nil {
+		report, err = withCPUOf(report, was)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("restore vm: %w", err)
+	}
 	state, err := snapfile.Open(dir, Name, report.Version, shapeOf(spec, report), nil)
 	if err != nil {
 		return nil, fmt.Errorf("restore vm: %w", err)
@@ -198,7 +207,7 @@ func (d *Driver) SnapshotKey(ctx context.Context, spec vmm.Spec) (string, error)
 		return "", err
 	}
 	// The arguments describe the machine.
-	args := argv(machine{version: report.Version, accel: report.Accel, spec: spec.Machine()})
+	args := argv(machine{version: report.Version, accel: report.Accel, cpu: model(report), spec: spec.Machine()})
 	args = append(args, Name, report.Version, report.Accel)
 	if report.Accel == "kvm" { // whose guests see the host's CPU
 		cpu, err := kvm.HostCPU()

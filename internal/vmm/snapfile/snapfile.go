@@ -94,6 +94,13 @@ func read[S comparable](dir, driver string) (m Manifest[S], err error) {
 	return m, nil
 }
 
+// Shape reads the description of the VM in the manifest of the snapshot in dir. What
+// it says of another driver's snapshot means nothing.
+func Shape[S comparable](dir string) (S, error) {
+	m, err := read[S](dir, "")
+	return m.Shape, err
+}
+
 // Open checks that the snapshot in dir is complete and was written by this version
 // of the driver's VMM of a VM with the shape want. It returns the devices' state,
 // whose digest has been checked. The memory's has not: that takes too long on the

@@ -120,7 +120,7 @@ func testCheck(t *testing.T, s Subject) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if slices.Contains([]string{first.Version, first.Why, first.Accel, string(first.Isolation)}, "") ||
+	if slices.Contains([]string{first.Version, first.Why, first.Accel, first.CPU, string(first.Isolation)}, "") ||
 		first.Speed < vmm.Emulated || first.Speed > vmm.Native {
 		t.Errorf("incomplete report %+v", first)
 	}
@@ -220,7 +220,7 @@ func testUsedByMany(t *testing.T, s Subject) {
 						t.Errorf("%s by the %d.: %v", name, i, err)
 					}
 				}
-				if h := v.Handle(); h.Driver != s.Driver.Name() {
+				if h := v.Handle(); h.Driver != s.Driver.Name() || h.CPU == "" {
 					t.Errorf("handle of driver %q", h.Driver)
 				}
 			}
@@ -383,7 +383,7 @@ func testAttach(t *testing.T, s Subject) {
 	if err != nil {
 		t.Fatalf("attach: %v", err)
 	}
-	if got := second.Handle(); string(got.State) != string(h.State) || got.Version != h.Version || got.Driver != h.Driver {
+	if got := second.Handle(); string(got.State) != string(h.State) || got.Version != h.Version || got.Driver != h.Driver || got.CPU != h.CPU {
 		t.Errorf("handle changed from %s to %s", h.State, got.State)
 	}
 	if err := second.Resume(t.Context()); err != nil {

@@ -331,7 +331,7 @@ func (f *Fake) validate(spec vmm.Spec) error {
 
 // Check implements vmm.Driver.
 func (f *Fake) Check(ctx context.Context) (vmm.Report, error) {
-	report := vmm.Report{Version: "1.0.0", Accel: "tcg", Isolation: vmm.Emulation, Speed: vmm.Emulated, Why: "it is a fake"}
+	report := vmm.Report{Version: "1.0.0", Accel: "tcg", CPU: fakeCPU, Isolation: vmm.Emulation, Speed: vmm.Emulated, Why: "it is a fake"}
 	if f.OwnKernel {
 		report.Accel, report.Isolation, report.Speed = "systrap", vmm.UserSpaceKernel, vmm.NearNative
 	}
@@ -470,6 +470,9 @@ type fakeState struct {
 	PID int `json:"pid"`
 }
 
+// fakeCPU is what guests of a Fake see.
+const fakeCPU = "x86-64-v0"
+
 type fakeVM struct {
 	fake *Fake
 	m    *machine
@@ -480,7 +483,7 @@ func (v *fakeVM) Handle() vmm.Handle {
 	if err != nil {
 		panic(err) // a number always encodes
 	}
-	return vmm.Handle{Driver: v.fake.Name(), Version: "1.0.0", State: state}
+	return vmm.Handle{Driver: v.fake.Name(), Version: "1.0.0", CPU: fakeCPU, State: state}
 }
 
 func (v *fakeVM) Pause(ctx context.Context) error  { return v.set(ctx, OpPause, true) }

@@ -60,7 +60,7 @@ func TestGuestCPU(t *testing.T) {
 
 // A sandbox keeps its CPU when the agent is told another for new ones.
 func TestCPUOfTheAgent(t *testing.T) {
-	a := startAgent(t, "--cpu=x86-64-v1")
+	a := startAgent(t, "--cpu=x86-64-v1", "--on-shutdown=leave")
 	old := a.create(t, nil)
 	if old.underKVM() {
 		t.Skip("with KVM guests see the host's CPU")

@@ -190,7 +190,7 @@ func TestTerminal(t *testing.T) {
 		if err := b.destroy(); err != nil {
 			t.Fatal(err)
 		}
-		s.ends(1)
+		s.ends(125)
 	})
 	t.Run("top", func(t *testing.T) {
 		s := openScreen(t, b.a, "top", b.id)

@@ -54,7 +54,7 @@ var mayImport = map[string][]string{
 	"internal/guest": {"api/...", "internal/guestapi", "internal/errdefs"},
 	"internal/envd":  {"api/...", "internal/guestapi", "internal/atomicfile", "internal/splice"},
 	"internal/sandbox": {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/guestapi",
-		"internal/errdefs", "internal/undo", "internal/atomicfile"},
+		"internal/errdefs", "internal/undo", "internal/atomicfile", "internal/sealed", "internal/diskfree"},
 	"internal/host": {"internal/setup", "internal/diskfree", "internal/vmm", "internal/digest", "internal/osthread",
 		"internal/network", "internal/template", "internal/errdefs"},
 	"internal/network/networktest": {

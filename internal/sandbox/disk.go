@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/diskfree"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -440,11 +441,11 @@ func thaw(ctx context.Context, b *box) error {
 // freeBytes is what VMMs can still write on the store's file system; not knowing
 // counts as plenty.
 func (s store) freeBytes() int64 {
-	var st syscall.Statfs_t
-	if err := syscall.Statfs(s.dir, &st); err != nil {
+	free, err := diskfree.Bytes(s.dir)
+	if err != nil {
 		return math.MaxInt64
 	}
-	return int64(st.Bavail) * st.Bsize
+	return free
 }
 
 // takenBytes is what a sandbox's disk takes on the host's.

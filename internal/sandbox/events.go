@@ -18,6 +18,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/sealed"
 )
 
 // Event is one change of state.
@@ -151,7 +152,7 @@ func (l *eventLog) read() (whole bool, err error) {
 			whole = false
 			continue
 		}
-		if sealed(text) {
+		if sealed.Has(text) {
 			anySealed = true
 			l.reserved = max(l.reserved, line.Reserved)
 		}
@@ -163,7 +164,7 @@ func (l *eventLog) read() (whole bool, err error) {
 		} else if !line.Labels.isZero() {
 			labels[line.ID] = line.Labels
 		}
-		lines = append(lines, found{line.Event, sealed(text)})
+		lines = append(lines, found{line.Event, sealed.Has(text)})
 		if len(lines) > 4*keptEvents { // which no agent writes
 			lines = slices.Clone(lines[2*keptEvents:])
 		}
@@ -216,7 +217,7 @@ func (l *eventLog) encode(line eventLine) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return append(seal(data), '\n'), nil
+	return append(sealed.Seal(data), '\n'), nil
 }
 
 // rewrite replaces the file by the kept events, and reserves cursors. Called with

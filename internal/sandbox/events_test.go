@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/sealed"
 )
 
 // history reads what is remembered beyond a cursor.
@@ -226,7 +227,7 @@ func TestNoCursorTwice(t *testing.T) {
 			from, to := line(d, 10)
 			return slices.Concat(d[:from], bytes.Repeat([]byte("x"), 1<<20), d[to:])
 		}, 19},
-		"cursor flipped":      {func(d []byte) []byte { from, _ := line(d, 10); d[from+sealLen+10] ^= 1; return d }, 19},
+		"cursor flipped":      {func(d []byte) []byte { from, _ := line(d, 10); d[from+sealed.Len+10] ^= 1; return d }, 19},
 		"reservation gone":    {func(d []byte) []byte { from, _ := line(d, 1); return d[from:] }, 20},
 		"reservation flipped": {func(d []byte) []byte { _, to := line(d, 0); d[to-3] ^= 1; return d }, 20},
 		"end lost":            {func(d []byte) []byte { from, _ := line(d, 15); return d[:from] }, 14},

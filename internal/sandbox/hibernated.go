@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
@@ -49,7 +50,7 @@ func (s store) publishSnapshot(ctx context.Context, id ID, dir string) error {
 		err = os.Rename(dir, s.snapshot(id))
 	}
 	if err == nil {
-		err = syncDir(s.path(id))
+		err = atomicfile.SyncDir(s.path(id))
 	}
 	if err == nil {
 		err = s.at("snapshot published")

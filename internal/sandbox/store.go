@@ -12,7 +12,9 @@ import (
 	"strings"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/sealed"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
@@ -84,7 +86,7 @@ func (s store) save(r Record) (err error) {
 	// A VM does not outlive the host: after a crash it does not matter whether the record
 	// says running or paused.
 	if r.State != Paused {
-		err = syncDir(s.path(r.ID))
+		err = atomicfile.SyncDir(s.path(r.ID))
 	}
 	if err == nil {
 		err = s.at("saved " + string(r.State))
@@ -111,7 +113,7 @@ func (s store) writeRecord(r Record) (path string, err error) {
 	if err != nil {
 		return "", err
 	}
-	_, err = f.Write(append(seal(data), '\n'))
+	_, err = f.Write(append(sealed.Seal(data), '\n'))
 	err = errors.Join(err, f.Sync(), f.Close())
 	if err == nil && !r.LastActiveAt.IsZero() {
 		err = os.Chtimes(f.Name(), time.Time{}, r.LastActiveAt)
@@ -139,7 +141,7 @@ func (s store) keepPrevious(id ID) error {
 func (s store) takeBack(id ID) error {
 	data, _, err := readRecord(s.previous(id))
 	if errors.Is(err, fs.ErrNotExist) { // it is the first record: there is none again
-		return errors.Join(remove(s.record(id)), syncDir(s.path(id)))
+		return errors.Join(remove(s.record(id)), atomicfile.SyncDir(s.path(id)))
 	}
 	if err != nil {
 		return err
@@ -153,7 +155,7 @@ func (s store) takeBack(id ID) error {
 	if err := errors.Join(remove(again), os.Link(s.previous(id), again)); err != nil {
 		return err
 	}
-	return errors.Join(os.Rename(again, s.record(id)), syncDir(s.path(id)))
+	return errors.Join(os.Rename(again, s.record(id)), atomicfile.SyncDir(s.path(id)))
 }
 
 // touch notes on disk that the sandbox was active. It survives the agent, and
@@ -353,12 +355,4 @@ func remove(path string) error {
 		return err
 	}
 	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

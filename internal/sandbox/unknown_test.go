@@ -21,6 +21,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/sealed"
 )
 
 // spoil changes the record of a sandbox on disk.
@@ -67,7 +68,7 @@ func (r *rig) slot(id ID) network.Slot {
 // record, until somebody decides: to mend it, or to destroy the sandbox.
 func TestUnusableRecordDestroysNothing(t *testing.T) {
 	newer := func(data []byte) []byte {
-		return bytes.Replace(data[sealLen:], []byte(`"version": 1`), []byte(`"version": 7`), 1)
+		return bytes.Replace(data[sealed.Len:], []byte(`"version": 1`), []byte(`"version": 7`), 1)
 	}
 	for name, c := range map[string]struct {
 		spoil  func([]byte) []byte

@@ -1,5 +1,5 @@
-// Package sealed keeps one JSON object in one file, which is replaced as a whole
-// and which a flipped bit cannot make say something else.
+// Package sealed puts checksums into JSON objects, so that no flipped bit makes one say
+// something else, and keeps one object in one file, which is replaced as a whole.
 package sealed
 
 import (
@@ -21,8 +21,9 @@ import (
 //
 //	{"sum":"9ae0daaf","version":1}
 const (
-	begin   = `{"sum":"`
-	sealLen = len(begin) + 8 + len(`",`)
+	begin = `{"sum":"`
+	// Len is how many bytes the checksum takes at the beginning.
+	Len = len(begin) + 8 + len(`",`)
 )
 
 // MaxBytes bounds what Read accepts.
@@ -37,7 +38,7 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 func Write(path string, v any) error {
 	data, err := json.Marshal(v)
 	if err == nil {
-		err = errdefs.DiskFull(atomicfile.Write(path, seal(data), 0o600))
+		err = errdefs.DiskFull(atomicfile.Write(path, Seal(append(data, '\n')), 0o600))
 	}
 	if err != nil {
 		return fmt.Errorf("write %s: %w", filepath.Base(path), err)
@@ -67,19 +68,30 @@ func Read(path string, v any) error {
 	return nil
 }
 
-func seal(object []byte) []byte {
-	rest := append(object[1:len(object):len(object)], '\n')
+// Seal puts the checksum into an object that has at least one field. The checksum is of
+// all bytes after it, those that follow the object included.
+func Seal(object []byte) []byte {
+	rest := object[1:]
 	return append(fmt.Appendf(nil, "%s%08x\",", begin, crc32.Checksum(rest, castagnoli)), rest...)
 }
 
-func unseal(data []byte) ([]byte, error) {
-	if len(data) <= sealLen || !bytes.HasPrefix(data, []byte(begin)) || !bytes.HasSuffix(data[:sealLen], []byte(`",`)) {
-		return nil, errors.New("it has no checksum")
-	}
-	rest := data[sealLen:]
+// Has says whether data begins as what Seal returns.
+func Has(data []byte) bool { return bytes.HasPrefix(data, []byte(begin)) && len(data) > Len }
+
+// Unseal checks the checksum of data of which Has is true, and returns the object.
+func Unseal(data []byte) ([]byte, error) {
+	rest := data[Len:]
 	sum, err := strconv.ParseUint(string(data[len(begin):len(begin)+8]), 16, 32)
 	if err != nil || uint32(sum) != crc32.Checksum(rest, castagnoli) {
 		return nil, errors.New("its checksum does not match")
 	}
 	return append([]byte("{"), rest...), nil
+}
+
+// unseal is Unseal of data that must have a checksum.
+func unseal(data []byte) ([]byte, error) {
+	if !Has(data) || !bytes.HasSuffix(data[:Len], []byte(`",`)) {
+		return nil, errors.New("it has no checksum")
+	}
+	return Unseal(data)
 }

@@ -73,6 +73,8 @@ type process struct {
 	started time.Time
 	// overran is set when the process is ended because its time is up.
 	overran atomic.Bool
+	// asked is done when SIGTERM was sent to end the process gently.
+	asked sync.Once
 
 	// input is the writing end of stdin, or the terminal; nil for neither. It
 	// may be closed at any time: os.File then wakes a waiting writer.
@@ -332,10 +334,12 @@ func (p *process) endAfter(limit time.Duration, gentle bool) {
 }
 
 // terminate ends the process with all its descendants and returns when they
-// are gone, or cannot be got rid of.
+// are gone, or cannot be got rid of. Its time limit and the end of its client's
+// request may both call it: a gentle end sends SIGTERM once, because a program
+// may do its work of ending again for each.
 func (p *process) terminate(gentle bool) {
 	if gentle {
-		p.signalAll(unix.SIGTERM)
+		p.asked.Do(func() { p.signalAll(unix.SIGTERM) })
 		if p.awaitGone(termGrace) {
 			return
 		}

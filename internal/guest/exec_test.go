@@ -171,7 +171,8 @@ func TestExecTimeoutLeavesNoSurvivor(t *testing.T) {
 
 func TestExecTimeoutTerminatesGently(t *testing.T) {
 	c := serveEnvd(t)
-	cmd := sh(`trap 'echo bye; exit 0' TERM; echo hello; while :; do sleep 0.02; done`)
+	// A child that the shell forks later could run the trap, too, until it calls exec.
+	cmd := sh(`sleep 1000 & trap 'echo bye; exit 0' TERM; echo hello; wait`)
 	cmd.Timeout = 300 * time.Millisecond
 	got, err := c.Exec(t.Context(), cmd)
 	if errdefs.ClassOf(err) != errdefs.TimedOut || string(got.Stdout) != "hello\nbye\n" {

@@ -8,6 +8,9 @@ TEST_ENV := WRENN_TEST_STATE_DIR=$(TEST_STATE) WRENN_BIN=$(CURDIR)/bin
 FUZZTIME ?= 5000x
 CYCLES ?= 1000
 SETUP := bin/wrenn setup --state-dir
+# At most 3 tests that failed run once more, and the summary names them. A data race, a panic or a
+# package that fails as a whole is final.
+AGAIN := --rerun-fails=1 --rerun-fails-max-failures=3 --rerun-fails-run-root-test --rerun-fails-abort-on-data-race
 
 .PHONY: help build run test test-tools test-unit test-faults soak fuzz lint ratchet generate check-generated bench clean
 
@@ -24,7 +27,7 @@ run: build ## install what is missing, prepare this host, run the host agent
 
 test: test-tools lint check-generated build ## everything that CI runs: lint, unit, race and real microVMs, as root
 	$(SETUP) $(TEST_STATE)
-	$(TEST_ENV) go test -race -count=1 -p 1 -timeout 60m ./...
+	$(TEST_ENV) $(TOOL) gotestsum --format pkgname-and-test-fails $(AGAIN) --packages ./... -- -race -count=1 -p 1 -timeout 60m
 	$(MAKE) --no-print-directory fuzz
 
 test-tools: # what the tests use besides what the host needs; only what is missing, for a node of another origin conflicts with apt's npm

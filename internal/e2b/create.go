@@ -159,7 +159,7 @@ func (s *server) createNow(ctx context.Context, req CreateRequest, templateID st
 	}
 	answer, err := s.started(sb)
 	if errdefs.ClassOf(err) == errdefs.NotFound { // it has ended already
-		return api.Sandbox{}, refuse(http.StatusConflict, "sandbox %s ended while it was made", FormatID(sb.ID))
+		return api.Sandbox{}, refuse(http.StatusConflict, "sandbox %s ended while it was made", sb.ID.Short())
 	}
 	return answer, err
 }
@@ -203,7 +203,7 @@ func (s *server) started(sb Sandbox) (api.Sandbox, error) {
 		return api.Sandbox{}, err
 	}
 	return api.Sandbox{
-		TemplateID: sb.Template, SandboxID: FormatID(sb.ID), ClientID: clientID, EnvdVersion: sb.EnvdVersion,
+		TemplateID: sb.Template, SandboxID: sb.ID.Short(), ClientID: clientID, EnvdVersion: sb.EnvdVersion,
 		Alias: some(sb.Alias), EnvdAccessToken: some(tokens.Envd), TrafficAccessToken: some(tokens.Traffic), Domain: some(s.Domain),
 	}, nil
 }

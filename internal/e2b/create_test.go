@@ -8,6 +8,7 @@ import (
 	api "git.omukk.dev/wrenn/sandbox/api/e2b"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/idempotency"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 const keyHeader = "Idempotency-Key"
@@ -91,7 +92,7 @@ func TestCreateAcrossARestart(t *testing.T) {
 	}
 	h := begin(nil)
 	made := h.create(base)
-	box, _ := ParseID(made)
+	box, _ := sandbox.ParseLooseID(made)
 	requests, err := idempotency.Open(dir, nil)
 	if err != nil {
 		t.Fatal(err)

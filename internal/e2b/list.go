@@ -188,7 +188,7 @@ func (s *server) parseFilter(ctx context.Context, p api.ListSandboxesV2Params) (
 
 func listed(sb Sandbox) api.ListedSandbox {
 	return api.ListedSandbox{
-		TemplateID: sb.Template, SandboxID: FormatID(sb.ID), ClientID: clientID, StartedAt: api.At(sb.StartedAt), EndAt: end(sb),
+		TemplateID: sb.Template, SandboxID: sb.ID.Short(), ClientID: clientID, StartedAt: api.At(sb.StartedAt), EndAt: end(sb),
 		EnvdVersion: sb.EnvdVersion, CpuCount: sb.VCPUs, MemoryMB: sb.MemMiB, DiskSizeMB: sb.DiskMiB, State: shown(sb),
 		Alias: some(sb.Alias), Metadata: stringMap(sb.Metadata),
 	}

@@ -19,7 +19,7 @@ func (h *host) startedAt(first time.Time, n int) []string {
 	var ids []string
 	for i := range n {
 		id := h.create(base)
-		box, _ := ParseID(id)
+		box, _ := sandbox.ParseLooseID(id)
 		h.fake.boxes[box].StartedAt = first.Add(time.Duration(i) * time.Second)
 		ids = append(ids, id)
 	}
@@ -60,7 +60,7 @@ func TestPages(t *testing.T) {
 			if order != "asc" { // another one starts while the pages are read
 				h.create(base)
 			} else {
-				box, _ := ParseID(h.create(base))
+				box, _ := sandbox.ParseLooseID(h.create(base))
 				h.fake.boxes[box].StartedAt = time.Unix(1, 0)
 			}
 		}
@@ -82,7 +82,7 @@ func TestEqualTimes(t *testing.T) {
 	h := newHost(t)
 	want := h.startedAt(time.Unix(5000, 0), 3)
 	for i, id := range want {
-		box, _ := ParseID(id)
+		box, _ := sandbox.ParseLooseID(id)
 		h.fake.boxes[box].StartedAt = time.Unix(5000, int64(900_000-i))
 	}
 	if got := ids(t, h.call("GET", "/v2/sandboxes", "")); !slices.Equal(got, want) {
@@ -99,7 +99,7 @@ func TestFilters(t *testing.T) {
 	h := newHost(t)
 	all := h.startedAt(time.Unix(5000, 0), 3)
 	h.want(h.call("POST", "/sandboxes/"+all[0]+"/pause", ""), 204, "")
-	box, _ := ParseID(all[2])
+	box, _ := sandbox.ParseLooseID(all[2])
 	h.fake.boxes[box].Template, h.fake.boxes[box].StartedAt = "other", time.Unix(5002, 999_999)
 	for query, want := range map[string][]string{
 		"":                                  {all[2], all[1], all[0]},

@@ -2,8 +2,6 @@ package e2b
 
 import (
 	"context"
-	"regexp"
-	"strings"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
@@ -242,19 +240,3 @@ type Event struct {
 	Build    string
 	Data     map[string]any
 }
-
-var idPattern = regexp.MustCompile(`^sb-?([0-9a-f]{16,32})(-[A-Za-z0-9_-]*)?$`)
-
-// ParseID reads an id as clients write it: with or without the dash after sb, and
-// with whatever older clients append after another dash. ok is false for what no
-// sandbox can be called.
-func ParseID(text string) (id sandbox.ID, ok bool) {
-	m := idPattern.FindStringSubmatch(text)
-	if m == nil {
-		return "", false
-	}
-	return sandbox.ID("sb-" + m[1]), true
-}
-
-// FormatID writes an id as clients expect it: they cut it at a dash.
-func FormatID(id sandbox.ID) string { return strings.Replace(string(id), "-", "", 1) }

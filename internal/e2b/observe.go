@@ -85,7 +85,7 @@ func (s *server) ListSandboxMetrics(ctx context.Context, r api.ListSandboxMetric
 			return nil, err
 		}
 		if len(samples) > 0 {
-			answer.Sandboxes[FormatID(sb.ID)] = metric(samples[len(samples)-1])
+			answer.Sandboxes[sb.ID.Short()] = metric(samples[len(samples)-1])
 		}
 	}
 	return answer, nil
@@ -188,7 +188,7 @@ func (s *server) ListEvents(ctx context.Context, r api.ListEventsRequestObject) 
 
 func (s *server) ListSandboxEvents(ctx context.Context, r api.ListSandboxEventsRequestObject,
 ) (api.ListSandboxEventsResponseObject, error) {
-	id, ok := ParseID(r.SandboxID)
+	id, ok := sandbox.ParseLooseID(r.SandboxID)
 	if !ok {
 		return nil, notFound(r.SandboxID)
 	}
@@ -233,7 +233,7 @@ func (s *server) events(ctx context.Context, id sandbox.ID, q eventQuery) ([]api
 		}
 		out = append(out, api.Event{
 			Version: "v2", Id: strconv.FormatUint(e.ID, 10), Type: eventPrefix + e.Type, Timestamp: api.At(e.At), EventData: data,
-			SandboxId: FormatID(e.Sandbox), SandboxTemplateId: e.Template, SandboxBuildId: some(e.Build), SandboxTeamId: team.ID,
+			SandboxId: e.Sandbox.Short(), SandboxTemplateId: e.Template, SandboxBuildId: some(e.Build), SandboxTeamId: team.ID,
 		})
 	}
 	return out, nil

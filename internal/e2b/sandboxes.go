@@ -20,7 +20,7 @@ func notFound(id string) error {
 // find returns a sandbox of the caller's project that runs or is paused. All
 // others are not found, those of other projects too.
 func (s *server) find(ctx context.Context, text string) (Sandbox, error) {
-	id, ok := ParseID(text)
+	id, ok := sandbox.ParseLooseID(text)
 	if !ok {
 		return Sandbox{}, notFound(text)
 	}
@@ -64,7 +64,7 @@ func (s *server) GetSandbox(ctx context.Context, r api.GetSandboxRequestObject) 
 		return nil, err
 	}
 	detail := api.GetSandbox200JSONResponse{
-		TemplateID: sb.Template, SandboxID: FormatID(sb.ID), ClientID: clientID, StartedAt: api.At(sb.StartedAt), EndAt: end(sb),
+		TemplateID: sb.Template, SandboxID: sb.ID.Short(), ClientID: clientID, StartedAt: api.At(sb.StartedAt), EndAt: end(sb),
 		EnvdVersion: sb.EnvdVersion, CpuCount: sb.VCPUs, MemoryMB: sb.MemMiB, DiskSizeMB: sb.DiskMiB, State: shown(sb),
 		Alias: some(sb.Alias), EnvdAccessToken: some(tokens.Envd), AllowInternetAccess: sb.Egress.AllowInternet,
 		Domain: some(s.Domain), Metadata: stringMap(sb.Metadata), Network: network(sb.Egress, sb.Ingress),
@@ -147,7 +147,7 @@ func (s *server) wake(ctx context.Context, text string, req ConnectRequest) (api
 
 // stopping says whether a sandbox of the caller's is about to be gone.
 func (s *server) stopping(ctx context.Context, text string) bool {
-	id, ok := ParseID(text)
+	id, ok := sandbox.ParseLooseID(text)
 	if !ok {
 		return false
 	}
@@ -173,7 +173,7 @@ func (s *server) ResumeSandbox(ctx context.Context, r api.ResumeSandboxRequestOb
 		return nil, err
 	}
 	if shown(sb) == api.Running {
-		return nil, refuse(http.StatusConflict, "Sandbox %s is already running", FormatID(sb.ID))
+		return nil, refuse(http.StatusConflict, "Sandbox %s is already running", sb.ID.Short())
 	}
 	answer, _, err := s.wake(ctx, r.SandboxID, req)
 	return api.ResumeSandbox201JSONResponse{SandboxJSONResponse: api.SandboxJSONResponse(answer)}, err
@@ -186,7 +186,7 @@ func (s *server) PauseSandbox(ctx context.Context, r api.PauseSandboxRequestObje
 		return nil, err
 	}
 	if shown(sb) == api.Paused && !sb.Pausing {
-		return nil, refuse(http.StatusConflict, "Error pausing sandbox - sandbox '%s' is already paused", FormatID(sb.ID))
+		return nil, refuse(http.StatusConflict, "Error pausing sandbox - sandbox '%s' is already paused", sb.ID.Short())
 	}
 	err = s.Manager.Pause(ctx, sb.ID, PauseRequest{
 		FilesOnly: !value(body.Memory, true), HealthyGuest: value(body.RequireHealthyGuest, false),
@@ -223,7 +223,7 @@ func (s *server) setEnd(ctx context.Context, text string, timeout time.Duration,
 		return err
 	}
 	if shown(sb) != api.Running {
-		return refuse(http.StatusNotFound, "Sandbox \"%s\" is paused", FormatID(sb.ID))
+		return refuse(http.StatusNotFound, "Sandbox \"%s\" is paused", sb.ID.Short())
 	}
 	err = s.Manager.SetEnd(ctx, sb.ID, time.Now().Add(timeout), extend)
 	return wrongStateAs(http.StatusNotFound, err)
@@ -247,7 +247,7 @@ func (s *server) ForkSandbox(ctx context.Context, r api.ForkSandboxRequestObject
 		return nil, err
 	}
 	if shown(sb) != api.Running {
-		return nil, refuse(http.StatusConflict, "sandbox %s is paused and cannot be forked; resume it first", FormatID(sb.ID))
+		return nil, refuse(http.StatusConflict, "sandbox %s is paused and cannot be forked; resume it first", sb.ID.Short())
 	}
 	forks, err := s.Manager.Fork(ctx, sb.ID, owner(ctx), count, timeout)
 	if err != nil {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	api "git.omukk.dev/wrenn/sandbox/api/e2b"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 // defaultTag is the tag of a reference that has none.
@@ -503,7 +504,7 @@ func (s *server) snapshots(ctx context.Context, source, name string) ([]snapshot
 			return nil, err
 		}
 	}
-	from, known := ParseID(source)
+	from, known := sandbox.ParseLooseID(source)
 	project := owner(ctx).Project
 	var entries []snapshot
 	for _, t := range all {

@@ -1009,3 +1009,39 @@ func FuzzParseID(f *testing.F) {
 		}
 	})
 }
+
+// An ID as clients write it is the same ID in every spelling, and nothing else is
+// one.
+func TestParseLooseID(t *testing.T) {
+	const id = ID("sb-0123456789abcdef")
+	for text, want := range map[string]ID{
+		"sb-0123456789abcdef": id, "sb0123456789abcdef": id, "sb0123456789abcdef-x": id, "sb-0123456789abcdef-wrenn": id,
+		"sb0123456789abcdef-": id, "SB0123456789abcdef": "", "sb0123456789abcde": "", "sb--0123456789abcdef": "",
+		"sb0123456789abcdef-a/b": "", "sb0123456789abcdef x": "", "": "", "x-sb0123456789abcdef": "", "sb0123456789abcdef\n": "",
+	} {
+		got, ok := ParseLooseID(text)
+		if got != want || ok != (want != "") {
+			t.Errorf("%q is %q, %v", text, got, ok)
+		}
+		if ok && got.Short() != "sb0123456789abcdef" {
+			t.Errorf("%q is written %q", got, got.Short())
+		}
+	}
+}
+
+func FuzzParseLooseID(f *testing.F) {
+	f.Add("sb0123456789abcdef-wrenn")
+	f.Add("sb-../../0123456789")
+	f.Fuzz(func(t *testing.T, s string) {
+		id, ok := ParseLooseID(s)
+		if !ok {
+			return
+		}
+		if _, err := ParseID(string(id)); err != nil {
+			t.Errorf("%q is %q: %v", s, id, err)
+		}
+		if again, ok := ParseLooseID(id.Short()); again != id || !ok {
+			t.Errorf("%q is %q, written %q that is %q", s, id, id.Short(), again)
+		}
+	})
+}

@@ -35,6 +35,22 @@ func ParseID(s string) (ID, error) {
 	return ID(s), nil
 }
 
+var loosePattern = regexp.MustCompile(`^sb-?([0-9a-f]{16,32})(-[A-Za-z0-9_-]*)?$`)
+
+// ParseLooseID reads an ID as E2B's clients write it: with or without the dash
+// after sb, and with what older clients append after another dash. ok is false for a
+// text that is no sandbox's ID.
+func ParseLooseID(text string) (id ID, ok bool) {
+	m := loosePattern.FindStringSubmatch(text)
+	if m == nil {
+		return "", false
+	}
+	return ID("sb-" + m[1]), true
+}
+
+// Short is the ID without its dash, at which E2B's clients would cut it.
+func (id ID) Short() string { return strings.Replace(string(id), "-", "", 1) }
+
 // State of a sandbox. An operation in progress is not a state.
 type State string
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/netip"
 	"os"
 	"os/signal"
@@ -120,6 +121,13 @@ func (c *serveFlags) apiFlags(cmd *cobra.Command) {
 	f.BoolVar(&c.Insecure, "insecure", c.Insecure, "let --listen name an address that others can reach; the API has no authentication")
 	f.StringVar(&c.allowHost, "allow-host", env("WRENN_ALLOW_HOST", ""),
 		"host names, comma-separated, by which clients may call the API, beside localhost and the address they connect to (env WRENN_ALLOW_HOST)")
+	f.StringVar(&c.Domain, "domain", env("WRENN_DOMAIN", c.Domain),
+		"domain below which ports of sandboxes have names, <port>-<sandbox>.<domain>; it and its subdomains must lead here (env WRENN_DOMAIN)")
+	f.Float64Var(&c.Rates.Requests, "rate", c.Rates.Requests,
+		"requests per second of each API key to the REST API, twice as many at once; 0 is no limit")
+	f.Float64Var(&c.Rates.Creates, "create-rate", c.Rates.Creates,
+		"sandboxes that each API key may make per second by the REST API, twice as many at once; 0 is no limit")
+	f.DurationVar(&c.MaxTimeout, "max-timeout", c.MaxTimeout, "longest life that a request to the REST API may ask for")
 	f.IntVar(&c.MaxConns, "max-connections", c.MaxConns,
 		"most connections of clients at a time; 0 is 16384, or a quarter of the descriptors that the agent may have")
 	f.IntVar(&c.MaxConnsEach, "max-client-connections", c.MaxConnsEach,
@@ -176,6 +184,7 @@ func (c *serveFlags) config() (agent.Config, error) {
 		errs[1] = fmt.Errorf("WRENN_WARM: %w", c.warmErr)
 	}
 	c.Egress = network.Mode(c.egress)
+	c.Rates.Burst, c.Rates.CreatesBurst = atOnce(c.Rates.Requests), atOnce(c.Rates.Creates)
 	c.AllowHosts, c.DNS = nil, nil
 	for name := range strings.SplitSeq(c.allowHost, ",") {
 		if name = strings.TrimSpace(name); name != "" {
@@ -215,6 +224,9 @@ func (c *serveFlags) config() (agent.Config, error) {
 	}
 	return c.Config, errors.Join(errs...)
 }
+
+// atOnce is how many requests may come at once where perSecond may in a second.
+func atOnce(perSecond float64) int { return int(math.Ceil(2 * min(perSecond, 1<<20))) }
 
 func (c *serveFlags) logger() *slog.Logger {
 	opts := &slog.HandlerOptions{}

@@ -79,6 +79,7 @@ func TestServeFlagsThatAreWrong(t *testing.T) {
 		"cpu": "qemu64", "max-sandboxes": "0", "max-vcpus": "0", "max-memory": "0", "max-disk": "-1", "keep-free": "-1", "max-starts": "0",
 		"start-queue": "0s", "boot-timeout": "0s", "keep-paused": "-1s", "keep-stopped": "-1s", "log-format": "xml",
 		"on-shutdown": "maybe", "vmm": "xen", "host-range": "10.0.0.0", "link-range": "x",
+		"domain": "*.example", "rate": "-1", "create-rate": "NaN", "max-timeout": "0s",
 		"max-connections": "-1", "max-client-connections": "-1",
 	} {
 		if _, err := serveConfig(t, "--"+flag+"="+value); !strings.Contains(withoutRoot(err), "--"+flag) {

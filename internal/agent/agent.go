@@ -18,11 +18,13 @@ import (
 	"syscall"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/gateway"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/host"
+	"git.omukk.dev/wrenn/sandbox/internal/idempotency"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/server"
@@ -87,6 +89,8 @@ type Agent struct {
 	cfg      Config
 	log      *slog.Logger
 	base     base
+	keys     *auth.Store
+	requests *idempotency.Store
 	listener net.Listener
 	door     *gateway.Gateway
 }
@@ -117,6 +121,9 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if report.Warning != "" {
 		a.log.Warn("vmm runs with less than it could have", "vmm", chosen.Driver.Name(), "why", report.Warning)
 	}
+	if a.keys, err = auth.Open(cfg.StateDir); err != nil {
+		return nil, fmt.Errorf("open keys: %w", err)
+	}
 	if a.listener, err = net.Listen("tcp", cfg.Listen); err != nil {
 		if errors.Is(err, syscall.EADDRINUSE) {
 			return nil, fmt.Errorf("listen: %w: is it another agent? Name another address with --listen", err)
@@ -128,6 +135,9 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	found, err := a.base.takeOver(context.WithoutCancel(ctx), cfg, chosen, templates)
 	if err != nil {
 		a.listener.Close()
+		return nil, err
+	}
+	if a.requests, err = a.openRequests(); err != nil {
 		return nil, err
 	}
 	plan := a.base.network.Plan()
@@ -193,6 +203,27 @@ func (b *base) release(ctx context.Context, claims string) error {
 	return errors.Join(b.network.Teardown(ctx), releaseUIDs(claims, b.uids))
 }
 
+// openRequests opens the store of requests that are carried out once. It comes after
+// half-made sandboxes are gone. On error it undoes what New did.
+func (a *Agent) openRequests() (*idempotency.Store, error) {
+	requests, err := idempotency.Open(filepath.Join(a.cfg.StateDir, "idempotency"), func(id string) bool {
+		_, err := a.base.manager.Get(sandbox.ID(id))
+		return err == nil
+	})
+	if err == nil {
+		return requests, nil
+	}
+	a.listener.Close()
+	end, cancel := context.WithTimeout(context.Background(), endTimeout)
+	defer cancel()
+	err = fmt.Errorf("open requests: %w", err)
+	if serr := a.base.manager.Shutdown(end, false); serr != nil {
+		return nil, errors.Join(err, serr)
+	}
+	a.base.network.Detach()
+	return nil, errors.Join(err, a.base.release(end, a.cfg.parts.claims))
+}
+
 // newDoor returns the server of the API.
 func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	var panics atomic.Int64
@@ -248,7 +279,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if merr == nil {
 		merr = a.base.release(end, a.cfg.parts.claims)
 	}
-	return errors.Join(err, merr)
+	return errors.Join(err, merr, a.keys.Close())
 }
 
 // Prepare makes the boot snapshot of the default template and size, unless it is

@@ -378,6 +378,27 @@ func TestReadinessWhileTheAgentEnds(t *testing.T) {
 	}
 }
 
+// An agent that cannot read its keys does not start, and one that cannot keep requests
+// gives back what it took.
+func TestStoresThatCannotBeOpened(t *testing.T) {
+	r := newRig(t)
+	damaged := filepath.Join(r.cfg.StateDir, "keys.json")
+	if err := os.WriteFile(damaged, []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := New(t.Context(), r.cfg)
+	if errdefs.ClassOf(err) != errdefs.Corrupt || !strings.Contains(err.Error(), "keys.json") || r.net != nil {
+		t.Errorf("damaged keys: %v", err)
+	}
+	if err := errors.Join(os.Remove(damaged), os.WriteFile(filepath.Join(r.cfg.StateDir, "idempotency"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(t.Context(), r.cfg); err == nil || !strings.Contains(err.Error(), "open requests") {
+		t.Errorf("no directory of requests: %v", err)
+	}
+	r.wantNothing()
+}
+
 func TestPrepare(t *testing.T) {
 	testenv.Root(t) // publishing reads the files of a snapshot, which only root may
 	r := newRig(t)

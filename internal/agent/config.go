@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -16,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/host"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
@@ -51,6 +53,13 @@ type Config struct {
 	// AllowHosts are host names by which clients may call the API, beside
 	// localhost, Listen's host and the address that they connect to.
 	AllowHosts []string
+	// Domain is the domain below which the ports of sandboxes have names: clients of the
+	// REST API are told it, and use <port>-<sandbox>.<Domain>.
+	Domain string
+	// Rates bound how often each API key may call.
+	Rates auth.Rates
+	// MaxTimeout is the longest life that a call of the REST API may ask for.
+	MaxTimeout time.Duration
 	// MaxConns bounds the connections of clients at a time, MaxConnsEach those of
 	// one client. 0 is what the agent's descriptors allow, and a quarter of MaxConns.
 	MaxConns, MaxConnsEach int
@@ -99,7 +108,8 @@ func Defaults() Config {
 	return Config{
 		StateDir: DefaultStateDir, Version: "dev",
 		VMM: host.AutoVMM, Firecracker: "firecracker", CPU: qemu.DefaultCPU,
-		Listen: "127.0.0.1:50051",
+		Listen: "127.0.0.1:50051", Domain: "localhost",
+		Rates: auth.Rates{Requests: 50, Burst: 100, Creates: 5, CreatesBurst: 10}, MaxTimeout: 24 * time.Hour,
 		Egress: network.Public, Pool: 4,
 		OverlayMiB: 4096, DiskBytes: 256 << 20, DiskOps: 16384,
 		Capacity: sandbox.Capacity{
@@ -136,6 +146,9 @@ func (c Config) Check() error {
 			errs = append(errs, fmt.Errorf("--%s is too small", least.flag))
 		}
 	}
+	if r := c.Rates; !(r.Requests >= 0) || !(r.Creates >= 0) || c.MaxTimeout < time.Second {
+		errs = append(errs, errors.New("--rate and --create-rate must not be negative; --max-timeout at least 1s"))
+	}
 	if c.MaxConns < 0 || c.MaxConnsEach < 0 {
 		errs = append(errs, errors.New("--max-connections and --max-client-connections must not be negative"))
 	}
@@ -168,8 +181,14 @@ func (c Config) checkListen() error {
 	return nil
 }
 
+// domainPattern matches names of labels of letters, digits and inner dashes.
+var domainPattern = regexp.MustCompile(`^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
 func (c Config) checkNames() error {
 	var errs []error
+	if !domainPattern.MatchString(c.Domain) || len(c.Domain) > 200 {
+		errs = append(errs, fmt.Errorf("--domain %q is no domain name: give it in lower case, without scheme, port or wildcard", c.Domain))
+	}
 	for _, name := range c.names() {
 		if _, err := netip.ParseAddr(name); err != nil && strings.ContainsAny(name, ":/*@ ") {
 			errs = append(errs, fmt.Errorf(
@@ -202,6 +221,9 @@ func (c Config) names() []string {
 			names = append(names, host)
 		}
 	}
+	// The first is the API's usual name, the second that of all sandboxes for clients that
+	// name theirs in a header.
+	names = append(names, "api."+c.Domain, "sandbox."+c.Domain, c.Domain)
 	return append(names, c.AllowHosts...)
 }
 

@@ -23,8 +23,14 @@ func TestNamesOfTheAgent(t *testing.T) {
 		{":1", []string{"*.example"}, []string{"*.example"}, true},
 	} {
 		cfg := Defaults()
-		cfg.Listen, cfg.AllowHosts, cfg.Insecure = c.listen, c.allow, true
+		cfg.Listen, cfg.AllowHosts, cfg.Insecure, cfg.Domain = c.listen, c.allow, true, "x.example"
 		got, err := cfg.names(), cfg.Check()
+		for _, name := range []string{"x.example", "api.x.example", "sandbox.x.example"} {
+			if !slices.Contains(got, name) {
+				t.Errorf("%q lacks %s", got, name)
+			}
+		}
+		got = slices.DeleteFunc(got, func(name string) bool { return strings.HasSuffix(name, "x.example") })
 		if !slices.Equal(got, c.names) || (err != nil) != c.wrong {
 			t.Errorf("%+v: %q, %v", c, got, err)
 		}
@@ -56,6 +62,19 @@ func TestListenAddress(t *testing.T) {
 		cfg.Insecure = true
 		if err := cfg.Check(); (err == nil) != strings.Contains(listen, ":") {
 			t.Errorf("%q, insecure: %v", listen, err)
+		}
+	}
+}
+
+func TestDomain(t *testing.T) {
+	for domain, ok := range map[string]bool{
+		"localhost": true, "a-1.example.com": true, "": false, "A.example": false, "*.example": false, "a..b": false, "-a.b": false,
+		"http://a.b": false, "a.b:80": false, strings.Repeat("a.", 101) + "b": false,
+	} {
+		cfg := Defaults()
+		cfg.Domain = domain
+		if err := cfg.Check(); (err == nil) != ok {
+			t.Errorf("%q: %v", domain, err)
 		}
 	}
 }

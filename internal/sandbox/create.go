@@ -41,7 +41,9 @@ type CreateRequest struct {
 	// OnEnd is what happens then; destroy when empty.
 	OnEnd OnTimeout `json:",omitzero"`
 	// Network is what the sandbox may reach.
-	Network NetworkSettings `json:",omitzero"`
+	Network Policy `json:",omitzero"`
+	// Ingress is how its servers are reached.
+	Ingress Ingress `json:",omitzero"`
 	// Login is what its programs begin with; what it does not say is the
 	// template's or the snapshot's.
 	Login Login `json:",omitzero"`
@@ -262,10 +264,11 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 		Version: recordVersion, ID: id, State: state,
 		Template: req.Template, Snapshot: req.snapshot, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
 		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Base: base,
-		Network: req.Network.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
+		Network: req.Network.clone(), Ingress: req.Ingress.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
-		BootKey:   req.bootKey,
-		CreatedAt: now, StateAt: now, LastActiveAt: now,
+		TrafficToken: req.Ingress.newTrafficToken(),
+		BootKey:      req.bootKey,
+		CreatedAt:    now, StateAt: now, LastActiveAt: now,
 	})
 	b.setAbort(abort)
 	if err := m.store.save(b.record()); err != nil {

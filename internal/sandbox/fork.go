@@ -112,7 +112,7 @@ func (m *Manager) fork(ctx context.Context, of Record, src source) (Info, error)
 	req := CreateRequest{
 		Template: of.Template, snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, diskMiB: of.DiskMiB,
 		Timeout: of.Timeout, OnTimeout: of.OnTimeout, EndAt: of.EndAt, OnEnd: of.OnEnd,
-		Network: of.Network, Login: of.Login, Labels: of.Labels.clone(),
+		Network: of.Network, Ingress: of.Ingress, Login: of.Login, Labels: of.Labels.clone(),
 	}
 	req.Labels.OwnerKey = ""
 	created, err := m.create(ctx, req, tmpl, fromSnapshot(src))

@@ -55,7 +55,7 @@ var scenarios = map[string]scenario{
 	},
 	"update of the network": {
 		prepare: func(r *rig) ID { return r.create() },
-		run:     func(ctx context.Context, r *rig, id ID) error { return r.UpdateNetwork(ctx, id, closed()) },
+		run:     func(ctx context.Context, r *rig, id ID) error { return r.updateNetwork(ctx, id, closed()) },
 		keeps:   true,
 	},
 	"pause": {

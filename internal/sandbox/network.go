@@ -10,39 +10,79 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 )
 
-// NetworkSettings is what a sandbox may reach and how much of it, as its user
-// said it. What it comes to depends on the host's own settings, too, so it is
-// worked out anew by each agent. The zero value is the host's settings.
-type NetworkSettings struct {
-	// AllowInternet says whether it reaches what no list names.
-	AllowInternet *bool `json:"allowInternet,omitempty"`
-	// Allow and Deny are addresses, ranges and domain names; Deny wins.
-	Allow  []string       `json:"allow,omitempty"`
-	Deny   []string       `json:"deny,omitempty"`
+// Policy is what a sandbox may reach and how much of it, as its user said it. What
+// it comes to depends on the host's own policy, too, so it is worked out anew by
+// each agent. The zero value is the host's policy.
+type Policy struct {
+	Egress
 	Limits network.Limits `json:"limits,omitzero"`
+}
+
+// Egress is what a sandbox may reach. A nil field was not said, an empty list was.
+type Egress struct {
+	// AllowInternet says whether it reaches what no list names.
+	AllowInternet *bool `json:"allowInternet,omitzero"`
+	// Allow and Deny are addresses, ranges and domain names; Deny wins.
+	Allow []string `json:"allow,omitzero"`
+	Deny  []string `json:"deny,omitzero"`
+	// DNS are the addresses of its name servers.
+	DNS []string `json:"dns,omitzero"`
+}
+
+// Ingress is how the servers in a sandbox are reached.
+type Ingress struct {
+	// Public is true if nil. False demands the traffic token of callers of all ports
+	// except the guest daemon's.
+	Public *bool `json:"public,omitzero"`
+	// MaskHost is the Host that servers see, ${PORT} in it the port; if it is empty, the
+	// caller's own.
+	MaskHost string `json:"maskHost,omitzero"`
 }
 
 // NetworkLimits bound what passes between a sandbox and the host.
 type NetworkLimits = network.Limits
 
-// IsZero says whether the host's settings are all that counts.
-func (s NetworkSettings) IsZero() bool {
-	return s.AllowInternet == nil && len(s.Allow) == 0 && len(s.Deny) == 0 && s.Limits == network.Limits{}
+// IsZero says whether the host's policy is all that counts.
+func (p Policy) IsZero() bool {
+	return p.AllowInternet == nil && p.Allow == nil && p.Deny == nil && p.DNS == nil && p.Limits == network.Limits{}
 }
 
-func (s NetworkSettings) clone() NetworkSettings {
-	if s.AllowInternet != nil {
-		allow := *s.AllowInternet
-		s.AllowInternet = &allow
+func (p Policy) clone() Policy {
+	p.Egress = p.Egress.clone()
+	return p
+}
+
+func (e Egress) clone() Egress {
+	e.AllowInternet = cloneFlag(e.AllowInternet)
+	e.Allow, e.Deny, e.DNS = slices.Clone(e.Allow), slices.Clone(e.Deny), slices.Clone(e.DNS)
+	return e
+}
+
+func (i Ingress) clone() Ingress {
+	i.Public = cloneFlag(i.Public)
+	return i
+}
+
+func cloneFlag(f *bool) *bool {
+	if f == nil {
+		return nil
 	}
-	s.Allow, s.Deny = slices.Clone(s.Allow), slices.Clone(s.Deny)
-	return s
+	c := *f
+	return &c
 }
 
-// policy is what the settings come to on this host; errors are InvalidArgument.
-func (h *host) policy(s NetworkSettings) (network.Policy, error) {
-	policy, err := h.cfg.Network.ParsePolicy(s.AllowInternet, s.Allow, s.Deny)
-	return policy, errors.Join(err, s.Limits.Validate())
+// newTrafficToken returns what callers of the ports show; empty if they are public.
+func (i Ingress) newTrafficToken() string {
+	if i.Public == nil || *i.Public {
+		return ""
+	}
+	return newToken()
+}
+
+// policy is what a policy comes to on this host; errors are InvalidArgument.
+func (h *host) policy(p Policy) (network.Policy, error) {
+	policy, err := h.cfg.Network.ParsePolicy(p.AllowInternet, p.Allow, p.Deny)
+	return policy, errors.Join(err, p.Limits.Validate())
 }
 
 // openNetwork opens a record's slot, so that the guest finds what it may reach
@@ -52,7 +92,7 @@ func (h *host) openNetwork(ctx context.Context, rec Record) error {
 		return fmt.Errorf("open network: %w", err)
 	}
 	if rec.Network.IsZero() {
-		return nil // a new slot has the host's settings
+		return nil // a new slot has the host's policy
 	}
 	return h.setNetwork(ctx, rec)
 }
@@ -71,8 +111,8 @@ func (h *host) setNetwork(ctx context.Context, rec Record) error {
 	return nil
 }
 
-// policyInForce is what a record's settings come to. They were good once; if
-// they are not now, the host has been given stricter ones.
+// policyInForce is what a record's policy comes to. It was good once; if it is not
+// now, the host has been given a stricter one.
 func (h *host) policyInForce(rec Record) network.Policy {
 	policy, err := h.policy(rec.Network)
 	if err != nil {
@@ -82,11 +122,16 @@ func (h *host) policyInForce(rec Record) network.Policy {
 	return policy
 }
 
-// UpdateNetwork replaces what a sandbox may reach. The network tightens before
-// it loosens; where only part of the change could be made, the stricter rules
-// stand, and the record says again what it said before.
-func (m *Manager) UpdateNetwork(ctx context.Context, id ID, s NetworkSettings) error {
-	if _, err := m.policy(s); err != nil {
+// UpdateNetwork replaces all of what a sandbox may reach, and its limits unless they
+// are nil. The network tightens before it loosens; where only part of the change
+// could be made, the stricter rules stand, and the record says again what it said
+// before.
+func (m *Manager) UpdateNetwork(ctx context.Context, id ID, e Egress, limits *NetworkLimits) error {
+	next := Policy{Egress: e.clone()}
+	if limits != nil {
+		next.Limits = *limits
+	}
+	if _, err := m.policy(next); err != nil {
 		return err
 	}
 	b, ctx, end, err := m.begin(ctx, id, OpNetwork, "given another network policy")
@@ -97,7 +142,10 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, s NetworkSettings) e
 	// The record comes first: if this agent dies in between, the next one does
 	// what no caller was told has failed.
 	was := b.record().Network
-	if err := m.save(b, func(r *Record) { r.Network = s.clone() }); err != nil {
+	if limits == nil {
+		next.Limits = was.Limits
+	}
+	if err := m.save(b, func(r *Record) { r.Network = next }); err != nil {
 		return err
 	}
 	rec := b.record()

@@ -3,6 +3,8 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,21 +15,28 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 )
 
-func closed() NetworkSettings {
+func closed() Policy {
 	no := false
-	return NetworkSettings{AllowInternet: &no, Allow: []string{"example.com"}, Limits: network.Limits{InBytes: 10_000}}
+	return Policy{
+		Egress: Egress{AllowInternet: &no, Allow: []string{"example.com"}, Deny: []string{}},
+		Limits: network.Limits{InBytes: 10_000},
+	}
 }
 
-// wantNetwork fails the test unless the sandbox's slot has what the settings
-// come to.
-func (r *rig) wantNetwork(id ID, s NetworkSettings) {
+func (r *rig) updateNetwork(ctx context.Context, id ID, p Policy) error {
+	return r.UpdateNetwork(ctx, id, p.Egress, &p.Limits)
+}
+
+// wantNetwork fails the test unless the sandbox's slot has what the policy comes
+// to.
+func (r *rig) wantNetwork(id ID, s Policy) {
 	r.t.Helper()
 	info, err := r.Get(id)
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	if d := cmp.Diff(s, info.Network); d != "" {
-		r.t.Errorf("sandbox %s has other settings (-want +got):\n%s", id, d)
+		r.t.Errorf("sandbox %s has another network (-want +got):\n%s", id, d)
 	}
 	want, err := r.net.ParsePolicy(s.AllowInternet, s.Allow, s.Deny)
 	if err != nil {
@@ -48,7 +57,7 @@ func (r *rig) wantNetwork(id ID, s NetworkSettings) {
 	}
 }
 
-func TestNetworkSettings(t *testing.T) {
+func TestPolicy(t *testing.T) {
 	r := newRig(t)
 	ctx := t.Context()
 	asked := closed()
@@ -67,8 +76,8 @@ func TestNetworkSettings(t *testing.T) {
 	if err := r.Hibernate(ctx, id); err != nil {
 		t.Fatal(err)
 	}
-	other := NetworkSettings{Deny: []string{"192.0.2.0/24"}}
-	if err := r.UpdateNetwork(ctx, id, other); err != nil {
+	other := Policy{Egress: Egress{Deny: []string{"192.0.2.0/24"}, DNS: []string{}}}
+	if err := r.updateNetwork(ctx, id, other); err != nil {
 		t.Fatalf("update of a hibernated sandbox: %v", err)
 	}
 	if err := r.Resume(ctx, id); err != nil {
@@ -76,7 +85,7 @@ func TestNetworkSettings(t *testing.T) {
 	}
 	r.wantNetwork(id, other)
 
-	if err := r.UpdateNetwork(ctx, id, closed()); err != nil {
+	if err := r.updateNetwork(ctx, id, closed()); err != nil {
 		t.Fatal(err)
 	}
 	forked, err := r.Fork(ctx, id, 1)
@@ -88,7 +97,7 @@ func TestNetworkSettings(t *testing.T) {
 	if err := r.Pause(ctx, id); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.UpdateNetwork(ctx, id, other); err != nil {
+	if err := r.updateNetwork(ctx, id, other); err != nil {
 		t.Fatalf("update of a paused sandbox: %v", err)
 	}
 	r.wantNetwork(id, other)
@@ -99,7 +108,7 @@ func TestNetworkSettings(t *testing.T) {
 	}
 }
 
-func TestNetworkSettingsOutliveTheAgent(t *testing.T) {
+func TestPolicyOutlivesTheAgent(t *testing.T) {
 	r := newRig(t)
 	info, err := r.Create(t.Context(), CreateRequest{Network: closed()})
 	if err != nil {
@@ -111,11 +120,94 @@ func TestNetworkSettingsOutliveTheAgent(t *testing.T) {
 	r.net.policies = map[network.Slot]network.Policy{}
 	r.start()
 	r.wantNetwork(info.ID, closed())
-	// The host's own settings may have changed meanwhile.
-	r.wantNetwork(plain, NetworkSettings{})
+	// The host's own policy may have changed meanwhile.
+	r.wantNetwork(plain, Policy{})
 }
 
-// TestHostThatBecameStricter: a policy that the host's new settings refuse
+// TestLimitsStayIfNotSaid: what a sandbox may reach is replaced as a whole; the limits,
+// of which the caller did not speak, are what they were.
+func TestLimitsStayIfNotSaid(t *testing.T) {
+	r := newRig(t)
+	public := false
+	info, err := r.Create(t.Context(), CreateRequest{Network: closed(), Ingress: Ingress{Public: &public}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.UpdateNetwork(t.Context(), info.ID, Egress{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	r.wantNetwork(info.ID, Policy{Limits: closed().Limits})
+	if got := r.wantState(info.ID, Running).Ingress; got.Public == nil || *got.Public {
+		t.Errorf("ingress is %+v, want it as it was", got)
+	}
+}
+
+// TestTrafficToken: a sandbox whose servers are not public has a token for them, the
+// same for its whole life. Its fork has another one.
+func TestTrafficToken(t *testing.T) {
+	r := newRig(t)
+	tokenOf := func(id ID) string {
+		b, err := r.find(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b.record().TrafficToken
+	}
+	yes, no := true, false
+	for _, i := range []Ingress{{}, {Public: &yes}} {
+		info, err := r.Create(t.Context(), CreateRequest{Ingress: i})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if token := tokenOf(info.ID); token != "" {
+			t.Errorf("a sandbox with public servers has a token of %d bytes", len(token))
+		}
+	}
+	ingress := Ingress{Public: &no, MaskHost: "localhost:${PORT}"}
+	info, err := r.Create(t.Context(), CreateRequest{Ingress: ingress})
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, token := info.ID, tokenOf(info.ID)
+	if len(token) < 20 {
+		t.Fatalf("the token has %d bytes", len(token))
+	}
+	if text := fmt.Sprintf("%+v", info); strings.Contains(text, token) {
+		t.Error("the token is in what everybody may know of the sandbox")
+	}
+	for what, do := range map[string]func() error{
+		"paused":     func() error { return r.Pause(t.Context(), id) },
+		"hibernated": func() error { return r.Hibernate(t.Context(), id) },
+	} {
+		if err := do(); err != nil {
+			t.Fatal(err)
+		}
+		r.die()
+		r.start()
+		if err := r.Resume(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		if tokenOf(id) != token {
+			t.Errorf("the sandbox has another token after it was %s", what)
+		}
+		if d := cmp.Diff(ingress, r.wantState(id, Running).Ingress); d != "" {
+			t.Errorf("the sandbox has another ingress after it was %s (-want +got):\n%s", what, d)
+		}
+	}
+	forked, err := r.Fork(t.Context(), id, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fork := forked.Sandboxes[0]
+	if d := cmp.Diff(ingress, fork.Ingress); d != "" {
+		t.Errorf("the fork has another ingress (-want +got):\n%s", d)
+	}
+	if got := tokenOf(fork.ID); len(got) < 20 || got == token {
+		t.Errorf("the fork has a token of %d bytes, equal %v", len(got), got == token)
+	}
+}
+
+// TestHostThatBecameStricter: a policy that the host's new one refuses
 // costs the sandbox its network, not its life.
 func TestHostThatBecameStricter(t *testing.T) {
 	r := newRig(t)
@@ -134,14 +226,14 @@ func TestHostThatBecameStricter(t *testing.T) {
 	if p := r.net.policies[b.record().Slot]; p.Mode != network.None || len(p.AllowNames) > 0 {
 		t.Errorf("it has %+v in force, want nothing reached", p)
 	}
-	if err := r.UpdateNetwork(t.Context(), info.ID, closed()); !errors.Is(err, errdefs.Denied) {
+	if err := r.updateNetwork(t.Context(), info.ID, closed()); !errors.Is(err, errdefs.Denied) {
 		t.Errorf("update: %v, want denied", err)
 	}
 }
 
-func TestBadNetworkSettingsChangeNothing(t *testing.T) {
+func TestBadPolicyChangesNothing(t *testing.T) {
 	r := newRig(t)
-	bad := NetworkSettings{Allow: []string{"nonsense!"}}
+	bad := Policy{Egress: Egress{Allow: []string{"nonsense!"}}}
 	if _, err := r.Create(t.Context(), CreateRequest{Network: bad}); !errors.Is(err, errdefs.InvalidArgument) {
 		t.Errorf("create: %v, want invalid argument", err)
 	}
@@ -150,7 +242,7 @@ func TestBadNetworkSettingsChangeNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := r.UpdateNetwork(t.Context(), info.ID, bad); !errors.Is(err, errdefs.InvalidArgument) {
+	if err := r.updateNetwork(t.Context(), info.ID, bad); !errors.Is(err, errdefs.InvalidArgument) {
 		t.Errorf("update: %v, want invalid argument", err)
 	}
 	r.wantNetwork(info.ID, closed())
@@ -163,7 +255,7 @@ func TestFailedNetworkUpdateIsNotRemembered(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.faults.on("network.policy", func(context.Context) error { return errFault })
-	if err := r.UpdateNetwork(t.Context(), info.ID, NetworkSettings{}); !errors.Is(err, errFault) {
+	if err := r.updateNetwork(t.Context(), info.ID, Policy{}); !errors.Is(err, errFault) {
 		t.Errorf("update: %v", err)
 	}
 	r.faults.on("network.policy", nil)

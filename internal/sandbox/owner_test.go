@@ -272,7 +272,7 @@ func TestRequestDigest(t *testing.T) {
 	req := CreateRequest{
 		Template: "minimal", VCPUs: 2, MemMiB: 512, Timeout: time.Minute, OnTimeout: HibernateOnTimeout,
 		EndAt: time.Date(2030, 1, 31, 12, 0, 0, 123456789, time.FixedZone("", 3600)), OnEnd: DestroyOnTimeout,
-		Network: NetworkSettings{AllowInternet: &yes, Allow: []string{"example.com"}},
+		Network: Policy{Egress: Egress{AllowInternet: &yes, Allow: []string{"example.com"}}},
 		Login:   Login{User: "user", Env: map[string]string{"A": "1", "B": "2"}},
 		Labels:  Labels{Project: "blue", OwnerKey: "key", Metadata: map[string]string{"b": "", "a": "x"}},
 	}

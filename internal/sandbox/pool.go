@@ -244,6 +244,7 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 		r.BootKey, r.CreatedAt = "", began
 		r.Timeout, r.OnTimeout, r.Network, r.Login = req.Timeout, req.OnTimeout, rec.Network, rec.Login
 		r.EndAt, r.OnEnd, r.Labels = asEnd(req.EndAt), req.OnEnd, req.Labels.clone()
+		r.Ingress, r.TrafficToken = req.Ingress.clone(), req.Ingress.newTrafficToken()
 		r.RequestDigest = req.digest
 	})
 }

@@ -211,7 +211,9 @@ type Record struct {
 	Base string `json:"base,omitempty"`
 
 	// Network is what it may reach.
-	Network NetworkSettings `json:"network,omitzero"`
+	Network Policy `json:"network,omitzero"`
+	// Ingress is how its servers are reached.
+	Ingress Ingress `json:"ingress,omitzero"`
 
 	// Login is what its programs begin with. Its variables may be secret.
 	Login Login `json:"login,omitzero"`
@@ -226,6 +228,9 @@ type Record struct {
 	HostIP netip.Addr   `json:"hostIP"`
 	// Token is what the guest demands of its callers. Secret.
 	Token string `json:"token"`
+	// TrafficToken is what callers of the sandbox's servers show; empty if these are
+	// public. Secret.
+	TrafficToken string `json:"trafficToken,omitempty"`
 	// CloneKey opens a guest that is restored from a named snapshot of this
 	// sandbox, which knows its digest. Secret.
 	CloneKey string `json:"cloneKey,omitempty"`
@@ -283,7 +288,8 @@ type Info struct {
 	OnTimeout    OnTimeout
 	EndAt        time.Time
 	OnEnd        OnTimeout
-	Network      NetworkSettings
+	Network      Policy
+	Ingress      Ingress
 	User         string
 	HostIP       netip.Addr
 	Labels       Labels
@@ -302,7 +308,7 @@ func (r Record) info() Info {
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
 		Template: r.Template, Snapshot: r.Snapshot, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
 		EndAt: r.EndAt, OnEnd: r.OnEnd,
-		Network: r.Network.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
+		Network: r.Network.clone(), Ingress: r.Ingress.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 	}
 	if r.VM != nil {

@@ -138,7 +138,7 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		OnTimeout: sandbox.OnTimeout(req.Msg.OnTimeout),
 		EndAt:     end,
 		OnEnd:     sandbox.OnTimeout(req.Msg.OnDeadline),
-		Network:   networkSettings(req.Msg.Network),
+		Network:   policyOf(req.Msg.Network),
 		Login:     sandbox.Login{User: req.Msg.User, Env: req.Msg.Envs},
 		Labels:    sandbox.Labels{OwnerKey: req.Msg.OwnerKey, Metadata: req.Msg.Metadata},
 	})
@@ -364,15 +364,19 @@ func (s *service) UpdateNetwork(ctx context.Context, req *request[pb.UpdateNetwo
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&pb.UpdateNetworkResponse{}), s.manager.UpdateNetwork(ctx, id, networkSettings(req.Msg.Network))
+	policy := policyOf(req.Msg.Network)
+	return connect.NewResponse(&pb.UpdateNetworkResponse{}), s.manager.UpdateNetwork(ctx, id, policy.Egress, &policy.Limits)
 }
 
-func networkSettings(p *pb.NetworkPolicy) sandbox.NetworkSettings {
+func policyOf(p *pb.NetworkPolicy) sandbox.Policy {
 	if p == nil {
-		return sandbox.NetworkSettings{}
+		return sandbox.Policy{}
 	}
-	return sandbox.NetworkSettings{
-		AllowInternet: p.AllowInternet, Allow: p.AllowOut, Deny: p.DenyOut,
+	return sandbox.Policy{
+		// An empty list is not told from an absent one.
+		Egress: sandbox.Egress{
+			AllowInternet: p.AllowInternet, Allow: append([]string(nil), p.AllowOut...), Deny: append([]string(nil), p.DenyOut...),
+		},
 		Limits: sandbox.NetworkLimits{
 			InBytes: p.InBytesPerSec, OutBytes: p.OutBytesPerSec,
 			InPackets: p.InPacketsPerSec, OutPackets: p.OutPacketsPerSec,
@@ -381,15 +385,15 @@ func networkSettings(p *pb.NetworkPolicy) sandbox.NetworkSettings {
 	}
 }
 
-func networkPolicy(s sandbox.NetworkSettings) *pb.NetworkPolicy {
-	if s.IsZero() {
+func networkPolicy(p sandbox.Policy) *pb.NetworkPolicy {
+	if p.IsZero() {
 		return nil
 	}
 	return &pb.NetworkPolicy{
-		AllowInternet: s.AllowInternet, AllowOut: s.Allow, DenyOut: s.Deny,
-		InBytesPerSec: s.Limits.InBytes, OutBytesPerSec: s.Limits.OutBytes,
-		InPacketsPerSec: s.Limits.InPackets, OutPacketsPerSec: s.Limits.OutPackets,
-		MaxConnections: int32(s.Limits.Connections),
+		AllowInternet: p.AllowInternet, AllowOut: p.Allow, DenyOut: p.Deny,
+		InBytesPerSec: p.Limits.InBytes, OutBytesPerSec: p.Limits.OutBytes,
+		InPacketsPerSec: p.Limits.InPackets, OutPacketsPerSec: p.Limits.OutPackets,
+		MaxConnections: int32(p.Limits.Connections),
 	}
 }
 

@@ -29,6 +29,8 @@ type fake struct {
 	held, hold chan struct{}
 	// calls are the names of the methods that changed something.
 	calls []string
+	// destroyer is who asked for the last Destroy.
+	destroyer sandbox.Actor
 }
 
 const (
@@ -138,11 +140,12 @@ func (f *fake) Tokens(id sandbox.ID) (Tokens, error) {
 	return t, nil
 }
 
-func (f *fake) Destroy(_ context.Context, id sandbox.ID) error {
+func (f *fake) Destroy(ctx context.Context, id sandbox.ID) error {
 	defer f.mu.Unlock()
 	if _, err := f.begin("destroy", id); err != nil {
 		return err
 	}
+	f.destroyer = sandbox.ActorOf(ctx)
 	delete(f.boxes, id)
 	return nil
 }

@@ -16,6 +16,7 @@ import (
 	api "git.omukk.dev/wrenn/sandbox/api/e2b"
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/idempotency"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 // Config is what the API works with. Every field must be set except Domain.
@@ -45,7 +46,7 @@ const maxBody = 1 << 20
 // New returns the handler of the API. Everything but GET /health demands a key.
 func New(cfg Config) http.Handler {
 	s := &server{cfg}
-	strict := api.NewStrictHandlerWithOptions(s, nil, api.StrictHTTPServerOptions{
+	strict := api.NewStrictHandlerWithOptions(s, []api.StrictMiddlewareFunc{withActor}, api.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc:  s.badRequest,
 		ResponseErrorHandlerFunc: s.fail,
 	})
@@ -85,6 +86,15 @@ func (s *server) withCaller(next http.Handler) http.Handler {
 		}
 		next.ServeHTTP(w, r.WithContext(auth.WithCaller(r.Context(), caller)))
 	})
+}
+
+// withActor says in the context of an operation who calls it.
+func withActor(next api.StrictHandlerFunc, operation string) api.StrictHandlerFunc {
+	return func(ctx context.Context, w http.ResponseWriter, r *http.Request, req any) (any, error) {
+		c := caller(ctx)
+		ctx = sandbox.WithActor(ctx, sandbox.Actor{KeyID: c.KeyID, Project: c.Project.Name, Address: r.RemoteAddr, What: operation})
+		return next(ctx, w, r, req)
+	}
 }
 
 func startsVM(r *http.Request) bool {

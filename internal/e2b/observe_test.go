@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 func TestTimeoutIsDemanded(t *testing.T) {
@@ -65,6 +67,20 @@ func TestMetrics(t *testing.T) {
 	h.want(h.call("GET", "/sandboxes/metrics?sandbox_ids=nope,"+id, ""), 200, `"`+id+`":{"cpuCount":1`)
 	h.want(h.call("GET", "/sandboxes/metrics", ""), 400, "sandbox_ids")
 	h.want(h.call("GET", "/sandboxes/metrics?sandbox_ids="+strings.Repeat("a,", 101), ""), 400, "at most 100")
+}
+
+// The manager is told who calls, without the key.
+func TestActor(t *testing.T) {
+	h := newHost(t)
+	h.want(h.call("DELETE", "/sandboxes/"+h.create(base), ""), 204, "")
+	caller, err := h.keys.Lookup(h.p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := sandbox.Actor{KeyID: caller.KeyID, Project: "p", Address: "192.0.2.1:1234", What: "KillSandbox"}
+	if h.fake.destroyer != want {
+		t.Errorf("got %+v, want %+v", h.fake.destroyer, want)
+	}
 }
 
 func TestLogs(t *testing.T) {

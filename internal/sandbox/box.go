@@ -53,6 +53,8 @@ type box struct {
 		// alive ends with this incarnation of the VM; its cause says why.
 		alive context.Context
 		kill  context.CancelCauseFunc
+		// actor is who asked for the operation in progress; zero for the host itself.
+		actor Actor
 	}
 }
 
@@ -70,7 +72,8 @@ func (b *box) renew() {
 	b.op.alive, b.op.kill = context.WithCancelCause(context.Background())
 }
 
-// hold takes the op lock, waiting within ctx.
+// hold takes the op lock, waiting within ctx. What is done under it is done for the
+// actor of ctx.
 func (b *box) hold(ctx context.Context, doing string) error {
 	select {
 	case b.lock <- struct{}{}:
@@ -84,10 +87,14 @@ func (b *box) hold(ctx context.Context, doing string) error {
 		}
 	}
 	b.setDoing(doing)
+	b.actFor(ctx)
 	return nil
 }
 
-// tryHold takes the op lock if it is free.
+// actFor sets who the operation in progress is done for. Called with the op lock held.
+func (b *box) actFor(ctx context.Context) { b.op.actor = ActorOf(ctx) }
+
+// tryHold takes the op lock if it is free, for the host itself.
 func (b *box) tryHold(doing string) bool {
 	select {
 	case b.lock <- struct{}{}:
@@ -104,9 +111,10 @@ func (b *box) setDoing(doing string) {
 	b.mu.doing = doing
 }
 
-// unhold gives the op lock back.
+// unhold gives the op lock back. Called with the op lock held.
 func (b *box) unhold() {
 	b.setAbort(nil)
+	b.op.actor = Actor{}
 	<-b.lock
 }
 

@@ -114,6 +114,14 @@ func checkTimeout(d time.Duration) error {
 
 var errDestroyed = errdefs.Busy.Errorf("the sandbox was destroyed during the operation")
 
+// destroyed is errDestroyed with the context of the destroy.
+type destroyed struct {
+	error
+	by context.Context
+}
+
+func (d destroyed) Unwrap() error { return d.error }
+
 // Create makes a sandbox and returns when commands can run in it. ctx bounds
 // the making only: the sandbox outlives it. On error nothing is left. A request with an
 // owner key makes one sandbox, however often it comes, and gets that one, whatever its
@@ -183,8 +191,10 @@ func (m *Manager) createFailed(ctx context.Context, b *box, err error) error {
 	}
 	err = errdefs.DiskFull(err)
 	reason := CreateFailed
-	if errors.Is(err, errDestroyed) {
+	var end destroyed
+	if errors.As(err, &end) {
 		reason = Destroyed
+		b.actFor(end.by)
 	}
 	detail := err.Error()
 	if errors.Is(err, context.Canceled) {
@@ -275,12 +285,13 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 		return nil, err
 	}
 	b.tryHold("created")
+	b.actFor(ctx)
 	if err := m.add(b); err != nil { // a shutdown that began does not see this box
 		return nil, err
 	}
 	temp.Keep()
 	if state == Creating {
-		m.tell(b, Event{Time: now, To: Creating})
+		m.tell(b, Event{Time: now, To: Creating, Actor: ActorOf(ctx)})
 	}
 	return b, nil
 }

@@ -32,6 +32,8 @@ type Event struct {
 	From   State  `json:"from,omitempty"`
 	To     State  `json:"to"`
 	Reason Reason `json:"reason,omitempty"`
+	// Actor is the caller that asked for the change; zero if the host made it by itself.
+	Actor Actor `json:"actor,omitzero"`
 
 	Labels
 }

@@ -219,6 +219,7 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 		}
 		b.unhold()
 	}()
+	b.actFor(ctx)
 	ctx, cancel := b.while(ctx)
 	defer cancel()
 	// The network is in place before the first of the user's code, which comes after Init.

@@ -148,9 +148,9 @@ func (r *registry) move(b *box, to State, change func(*Record)) error {
 	rec := b.record()
 	if from.State == Waiting { // to callers the sandbox begins here
 		from.State, from.StateAt = Creating, rec.CreatedAt
-		r.tell(b, Event{Time: rec.CreatedAt, To: Creating})
+		r.tell(b, Event{Time: rec.CreatedAt, To: Creating, Actor: b.op.actor})
 	}
-	r.tell(b, Event{Time: now, From: from.State, To: to, Reason: rec.Reason})
+	r.tell(b, Event{Time: now, From: from.State, To: to, Reason: rec.Reason, Actor: b.op.actor})
 	r.log.Info("sandbox "+string(to), "sandbox", b.id, "from", from.State, "reason", rec.Reason,
 		"after", now.Sub(from.StateAt).Round(time.Millisecond))
 	return nil

@@ -30,7 +30,7 @@ func (m *Manager) Destroy(ctx context.Context, id ID) error {
 
 func (m *Manager) destroy(ctx context.Context, b *box) error {
 	result := make(chan error, 1)
-	if !m.goes("destroy", func() { result <- m.destroyNow(b) }) {
+	if !m.goes("destroy", func() { result <- m.destroyNow(context.WithoutCancel(ctx), b) }) {
 		return errdefs.Unavailable.Errorf("the host has shut down")
 	}
 	select {
@@ -41,10 +41,11 @@ func (m *Manager) destroy(ctx context.Context, b *box) error {
 	}
 }
 
-func (m *Manager) destroyNow(b *box) error {
-	b.cancel(errDestroyed)
+// destroyNow waits for the op lock however long an operation takes.
+func (m *Manager) destroyNow(ctx context.Context, b *box) error {
+	b.cancel(destroyed{errDestroyed, ctx})
 	// An aborted operation ends soon; the request need not wait for it.
-	if err := b.hold(context.Background(), "destroyed"); err != nil {
+	if err := b.hold(ctx, "destroyed"); err != nil {
 		return err
 	}
 	defer b.unhold()

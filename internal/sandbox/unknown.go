@@ -110,7 +110,7 @@ func (m *Manager) install(ctx context.Context, b *box, rec Record) error {
 		m.ledger.adopt(b.id, rec.takes())
 	}
 	if rec.State != Waiting {
-		m.tell(b, Event{Time: time.Now().UTC(), From: Unknown, To: rec.State, Reason: rec.Reason})
+		m.tell(b, Event{Time: time.Now().UTC(), From: Unknown, To: rec.State, Reason: rec.Reason, Actor: b.op.actor})
 	}
 	m.log.Info("sandbox is known again", "sandbox", b.id, "state", rec.State)
 	return nil

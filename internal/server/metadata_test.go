@@ -3,6 +3,7 @@ package server
 import (
 	"maps"
 	"net/http"
+	"strings"
 	"testing"
 
 	"connectrpc.com/connect"
@@ -47,7 +48,7 @@ func TestMetadata(t *testing.T) {
 	for events.Receive() {
 		if e := events.Msg().Event; e != nil {
 			n++
-			if !maps.Equal(e.Metadata, metadata) {
+			if !maps.Equal(e.Metadata, metadata) || e.Actor.GetWhat() != "CreateSandbox" || !strings.HasPrefix(e.Actor.Address, "127.0.0.1:") {
 				t.Errorf("event: %v", e)
 			}
 		}

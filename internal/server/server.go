@@ -100,7 +100,7 @@ func handler(manager *sandbox.Manager, version Version, panics *atomic.Int64, lo
 		&service{manager: manager, version: version, log: log},
 		connect.WithReadMaxBytes(maxMessageBytes),
 		withStrictCodecs(),
-		connect.WithInterceptors(mapErrors{log}),
+		connect.WithInterceptors(mapErrors{log}, actors{}),
 		connect.WithRecover(func(_ context.Context, _ connect.Spec, _ http.Header, p any) error {
 			panics.Add(1)
 			return fmt.Errorf("panic: %v\n%s", p, debug.Stack())
@@ -533,7 +533,7 @@ func (s *service) WatchEvents(
 		return stream.Send(&pb.WatchEventsResponse{Event: &pb.Event{
 			Cursor: e.Cursor, TimeUnixMs: e.Time.UnixMilli(), SandboxId: string(e.ID),
 			From: string(e.From), To: string(e.To), Reason: string(e.Reason),
-			Metadata: e.Metadata, OwnerKey: e.OwnerKey,
+			Metadata: e.Metadata, OwnerKey: e.OwnerKey, Actor: actor(e.Actor),
 		}})
 	})
 }

@@ -2448,8 +2448,10 @@ type Event struct {
 	To     string `protobuf:"bytes,5,opt,name=to,proto3" json:"to,omitempty"`
 	Reason string `protobuf:"bytes,6,opt,name=reason,proto3" json:"reason,omitempty"`
 	// That of the sandbox.
-	Metadata      map[string]string `protobuf:"bytes,7,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	OwnerKey      string            `protobuf:"bytes,8,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
+	Metadata map[string]string `protobuf:"bytes,7,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	OwnerKey string            `protobuf:"bytes,8,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
+	// Who asked for the change; absent if the host made it by itself.
+	Actor         *Actor `protobuf:"bytes,9,opt,name=actor,proto3" json:"actor,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2540,6 +2542,87 @@ func (x *Event) GetOwnerKey() string {
 	return ""
 }
 
+func (x *Event) GetActor() *Actor {
+	if x != nil {
+		return x.Actor
+	}
+	return nil
+}
+
+// Actor is a caller of this host agent.
+type Actor struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id of its API key, which opens nothing; "socket" for a caller on the agent's own
+	// socket, empty without a key.
+	KeyId string `protobuf:"bytes,1,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	// Project of the key.
+	Project string `protobuf:"bytes,2,opt,name=project,proto3" json:"project,omitempty"`
+	// Where the call came from; empty for the socket.
+	Address string `protobuf:"bytes,3,opt,name=address,proto3" json:"address,omitempty"`
+	// Name of the call.
+	What          string `protobuf:"bytes,4,opt,name=what,proto3" json:"what,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Actor) Reset() {
+	*x = Actor{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Actor) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Actor) ProtoMessage() {}
+
+func (x *Actor) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Actor.ProtoReflect.Descriptor instead.
+func (*Actor) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *Actor) GetKeyId() string {
+	if x != nil {
+		return x.KeyId
+	}
+	return ""
+}
+
+func (x *Actor) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
+func (x *Actor) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Actor) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
 type GetConsoleRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -2551,7 +2634,7 @@ type GetConsoleRequest struct {
 
 func (x *GetConsoleRequest) Reset() {
 	*x = GetConsoleRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2563,7 +2646,7 @@ func (x *GetConsoleRequest) String() string {
 func (*GetConsoleRequest) ProtoMessage() {}
 
 func (x *GetConsoleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[39]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2576,7 +2659,7 @@ func (x *GetConsoleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConsoleRequest.ProtoReflect.Descriptor instead.
 func (*GetConsoleRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{39}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetConsoleRequest) GetSandboxId() string {
@@ -2602,7 +2685,7 @@ type GetConsoleResponse struct {
 
 func (x *GetConsoleResponse) Reset() {
 	*x = GetConsoleResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2614,7 +2697,7 @@ func (x *GetConsoleResponse) String() string {
 func (*GetConsoleResponse) ProtoMessage() {}
 
 func (x *GetConsoleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[40]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2627,7 +2710,7 @@ func (x *GetConsoleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConsoleResponse.ProtoReflect.Descriptor instead.
 func (*GetConsoleResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{40}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetConsoleResponse) GetConsole() []byte {
@@ -2648,7 +2731,7 @@ type VerifyRequest struct {
 
 func (x *VerifyRequest) Reset() {
 	*x = VerifyRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2660,7 +2743,7 @@ func (x *VerifyRequest) String() string {
 func (*VerifyRequest) ProtoMessage() {}
 
 func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[41]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2673,7 +2756,7 @@ func (x *VerifyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyRequest.ProtoReflect.Descriptor instead.
 func (*VerifyRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{41}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *VerifyRequest) GetNames() []string {
@@ -2699,7 +2782,7 @@ type VerifyResponse struct {
 
 func (x *VerifyResponse) Reset() {
 	*x = VerifyResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2794,7 @@ func (x *VerifyResponse) String() string {
 func (*VerifyResponse) ProtoMessage() {}
 
 func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[42]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2807,7 @@ func (x *VerifyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyResponse.ProtoReflect.Descriptor instead.
 func (*VerifyResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{42}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *VerifyResponse) GetKind() string {
@@ -2763,7 +2846,7 @@ type GetVersionRequest struct {
 
 func (x *GetVersionRequest) Reset() {
 	*x = GetVersionRequest{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2775,7 +2858,7 @@ func (x *GetVersionRequest) String() string {
 func (*GetVersionRequest) ProtoMessage() {}
 
 func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[43]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2788,7 +2871,7 @@ func (x *GetVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionRequest.ProtoReflect.Descriptor instead.
 func (*GetVersionRequest) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{43}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
 }
 
 type GetVersionResponse struct {
@@ -2805,7 +2888,7 @@ type GetVersionResponse struct {
 
 func (x *GetVersionResponse) Reset() {
 	*x = GetVersionResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2817,7 +2900,7 @@ func (x *GetVersionResponse) String() string {
 func (*GetVersionResponse) ProtoMessage() {}
 
 func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[44]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2830,7 +2913,7 @@ func (x *GetVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVersionResponse.ProtoReflect.Descriptor instead.
 func (*GetVersionResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{44}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *GetVersionResponse) GetVersion() string {
@@ -3056,7 +3139,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"sandbox_id\x18\x02 \x01(\tR\tsandboxId\x12\x1b\n" +
 	"\tno_follow\x18\x03 \x01(\bR\bnoFollow\"@\n" +
 	"\x13WatchEventsResponse\x12)\n" +
-	"\x05event\x18\x01 \x01(\v2\x13.hostagent.v1.EventR\x05event\"\xb5\x02\n" +
+	"\x05event\x18\x01 \x01(\v2\x13.hostagent.v1.EventR\x05event\"\xe0\x02\n" +
 	"\x05Event\x12\x16\n" +
 	"\x06cursor\x18\x01 \x01(\x04R\x06cursor\x12 \n" +
 	"\ftime_unix_ms\x18\x02 \x01(\x03R\n" +
@@ -3067,10 +3150,16 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x02to\x18\x05 \x01(\tR\x02to\x12\x16\n" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12=\n" +
 	"\bmetadata\x18\a \x03(\v2!.hostagent.v1.Event.MetadataEntryR\bmetadata\x12\x1b\n" +
-	"\towner_key\x18\b \x01(\tR\bownerKey\x1a;\n" +
+	"\towner_key\x18\b \x01(\tR\bownerKey\x12)\n" +
+	"\x05actor\x18\t \x01(\v2\x13.hostagent.v1.ActorR\x05actor\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Q\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"f\n" +
+	"\x05Actor\x12\x15\n" +
+	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x18\n" +
+	"\aproject\x18\x02 \x01(\tR\aproject\x12\x18\n" +
+	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x12\n" +
+	"\x04what\x18\x04 \x01(\tR\x04what\"Q\n" +
 	"\x11GetConsoleRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1d\n" +
@@ -3128,7 +3217,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 	return file_hostagent_v1_hostagent_proto_rawDescData
 }
 
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 51)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 52)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*CreateSandboxRequest)(nil),    // 0: hostagent.v1.CreateSandboxRequest
 	(*CreateSandboxResponse)(nil),   // 1: hostagent.v1.CreateSandboxResponse
@@ -3169,86 +3258,88 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*WatchEventsRequest)(nil),      // 36: hostagent.v1.WatchEventsRequest
 	(*WatchEventsResponse)(nil),     // 37: hostagent.v1.WatchEventsResponse
 	(*Event)(nil),                   // 38: hostagent.v1.Event
-	(*GetConsoleRequest)(nil),       // 39: hostagent.v1.GetConsoleRequest
-	(*GetConsoleResponse)(nil),      // 40: hostagent.v1.GetConsoleResponse
-	(*VerifyRequest)(nil),           // 41: hostagent.v1.VerifyRequest
-	(*VerifyResponse)(nil),          // 42: hostagent.v1.VerifyResponse
-	(*GetVersionRequest)(nil),       // 43: hostagent.v1.GetVersionRequest
-	(*GetVersionResponse)(nil),      // 44: hostagent.v1.GetVersionResponse
-	nil,                             // 45: hostagent.v1.CreateSandboxRequest.EnvsEntry
-	nil,                             // 46: hostagent.v1.CreateSandboxRequest.MetadataEntry
-	nil,                             // 47: hostagent.v1.ExecRequest.EnvsEntry
-	nil,                             // 48: hostagent.v1.ListSandboxesRequest.MetadataEntry
-	nil,                             // 49: hostagent.v1.SandboxInfo.MetadataEntry
-	nil,                             // 50: hostagent.v1.Event.MetadataEntry
-	(*timestamppb.Timestamp)(nil),   // 51: google.protobuf.Timestamp
+	(*Actor)(nil),                   // 39: hostagent.v1.Actor
+	(*GetConsoleRequest)(nil),       // 40: hostagent.v1.GetConsoleRequest
+	(*GetConsoleResponse)(nil),      // 41: hostagent.v1.GetConsoleResponse
+	(*VerifyRequest)(nil),           // 42: hostagent.v1.VerifyRequest
+	(*VerifyResponse)(nil),          // 43: hostagent.v1.VerifyResponse
+	(*GetVersionRequest)(nil),       // 44: hostagent.v1.GetVersionRequest
+	(*GetVersionResponse)(nil),      // 45: hostagent.v1.GetVersionResponse
+	nil,                             // 46: hostagent.v1.CreateSandboxRequest.EnvsEntry
+	nil,                             // 47: hostagent.v1.CreateSandboxRequest.MetadataEntry
+	nil,                             // 48: hostagent.v1.ExecRequest.EnvsEntry
+	nil,                             // 49: hostagent.v1.ListSandboxesRequest.MetadataEntry
+	nil,                             // 50: hostagent.v1.SandboxInfo.MetadataEntry
+	nil,                             // 51: hostagent.v1.Event.MetadataEntry
+	(*timestamppb.Timestamp)(nil),   // 52: google.protobuf.Timestamp
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	3,  // 0: hostagent.v1.CreateSandboxRequest.network:type_name -> hostagent.v1.NetworkPolicy
-	45, // 1: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
-	46, // 2: hostagent.v1.CreateSandboxRequest.metadata:type_name -> hostagent.v1.CreateSandboxRequest.MetadataEntry
-	51, // 3: hostagent.v1.CreateSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
+	46, // 1: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
+	47, // 2: hostagent.v1.CreateSandboxRequest.metadata:type_name -> hostagent.v1.CreateSandboxRequest.MetadataEntry
+	52, // 3: hostagent.v1.CreateSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
 	2,  // 4: hostagent.v1.CreateSandboxResponse.phases:type_name -> hostagent.v1.Phase
 	29, // 5: hostagent.v1.RecoverSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
 	29, // 6: hostagent.v1.ForkSandboxResponse.sandboxes:type_name -> hostagent.v1.SandboxInfo
 	17, // 7: hostagent.v1.SnapshotSandboxResponse.snapshot:type_name -> hostagent.v1.Snapshot
 	17, // 8: hostagent.v1.ListSnapshotsResponse.snapshots:type_name -> hostagent.v1.Snapshot
 	3,  // 9: hostagent.v1.UpdateNetworkRequest.network:type_name -> hostagent.v1.NetworkPolicy
-	47, // 10: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
-	48, // 11: hostagent.v1.ListSandboxesRequest.metadata:type_name -> hostagent.v1.ListSandboxesRequest.MetadataEntry
+	48, // 10: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
+	49, // 11: hostagent.v1.ListSandboxesRequest.metadata:type_name -> hostagent.v1.ListSandboxesRequest.MetadataEntry
 	29, // 12: hostagent.v1.ListSandboxesResponse.sandboxes:type_name -> hostagent.v1.SandboxInfo
 	3,  // 13: hostagent.v1.SandboxInfo.network:type_name -> hostagent.v1.NetworkPolicy
 	4,  // 14: hostagent.v1.SandboxInfo.traffic:type_name -> hostagent.v1.NetworkTraffic
-	49, // 15: hostagent.v1.SandboxInfo.metadata:type_name -> hostagent.v1.SandboxInfo.MetadataEntry
-	51, // 16: hostagent.v1.SandboxInfo.deadline:type_name -> google.protobuf.Timestamp
+	50, // 15: hostagent.v1.SandboxInfo.metadata:type_name -> hostagent.v1.SandboxInfo.MetadataEntry
+	52, // 16: hostagent.v1.SandboxInfo.deadline:type_name -> google.protobuf.Timestamp
 	29, // 17: hostagent.v1.GetSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
-	51, // 18: hostagent.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
+	52, // 18: hostagent.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
 	29, // 19: hostagent.v1.SetDeadlineResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
 	38, // 20: hostagent.v1.WatchEventsResponse.event:type_name -> hostagent.v1.Event
-	50, // 21: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
-	0,  // 22: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
-	9,  // 23: hostagent.v1.HostAgentService.RecoverSandbox:input_type -> hostagent.v1.RecoverSandboxRequest
-	5,  // 24: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
-	7,  // 25: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
-	11, // 26: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
-	13, // 27: hostagent.v1.HostAgentService.ForkSandbox:input_type -> hostagent.v1.ForkSandboxRequest
-	15, // 28: hostagent.v1.HostAgentService.SnapshotSandbox:input_type -> hostagent.v1.SnapshotSandboxRequest
-	18, // 29: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
-	20, // 30: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
-	22, // 31: hostagent.v1.HostAgentService.UpdateNetwork:input_type -> hostagent.v1.UpdateNetworkRequest
-	24, // 32: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
-	27, // 33: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
-	30, // 34: hostagent.v1.HostAgentService.GetSandbox:input_type -> hostagent.v1.GetSandboxRequest
-	34, // 35: hostagent.v1.HostAgentService.SetTimeout:input_type -> hostagent.v1.SetTimeoutRequest
-	32, // 36: hostagent.v1.HostAgentService.SetDeadline:input_type -> hostagent.v1.SetDeadlineRequest
-	36, // 37: hostagent.v1.HostAgentService.WatchEvents:input_type -> hostagent.v1.WatchEventsRequest
-	39, // 38: hostagent.v1.HostAgentService.GetConsole:input_type -> hostagent.v1.GetConsoleRequest
-	41, // 39: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
-	43, // 40: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
-	1,  // 41: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
-	10, // 42: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
-	6,  // 43: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
-	8,  // 44: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
-	12, // 45: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
-	14, // 46: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
-	16, // 47: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
-	19, // 48: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
-	21, // 49: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
-	23, // 50: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
-	25, // 51: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
-	28, // 52: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
-	31, // 53: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
-	35, // 54: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
-	33, // 55: hostagent.v1.HostAgentService.SetDeadline:output_type -> hostagent.v1.SetDeadlineResponse
-	37, // 56: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
-	40, // 57: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
-	42, // 58: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
-	44, // 59: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
-	41, // [41:60] is the sub-list for method output_type
-	22, // [22:41] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	51, // 21: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
+	39, // 22: hostagent.v1.Event.actor:type_name -> hostagent.v1.Actor
+	0,  // 23: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
+	9,  // 24: hostagent.v1.HostAgentService.RecoverSandbox:input_type -> hostagent.v1.RecoverSandboxRequest
+	5,  // 25: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
+	7,  // 26: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
+	11, // 27: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
+	13, // 28: hostagent.v1.HostAgentService.ForkSandbox:input_type -> hostagent.v1.ForkSandboxRequest
+	15, // 29: hostagent.v1.HostAgentService.SnapshotSandbox:input_type -> hostagent.v1.SnapshotSandboxRequest
+	18, // 30: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
+	20, // 31: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
+	22, // 32: hostagent.v1.HostAgentService.UpdateNetwork:input_type -> hostagent.v1.UpdateNetworkRequest
+	24, // 33: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
+	27, // 34: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
+	30, // 35: hostagent.v1.HostAgentService.GetSandbox:input_type -> hostagent.v1.GetSandboxRequest
+	34, // 36: hostagent.v1.HostAgentService.SetTimeout:input_type -> hostagent.v1.SetTimeoutRequest
+	32, // 37: hostagent.v1.HostAgentService.SetDeadline:input_type -> hostagent.v1.SetDeadlineRequest
+	36, // 38: hostagent.v1.HostAgentService.WatchEvents:input_type -> hostagent.v1.WatchEventsRequest
+	40, // 39: hostagent.v1.HostAgentService.GetConsole:input_type -> hostagent.v1.GetConsoleRequest
+	42, // 40: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
+	44, // 41: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
+	1,  // 42: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
+	10, // 43: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
+	6,  // 44: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
+	8,  // 45: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
+	12, // 46: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
+	14, // 47: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
+	16, // 48: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
+	19, // 49: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
+	21, // 50: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
+	23, // 51: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
+	25, // 52: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
+	28, // 53: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
+	31, // 54: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
+	35, // 55: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
+	33, // 56: hostagent.v1.HostAgentService.SetDeadline:output_type -> hostagent.v1.SetDeadlineResponse
+	37, // 57: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
+	41, // 58: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
+	43, // 59: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
+	45, // 60: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
+	42, // [42:61] is the sub-list for method output_type
+	23, // [23:42] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
@@ -3263,7 +3354,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   51,
+			NumMessages:   52,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

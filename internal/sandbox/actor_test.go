@@ -47,7 +47,7 @@ func TestEventsSayWhoAsked(t *testing.T) {
 		forked, err := r.Fork(as(t.Context(), "fork"), cold, 1)
 		err = errors.Join(err,
 			r.Pause(as(t.Context(), "pause"), cold), r.Resume(as(t.Context(), "resume"), cold),
-			r.Hibernate(as(t.Context(), "hibernate"), cold), r.Resume(as(t.Context(), "wake"), cold),
+			r.Hibernate(as(t.Context(), "hibernate"), cold, Hibernation{}), r.Resume(as(t.Context(), "wake"), cold),
 			r.Destroy(as(t.Context(), "destroy"), cold))
 		if err != nil {
 			t.Fatal(err)

@@ -48,7 +48,7 @@ func (r *rig) wantFull(id ID) {
 	_, fork := r.Fork(r.t.Context(), id, 1)
 	_, snapshot := r.Snapshot(r.t.Context(), id, "")
 	for what, err := range map[string]error{
-		"lease": lease, "exec": exec, "fork": fork, "snapshot": snapshot, "hibernate": r.Hibernate(r.t.Context(), id),
+		"lease": lease, "exec": exec, "fork": fork, "snapshot": snapshot, "hibernate": r.Hibernate(r.t.Context(), id, Hibernation{}),
 	} {
 		text := "the host's disk is full; sandbox " + string(id) + " goes on when there is room"
 		if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(err.Error(), text) {
@@ -195,7 +195,7 @@ func TestShare(t *testing.T) {
 		}
 		_, err := r.Create(t.Context(), CreateRequest{})
 		wantClass(t, err, errdefs.Exhausted)
-		wantClass(t, r.Hibernate(t.Context(), slow), errdefs.Exhausted)
+		wantClass(t, r.Hibernate(t.Context(), slow, Hibernation{}), errdefs.Exhausted)
 		// A pause and a resume give no second share.
 		if err := r.Pause(t.Context(), fast); err != nil {
 			t.Fatal(err)
@@ -233,7 +233,7 @@ func TestShareInAnOperation(t *testing.T) {
 		id := r.create()
 		r.faults.on("guest.freeze", hang)
 		result := make(chan error, 1)
-		go func() { result <- r.Hibernate(t.Context(), id) }()
+		go func() { result <- r.Hibernate(t.Context(), id, Hibernation{}) }()
 		synctest.Wait()
 		free.Store(16 << 20)
 		passes(time.Second)

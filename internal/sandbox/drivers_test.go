@@ -35,7 +35,7 @@ func (stranger) SnapshotKey(context.Context, vmm.Spec) (string, error) {
 func TestAnotherDriverAfterARestart(t *testing.T) {
 	r := newRig(t)
 	runs, sleeps := r.create(), r.create()
-	if err := r.Hibernate(t.Context(), sleeps); err != nil {
+	if err := r.Hibernate(t.Context(), sleeps, Hibernation{}); err != nil {
 		t.Fatal(err)
 	}
 	r.die()
@@ -77,7 +77,7 @@ func TestDriverWithItsOwnKernel(t *testing.T) {
 	if !ok || spec.Kernel != (vmm.Kernel{}) || spec.Link.Kind != vmm.Packet || spec.Root.Base == "" || spec.Root.Overlay == "" || !spec.Boot.Addr.IsValid() {
 		t.Errorf("spec %+v", spec)
 	}
-	if err := errors.Join(r.Pause(t.Context(), id), r.Resume(t.Context(), id), r.Hibernate(t.Context(), id), r.Resume(t.Context(), id)); err != nil {
+	if err := errors.Join(r.Pause(t.Context(), id), r.Resume(t.Context(), id), r.Hibernate(t.Context(), id, Hibernation{}), r.Resume(t.Context(), id)); err != nil {
 		t.Fatal(err)
 	}
 	r.die()

@@ -22,6 +22,8 @@ type freezing struct {
 	op Operation
 	// dir is where the VMM writes memory and devices.
 	dir string
+	// what says what a hibernation keeps. Other operations keep memory and files.
+	what Hibernation
 	// disk, if not nil, copies the sandbox's disk while the VMM writes.
 	disk func(ctx context.Context, overlay string) error
 	// keep is called when all is written. The VM goes on only if it fails.
@@ -56,17 +58,16 @@ const opBoot Operation = "boot snapshot"
 // it answers again. Called with the op lock held.
 func (v *vms) freeze(ctx context.Context, b *box, f freezing) (frozen, error) {
 	was := frozen{record: b.record()}
-	snapshotter, ok := b.op.vm.(vmm.Snapshotter)
-	if !ok {
+	if _, ok := b.op.vm.(vmm.Snapshotter); !ok && !f.what.FilesOnly {
 		return was, errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", v.cfg.Driver.Name())
 	}
-	stopped, err := v.stillGuest(ctx, b, f.op, &was)
+	stopped, err := v.stillGuest(ctx, b, f, &was)
 	if err != nil {
 		return was, err
 	}
 	err = b.op.vm.Pause(ctx)
 	if err == nil {
-		err = write(ctx, snapshotter, f, v.store.overlay(b.id))
+		err = write(ctx, b.op.vm, f, v.store.overlay(b.id))
 	}
 	if err == nil && f.keep != nil {
 		if err = f.keep(ctx, was); err == nil {
@@ -90,39 +91,29 @@ func (v *vms) freeze(ctx context.Context, b *box, f freezing) (frozen, error) {
 	return was, v.backTo(ctx, b, f.op, was.record, err)
 }
 
-// write has the VMM write memory and devices while the disk is copied.
-func write(ctx context.Context, vm vmm.Snapshotter, f freezing, overlay string) error {
-	var disk error
+// write has the VMM write memory and devices, if they are kept, while the disk is copied.
+func write(ctx context.Context, vm vmm.VM, f freezing, overlay string) error {
+	var disk, memory error
 	var wg sync.WaitGroup
 	if f.disk != nil {
 		wg.Go(func() { disk = f.disk(ctx, overlay) })
 	}
-	err := vm.Snapshot(ctx, f.dir)
+	if !f.what.FilesOnly {
+		memory = vm.(vmm.Snapshotter).Snapshot(ctx, f.dir)
+	}
 	wg.Wait()
-	return errors.Join(err, disk)
+	return errors.Join(memory, disk)
 }
 
 // stillGuest has the guest do its part of a freeze and returns since when its programs
 // stand still. On error they run as before. Called with the op lock held.
-func (v *vms) stillGuest(ctx context.Context, b *box, op Operation, was *frozen) (since time.Time, err error) {
-	switch {
-	case op == opBoot:
+func (v *vms) stillGuest(ctx context.Context, b *box, f freezing, was *frozen) (since time.Time, err error) {
+	op := f.op
+	switch op {
+	case opBoot:
 		return time.Now(), b.op.guest.Quiesce(ctx, true)
-	case op == OpHibernate && was.record.State == Paused:
-		return time.Now(), nil
-	case op == OpHibernate:
-		was.unsynced = v.tryStill(ctx, b)
-		if was.unsynced == nil {
-			return time.Now(), nil
-		}
-		if cause := b.cause(ctx); cause != nil {
-			v.thawFailed(ctx, b)
-			return since, fmt.Errorf("%s sandbox %s: %w", op, b.id, cause)
-		}
-		if stalled(v.life, b.op.vm) != nil {
-			return since, fmt.Errorf("%s sandbox %s: %w", op, b.id, errDiskFull(b.id))
-		}
-		return time.Now(), nil
+	case OpHibernate:
+		return time.Now(), v.stillForHibernation(ctx, b, f.what, was)
 	}
 	if was.record.State == Paused {
 		if err := b.op.vm.Resume(ctx); err != nil {
@@ -139,6 +130,55 @@ func (v *vms) stillGuest(ctx context.Context, b *box, op Operation, was *frozen)
 		return since, v.backTo(ctx, b, op, was.record, err)
 	}
 	return since, fmt.Errorf("%s sandbox %s: %w", op, b.id, v.disk.why(b, err))
+}
+
+// stillForHibernation is stillGuest for a hibernation, which can do without the guest's
+// help unless what says otherwise. A paused sandbox whose memory is lost runs until its
+// disk is synced. Called with the op lock held.
+func (v *vms) stillForHibernation(ctx context.Context, b *box, what Hibernation, was *frozen) error {
+	paused := was.record.State == Paused
+	if paused && what == (Hibernation{}) {
+		return nil
+	}
+	if paused {
+		if err := b.op.vm.Resume(ctx); err != nil {
+			return v.backTo(ctx, b, OpHibernate, was.record, err)
+		}
+	}
+	was.unsynced = v.askStill(ctx, b, what)
+	if was.unsynced == nil {
+		return nil
+	}
+	err, still := b.cause(ctx), stalled(v.life, b.op.vm) != nil
+	switch {
+	case err != nil:
+	case still:
+		err = errDiskFull(b.id)
+	case what.HealthyGuest:
+		err = fmt.Errorf("%w: %s", ErrGuestSilent, v.detail(was.unsynced))
+	default:
+		return nil
+	}
+	if paused {
+		return v.backTo(ctx, b, OpHibernate, was.record, err)
+	}
+	if !still {
+		v.thawFailed(ctx, b)
+	}
+	return fmt.Errorf("%s sandbox %s: %w", OpHibernate, b.id, err)
+}
+
+// askStill is tryStill of a guest that must answer first, if what says so. Called with
+// the op lock held.
+func (v *vms) askStill(ctx context.Context, b *box, what Hibernation) error {
+	if what.HealthyGuest {
+		ctx, cancel := context.WithTimeout(ctx, wakeTimeout)
+		defer cancel()
+		if err := b.op.guest.WaitReady(ctx); err != nil {
+			return err
+		}
+	}
+	return v.tryStill(ctx, b)
 }
 
 // stillPrograms has the guest stop its programs and sync its disk. since is when the

@@ -79,7 +79,7 @@ func TestHibernationWithoutFreeze(t *testing.T) {
 		r := newRig(t)
 		id := r.create()
 		r.faults.on("guest.freeze", func(context.Context) error { return errFault })
-		if err := r.Hibernate(t.Context(), id); err != nil {
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
 			t.Error(err)
 		}
 		r.wantState(id, Hibernated)

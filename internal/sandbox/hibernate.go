@@ -38,6 +38,18 @@ func (o *OnTimeout) check(field string) error {
 	return nil
 }
 
+// Hibernation says what a hibernation keeps, and of which guest.
+type Hibernation struct {
+	// FilesOnly keeps the sandbox's disk and not its memory: the resume is a boot, and
+	// its programs are gone.
+	FilesOnly bool
+	// HealthyGuest refuses a guest that does not answer or does not sync its disk.
+	HealthyGuest bool
+}
+
+// ErrGuestSilent is the error of Hibernate if the guest had to be healthy and is not.
+var ErrGuestSilent = errdefs.WrongState.Errorf("the sandbox's guest does not answer")
+
 // moveTimeout bounds an operation that writes a sandbox's memory to the disk, or reads
 // it from there.
 func moveTimeout(rec Record) time.Duration {
@@ -47,40 +59,44 @@ func moveTimeout(rec Record) time.Duration {
 // Hibernate writes a running or paused sandbox to disk and ends its VM: memory,
 // vCPUs and network are free then. Until the snapshot is complete nothing is
 // lost: on error the sandbox is as it was. Streams to the guest end. A guest that
-// does not sync its disk does not prevent it; the sandbox's detail says so then.
-func (m *Manager) Hibernate(ctx context.Context, id ID) error {
+// does not sync its disk prevents it only if what says so; otherwise the sandbox's
+// detail tells of it. Without its memory, such a sandbox lacks what was not synced. One
+// that was paused before it loses its memory runs for the time of a sync.
+func (m *Manager) Hibernate(ctx context.Context, id ID, what Hibernation) error {
 	b, ctx, end, err := m.begin(ctx, id, OpHibernate, "hibernated")
 	if err != nil {
 		return err
 	}
 	defer end()
-	return m.hibernate(ctx, b)
+	return m.hibernate(ctx, b, what)
 }
 
 // hibernate writes a sandbox to disk and frees the rest. Called with the op lock held.
-func (m *Manager) hibernate(ctx context.Context, b *box) error {
+func (m *Manager) hibernate(ctx context.Context, b *box, what Hibernation) error {
 	fail := func(err error) error { return fmt.Errorf("hibernate sandbox %s: %w", b.id, errdefs.DiskFull(err)) }
 	if err := b.full(OpHibernate); err != nil {
 		return err
 	}
-	copied, err := m.disk.reserve(int64(b.record().MemMiB) << 20)
-	if err != nil {
-		return fail(err)
+	if !what.FilesOnly { // the disk takes no more room than before
+		copied, err := m.disk.reserve(int64(b.record().MemMiB) << 20)
+		if err != nil {
+			return fail(err)
+		}
+		defer copied()
 	}
-	defer copied()
 	dir, err := m.store.stageSnapshot(b.id)
 	if err != nil {
 		return fail(err)
 	}
 	defer os.RemoveAll(dir) // gone once it is published
 	began := time.Now()
-	_, err = m.freeze(ctx, b, freezing{op: OpHibernate, dir: dir, keep: func(ctx context.Context, was frozen) error {
-		return m.keepHibernated(ctx, b, dir, was)
+	_, err = m.freeze(ctx, b, freezing{op: OpHibernate, dir: dir, what: what, keep: func(ctx context.Context, was frozen) error {
+		return m.keepHibernated(ctx, b, dir, what, was)
 	}})
 	if err != nil {
 		return err
 	}
-	m.log.Info("snapshot written", "sandbox", b.id, "took", time.Since(began).Round(time.Millisecond))
+	m.log.Info("snapshot written", "sandbox", b.id, "files_only", what.FilesOnly, "took", time.Since(began).Round(time.Millisecond))
 	b.op.kill(errdefs.Unavailable.Errorf("sandbox %s is hibernated", b.id))
 	_ = m.freeHibernated(b) // the janitor tries again
 	return nil
@@ -89,10 +105,13 @@ func (m *Manager) hibernate(ctx context.Context, b *box) error {
 // keepHibernated publishes what freeze wrote and moves the sandbox to hibernated. On
 // error neither is on disk, unless the error is errUnsettled: the next agent would
 // believe both. Called with the op lock held.
-func (m *Manager) keepHibernated(ctx context.Context, b *box, dir string, was frozen) error {
+func (m *Manager) keepHibernated(ctx context.Context, b *box, dir string, what Hibernation, was frozen) error {
 	detail := ""
 	if was.unsynced != nil {
 		detail = "hibernated without the guest's help, its disk by itself may lack the last writes: " + m.detail(was.unsynced)
+		if what.FilesOnly {
+			detail = "hibernated without the guest's help, its files may lack the last writes: " + m.detail(was.unsynced)
+		}
 		m.log.Warn("guest does not sync its disk, it is hibernated all the same", "sandbox", b.id, "err", was.unsynced)
 	}
 	err := m.store.publishSnapshot(ctx, b.id, dir)
@@ -100,7 +119,7 @@ func (m *Manager) keepHibernated(ctx context.Context, b *box, dir string, was fr
 		err = context.Cause(ctx)
 	}
 	if err == nil {
-		err = m.move(b, Hibernated, func(r *Record) { r.Restored, r.Detail = false, detail })
+		err = m.move(b, Hibernated, func(r *Record) { r.Restored, r.FilesOnly, r.Detail = false, what.FilesOnly, detail })
 	}
 	if err == nil {
 		return nil
@@ -143,9 +162,10 @@ func (m *Manager) freeHibernated(b *box) error {
 	return nil
 }
 
-// resumeFromDisk lets a hibernated sandbox go on. Its snapshot is not touched before it
-// runs: on error it is hibernated as before. Called with the op lock held.
-func (m *Manager) resumeFromDisk(ctx context.Context, b *box) error {
+// resumeFromDisk lets a hibernated sandbox go on. With filesOnly, and if its snapshot has
+// no memory, it boots from its disk. Its snapshot is not touched before it runs: on error
+// it is hibernated as before. Called with the op lock held.
+func (m *Manager) resumeFromDisk(ctx context.Context, b *box, filesOnly bool) error {
 	fail := func(err error) error { return fmt.Errorf("resume sandbox %s: %w", b.id, errdefs.DiskFull(err)) }
 	rec := b.record()
 	if rec.Slot != 0 || b.op.vm != nil {
@@ -170,11 +190,8 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box) error {
 		return fail(err)
 	}
 	end()
-	dir := m.store.snapshot(b.id)
-	_, err = m.start(ctx, b, tmpl, source{
-		from: fromDisk, memory: dir, disk: filepath.Join(dir, snapshotOverlay), verify: true, tell: tellResume, state: true,
-		gone: errdefs.Corrupt.Errorf("the snapshot has no disk"), // an empty one would be worse than none
-	})
+	src := m.store.ownSource(b.id, filesOnly || rec.FilesOnly)
+	_, err = m.start(ctx, b, tmpl, src)
 	if err != nil {
 		if cause := b.cause(ctx); cause != nil {
 			err = cause
@@ -188,8 +205,24 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box) error {
 	if err := m.store.dropSnapshots(b.id); err != nil {
 		m.log.Error("old snapshot not removed", "sandbox", b.id, "err", err)
 	}
-	m.log.Info("sandbox started", append([]any{"sandbox", b.id, "from", fromDisk}, took.attrs()...)...)
+	m.log.Info("sandbox started", append([]any{"sandbox", b.id, "from", src.from}, took.attrs()...)...)
 	return nil
+}
+
+// ownSource returns what a hibernated sandbox starts from: its snapshot, or the disk in it
+// alone.
+func (s store) ownSource(id ID, filesOnly bool) source {
+	dir := s.snapshot(id)
+	src := source{
+		disk: filepath.Join(dir, snapshotOverlay), verify: true,
+		gone: errdefs.Corrupt.Errorf("the snapshot has no disk"), // an empty one would be worse than none
+	}
+	if filesOnly {
+		src.from, src.tell = fromOwnDisk, tellIdentity
+	} else {
+		src.from, src.tell, src.memory, src.state = fromDisk, tellResume, dir, true
+	}
+	return src
 }
 
 // readmit takes capacity and a slot for a hibernated sandbox and notes them in
@@ -261,7 +294,7 @@ func (m *Manager) hibernateExpired(b *box) {
 	b.setAbort(abort)
 	err := unreached(b.record())
 	if b.op.vm != nil {
-		err = m.hibernate(ctx, b)
+		err = m.hibernate(ctx, b, Hibernation{})
 	}
 	if err == nil || m.life.Err() != nil || errors.Is(err, errDestroyed) || context.Cause(b.op.alive) != nil {
 		return

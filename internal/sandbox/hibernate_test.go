@@ -21,7 +21,7 @@ func TestHibernated(t *testing.T) {
 		r := newRig(t)
 		id := r.create()
 		before := r.taken()
-		if err := r.Hibernate(t.Context(), id); err != nil {
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
 			t.Fatal(err)
 		}
 		info := r.wantState(id, Hibernated)
@@ -34,7 +34,7 @@ func TestHibernated(t *testing.T) {
 		if _, err := r.Lease(t.Context(), id); errdefs.ClassOf(err) != errdefs.WrongState {
 			t.Errorf("lease: %v", err)
 		}
-		wantClass(t, r.Hibernate(t.Context(), id), errdefs.WrongState)
+		wantClass(t, r.Hibernate(t.Context(), id, Hibernation{}), errdefs.WrongState)
 
 		r.die()
 		r.host.Reboot()
@@ -52,7 +52,7 @@ func TestHibernated(t *testing.T) {
 			t.Errorf("the used snapshot is still there: %v", err)
 		}
 		// And again, without an agent's death between.
-		if err := errors.Join(r.Hibernate(t.Context(), id), r.Resume(t.Context(), id)); err != nil {
+		if err := errors.Join(r.Hibernate(t.Context(), id, Hibernation{}), r.Resume(t.Context(), id)); err != nil {
 			t.Fatal(err)
 		}
 		if err := r.Destroy(t.Context(), id); err != nil {
@@ -67,7 +67,7 @@ func TestFailedResumeKeepsTheSnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		id := r.create()
-		if err := r.Hibernate(t.Context(), id); err != nil {
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
 			t.Fatal(err)
 		}
 		for _, fault := range []vmmtest.Fault{{Err: errFault}, {Die: true, Err: errFault}} {
@@ -95,7 +95,7 @@ func TestIncompleteSnapshotIsRefused(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		id := r.create()
-		if err := r.Hibernate(t.Context(), id); err != nil {
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.Remove(filepath.Join(r.store.snapshot(id), snapshotManifest)); err != nil {
@@ -123,7 +123,7 @@ func TestDamagedSnapshotIsRefused(t *testing.T) {
 		if err := os.WriteFile(r.store.overlay(id), []byte("what the guest wrote"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := r.Hibernate(t.Context(), id); err != nil {
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
 			t.Fatal(err)
 		}
 		entries, err := os.ReadDir(r.store.snapshot(id))
@@ -182,7 +182,7 @@ func TestSnapshotWithoutDigests(t *testing.T) {
 		if err := os.WriteFile(r.store.overlay(id), []byte("what the guest wrote"), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if err := r.Hibernate(t.Context(), id); err != nil {
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
 			t.Fatal(err)
 		}
 		old := sizesManifest{Version: 1, Sizes: map[string]int64{}}

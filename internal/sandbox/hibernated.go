@@ -94,11 +94,18 @@ func (s store) checkSnapshot(id ID) error {
 
 // verifySnapshot reads all of a sandbox's snapshot: errdefs.Corrupt if it is not
 // what was written.
-func (s store) verifySnapshot(ctx context.Context, id ID) error {
+func (s store) verifySnapshot(ctx context.Context, id ID) error { return s.verifyFiles(ctx, id) }
+
+// verifySnapshotDisk is verifySnapshot of the disk alone.
+func (s store) verifySnapshotDisk(ctx context.Context, id ID) error {
+	return s.verifyFiles(ctx, id, snapshotOverlay)
+}
+
+func (s store) verifyFiles(ctx context.Context, id ID, names ...string) error {
 	if _, ok := s.oldManifest(id); ok {
 		return s.checkSnapshot(id)
 	}
-	if err := template.VerifyState(ctx, s.snapshot(id)); err != nil {
+	if err := template.VerifyState(ctx, s.snapshot(id), names...); err != nil {
 		return fmt.Errorf("the snapshot is damaged: %w", err)
 	}
 	return nil

@@ -151,7 +151,7 @@ func (m *Manager) Resume(ctx context.Context, id ID) error {
 	defer end()
 	was := b.record()
 	if was.State == Hibernated {
-		return m.resumeFromDisk(ctx, b)
+		return m.resumeFromDisk(ctx, b, false)
 	}
 	if err := m.disk.mayResume(b); err != nil {
 		return err

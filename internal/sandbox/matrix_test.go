@@ -76,7 +76,7 @@ var scenarios = map[string]scenario{
 	},
 	"hibernate": {
 		prepare: func(r *rig) ID { return r.create() },
-		run:     func(ctx context.Context, r *rig, id ID) error { return r.Hibernate(ctx, id) },
+		run:     func(ctx context.Context, r *rig, id ID) error { return r.Hibernate(ctx, id, Hibernation{}) },
 		keeps:   true,
 	},
 	"hibernate a paused one": {
@@ -87,7 +87,25 @@ var scenarios = map[string]scenario{
 			}
 			return id
 		},
-		run:   func(ctx context.Context, r *rig, id ID) error { return r.Hibernate(ctx, id) },
+		run:   func(ctx context.Context, r *rig, id ID) error { return r.Hibernate(ctx, id, Hibernation{}) },
+		keeps: true,
+	},
+	"hibernate without memory": {
+		prepare: func(r *rig) ID { return r.create() },
+		run:     func(ctx context.Context, r *rig, id ID) error { return r.Hibernate(ctx, id, filesOnly) },
+		keeps:   true,
+	},
+	"hibernate a paused one without memory": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if err := r.Pause(r.t.Context(), id); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run: func(ctx context.Context, r *rig, id ID) error {
+			return r.Hibernate(ctx, id, Hibernation{FilesOnly: true, HealthyGuest: true})
+		},
 		keeps: true,
 	},
 	"deadline": {
@@ -162,7 +180,18 @@ var scenarios = map[string]scenario{
 	"resume from disk": {
 		prepare: func(r *rig) ID {
 			id := r.create()
-			if err := r.Hibernate(r.t.Context(), id); err != nil {
+			if err := r.Hibernate(r.t.Context(), id, Hibernation{}); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run:   func(ctx context.Context, r *rig, id ID) error { return r.Resume(ctx, id) },
+		keeps: true, asleep: true,
+	},
+	"boot from its disk": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if err := r.Hibernate(r.t.Context(), id, filesOnly); err != nil {
 				r.t.Fatal(err)
 			}
 			return id
@@ -173,7 +202,7 @@ var scenarios = map[string]scenario{
 	"destroy a hibernated one": {
 		prepare: func(r *rig) ID {
 			id := r.create()
-			if err := r.Hibernate(r.t.Context(), id); err != nil {
+			if err := r.Hibernate(r.t.Context(), id, Hibernation{}); err != nil {
 				r.t.Fatal(err)
 			}
 			return id
@@ -258,7 +287,7 @@ var scenarios = map[string]scenario{
 // and things that no record names.
 func prepareRuin(r *rig) ID {
 	running, paused, stray, asleep := r.create(), r.create(), r.create(), r.create()
-	if err := errors.Join(r.Pause(r.t.Context(), paused), r.Hibernate(r.t.Context(), asleep)); err != nil {
+	if err := errors.Join(r.Pause(r.t.Context(), paused), r.Hibernate(r.t.Context(), asleep, Hibernation{})); err != nil {
 		r.t.Fatal(err)
 	}
 	half, ending := r.create(), r.create()

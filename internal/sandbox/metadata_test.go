@@ -80,7 +80,7 @@ func testLabels(t *testing.T, labels Labels) {
 	}
 	step("pause", r.Pause(t.Context(), id))
 	step("resume", r.Resume(t.Context(), id))
-	step("hibernate", r.Hibernate(t.Context(), id))
+	step("hibernate", r.Hibernate(t.Context(), id, Hibernation{}))
 	r.die()
 	r.start()
 	step("restart while hibernated", nil)

@@ -295,13 +295,10 @@ func testModel(t *testing.T, warm int) {
 				},
 				"deadline":    m.deadline,
 				"no deadline": m.noDeadline,
-				"pause": func(rt *rapid.T) {
-					id := pick(rt)
-					if want(rt, "pause", id, r.Pause(t.Context(), id), Running) {
-						model[id] = Paused
-					}
-				},
-				"resume": m.resume,
+				"pause":       m.pause,
+				"hibernate":   m.hibernate,
+				"cold boot":   m.coldBoot,
+				"resume":      m.resume,
 				"destroy": func(rt *rapid.T) {
 					id := pick(rt)
 					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Hibernated, Stopped, Unknown) {

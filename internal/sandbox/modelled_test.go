@@ -79,6 +79,40 @@ func (m modelled) resume(rt *rapid.T) {
 	m.states[id] = Running
 }
 
+func (m modelled) pause(rt *rapid.T) {
+	id := m.pick(rt)
+	if m.want(rt, "pause", id, m.r.Pause(m.r.t.Context(), id), Running) {
+		m.states[id] = Paused
+	}
+}
+
+// hibernate keeps the memory, or does not.
+func (m modelled) hibernate(rt *rapid.T) {
+	id, what := m.pick(rt), Hibernation{rapid.Bool().Draw(rt, "files only"), rapid.Bool().Draw(rt, "healthy")}
+	if !m.want(rt, "hibernate", id, m.r.Hibernate(m.r.t.Context(), id, what), Running, Paused) {
+		return
+	}
+	m.states[id] = Hibernated
+	if info, err := m.r.Get(id); err != nil || info.FilesOnly != what.FilesOnly {
+		rt.Fatalf("hibernated as %+v, sandbox %s is %+v, %v", what, id, info, err)
+	}
+}
+
+// coldBoot is a resume of a sandbox that may have memory, which is lost then.
+func (m modelled) coldBoot(rt *rapid.T) {
+	id := m.pick(rt)
+	if m.states[id] != Hibernated {
+		rt.Skip()
+	}
+	if err := m.r.coldBoot(id); err != nil {
+		rt.Fatal(err)
+	}
+	if !time.Now().Before(m.ends[id].at) {
+		delete(m.ends, id)
+	}
+	m.states[id] = Running
+}
+
 func (m modelled) createOwned(rt *rapid.T) {
 	key := rapid.SampledFrom([]string{"red", "green"}).Draw(rt, "key")
 	id := m.keys[key]

@@ -73,7 +73,7 @@ func TestPolicy(t *testing.T) {
 	*info.Network.AllowInternet = true
 	r.wantNetwork(id, closed())
 
-	if err := r.Hibernate(ctx, id); err != nil {
+	if err := r.Hibernate(ctx, id, Hibernation{}); err != nil {
 		t.Fatal(err)
 	}
 	other := Policy{Egress: Egress{Deny: []string{"192.0.2.0/24"}, DNS: []string{}}}
@@ -177,7 +177,7 @@ func TestTrafficToken(t *testing.T) {
 	}
 	for what, do := range map[string]func() error{
 		"paused":     func() error { return r.Pause(t.Context(), id) },
-		"hibernated": func() error { return r.Hibernate(t.Context(), id) },
+		"hibernated": func() error { return r.Hibernate(t.Context(), id, Hibernation{}) },
 	} {
 		if err := do(); err != nil {
 			t.Fatal(err)
@@ -309,7 +309,7 @@ func TestReconcile(t *testing.T) {
 		}
 		// A new network, its memory and its disk as they were.
 		r.net.mu.Unlock()
-		err = errors.Join(r.Hibernate(t.Context(), doomed), r.Resume(t.Context(), doomed))
+		err = errors.Join(r.Hibernate(t.Context(), doomed, Hibernation{}), r.Resume(t.Context(), doomed))
 		r.net.mu.Lock()
 		if err != nil {
 			t.Error(err)

@@ -48,7 +48,7 @@ func TestOwnerKey(t *testing.T) {
 			}
 		}
 		same("running")
-		if err := r.Hibernate(t.Context(), id); err != nil {
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
 			t.Fatal(err)
 		}
 		same("hibernated")

@@ -222,7 +222,7 @@ func TestOperationsOnAHungVM(t *testing.T) {
 	}{
 		"pause":     {false, func(r *rig, id ID) error { return r.Pause(context.Background(), id) }},
 		"resume":    {true, func(r *rig, id ID) error { return r.Resume(context.Background(), id) }},
-		"hibernate": {false, func(r *rig, id ID) error { return r.Hibernate(context.Background(), id) }},
+		"hibernate": {false, func(r *rig, id ID) error { return r.Hibernate(context.Background(), id, Hibernation{}) }},
 		"fork":      {false, func(r *rig, id ID) error { _, err := r.Fork(context.Background(), id, 1); return err }},
 		"snapshot":  {false, func(r *rig, id ID) error { _, err := r.Snapshot(context.Background(), id, ""); return err }},
 	} {
@@ -277,7 +277,7 @@ func TestFailedHibernationOnABrokenDisk(t *testing.T) {
 		})
 		r.faults.on("record saved hibernated", broken)
 		r.faults.on("record save running", broken)
-		if err := r.Hibernate(t.Context(), id); !errors.Is(err, syscall.EIO) {
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); !errors.Is(err, syscall.EIO) {
 			t.Fatal(err)
 		}
 		if info := r.wantState(id, Running); info.Reason != Unreachable || !r.host.Paused(string(id)) {

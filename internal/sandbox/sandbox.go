@@ -239,6 +239,8 @@ type Record struct {
 	// Restored says that the VM came from a snapshot and was not booted. The host itself
 	// does not read it.
 	Restored bool `json:"restored,omitempty"`
+	// FilesOnly says that a hibernated sandbox's snapshot has no memory.
+	FilesOnly bool `json:"filesOnly,omitempty"`
 	// BootKey is, in state waiting, the key of the boot snapshot that the guest comes
 	// from.
 	BootKey string `json:"warm,omitempty"`
@@ -292,6 +294,7 @@ type Info struct {
 	Ingress      Ingress
 	User         string
 	HostIP       netip.Addr
+	FilesOnly    bool // hibernated without memory
 	Labels       Labels
 	CreatedAt    time.Time
 	StateAt      time.Time
@@ -309,6 +312,7 @@ func (r Record) info() Info {
 		Template: r.Template, Snapshot: r.Snapshot, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
 		EndAt: r.EndAt, OnEnd: r.OnEnd,
 		Network: r.Network.clone(), Ingress: r.Ingress.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
+		FilesOnly: r.FilesOnly,
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 	}
 	if r.VM != nil {

@@ -91,7 +91,7 @@ func TestNamedSnapshot(t *testing.T) {
 		}
 		for _, id := range ids {
 			r.wantState(id, Running)
-			if err := errors.Join(r.Hibernate(t.Context(), id), r.Resume(t.Context(), id)); err != nil {
+			if err := errors.Join(r.Hibernate(t.Context(), id, Hibernation{}), r.Resume(t.Context(), id)); err != nil {
 				t.Error(err)
 			}
 			if _, err := r.Fork(t.Context(), id, 1); err != nil {

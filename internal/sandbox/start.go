@@ -33,6 +33,7 @@ const (
 	FromBoot     = "cold boot"
 	FromSnapshot = "snapshot" // the state of another sandbox
 	fromDisk     = "its own snapshot"
+	fromOwnDisk  = "its own disk"
 )
 
 // telling is what a guest is told as soon as it runs.
@@ -64,8 +65,8 @@ type source struct {
 	memory string
 	// token is what the guest in the memory takes; empty for the sandbox's own.
 	token string
-	// verify: the snapshot is read in full while disk, network and VM are prepared. The
-	// VM runs only when all of it is what was written.
+	// verify: what the VM starts from of the sandbox's own snapshot is read in full while
+	// disk, network and VM are prepared. The VM runs only when all of it is what was written.
 	verify bool
 	// gone is the error if the snapshot is not there any more.
 	gone error
@@ -171,6 +172,9 @@ func (v *vms) start(ctx context.Context, b *box, tmpl template.Template, src sou
 		}
 	}
 	if src.memory == "" {
+		if err := whole(); err != nil {
+			return src, err
+		}
 		if err := v.boot(ctx, b, tmpl, src); err != nil {
 			return src, err
 		}
@@ -178,7 +182,7 @@ func (v *vms) start(ctx context.Context, b *box, tmpl template.Template, src sou
 	if src.tell == tellNothing {
 		return src, nil
 	}
-	return src, v.move(b, Running, nil)
+	return src, v.move(b, Running, func(r *Record) { r.FilesOnly = false })
 }
 
 // perGiB is a duration for each GiB of memory.
@@ -193,7 +197,11 @@ func (v *vms) verifying(ctx context.Context, b *box, src source) func() error {
 		return func() error { return nil }
 	}
 	result := make(chan error, 1)
-	go func() { result <- v.store.verifySnapshot(ctx, b.id) }()
+	verify := v.store.verifySnapshot
+	if src.memory == "" {
+		verify = v.store.verifySnapshotDisk
+	}
+	go func() { result <- verify(ctx, b.id) }()
 	return sync.OnceValue(func() error { return <-result })
 }
 

@@ -28,7 +28,7 @@ func TestAccessToken(t *testing.T) {
 			t.Fatal(err)
 		}
 		same("paused")
-		if err := r.Hibernate(t.Context(), a); err != nil {
+		if err := r.Hibernate(t.Context(), a, Hibernation{}); err != nil {
 			t.Fatal(err)
 		}
 		same("hibernated")

@@ -284,7 +284,7 @@ func ruin(t *testing.T, file string, damage func([]byte) []byte) (files []string
 	r := newRig(t)
 	running, paused, asleep := r.create(), r.create(), r.create()
 	_, err := r.Snapshot(t.Context(), running, "snap")
-	if err := errors.Join(err, r.Pause(t.Context(), paused), r.Hibernate(t.Context(), asleep)); err != nil {
+	if err := errors.Join(err, r.Pause(t.Context(), paused), r.Hibernate(t.Context(), asleep, Hibernation{})); err != nil {
 		t.Fatal(err)
 	}
 	told := map[uint64]Event{}

@@ -189,7 +189,7 @@ func (s *service) PauseSandbox(ctx context.Context, req *request[pb.PauseSandbox
 		return nil, err
 	}
 	if req.Msg.ToDisk {
-		if err := s.manager.Hibernate(ctx, id); err != nil {
+		if err := s.manager.Hibernate(ctx, id, sandbox.Hibernation{}); err != nil {
 			return nil, err
 		}
 		info, _ := s.manager.Get(id) // it may have been destroyed since

@@ -195,12 +195,23 @@ func readState(dir string) (manifest, error) {
 	return m, damage(err)
 }
 
-// VerifyState reads the whole directory that SealState sealed:
-// errdefs.Corrupt if a file is not what was written.
-func VerifyState(ctx context.Context, dir string) error {
+// VerifyState reads the whole directory that SealState sealed, or the files with these
+// names: errdefs.Corrupt if one is not what was written, or is none of the directory's.
+func VerifyState(ctx context.Context, dir string, names ...string) error {
 	m, err := readState(dir)
 	if err != nil {
 		return err
+	}
+	if len(names) > 0 {
+		all := m.Files
+		m.Files = map[string]File{}
+		for _, name := range names {
+			file, ok := all[name]
+			if !ok {
+				return errdefs.Corrupt.Errorf("it has no digest of %s", name)
+			}
+			m.Files[name] = file
+		}
 	}
 	return m.verify(ctx, dir, snapfile.Digest)
 }

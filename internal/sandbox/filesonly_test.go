@@ -1,0 +1,343 @@
+package sandbox
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
+)
+
+var filesOnly = Hibernation{FilesOnly: true}
+
+// snapshotFiles are the names of the files in a hibernated sandbox's snapshot.
+func (r *rig) snapshotFiles(id ID) (names []string) {
+	r.t.Helper()
+	entries, err := os.ReadDir(r.store.snapshot(id))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		r.t.Fatal(err)
+	}
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// writeDisk gives a sandbox a disk with this content.
+func (r *rig) writeDisk(id ID, content string) {
+	r.t.Helper()
+	if err := os.WriteFile(r.store.overlay(id), []byte(content), 0o600); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *rig) wantDisk(id ID, content string) {
+	r.t.Helper()
+	if got, err := os.ReadFile(r.store.overlay(id)); err != nil || string(got) != content {
+		r.t.Errorf("the disk of %s has %q, %v; want %q", id, got, err, content)
+	}
+}
+
+// coldBoot boots a hibernated sandbox from its disk, though it may have memory.
+func (r *rig) coldBoot(id ID) error {
+	b, ctx, end, err := r.begin(r.t.Context(), id, OpResume, "resumed")
+	if err != nil {
+		return err
+	}
+	defer end()
+	return r.resumeFromDisk(ctx, b, true)
+}
+
+// TestFilesOnly: no memory is written, and the host has nothing of the sandbox but its
+// disk, over the deaths of the agent and of the host.
+func TestFilesOnly(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		before := r.taken()
+		r.writeDisk(id, "what the guest wrote")
+		snapshots := r.driver.Calls(vmmtest.OpSnapshot)
+		if err := r.Hibernate(t.Context(), id, filesOnly); err != nil {
+			t.Fatal(err)
+		}
+		if info := r.wantState(id, Hibernated); !info.FilesOnly || info.Detail != "" {
+			t.Errorf("it is %+v", info)
+		}
+		if got, want := r.snapshotFiles(id), []string{snapshotManifest, snapshotOverlay}; !slices.Equal(got, want) {
+			t.Errorf("its snapshot has %v, want %v", got, want)
+		}
+		if want := (Resources{Sandboxes: 1, DiskMiB: before.DiskMiB}); r.taken() != want {
+			t.Errorf("it takes %+v, want %+v", r.taken(), want)
+		}
+		if r.driver.Calls(vmmtest.OpSnapshot) != snapshots {
+			t.Error("its memory was written")
+		}
+		wantClass(t, r.Hibernate(t.Context(), id, filesOnly), errdefs.WrongState)
+
+		r.die()
+		r.host.Reboot()
+		clear(r.net.open)
+		r.start()
+		if info := r.wantState(id, Hibernated); !info.FilesOnly {
+			t.Errorf("it is %+v", info)
+		}
+		if err := r.Resume(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		if info := r.wantState(id, Running); info.FilesOnly || r.taken() != before || r.snapshotFiles(id) != nil {
+			t.Errorf("it is %+v, takes %+v, and has files %v", info, r.taken(), r.snapshotFiles(id))
+		}
+		if r.driver.Calls(vmmtest.OpRestore) != 0 {
+			t.Error("it was restored")
+		}
+		r.wantDisk(id, "what the guest wrote")
+		// With memory, and again without.
+		if err := errors.Join(
+			r.Hibernate(t.Context(), id, Hibernation{}), r.Resume(t.Context(), id), r.Pause(t.Context(), id),
+			r.Hibernate(t.Context(), id, filesOnly), r.Resume(t.Context(), id), r.Hibernate(t.Context(), id, filesOnly),
+		); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Destroy(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		r.wantNothing()
+	})
+}
+
+// TestFilesOnlyKeepsIdentity: the guest that boots is told what the one before was told,
+// and has the same network policy.
+func TestFilesOnlyKeepsIdentity(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		var told []guest.Init
+		var shown string
+		r.told = func(token string, in guest.Init) { told, shown = append(told, in), token }
+		made, err := r.Create(t.Context(), CreateRequest{
+			Timeout: time.Hour, Network: closed(),
+			Login:  Login{User: "user", Env: map[string]string{"A": "1"}},
+			Labels: Labels{Metadata: map[string]string{"k": "v"}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		id, was := made.ID, r.lookup(made.ID).record()
+		if err := errors.Join(r.Hibernate(t.Context(), id, filesOnly), r.Resume(t.Context(), id)); err != nil {
+			t.Fatal(err)
+		}
+		first, last := told[0], told[len(told)-1]
+		if bytes.Equal(first.Entropy, last.Entropy) {
+			t.Error("its random numbers come again")
+		}
+		first.Entropy, last.Entropy = nil, nil
+		if !reflect.DeepEqual(first, last) || shown != was.Token || last.AccessToken != was.Token || last.Restored {
+			t.Errorf("its guest was told %+v, then %+v", first, last)
+		}
+		is := r.lookup(id).record()
+		if is.Token != was.Token || is.Restored || is.Timeout != was.Timeout || is.Metadata["k"] != "v" || is.CloneKey != was.CloneKey {
+			t.Errorf("its record is another")
+		}
+		r.wantNetwork(id, closed())
+	})
+}
+
+// TestFilesOnlyNeedsASync: the disk is synced before the VM stops, for which a paused
+// sandbox runs.
+func TestFilesOnlyNeedsASync(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		steps := []string{"guest.ready", "guest.freeze", "guest.quiesce", "pause", "resume", "snapshot", "guest.init", "kill"}
+		want := func(what string, do func() error, want ...string) {
+			t.Helper()
+			before := len(r.faults.order)
+			if err := do(); err != nil {
+				t.Errorf("%s: %v", what, err)
+			}
+			var seen []string
+			for _, step := range r.faults.order[before:] {
+				if slices.Contains(steps, step) {
+					seen = append(seen, step)
+				}
+			}
+			if !slices.Equal(seen, want) {
+				t.Errorf("%s: steps %v, want %v", what, seen, want)
+			}
+		}
+		id := r.create()
+		hibernate := func(what Hibernation) func() error {
+			return func() error { return r.Hibernate(t.Context(), id, what) }
+		}
+		resume := func() {
+			t.Helper()
+			if err := r.Resume(t.Context(), id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want("running", hibernate(filesOnly), "guest.freeze", "pause", "kill")
+		resume()
+		if err := r.Pause(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		want("paused", hibernate(filesOnly), "resume", "guest.freeze", "pause", "kill")
+		resume()
+		r.faults.on("guest.freeze", func(context.Context) error { return errFault })
+		want("a program that cannot be stopped", hibernate(filesOnly), "guest.freeze", "guest.quiesce", "pause", "kill")
+		if info := r.wantState(id, Hibernated); info.Detail != "" {
+			t.Errorf("detail %q", info.Detail)
+		}
+		resume()
+		want("healthy", hibernate(Hibernation{HealthyGuest: true}), "guest.ready", "guest.freeze", "guest.quiesce", "pause", "snapshot", "kill")
+	})
+}
+
+// TestSilentGuest: one that does not answer is hibernated all the same, unless the caller
+// wants it healthy; then nothing changes.
+func TestSilentGuest(t *testing.T) {
+	deaf := []string{"guest.ready", "guest.freeze", "guest.quiesce"}
+	for _, silent := range [][]string{deaf, deaf[1:]} {
+		for _, state := range []State{Running, Paused} {
+			for _, only := range []bool{false, true} {
+				synctest.Test(t, func(t *testing.T) { testSilentGuest(newRig(t), silent, state, only) })
+			}
+		}
+	}
+}
+
+func testSilentGuest(r *rig, silent []string, state State, only bool) {
+	t, id := r.t, r.create()
+	if state == Paused {
+		if err := r.Pause(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, step := range silent {
+		r.faults.on(step, hang)
+	}
+	err := r.Hibernate(t.Context(), id, Hibernation{FilesOnly: only, HealthyGuest: true})
+	wantClass(t, err, errdefs.WrongState)
+	if info := r.wantState(id, state); !errors.Is(err, ErrGuestSilent) || info.Reason != "" || r.snapshotFiles(id) != nil {
+		t.Errorf("%v; it is %+v, with files %v", err, info, r.snapshotFiles(id))
+	}
+	r.wantConsistent()
+	if err := r.Hibernate(t.Context(), id, Hibernation{FilesOnly: only}); err != nil {
+		t.Fatal(err)
+	}
+	if info := r.wantState(id, Hibernated); strings.Contains(info.Detail, "files may lack") != only {
+		t.Errorf("detail %q", info.Detail)
+	}
+	for _, step := range silent {
+		r.faults.on(step, nil)
+	}
+	if err := r.Resume(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	r.wantState(id, Running)
+}
+
+// TestColdBoot of a sandbox that was hibernated with its memory: the memory is dropped
+// when the guest is up, and not before.
+func TestColdBoot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		r.writeDisk(id, "what the guest wrote")
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
+			t.Fatal(err)
+		}
+		files := r.snapshotFiles(id)
+		for _, step := range []string{"start", "guest.ready", "guest.init", "record save running"} {
+			r.faults.on(step, func(context.Context) error { return errFault })
+			if err := r.coldBoot(id); err == nil {
+				t.Errorf("it booted though %s failed", step)
+			}
+			r.faults.on(step, nil)
+			if info := r.wantState(id, Hibernated); info.FilesOnly || !slices.Equal(r.snapshotFiles(id), files) {
+				t.Errorf("after %s: %+v with %v", step, info, r.snapshotFiles(id))
+			}
+			r.wantConsistent()
+		}
+		if err := r.Resume(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range r.snapshotFiles(id) { // of the memory, one bit is lost
+			if name != snapshotManifest && name != snapshotOverlay {
+				flipBit(t, filepath.Join(r.store.snapshot(id), name))
+			}
+		}
+		wantClass(t, r.Resume(t.Context(), id), errdefs.Corrupt)
+		if err := r.coldBoot(id); err != nil {
+			t.Fatal(err)
+		}
+		if info := r.wantState(id, Running); info.FilesOnly || r.snapshotFiles(id) != nil {
+			t.Errorf("it is %+v with %v", info, r.snapshotFiles(id))
+		}
+		r.wantDisk(id, "what the guest wrote")
+	})
+}
+
+// TestDamagedDiskIsNotBooted: neither is one that is gone.
+func TestDamagedDiskIsNotBooted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.create()
+		r.writeDisk(id, "what the guest wrote")
+		if err := r.Hibernate(t.Context(), id, filesOnly); err != nil {
+			t.Fatal(err)
+		}
+		verify := func() (problem error) {
+			if err := r.Verify(t.Context(), []string{string(id)}, func(v Verified) error { problem = v.Err; return nil }); err != nil {
+				t.Fatal(err)
+			}
+			return problem
+		}
+		if err := verify(); err != nil {
+			t.Error(err)
+		}
+		path := filepath.Join(r.store.snapshot(id), snapshotOverlay)
+		starts := r.driver.Calls(vmmtest.OpStart)
+		flipBit(t, path)
+		wantClass(t, verify(), errdefs.Corrupt)
+		wantClass(t, r.Resume(t.Context(), id), errdefs.Corrupt)
+		flipBit(t, path)
+		if err := os.Rename(path, path+".aside"); err != nil {
+			t.Fatal(err)
+		}
+		wantClass(t, r.Resume(t.Context(), id), errdefs.Corrupt)
+		if err := os.Rename(path+".aside", path); err != nil {
+			t.Fatal(err)
+		}
+		r.wantState(id, Hibernated)
+		if n := r.driver.Calls(vmmtest.OpStart) - starts; n != 0 {
+			t.Errorf("%d vms were started", n)
+		}
+		if err := r.Resume(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		r.wantDisk(id, "what the guest wrote")
+	})
+}
+
+func flipBit(t *testing.T, path string) {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err == nil && len(data) > 0 {
+		data[len(data)/2] ^= 4
+		err = os.WriteFile(path, data, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -108,6 +108,12 @@ func TestChangesCountAtOnceElsewhere(t *testing.T) {
 	if c, err := agent.Lookup(secret); err != nil || c.Project.Quota != quota {
 		t.Errorf("quota is %+v, %v", c.Project.Quota, err)
 	}
+	if err := os.WriteFile(filepath.Join(agent.dir, keysFile), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if agent.Quota("p") != quota || agent.Quota("none") != (Quota{}) {
+		t.Errorf("with a damaged file the quota is %+v, that of no project %+v", agent.Quota("p"), agent.Quota("none"))
+	}
 }
 
 func TestNames(t *testing.T) {

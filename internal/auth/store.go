@@ -217,6 +217,18 @@ func (s *Store) SetQuota(project string, q Quota) error {
 	})
 }
 
+// Quota returns the quota of a project, none for a project that does not exist. While
+// keys.json cannot be used, what was read last counts.
+func (s *Store) Quota(project string) Quota {
+	t, err := s.current()
+	if err != nil {
+		s.mu.Lock()
+		t = s.table
+		s.mu.Unlock()
+	}
+	return t.projects[project].Quota
+}
+
 // project returns the project of a name, which it makes if there is none.
 func (f *file) project(name string) (*Project, error) {
 	i := slices.IndexFunc(f.Projects, func(p Project) bool { return p.Name == name })

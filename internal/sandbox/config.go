@@ -56,7 +56,7 @@ type Guest interface {
 	Close()
 }
 
-// Config is what a Manager works with. Every field except Others must be set.
+// Config is what a Manager works with. Every field except Others and Quota must be set.
 type Config struct {
 	// StateDir holds the records and disks, under sandboxes/.
 	StateDir string
@@ -80,7 +80,10 @@ type Config struct {
 	// runRoot is in; launch.NetNSOf is one.
 	NetNSOf func(runRoot, name string, paths []string) (string, error)
 
-	Capacity   Capacity
+	Capacity Capacity
+	// Quota returns the quota of a project. It may be nil for none, and does not wait
+	// for sandboxes.
+	Quota      func(project string) Quota
 	OverlayMiB int
 	// DNS are the resolvers that guests use.
 	DNS []netip.Addr

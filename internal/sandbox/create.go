@@ -218,14 +218,16 @@ func (m *Manager) created(b *box, src source, took *phases) Created {
 // false if none can.
 type making func(ctx context.Context, need Resources) bool
 
-// admit admits a sandbox that needs so much more than it takes. Waiting guests make way.
-func (m *Manager) admit(ctx context.Context, id ID, more Resources, makeWay making) error {
+// admit admits a sandbox of a project that needs so much more than it takes. Waiting
+// guests make way.
+func (m *Manager) admit(ctx context.Context, id ID, project string, more Resources, makeWay making) error {
+	var over overQuota
 	for {
 		if m.Draining() {
 			return errShutDown
 		}
-		err := m.ledger.take(id, more)
-		if !errors.Is(err, errdefs.Exhausted) || !makeWay(ctx, more) {
+		err := m.ledger.take(id, project, m.quotaOf(project), more)
+		if !errors.Is(err, errdefs.Exhausted) || errors.As(err, &over) || !makeWay(ctx, more) {
 			return err
 		}
 	}
@@ -255,7 +257,7 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	if diskMiB == 0 {
 		diskMiB = m.cfg.OverlayMiB
 	}
-	if err := m.admit(ctx, id, need(req.VCPUs, req.MemMiB, diskMiB), makeWay); err != nil {
+	if err := m.admit(ctx, id, req.Labels.Project, need(req.VCPUs, req.MemMiB, diskMiB), makeWay); err != nil {
 		return nil, err
 	}
 	temp.Push("admission", func(context.Context) error { m.ledger.give(id); return nil })

@@ -37,7 +37,11 @@ func (m *Manager) Fork(ctx context.Context, id ID, count int) (Forked, error) {
 	if err := b.full(OpFork); err != nil {
 		return Forked{}, err
 	}
-	copied, err := m.disk.reserve(int64(b.record().MemMiB)<<20 + m.store.takenBytes(id))
+	rec := b.record()
+	if err := m.ledger.allows(rec.Project, m.quotaOf(rec.Project), need(rec.VCPUs, rec.MemMiB, rec.DiskMiB).times(count)); err != nil {
+		return Forked{}, fmt.Errorf("fork sandbox %s: %w", id, err)
+	}
+	copied, err := m.disk.reserve(int64(rec.MemMiB)<<20 + m.store.takenBytes(id))
 	if err != nil {
 		return Forked{}, fmt.Errorf("fork sandbox %s: %w", id, err)
 	}

@@ -158,7 +158,7 @@ func (m *Manager) freeHibernated(b *box) error {
 	b.renew()
 	b.settled()
 	m.releaseSlot(rec)
-	m.ledger.adopt(b.id, b.record().takes())
+	m.ledger.adopt(b.id, rec.Project, b.record().takes())
 	return nil
 }
 
@@ -232,10 +232,10 @@ func (m *Manager) readmit(ctx context.Context, b *box) (err error) {
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 	rec := b.record()
 	more := need(rec.VCPUs, rec.MemMiB, rec.DiskMiB).minus(rec.takes())
-	if err := m.admit(ctx, b.id, more, m.makeWay); err != nil {
+	if err := m.admit(ctx, b.id, rec.Project, more, m.makeWay); err != nil {
 		return err
 	}
-	temp.Push("admission", func(context.Context) error { m.ledger.adopt(b.id, rec.takes()); return nil })
+	temp.Push("admission", func(context.Context) error { m.ledger.adopt(b.id, rec.Project, rec.takes()); return nil })
 	slot, err := m.acquireSlot(ctx, m.makeWay)
 	if err != nil {
 		return err

@@ -18,16 +18,24 @@ type Resources struct {
 	// a host may have less. As a limit, 0 is diskOvercommit times the most that was
 	// free since the manager opened.
 	DiskMiB int
+
+	// guestMiB is the guests' part of MemMiB.
+	guestMiB int
 }
 
 const diskOvercommit = 16
 
 func (r Resources) plus(o Resources) Resources {
-	return Resources{r.Sandboxes + o.Sandboxes, r.VCPUs + o.VCPUs, r.MemMiB + o.MemMiB, r.DiskMiB + o.DiskMiB}
+	return Resources{r.Sandboxes + o.Sandboxes, r.VCPUs + o.VCPUs, r.MemMiB + o.MemMiB, r.DiskMiB + o.DiskMiB, r.guestMiB + o.guestMiB}
 }
 
 func (r Resources) minus(o Resources) Resources {
-	return Resources{r.Sandboxes - o.Sandboxes, r.VCPUs - o.VCPUs, r.MemMiB - o.MemMiB, r.DiskMiB - o.DiskMiB}
+	return Resources{r.Sandboxes - o.Sandboxes, r.VCPUs - o.VCPUs, r.MemMiB - o.MemMiB, r.DiskMiB - o.DiskMiB, r.guestMiB - o.guestMiB}
+}
+
+// times is what so many sandboxes take that each take r.
+func (r Resources) times(n int) Resources {
+	return Resources{r.Sandboxes * n, r.VCPUs * n, r.MemMiB * n, r.DiskMiB * n, r.guestMiB * n}
 }
 
 func (r Resources) within(limit Resources) bool {
@@ -54,7 +62,7 @@ func vmmOverheadMiB(memMiB int) int { return 128 + memMiB/16 }
 
 // need is what a sandbox takes while it has a VM.
 func need(vcpus, memMiB, diskMiB int) Resources {
-	return Resources{Sandboxes: 1, VCPUs: vcpus, MemMiB: memMiB + vmmOverheadMiB(memMiB), DiskMiB: diskMiB}
+	return Resources{Sandboxes: 1, VCPUs: vcpus, MemMiB: memMiB + vmmOverheadMiB(memMiB), DiskMiB: diskMiB, guestMiB: memMiB}
 }
 
 // takes is what a record's sandbox takes: only its disk while it is hibernated.
@@ -75,24 +83,55 @@ type ledger struct {
 
 	mu    sync.Mutex
 	limit Resources
-	by    map[ID]Resources
+	by    map[ID]share
 	total Resources
+	// projects is what the sandboxes of each project take together.
+	projects map[string]Resources
+}
+
+// share is what one sandbox takes, and the project that it counts for.
+type share struct {
+	project string
+	Resources
 }
 
 func newLedger(c Capacity, free func() int64) *ledger {
-	return &ledger{free: free, keepMiB: int64(c.FreeDiskMiB), limit: c.Resources, by: map[ID]Resources{}}
+	return &ledger{free: free, keepMiB: int64(c.FreeDiskMiB), limit: c.Resources, by: map[ID]share{}, projects: map[string]Resources{}}
 }
 
-// take admits a sandbox that needs so much more than it takes, or says which limit
-// is in the way (errdefs.Exhausted).
-func (l *ledger) take(id ID, more Resources) error {
+// take admits a sandbox of a project that needs so much more than it takes, or says
+// which limit is in the way: the host's (errdefs.Exhausted) or the quota's (overQuota).
+func (l *ledger) take(id ID, project string, quota Quota, more Resources) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if err := quota.exceeded(project, l.projects[project], more); err != nil {
+		return err
+	}
 	if err := l.admit(more); err != nil {
 		return err
 	}
-	l.put(id, l.by[id].plus(more))
+	l.put(id, share{project, l.by[id].plus(more)})
 	return nil
+}
+
+// assign makes a sandbox that is admitted count for a project, or says which bound of
+// the quota is in the way.
+func (l *ledger) assign(id ID, project string, quota Quota) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	takes := l.by[id].Resources
+	if err := quota.exceeded(project, l.projects[project], takes); err != nil {
+		return err
+	}
+	l.put(id, share{project, takes})
+	return nil
+}
+
+// allows says which bound of a quota is in the way of so much more. It reserves nothing.
+func (l *ledger) allows(project string, quota Quota, more Resources) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return quota.exceeded(project, l.projects[project], more)
 }
 
 // admit says which limit is in the way. Called with mu held.
@@ -117,24 +156,38 @@ func (l *ledger) admit(more Resources) error {
 }
 
 // adopt notes what a sandbox takes, whatever the limits are.
-func (l *ledger) adopt(id ID, takes Resources) {
+func (l *ledger) adopt(id ID, project string, takes Resources) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.put(id, takes)
+	l.put(id, share{project, takes})
 }
 
 // give takes back all that a sandbox took.
 func (l *ledger) give(id ID) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.put(id, Resources{})
+	l.put(id, share{})
 	delete(l.by, id)
 }
 
 // put is called with mu held.
-func (l *ledger) put(id ID, takes Resources) {
-	l.total = l.total.minus(l.by[id]).plus(takes)
-	l.by[id] = takes
+func (l *ledger) put(id ID, now share) {
+	was := l.by[id]
+	l.total = l.total.minus(was.Resources).plus(now.Resources)
+	l.by[id] = now
+	l.count(was.project, Resources{}.minus(was.Resources))
+	l.count(now.project, now.Resources)
+}
+
+// count adds to what the sandboxes of a project take. Called with mu held.
+func (l *ledger) count(project string, more Resources) {
+	if project == "" {
+		return
+	}
+	l.projects[project] = l.projects[project].plus(more)
+	if l.projects[project] == (Resources{}) {
+		delete(l.projects, project)
+	}
 }
 
 // fits says whether so much more is within the limits when some sandboxes have given
@@ -144,7 +197,7 @@ func (l *ledger) fits(more Resources, without []ID) bool {
 	defer l.mu.Unlock()
 	total := l.total.plus(more)
 	for _, id := range without {
-		total = total.minus(l.by[id])
+		total = total.minus(l.by[id].Resources)
 	}
 	return total.within(l.limit)
 }

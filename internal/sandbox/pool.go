@@ -195,6 +195,10 @@ func (m *Manager) createWaiting(ctx context.Context, req CreateRequest, tmpl tem
 			return Created{}, false, nil
 		}
 		end()
+		if err := m.ledger.assign(b.id, req.Labels.Project, m.quotaOf(req.Labels.Project)); err != nil {
+			m.putBack(ctx, b)
+			return Created{}, false, fmt.Errorf("create sandbox: %w", err)
+		}
 		err := m.handOut(ctx, b, req, began)
 		if err == nil {
 			return m.created(b, source{from: FromWarm}, took), true, nil
@@ -207,6 +211,14 @@ func (m *Manager) createWaiting(ctx context.Context, req CreateRequest, tmpl tem
 		}
 		m.log.Warn("waiting guest of no use", "sandbox", b.id, "err", err)
 	}
+}
+
+// putBack puts a waiting guest back that takeOut took out. It gives the op lock back.
+func (m *Manager) putBack(ctx context.Context, b *box) {
+	if err := m.pool.put(ctx, b); err != nil {
+		_ = m.release(b, Destroyed, err.Error()) // the janitor tries again
+	}
+	b.unhold()
 }
 
 // handOut tells a waiting guest what it is, and makes a sandbox of its

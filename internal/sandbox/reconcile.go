@@ -218,7 +218,8 @@ func (r *reconciler) giveSlot(b *box, s network.Slot) error {
 		return err
 	}
 	b.set(func(rec *Record) { rec.Slot, rec.HostIP = s, r.cfg.Network.Plan().Addrs(s).HostIP })
-	r.ledger.adopt(b.id, b.record().takes())
+	rec := b.record()
+	r.ledger.adopt(b.id, r.projectOf(rec), rec.takes())
 	return nil
 }
 

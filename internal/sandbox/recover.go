@@ -139,7 +139,7 @@ func (m *Manager) enter(rec Record) {
 	}
 	m.adopt(rec)
 	if rec.State != Stopped {
-		m.ledger.adopt(rec.ID, rec.takes())
+		m.ledger.adopt(rec.ID, m.projectOf(rec), rec.takes())
 	}
 }
 

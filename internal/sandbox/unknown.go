@@ -107,7 +107,7 @@ func (m *Manager) install(ctx context.Context, b *box, rec Record) error {
 	if rec.State == Stopped {
 		m.ledger.give(b.id)
 	} else {
-		m.ledger.adopt(b.id, rec.takes())
+		m.ledger.adopt(b.id, rec.Project, rec.takes())
 	}
 	if rec.State != Waiting {
 		m.tell(b, Event{Time: time.Now().UTC(), From: Unknown, To: rec.State, Reason: rec.Reason, Actor: b.op.actor})

@@ -63,11 +63,11 @@ func (l *logged) String() string {
 // quietGuest does what it is told and says nothing.
 type quietGuest struct{}
 
-func (quietGuest) WaitReady(context.Context) error           { return nil }
-func (quietGuest) Init(context.Context, guest.Init) error    { return nil }
-func (quietGuest) Quiesce(context.Context, bool) error       { return nil }
-func (quietGuest) Freeze(context.Context) (time.Time, error) { return time.Now(), nil }
-func (quietGuest) Close()                                    {}
+func (quietGuest) WaitReady(context.Context) error                  { return nil }
+func (quietGuest) Init(context.Context, guest.Init) (string, error) { return "", nil }
+func (quietGuest) Quiesce(context.Context, bool) error              { return nil }
+func (quietGuest) Freeze(context.Context) (time.Time, error)        { return time.Now(), nil }
+func (quietGuest) Close()                                           {}
 func (quietGuest) Exec(_ context.Context, cmd guest.Command) (guest.Result, error) {
 	return guest.Result{Stdout: []byte(cmd.Cmd)}, nil
 }

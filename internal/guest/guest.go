@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"regexp"
 	"strconv"
 	"time"
 
@@ -166,11 +167,12 @@ type Init struct {
 }
 
 // Init initialises the guest. It may be repeated; an older Time than that of
-// the last call changes nothing. Errors: a guest that knows another token is
-// errdefs.Unauthenticated, one without the default user errdefs.NotFound, one that
-// does not answer errdefs.Unavailable, and one of another protocol version
-// errdefs.Unsupported.
-func (c *Client) Init(ctx context.Context, in Init) error {
+// the last call changes nothing. version is that of E2B's daemon which the guest says it
+// is, as in "0.6.4"; empty for a guest that says nothing of that form. Errors: a guest
+// that knows another token is errdefs.Unauthenticated, one without the default user
+// errdefs.NotFound, one that does not answer errdefs.Unavailable, and one of another
+// protocol version errdefs.Unsupported.
+func (c *Client) Init(ctx context.Context, in Init) (version string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, initTimeout)
 	defer cancel()
 	stamp := in.Time.UTC()
@@ -184,11 +186,11 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 		Restored: in.Restored, NewBootID: in.NewBootID, CloneKey: digest(in.CloneKey),
 	})
 	if err != nil {
-		return fmt.Errorf("initialise the guest: %w", err)
+		return "", fmt.Errorf("initialise the guest: %w", err)
 	}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+guestapi.PathInit, bytes.NewReader(body))
 	if err != nil {
-		return fmt.Errorf("initialise the guest: %w", err)
+		return "", fmt.Errorf("initialise the guest: %w", err)
 	}
 	if in.Time.IsZero() {
 		// A time that is taken before the connection is open would be too old.
@@ -199,27 +201,38 @@ func (c *Client) Init(ctx context.Context, in Init) error {
 	req.Header.Set("Content-Type", "application/json")
 	resp, err := c.http.Do(req)
 	if err != nil {
-		return errdefs.Unavailable.Errorf("initialise the guest: %s", plain(err))
+		return "", errdefs.Unavailable.Errorf("initialise the guest: %s", plain(err))
 	}
 	defer resp.Body.Close()
 	text, _ := io.ReadAll(io.LimitReader(resp.Body, maxReason))
 	if resp.StatusCode == http.StatusBadRequest && resp.Header.Get(guestapi.HeaderMissing) == guestapi.MissingUser {
-		return errdefs.NotFound.Errorf("initialise the guest: it has no user %q", in.DefaultUser)
+		return "", errdefs.NotFound.Errorf("initialise the guest: it has no user %q", in.DefaultUser)
 	}
 	switch reason := errdefs.Foreign(string(text)); resp.StatusCode {
 	case http.StatusNoContent:
 		if version := resp.Header.Get(guestapi.HeaderProtocol); version != guestapi.Protocol {
-			return errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q",
+			return "", errdefs.Unsupported.Errorf("initialise the guest: it speaks version %q of the guest protocol, this host %q",
 				errdefs.Foreign(version), guestapi.Protocol)
 		}
-		return c.adjust(ctx, in, resp.Header.Get(guestapi.HeaderClock))
+		return envdVersion(resp.Header.Get(guestapi.HeaderE2BVersion)), c.adjust(ctx, in, resp.Header.Get(guestapi.HeaderClock))
 	case http.StatusUnauthorized:
-		return errdefs.Unauthenticated.Errorf("initialise the guest: %s", reason)
+		return "", errdefs.Unauthenticated.Errorf("initialise the guest: %s", reason)
 	case http.StatusBadRequest:
-		return errdefs.InvalidArgument.Errorf("initialise the guest: %s", reason)
+		return "", errdefs.InvalidArgument.Errorf("initialise the guest: %s", reason)
 	default:
-		return errdefs.Unavailable.Errorf("initialise the guest: %s: %s", errdefs.Foreign(resp.Status), reason)
+		return "", errdefs.Unavailable.Errorf("initialise the guest: %s: %s", errdefs.Foreign(resp.Status), reason)
 	}
+}
+
+// plainVersion is a version that every client of E2B can parse.
+var plainVersion = regexp.MustCompile(`^[0-9]{1,5}\.[0-9]{1,5}\.[0-9]{1,5}$`)
+
+// envdVersion is what a guest says of its version, if that can be one.
+func envdVersion(said string) string {
+	if !plainVersion.MatchString(said) {
+		return ""
+	}
+	return said
 }
 
 // digest is a secret's SHA-256, nil for none.
@@ -239,7 +252,8 @@ func (c *Client) adjust(ctx context.Context, in Init, clock string) error {
 	if err != nil || !in.Time.IsZero() || !in.Restored || in.again >= maxCorrections || time.Since(time.Unix(0, ns)).Abs() < maxClockError {
 		return nil
 	}
-	return c.Init(ctx, Init{AccessToken: in.AccessToken, Restored: true, again: in.again + 1})
+	_, err = c.Init(ctx, Init{AccessToken: in.AccessToken, Restored: true, again: in.again + 1})
+	return err
 }
 
 // stampFormat is RFC 3339 in UTC with a fraction of fixed length.

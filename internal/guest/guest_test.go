@@ -47,7 +47,7 @@ func TestInitBody(t *testing.T) {
 		AccessToken: "a", Env: map[string]string{"A": "9999-12-31T23:59:59.999999999Z"}, DefaultUser: "u", DefaultWorkdir: "/w",
 		Hostname: "h", SandboxID: "sb-1", Entropy: []byte("e"), Restored: true, NewBootID: true, CloneKey: "key",
 	}
-	if err := c.Init(t.Context(), in); err != nil {
+	if _, err := c.Init(t.Context(), in); err != nil {
 		t.Fatal(err)
 	}
 	if took < 0 || took > 5*time.Second || length <= 0 {
@@ -64,7 +64,7 @@ func TestInitBody(t *testing.T) {
 	// A given time goes as it is; a user that is not told any variables keeps them.
 	at := time.Date(2030, 1, 2, 3, 4, 5, 0, time.UTC)
 	got = guestapi.InitRequest{}
-	if err := c.Init(t.Context(), guest.Init{Time: at}); err != nil || !got.Timestamp.Equal(at) || got.EnvVars != nil {
+	if _, err := c.Init(t.Context(), guest.Init{Time: at}); err != nil || !got.Timestamp.Equal(at) || got.EnvVars != nil {
 		t.Errorf("got %v, %v, %v", got.Timestamp, got.EnvVars, err)
 	}
 }
@@ -110,11 +110,11 @@ func TestWaitReadyObeysContext(t *testing.T) {
 func TestInit(t *testing.T) {
 	c := serveEnvd(t)
 	in := guest.Init{AccessToken: "secret", Env: map[string]string{"A": "1"}, DefaultUser: "root", DefaultWorkdir: "/usr", SandboxID: "sb-1"}
-	if err := c.Init(t.Context(), in); err != nil {
+	if _, err := c.Init(t.Context(), in); err != nil {
 		t.Fatal(err)
 	}
 	// This client knows no token: it may not even try again.
-	if err := c.Init(t.Context(), guest.Init{AccessToken: "other"}); errdefs.ClassOf(err) != errdefs.Unauthenticated {
+	if _, err := c.Init(t.Context(), guest.Init{AccessToken: "other"}); errdefs.ClassOf(err) != errdefs.Unauthenticated {
 		t.Errorf("second init: %v, want unauthenticated", err)
 	}
 	if _, err := c.Exec(t.Context(), guest.Command{Cmd: "true"}); err == nil {
@@ -126,8 +126,8 @@ func TestInit(t *testing.T) {
 	if want := "1 sb-1\n/usr\n"; err != nil || string(got.Stdout) != want {
 		t.Errorf("got %q, %v; want %q", got.Stdout, err, want)
 	}
-	if err := withToken.Init(t.Context(), in); err != nil {
-		t.Errorf("init with the token: %v", err)
+	if version, err := withToken.Init(t.Context(), in); err != nil || version != guestapi.E2BVersion {
+		t.Errorf("init with the token: %q, %v", version, err)
 	}
 	resp, err := c.HTTPClient().Get(c.URL() + guestapi.PathHealth)
 	if err != nil || resp.StatusCode != http.StatusNoContent || resp.Header.Get("Cache-Control") != "no-store" {
@@ -141,21 +141,21 @@ func TestInit(t *testing.T) {
 // token of before.
 func TestInitOfAClone(t *testing.T) {
 	c := serveEnvd(t)
-	if err := c.Init(t.Context(), guest.Init{AccessToken: "source's", CloneKey: "key"}); err != nil {
+	if _, err := c.Init(t.Context(), guest.Init{AccessToken: "source's", CloneKey: "key"}); err != nil {
 		t.Fatal(err)
 	}
 	addr := netip.MustParseAddrPort(c.URL()[len("http://"):])
 	host := guest.New(addr, "key")
 	defer host.Close()
-	if err := host.Init(t.Context(), guest.Init{AccessToken: "clone's"}); errdefs.ClassOf(err) != errdefs.Unauthenticated {
+	if _, err := host.Init(t.Context(), guest.Init{AccessToken: "clone's"}); errdefs.ClassOf(err) != errdefs.Unauthenticated {
 		t.Errorf("not restored: %v, want unauthenticated", err)
 	}
 	in := guest.Init{AccessToken: "clone's", CloneKey: "another", Restored: true}
-	if err := host.Init(t.Context(), in); err != nil {
+	if _, err := host.Init(t.Context(), in); err != nil {
 		t.Fatal(err)
 	}
 	in.AccessToken = "third"
-	if err := host.Init(t.Context(), in); errdefs.ClassOf(err) != errdefs.Unauthenticated {
+	if _, err := host.Init(t.Context(), in); errdefs.ClassOf(err) != errdefs.Unauthenticated {
 		t.Errorf("again: %v, want unauthenticated", err)
 	}
 }
@@ -167,7 +167,7 @@ func TestInitRefusesAnotherProtocol(t *testing.T) {
 			w.WriteHeader(http.StatusNoContent)
 		}))
 		c := guest.New(netip.MustParseAddrPort(server.Listener.Addr().String()), "")
-		if err := c.Init(t.Context(), guest.Init{}); errdefs.ClassOf(err) != errdefs.Unsupported {
+		if _, err := c.Init(t.Context(), guest.Init{}); errdefs.ClassOf(err) != errdefs.Unsupported {
 			t.Errorf("version %q: %v, want unsupported", version, err)
 		}
 		c.Close()
@@ -279,11 +279,31 @@ func TestFreezeSaysSinceWhen(t *testing.T) {
 	}
 }
 
+// TestVersion: what a guest says is believed only if clients can parse it.
+func TestVersion(t *testing.T) {
+	for said, want := range map[string]string{
+		"0.6.4": "0.6.4", "10.20.30": "10.20.30", "": "", "dev": "", "0.6": "", "0.6.4-wrenn": "", "0.6.4+x": "", "v0.6.4": "",
+		" 0.6.4 ": "0.6.4", "0.6.4 0.6.5": "", "٠.٦.٤": "", strings.Repeat("9", 100_000) + ".0.0": "", "1.2.123456": "",
+	} {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set(guestapi.HeaderProtocol, guestapi.Protocol)
+			w.Header().Set(guestapi.HeaderE2BVersion, said)
+			w.WriteHeader(http.StatusNoContent)
+		}))
+		c := guest.New(netip.MustParseAddrPort(server.Listener.Addr().String()), "")
+		if got, err := c.Init(t.Context(), guest.Init{}); err == nil && got != want || err != nil && len(said) < 1000 {
+			t.Errorf("version %.40q: %q, %v, want %q", said, got, err, want)
+		}
+		c.Close()
+		server.Close()
+	}
+}
+
 // TestInitWithAMissingUser: the host can tell a user that is not there from a guest that
 // is of no use.
 func TestInitWithAMissingUser(t *testing.T) {
 	c := serveEnvd(t)
-	err := c.Init(t.Context(), guest.Init{DefaultUser: "no-such-user"})
+	_, err := c.Init(t.Context(), guest.Init{DefaultUser: "no-such-user"})
 	if errdefs.ClassOf(err) != errdefs.NotFound || !strings.Contains(err.Error(), "no-such-user") {
 		t.Errorf("no such user: %v, want not found", err)
 	}

@@ -59,7 +59,8 @@ func TestLiars(t *testing.T) {
 					return err
 				}},
 				{"init", wantInit, func(ctx context.Context, c *guest.Client) error {
-					return c.Init(ctx, guest.Init{AccessToken: liar.Token, Restored: true})
+					_, err := c.Init(ctx, guest.Init{AccessToken: liar.Token, Restored: true})
+					return err
 				}},
 				{"quiesce", well, func(ctx context.Context, c *guest.Client) error { return c.Quiesce(ctx, true) }},
 				{"ready", well, func(ctx context.Context, c *guest.Client) error { return c.WaitReady(ctx) }},

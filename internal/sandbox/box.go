@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
@@ -50,6 +51,9 @@ type box struct {
 	op struct {
 		vm    vmm.VM
 		guest Guest
+		// envd is the version that the guest stated when it was told last what it is;
+		// empty for none.
+		envd string
 		// alive ends with this incarnation of the VM; its cause says why.
 		alive context.Context
 		kill  context.CancelCauseFunc
@@ -170,6 +174,16 @@ func (b *box) infoIf(fits func(*Record) bool) (_ Info, ok bool) {
 		rec.LastActiveAt = time.Now().UTC()
 	}
 	return rec.info(), true
+}
+
+// init tells a guest of the sandbox, through a client g of it, what it is or what time it
+// is. Called with the op lock held.
+func (b *box) init(ctx context.Context, g Guest, in guest.Init) error {
+	version, err := g.Init(ctx, in)
+	if err == nil {
+		b.op.envd = version
+	}
+	return err
 }
 
 // closeGuest ends the connections to the guest. Called with the op lock held.

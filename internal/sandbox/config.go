@@ -49,7 +49,7 @@ type Templates interface {
 // Guest is a running guest; *guest.Client is one.
 type Guest interface {
 	WaitReady(context.Context) error
-	Init(context.Context, guest.Init) error
+	Init(context.Context, guest.Init) (version string, err error)
 	Quiesce(ctx context.Context, quiet bool) error
 	Freeze(context.Context) (since time.Time, err error)
 	Exec(context.Context, guest.Command) (guest.Result, error)

@@ -435,7 +435,7 @@ func goOn(ctx context.Context, b *box) error {
 
 // thaw sets the guest's clock and lets its programs run. Called with the op lock held.
 func thaw(ctx context.Context, b *box) error {
-	return b.op.guest.Init(ctx, guest.Init{Time: time.Now(), AccessToken: b.record().Token})
+	return b.init(ctx, b.op.guest, guest.Init{Time: time.Now(), AccessToken: b.record().Token})
 }
 
 // freeBytes is what VMMs can still write on the store's file system; not knowing

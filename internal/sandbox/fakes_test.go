@@ -497,16 +497,15 @@ type fakeGuest struct {
 	*faults
 	open *atomic.Int64
 	exec func(context.Context, guest.Command) (guest.Result, error)
-	told func(guest.Init)
+	told func(guest.Init) (version string)
 }
 
 func (g fakeGuest) WaitReady(ctx context.Context) error { return g.called(ctx, "guest.ready") }
-func (g fakeGuest) Init(ctx context.Context, i guest.Init) error {
+func (g fakeGuest) Init(ctx context.Context, i guest.Init) (version string, err error) {
 	if i.AccessToken == "" {
-		return errors.New("no token")
+		return "", errors.New("no token")
 	}
-	g.told(i)
-	return g.called(ctx, "guest.init")
+	return g.told(i), g.called(ctx, "guest.init")
 }
 func (g fakeGuest) Quiesce(ctx context.Context, _ bool) error { return g.called(ctx, "guest.quiesce") }
 func (g fakeGuest) Freeze(ctx context.Context) (time.Time, error) {

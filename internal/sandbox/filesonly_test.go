@@ -15,6 +15,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
@@ -340,4 +341,55 @@ func flipBit(t *testing.T, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestEnvdVersion: it is that of the guest that runs, which may be older than the host and
+// is another after a boot. What an earlier agent did not ask for, the next one does.
+func TestEnvdVersion(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := warmRig(t, 1)
+		want := func(what string, id ID, version string) {
+			t.Helper()
+			if info, err := r.Get(id); err != nil || info.EnvdVersion != version {
+				t.Errorf("%s: %q, %v; want %q", what, info.EnvdVersion, err, version)
+			}
+		}
+		silent := r.create()
+		want("a guest that states none", silent, guestapi.E2BVersion)
+		r.fillPool()
+		r.restartWith("0.6.5")
+		want("adopted", silent, "0.6.5")
+		r.fillPool()
+		warm := r.create()
+		want("warm", warm, "0.6.5")
+		r.restartWith("")
+		want("adopted, and states none", warm, "0.6.5")
+		r.restartWith("0.7.0")
+		cold, err := r.Create(t.Context(), CreateRequest{MemMiB: 256})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want("cold", cold.ID, "0.7.0")
+		forked, err := r.Fork(t.Context(), cold.ID, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want("fork", forked.Sandboxes[0].ID, "0.7.0")
+		if err := r.Hibernate(t.Context(), cold.ID, filesOnly); err != nil {
+			t.Fatal(err)
+		}
+		r.restartWith("0.8.0")
+		want("hibernated", cold.ID, "0.7.0")
+		if err := r.Resume(t.Context(), cold.ID); err != nil {
+			t.Fatal(err)
+		}
+		want("booted", cold.ID, "0.8.0")
+	})
+}
+
+// restartWith has an agent follow the one that dies, and guests state this version to it.
+func (r *rig) restartWith(version string) {
+	r.die()
+	r.envd = version
+	r.start()
 }

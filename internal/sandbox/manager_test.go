@@ -26,16 +26,18 @@ import (
 // rig is a manager on fakes of everything below it.
 type rig struct {
 	*Manager
-	t       *testing.T
-	dir     string
-	net     *fakeNetwork
-	tmpl    *fakeTemplates
-	host    *vmmtest.Host
-	driver  *vmmtest.Fake
-	faults  *faults
-	exec    func(context.Context, guest.Command) (guest.Result, error)
-	told    func(token string, in guest.Init) // by whoever shows the token
-	open    atomic.Int64                      // guests not closed
+	t      *testing.T
+	dir    string
+	net    *fakeNetwork
+	tmpl   *fakeTemplates
+	host   *vmmtest.Host
+	driver *vmmtest.Fake
+	faults *faults
+	exec   func(context.Context, guest.Command) (guest.Result, error)
+	told   func(token string, in guest.Init) // by whoever shows the token
+	// envd is the version that guests state.
+	envd    string
+	open    atomic.Int64 // guests not closed
 	found   Recovery
 	dead    []*Manager
 	changed func(*Config)
@@ -98,10 +100,11 @@ func (r *rig) config() Config {
 		Driver: hookedDriver{r.driver, r.faults}, Network: r.net, Templates: r.tmpl,
 		Guests: func(_ netip.Addr, token string) Guest {
 			r.open.Add(1)
-			return fakeGuest{f, &r.open, r.exec, func(in guest.Init) {
+			return fakeGuest{f, &r.open, r.exec, func(in guest.Init) string {
 				if r.told != nil {
 					r.told(token, in)
 				}
+				return r.envd
 			}}
 		},
 		KillStrays: func(ctx context.Context, _, _ string, keep func(string) bool) ([]string, error) {

@@ -248,7 +248,7 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 	defer cancelWake()
 	rec.Login = req.Login
 	end := phase(ctx, "init")
-	if err := b.op.guest.Init(wake, identity(rec, true)); err != nil {
+	if err := b.init(wake, b.op.guest, identity(rec, true)); err != nil {
 		return m.bootFailed(b, "initialise guest", err)
 	}
 	end()
@@ -258,7 +258,7 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 		r.Timeout, r.OnTimeout, r.Network, r.Login = req.Timeout, req.OnTimeout, rec.Network, rec.Login
 		r.EndAt, r.OnEnd, r.Labels = asEnd(req.EndAt), req.OnEnd, req.Labels.clone()
 		r.Ingress, r.TrafficToken = req.Ingress.clone(), req.Ingress.newTrafficToken()
-		r.RequestDigest = req.digest
+		r.RequestDigest, r.EnvdVersion = req.digest, b.op.envd
 	})
 }
 

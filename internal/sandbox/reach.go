@@ -106,6 +106,19 @@ func (m *Manager) reached(b *box, err error) {
 		if b.record().Reason == Unreachable {
 			_ = m.mark(b, "", "") // the log has it if it is not saved
 		}
+		m.noteEnvd(b)
+	}
+}
+
+// noteEnvd notes the version of a guest that an earlier agent did not ask for it. Called
+// with the op lock held.
+func (v *vms) noteEnvd(b *box) {
+	version := b.op.envd
+	if version == "" || version == b.record().EnvdVersion {
+		return
+	}
+	if err := v.save(b, func(r *Record) { r.EnvdVersion = version }); err != nil {
+		v.log.Warn("version of the guest's envd not kept", "sandbox", b.id, "err", err)
 	}
 }
 

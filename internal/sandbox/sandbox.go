@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
@@ -239,6 +240,8 @@ type Record struct {
 	// Restored says that the VM came from a snapshot and was not booted. The host itself
 	// does not read it.
 	Restored bool `json:"restored,omitempty"`
+	// EnvdVersion is of E2B's daemon that the guest last said to be; empty if it said none.
+	EnvdVersion string `json:"envdVersion,omitempty"`
 	// FilesOnly says that a hibernated sandbox's snapshot has no memory.
 	FilesOnly bool `json:"filesOnly,omitempty"`
 	// BootKey is, in state waiting, the key of the boot snapshot that the guest comes
@@ -277,24 +280,27 @@ func (r Record) validate() error {
 
 // Info is a copy of what callers may know of a sandbox.
 type Info struct {
-	ID           ID
-	State        State
-	Reason       Reason
-	Detail       string
-	Template     string
-	Snapshot     string
-	VCPUs        int
-	MemMiB       int
-	CPU          string // as vmm.Handle has it; empty without a VM
-	Timeout      time.Duration
-	OnTimeout    OnTimeout
-	EndAt        time.Time
-	OnEnd        OnTimeout
-	Network      Policy
-	Ingress      Ingress
-	User         string
-	HostIP       netip.Addr
-	FilesOnly    bool // hibernated without memory
+	ID        ID
+	State     State
+	Reason    Reason
+	Detail    string
+	Template  string
+	Snapshot  string
+	VCPUs     int
+	MemMiB    int
+	CPU       string // as vmm.Handle has it; empty without a VM
+	Timeout   time.Duration
+	OnTimeout OnTimeout
+	EndAt     time.Time
+	OnEnd     OnTimeout
+	Network   Policy
+	Ingress   Ingress
+	User      string
+	HostIP    netip.Addr
+	FilesOnly bool // hibernated without memory
+	// EnvdVersion is that of the guest that runs, or ran last; this host's if the guest
+	// did not say.
+	EnvdVersion  string
 	Labels       Labels
 	CreatedAt    time.Time
 	StateAt      time.Time
@@ -312,7 +318,7 @@ func (r Record) info() Info {
 		Template: r.Template, Snapshot: r.Snapshot, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
 		EndAt: r.EndAt, OnEnd: r.OnEnd,
 		Network: r.Network.clone(), Ingress: r.Ingress.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
-		FilesOnly: r.FilesOnly,
+		FilesOnly: r.FilesOnly, EnvdVersion: cmp.Or(r.EnvdVersion, guestapi.E2BVersion),
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 	}
 	if r.VM != nil {

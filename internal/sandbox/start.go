@@ -182,7 +182,7 @@ func (v *vms) start(ctx context.Context, b *box, tmpl template.Template, src sou
 	if src.tell == tellNothing {
 		return src, nil
 	}
-	return src, v.move(b, Running, func(r *Record) { r.FilesOnly = false })
+	return src, v.move(b, Running, func(r *Record) { r.FilesOnly, r.EnvdVersion = false, b.op.envd })
 }
 
 // perGiB is a duration for each GiB of memory.
@@ -354,7 +354,7 @@ func (v *vms) tellGuest(ctx context.Context, b *box, src source) error {
 		g = v.cfg.Guests(rec.HostIP, src.token)
 		defer g.Close()
 	}
-	if err := g.Init(ctx, in); err != nil {
+	if err := b.init(ctx, g, in); err != nil {
 		return v.bootFailed(b, "initialise guest", err)
 	}
 	return nil

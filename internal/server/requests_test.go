@@ -59,11 +59,11 @@ func (noDisks) StageReady(context.Context, string) (template.Stage, error) {
 // mute is a guest without programs.
 type mute struct{}
 
-func (mute) WaitReady(context.Context) error           { return nil }
-func (mute) Init(context.Context, guest.Init) error    { return nil }
-func (mute) Quiesce(context.Context, bool) error       { return nil }
-func (mute) Freeze(context.Context) (time.Time, error) { return time.Now(), nil }
-func (mute) Close()                                    {}
+func (mute) WaitReady(context.Context) error                  { return nil }
+func (mute) Init(context.Context, guest.Init) (string, error) { return "", nil }
+func (mute) Quiesce(context.Context, bool) error              { return nil }
+func (mute) Freeze(context.Context) (time.Time, error)        { return time.Now(), nil }
+func (mute) Close()                                           {}
 
 // Exec ends as the command's name says.
 func (mute) Exec(_ context.Context, cmd guest.Command) (guest.Result, error) {

@@ -72,7 +72,7 @@ var mayImport = map[string][]string{
 	"internal/e2b": {
 		"internal/sandbox", "internal/auth", "internal/idempotency", "api/...", "internal/errdefs", "internal/errdefs/errhttp",
 	},
-	"internal/server":       {"internal/sandbox", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/server":       {"internal/sandbox", "internal/auth", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
 	"internal/gateway":      {"internal/sandbox", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp", "internal/splice"},
 	"internal/testenv":      {},
 	"internal/testenv/liar": {"api/..."},

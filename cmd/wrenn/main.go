@@ -152,7 +152,7 @@ Then, as any user who can reach the agent:
 	root.PersistentFlags().StringVarP(&c.addr, "host", "H", env("WRENN_HOST", "http://127.0.0.1:50051"),
 		"URL of the host agent (env WRENN_HOST)")
 	root.AddGroup(&cobra.Group{ID: "host", Title: "On the host:"}, &cobra.Group{ID: "sandbox", Title: "Sandboxes:"})
-	for _, cmd := range []*cobra.Command{newSetup(), newServe(), newDoctor()} {
+	for _, cmd := range []*cobra.Command{newSetup(), newServe(), newDoctor(), newKey()} {
 		cmd.GroupID = "host"
 		root.AddCommand(cmd)
 	}

@@ -118,15 +118,14 @@ adopts those that run.`,
 func (c *serveFlags) apiFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&c.Listen, "listen", env("WRENN_LISTEN", c.Listen), "address of the API (env WRENN_LISTEN)")
-	f.BoolVar(&c.Insecure, "insecure", c.Insecure, "let --listen name an address that others can reach; the API has no authentication")
 	f.StringVar(&c.allowHost, "allow-host", env("WRENN_ALLOW_HOST", ""),
 		"host names, comma-separated, by which clients may call the API, beside localhost and the address they connect to (env WRENN_ALLOW_HOST)")
 	f.StringVar(&c.Domain, "domain", env("WRENN_DOMAIN", c.Domain),
 		"domain below which ports of sandboxes have names, <port>-<sandbox>.<domain>; it and its subdomains must lead here (env WRENN_DOMAIN)")
 	f.Float64Var(&c.Rates.Requests, "rate", c.Rates.Requests,
-		"requests per second of each API key to the REST API, twice as many at once; 0 is no limit")
+		"requests per second of each API key, twice as many at once; 0 is no limit")
 	f.Float64Var(&c.Rates.Creates, "create-rate", c.Rates.Creates,
-		"sandboxes that each API key may make per second by the REST API, twice as many at once; 0 is no limit")
+		"sandboxes that each API key may make per second, twice as many at once; 0 is no limit")
 	f.DurationVar(&c.MaxTimeout, "max-timeout", c.MaxTimeout, "longest life that a request to the REST API may ask for")
 	f.IntVar(&c.MaxConns, "max-connections", c.MaxConns,
 		"most connections of clients at a time; 0 is 16384, or a quarter of the descriptors that the agent may have")

@@ -74,7 +74,7 @@ func TestServeFlags(t *testing.T) {
 // Every wrong flag is named, all at once.
 func TestServeFlagsThatAreWrong(t *testing.T) {
 	for flag, value := range map[string]string{
-		"listen": "0.0.0.0:50051", "allow-host": "http://a.example", "dns": "nonsense", "egress": "some", "net-in": "fast",
+		"listen": "50051", "allow-host": "http://a.example", "dns": "nonsense", "egress": "some", "net-in": "fast",
 		"net-out": "-1", "net-connections": "-1", "pool": "-1", "warm": "-1", "disk": "63", "disk-rate": "x", "disk-iops": "-1",
 		"cpu": "qemu64", "max-sandboxes": "0", "max-vcpus": "0", "max-memory": "0", "max-disk": "-1", "keep-free": "-1", "max-starts": "0",
 		"start-queue": "0s", "boot-timeout": "0s", "keep-paused": "-1s", "keep-stopped": "-1s", "log-format": "xml",

@@ -124,6 +124,9 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if a.keys, err = auth.Open(cfg.StateDir); err != nil {
 		return nil, fmt.Errorf("open keys: %w", err)
 	}
+	if err := cfg.checkKeys(a.keys); err != nil {
+		return nil, err
+	}
 	if a.listener, err = net.Listen("tcp", cfg.Listen); err != nil {
 		if errors.Is(err, syscall.EADDRINUSE) {
 			return nil, fmt.Errorf("listen: %w: is it another agent? Name another address with --listen", err)
@@ -234,6 +237,7 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 		MaxConns: most, MaxConnsEach: each,
 	})
 	server.Register(mux, server.Config{
+		Keys: a.keys, Limiter: auth.NewLimiter(a.cfg.Rates), Keyless: a.cfg.onLoopback(),
 		Manager: a.base.manager, Version: version, Panics: &panics, Log: a.log,
 		Slots:   func() map[string]int { return a.base.network.Stats().ByState() },
 		Names:   func() server.NameCounts { return server.NameCounts(a.base.network.NameCounts()) },

@@ -325,6 +325,7 @@ func TestNewFails(t *testing.T) {
 			driver.Inject(vmmtest.OpCheck, 1, vmmtest.Fault{Err: errors.New("no program")})
 			c.parts.drivers = []vmm.Driver{driver}
 		}, "no program", errdefs.Unavailable},
+		"no key":         {func(c *Config) { c.Listen = "0.0.0.0:0" }, "wrenn key create --state-dir " + r.cfg.StateDir, errdefs.WrongState},
 		"wrong settings": {func(c *Config) { c.VMM, c.Pool = "xen", -1 }, "--pool", nil},
 	} {
 		cfg := r.cfg

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/host"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
@@ -46,10 +47,9 @@ type Config struct {
 	// CPU is what QEMU's guests see without KVM, one of qemu.CPUs.
 	CPU string
 
-	// Listen is the TCP address of the API.
+	// Listen is the TCP address of the API. Other machines may reach it only if there is
+	// an API key.
 	Listen string
-	// Insecure allows a Listen that other machines reach.
-	Insecure bool
 	// AllowHosts are host names by which clients may call the API, beside
 	// localhost, Listen's host and the address that they connect to.
 	AllowHosts []string
@@ -170,15 +170,31 @@ func (c Config) Check() error {
 }
 
 func (c Config) checkListen() error {
-	host, _, err := net.SplitHostPort(c.Listen)
-	if err != nil {
+	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
-	if ip, err := netip.ParseAddr(host); !c.Insecure && host != "localhost" && (err != nil || !ip.IsLoopback()) {
-		return fmt.Errorf("--listen %s can be reached from other machines, and a client that reaches it commands this host: "+
-			"use a loopback address, or --insecure if something else guards it", c.Listen)
-	}
 	return nil
+}
+
+// onLoopback says that no other machine reaches Listen.
+func (c Config) onLoopback() bool {
+	host, _, err := net.SplitHostPort(c.Listen)
+	ip, perr := netip.ParseAddr(host)
+	return err == nil && (host == "localhost" || perr == nil && ip.IsLoopback())
+}
+
+// checkKeys refuses an agent that others reach while there is no key, with which
+// each of them would command this host.
+func (c Config) checkKeys(keys *auth.Store) error {
+	if c.onLoopback() {
+		return nil
+	}
+	made, err := keys.Any()
+	if err != nil || made {
+		return err
+	}
+	return errdefs.WrongState.Errorf("--listen %s can be reached from other machines, and there is no API key yet: "+
+		"make one with `wrenn key create --state-dir %s`, or listen on loopback", c.Listen, c.StateDir)
 }
 
 // domainPattern matches names of labels of letters, digits and inner dashes.

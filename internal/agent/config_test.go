@@ -1,10 +1,15 @@
 package agent
 
 import (
+	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
 )
 
 func TestNamesOfTheAgent(t *testing.T) {
@@ -23,7 +28,7 @@ func TestNamesOfTheAgent(t *testing.T) {
 		{":1", []string{"*.example"}, []string{"*.example"}, true},
 	} {
 		cfg := Defaults()
-		cfg.Listen, cfg.AllowHosts, cfg.Insecure, cfg.Domain = c.listen, c.allow, true, "x.example"
+		cfg.Listen, cfg.AllowHosts, cfg.Domain = c.listen, c.allow, "x.example"
 		got, err := cfg.names(), cfg.Check()
 		for _, name := range []string{"x.example", "api.x.example", "sandbox.x.example"} {
 			if !slices.Contains(got, name) {
@@ -48,20 +53,42 @@ func TestNamesOfTheAgent(t *testing.T) {
 	}
 }
 
-// Only an address of this machine's loopback is listened on without Insecure.
+// An address that other machines reach is listened on only if there is a key.
 func TestListenAddress(t *testing.T) {
-	for listen, ok := range map[string]bool{
+	dir := t.TempDir()
+	keys, err := auth.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listens := map[string]bool{
 		"127.0.0.1:1": true, "[::1]:1": true, "localhost:1": true, "127.9.9.9:0": true,
-		"0.0.0.0:1": false, ":1": false, "192.0.2.1:1": false, "host.example:1": false, "127.0.0.1": false, "": false,
-	} {
-		cfg := Defaults()
-		cfg.Listen = listen
-		if err := cfg.Check(); (err == nil) != ok {
-			t.Errorf("%q: %v", listen, err)
+		"0.0.0.0:1": false, ":1": false, "192.0.2.1:1": false, "host.example:1": false, "[::]:1": false,
+	}
+	check := func(what string, want func(loopback bool) bool) {
+		t.Helper()
+		for listen, loopback := range listens {
+			cfg := Defaults()
+			cfg.Listen = listen
+			err := errors.Join(cfg.Check(), cfg.checkKeys(keys))
+			if (err == nil) != want(loopback) || err != nil && !strings.Contains(err.Error(), "keys.json") &&
+				!strings.Contains(err.Error(), "wrenn key create --state-dir "+cfg.StateDir) {
+				t.Errorf("%q, %s: %v", listen, what, err)
+			}
 		}
-		cfg.Insecure = true
-		if err := cfg.Check(); (err == nil) != strings.Contains(listen, ":") {
-			t.Errorf("%q, insecure: %v", listen, err)
+	}
+	check("no key", func(loopback bool) bool { return loopback })
+	if _, _, err := keys.CreateKey("", ""); err != nil {
+		t.Fatal(err)
+	}
+	check("a key", func(bool) bool { return true })
+	if err := os.WriteFile(filepath.Join(dir, "keys.json"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	check("keys that cannot be read", func(loopback bool) bool { return loopback })
+	for _, listen := range []string{"127.0.0.1", ""} {
+		cfg := Defaults()
+		if cfg.Listen = listen; cfg.Check() == nil {
+			t.Errorf("%q is taken", listen)
 		}
 	}
 }

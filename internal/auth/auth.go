@@ -47,10 +47,13 @@ type Key struct {
 	LastUsedAt time.Time `json:"-"`
 }
 
-// Caller is the holder of a valid key.
+// Caller is who calls: the holder of a valid key, or who commands the host.
 type Caller struct {
+	// KeyID names the key. Of a caller without one it says how the caller came.
 	KeyID   string
 	Project Project
+	// Host means that the caller has no key and every project.
+	Host bool
 	// Key is the key itself, as the caller showed it. Secret.
 	Key string
 }

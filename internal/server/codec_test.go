@@ -19,6 +19,7 @@ import (
 
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
 )
 
 // serve runs the control plane without a manager: what gets through to a method
@@ -27,7 +28,10 @@ func serve(t *testing.T) (url string, panics *atomic.Int64) {
 	t.Helper()
 	panics = new(atomic.Int64)
 	mux := http.NewServeMux()
-	mux.Handle(handler(nil, Version{Version: "1"}, panics, slog.New(slog.DiscardHandler)))
+	path, calls := handler(nil, Version{Version: "1"}, panics, slog.New(slog.DiscardHandler))
+	mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+		calls.ServeHTTP(w, r.WithContext(auth.WithCaller(r.Context(), auth.Caller{Host: true})))
+	})
 	s := httptest.NewUnstartedServer(mux)
 	s.Config.Protocols = new(http.Protocols)
 	s.Config.Protocols.SetHTTP1(true)
@@ -40,6 +44,12 @@ func serve(t *testing.T) (url string, panics *atomic.Int64) {
 // post sends a request as curl does.
 func post(t *testing.T, url, rpc, contentType, encoding string, body []byte) (status int, answer string) {
 	t.Helper()
+	return postAs(t, "", url, rpc, contentType, encoding, body)
+}
+
+// postAs is post with a key, unless that is empty.
+func postAs(t *testing.T, key, url, rpc, contentType, encoding string, body []byte) (status int, answer string) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, "POST", url+"/hostagent.v1.HostAgentService/"+rpc, bytes.NewReader(body))
@@ -47,6 +57,9 @@ func post(t *testing.T, url, rpc, contentType, encoding string, body []byte) (st
 		t.Fatal(err)
 	}
 	req.Header.Set("Content-Type", contentType)
+	if key != "" {
+		req.Header.Set("X-API-KEY", key)
+	}
 	if encoding != "" {
 		req.Header.Set("Content-Encoding", encoding)
 	}

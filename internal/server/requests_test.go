@@ -28,6 +28,7 @@ import (
 
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
@@ -89,6 +90,10 @@ type plane struct {
 	net     *networktest.Network
 	vms     *vmmtest.Host
 	panics  *atomic.Int64
+	keys    *auth.Store
+	config  Config
+	mux     *http.ServeMux
+	secret  string // the key that call shows
 }
 
 func newPlane(t *testing.T) *plane {
@@ -117,14 +122,19 @@ func newPlane(t *testing.T) *plane {
 	if err != nil {
 		t.Fatal(err)
 	}
-	mux := http.NewServeMux()
-	Register(mux, Config{
+	if p.keys, err = auth.Open(t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	p.mux = http.NewServeMux()
+	p.config = Config{
+		Keys: p.keys, Limiter: auth.NewLimiter(auth.Rates{}), Keyless: true,
 		Manager: p.manager, Version: Version{Version: "1"}, Panics: p.panics, Log: log,
 		Slots:   func() map[string]int { return p.net.Stats().ByState() },
 		Names:   func() NameCounts { return NameCounts{Open: 1, Accepted: 2, Refused: 3} },
 		Refused: func() int64 { return 4 },
-	})
-	s := httptest.NewServer(mux)
+	}
+	Register(p.mux, p.config)
+	s := httptest.NewServer(p.mux)
 	p.url = s.URL
 	t.Cleanup(func() {
 		s.Close()
@@ -172,7 +182,7 @@ func (p *plane) call(rpc, request string) (code, message string) {
 		kind = "application/connect+json"
 		body = append([]byte{0, 0, 0, byte(len(body) >> 8), byte(len(body))}, body...)
 	}
-	_, answer := post(p.T, p.url, rpc, kind, "", body)
+	_, answer := postAs(p.T, p.secret, p.url, rpc, kind, "", body)
 	var refusal struct {
 		Code, Message string
 		Error         struct{ Code, Message string }

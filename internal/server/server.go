@@ -20,6 +20,7 @@ import (
 
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
@@ -73,6 +74,12 @@ type NameCounts struct {
 // Config says what the control plane answers for.
 type Config struct {
 	Manager *sandbox.Manager
+	// Keys knows who calls, Limiter how often each key may.
+	Keys    *auth.Store
+	Limiter *auth.Limiter
+	// Keyless lets callers from loopback command the host while there is no key. It is
+	// for an agent that listens on loopback.
+	Keyless bool
 	Version Version
 	// Slots counts the network's slots by state, Refused the connections that were
 	// closed because there were too many.
@@ -87,20 +94,26 @@ type Config struct {
 
 // Register adds the agent's own endpoints to mux: the control plane's calls,
 // /healthz, /readyz and /metrics. Every other path is left to the caller.
+//
+// A request over a Unix socket commands the host. Over TCP, all except /healthz and
+// /readyz demand a key as soon as there is one.
 func Register(mux *http.ServeMux, c Config) {
-	mux.Handle(handler(c.Manager, c.Version, c.Panics, c.Log))
+	access := access{c, connect.NewErrorWriter()}
+	path, calls := handler(c.Manager, c.Version, c.Panics, c.Log)
+	mux.Handle(path, access.demand(calls))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", ready(c.Manager))
-	mux.Handle("GET /metrics", metricsHandler(c))
+	mux.Handle("GET /metrics", access.demand(metricsHandler(c)))
 }
 
-// handler returns the path and the handler of the control plane's calls.
+// handler returns the path and the handler of the control plane's calls, which find
+// their caller in the context.
 func handler(manager *sandbox.Manager, version Version, panics *atomic.Int64, log *slog.Logger) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
 		&service{manager: manager, version: version, log: log},
 		connect.WithReadMaxBytes(maxMessageBytes),
 		withStrictCodecs(),
-		connect.WithInterceptors(mapErrors{log}, actors{}),
+		connect.WithInterceptors(mapErrors{log}, projects{manager}, actors{}),
 		connect.WithRecover(func(_ context.Context, _ connect.Spec, _ http.Header, p any) error {
 			panics.Add(1)
 			return fmt.Errorf("panic: %v\n%s", p, debug.Stack())
@@ -129,6 +142,7 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 	if err != nil {
 		return nil, err
 	}
+	owner, _ := project(ctx)
 	created, err := s.manager.Create(ctx, sandbox.CreateRequest{
 		Template: req.Msg.Template,
 		VCPUs:    int(req.Msg.Vcpus),
@@ -140,7 +154,7 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		OnEnd:     sandbox.OnTimeout(req.Msg.OnDeadline),
 		Network:   policyOf(req.Msg.Network),
 		Login:     sandbox.Login{User: req.Msg.User, Env: req.Msg.Envs},
-		Labels:    sandbox.Labels{OwnerKey: req.Msg.OwnerKey, Metadata: req.Msg.Metadata},
+		Labels:    sandbox.Labels{Project: owner, OwnerKey: req.Msg.OwnerKey, Metadata: req.Msg.Metadata},
 	})
 	if err != nil {
 		return nil, err
@@ -413,7 +427,11 @@ func (s *service) addTraffic(ctx context.Context, infos ...*pb.SandboxInfo) {
 
 func (s *service) ListSandboxes(ctx context.Context, req *request[pb.ListSandboxesRequest]) (*response[pb.ListSandboxesResponse], error) {
 	resp := &pb.ListSandboxesResponse{}
+	own, all := project(ctx)
 	for _, info := range s.manager.Select(sandbox.Filter{Stopped: req.Msg.All, Metadata: req.Msg.Metadata}) {
+		if !all && info.Labels.Project != own {
+			continue
+		}
 		resp.Sandboxes = append(resp.Sandboxes, sandboxInfo(info))
 	}
 	s.addTraffic(ctx, resp.Sandboxes...)
@@ -526,7 +544,11 @@ func (s *service) WatchEvents(
 	if err := stream.Send(&pb.WatchEventsResponse{}); err != nil {
 		return err
 	}
+	own, all := project(ctx)
 	return s.manager.Events(ctx, req.Msg.After, !req.Msg.NoFollow, func(e sandbox.Event) error {
+		if !all && e.Labels.Project != own {
+			return nil
+		}
 		if only != "" && e.ID != only {
 			return nil
 		}

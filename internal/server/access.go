@@ -1,0 +1,200 @@
+package server
+
+import (
+	"context"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+)
+
+// access decides who calls the control plane, by the connection and the key that a
+// request shows.
+type access struct {
+	Config
+	errors *connect.ErrorWriter
+}
+
+// callerOf returns who sent a request. The Unix socket lets through only who may
+// command the host. A TCP connection needs a key, except on loopback while there is
+// none.
+func (a access) callerOf(r *http.Request) (auth.Caller, error) {
+	local, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	if _, ok := local.(*net.UnixAddr); ok {
+		return auth.Caller{KeyID: "socket", Host: true}, nil
+	}
+	if key := auth.KeyOf(r.Header); key != "" {
+		return a.Keys.Lookup(key)
+	}
+	keys, err := a.Keys.Any()
+	if err != nil {
+		return auth.Caller{}, err
+	}
+	if keys || !a.Keyless || !onLoopback(r) {
+		return auth.Caller{}, errdefs.Unauthenticated.Errorf("this host agent demands an API key, in the header X-API-KEY or as a bearer token")
+	}
+	return auth.Caller{KeyID: "loopback", Host: true}, nil
+}
+
+func onLoopback(r *http.Request) bool {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	ip := net.ParseIP(host)
+	return err == nil && ip != nil && ip.IsLoopback()
+}
+
+// demand lets a request through to next if its caller is known and calls not too
+// often. next finds the caller in the context.
+func (a access) demand(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		caller, err := a.callerOf(r)
+		if err == nil && !caller.Host {
+			d := a.Limiter.Take(caller.KeyID, starts[r.URL.Path], time.Now())
+			d.Tell(w.Header())
+			if !d.Allowed {
+				err = errdefs.Exhausted.Errorf("this key calls too often")
+			}
+		}
+		if err != nil {
+			row, told := errhttp.Tell(a.Log, r.URL.Path, err)
+			_ = a.errors.Write(w, r, connect.NewError(row.Code, told))
+			return
+		}
+		next.ServeHTTP(w, r.WithContext(sandbox.WithActor(auth.WithCaller(r.Context(), caller), actorOf(r, caller))))
+	})
+}
+
+// actorOf is what the events of a call say of its caller.
+func actorOf(r *http.Request, caller auth.Caller) sandbox.Actor {
+	actor := sandbox.Actor{KeyID: caller.KeyID, Project: caller.Project.Name}
+	if _, ok := r.Context().Value(http.LocalAddrContextKey).(*net.UnixAddr); !ok {
+		actor.Address = r.RemoteAddr
+	}
+	return actor
+}
+
+// rule says what the holder of a key may do with a call. A caller that commands the
+// host may make every call.
+type rule int
+
+const (
+	// hostOnly: no key may.
+	hostOnly rule = iota + 1
+	// anyKey: the answer says nothing of projects.
+	anyKey
+	// ofSandbox: the sandbox that the request names in sandbox_id must be of the key's
+	// project. Any other does not exist for it.
+	ofSandbox
+	// byProject: the method acts on what is the project's, see project.
+	byProject
+)
+
+// rules has every call. One that is missing is refused.
+var rules = map[string]rule{
+	hostagentv1connect.HostAgentServiceCreateSandboxProcedure:   byProject,
+	hostagentv1connect.HostAgentServiceRecoverSandboxProcedure:  ofSandbox,
+	hostagentv1connect.HostAgentServiceDestroySandboxProcedure:  ofSandbox,
+	hostagentv1connect.HostAgentServicePauseSandboxProcedure:    ofSandbox,
+	hostagentv1connect.HostAgentServiceResumeSandboxProcedure:   ofSandbox,
+	hostagentv1connect.HostAgentServiceForkSandboxProcedure:     ofSandbox,
+	hostagentv1connect.HostAgentServiceSnapshotSandboxProcedure: hostOnly,
+	hostagentv1connect.HostAgentServiceListSnapshotsProcedure:   hostOnly,
+	hostagentv1connect.HostAgentServiceDeleteSnapshotProcedure:  hostOnly,
+	hostagentv1connect.HostAgentServiceUpdateNetworkProcedure:   ofSandbox,
+	hostagentv1connect.HostAgentServiceExecProcedure:            ofSandbox,
+	hostagentv1connect.HostAgentServiceListSandboxesProcedure:   byProject,
+	hostagentv1connect.HostAgentServiceGetSandboxProcedure:      ofSandbox,
+	hostagentv1connect.HostAgentServiceSetTimeoutProcedure:      ofSandbox,
+	hostagentv1connect.HostAgentServiceSetDeadlineProcedure:     ofSandbox,
+	hostagentv1connect.HostAgentServiceWatchEventsProcedure:     byProject,
+	hostagentv1connect.HostAgentServiceGetConsoleProcedure:      ofSandbox,
+	hostagentv1connect.HostAgentServiceVerifyProcedure:          hostOnly,
+	hostagentv1connect.HostAgentServiceGetVersionProcedure:      anyKey,
+}
+
+// starts are the calls that begin a VM, which count as creates.
+var starts = map[string]bool{
+	hostagentv1connect.HostAgentServiceCreateSandboxProcedure: true,
+	hostagentv1connect.HostAgentServiceForkSandboxProcedure:   true,
+}
+
+// projects holds each caller to its rule.
+type projects struct{ manager *sandbox.Manager }
+
+// check returns why a caller may not make a call; msg is its request, nil for that
+// of a stream.
+func (p projects) check(ctx context.Context, spec connect.Spec, msg any) error {
+	caller, ok := auth.CallerOf(ctx)
+	if !ok {
+		return errdefs.Unauthenticated.Errorf("the caller is not known")
+	}
+	rule, ok := rules[spec.Procedure]
+	switch {
+	case !ok:
+		return errdefs.Denied.Errorf("%s is not to be called", spec.Procedure)
+	case caller.Host, rule == anyKey, rule == byProject:
+		return nil
+	case rule == ofSandbox:
+		named, ok := msg.(interface{ GetSandboxId() string })
+		if !ok {
+			return errdefs.Denied.Errorf("%s is not to be called with a key", spec.Procedure)
+		}
+		return p.own(caller, named.GetSandboxId())
+	default:
+		name := spec.Procedure[strings.LastIndex(spec.Procedure, "/")+1:]
+		return errdefs.Denied.Errorf("%s concerns the whole host, which no key commands: call it over the agent's Unix socket", name)
+	}
+}
+
+// own returns the manager's error for a sandbox that does not exist unless the
+// sandbox is the caller's.
+func (p projects) own(caller auth.Caller, text string) error {
+	id, err := sandbox.ParseID(text)
+	if err != nil {
+		return err
+	}
+	info, err := p.manager.Get(id)
+	if err != nil {
+		return err
+	}
+	if info.Labels.Project != caller.Project.Name {
+		return errdefs.NotFound.Errorf("sandbox %s does not exist", id)
+	}
+	return nil
+}
+
+// project returns the project to which a caller is held; all is true for one that
+// commands the host.
+func project(ctx context.Context) (name string, all bool) {
+	caller, _ := auth.CallerOf(ctx)
+	return caller.Project.Name, caller.Host
+}
+
+func (p projects) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		if err := p.check(ctx, req.Spec(), req.Any()); err != nil {
+			return nil, err
+		}
+		return next(ctx, req)
+	}
+}
+
+func (p projects) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		if err := p.check(ctx, conn.Spec(), nil); err != nil {
+			return err
+		}
+		return next(ctx, conn)
+	}
+}
+
+func (p projects) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
+	return next
+}

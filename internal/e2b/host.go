@@ -1,0 +1,259 @@
+package e2b
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+)
+
+// ofHost is Manager over the sandboxes of this host. It converts between the words of
+// the two packages and decides nothing.
+type ofHost struct {
+	sandboxes *sandbox.Manager
+	templates hostTemplates
+	diskMiB   int
+}
+
+// hostTemplates is Templates over the templates of this host.
+type hostTemplates struct {
+	store   *template.Store
+	diskMiB int
+}
+
+// OfHost returns what the handlers need of the sandboxes and templates of this host.
+// diskMiB is the size of a sandbox's disk.
+func OfHost(sandboxes *sandbox.Manager, templates *template.Store, diskMiB int) (Manager, Templates) {
+	t := hostTemplates{templates, diskMiB}
+	return ofHost{sandboxes, t, diskMiB}, t
+}
+
+// notYet is the error of what this host cannot do yet.
+func notYet(what string) error { return errdefs.Unsupported.Errorf("this host has no %s yet", what) }
+
+func (h ofHost) NewID() sandbox.ID {
+	var b [8]byte
+	rand.Read(b[:]) // never fails
+	return sandbox.ID("sb-" + hex.EncodeToString(b[:]))
+}
+
+// onEndOf and actionOf translate what happens at a sandbox's end.
+func onEndOf(a Action) (sandbox.OnTimeout, error) {
+	switch a {
+	case Kill:
+		return sandbox.DestroyOnTimeout, nil
+	case Pause:
+		return sandbox.HibernateOnTimeout, nil
+	case "":
+		return "", nil
+	}
+	return "", notYet("pause without memory")
+}
+
+func actionOf(o sandbox.OnTimeout) Action {
+	if o == sandbox.HibernateOnTimeout {
+		return Pause
+	}
+	return Kill
+}
+
+func (h ofHost) Create(ctx context.Context, r CreateRequest) (Sandbox, error) {
+	onEnd, err := onEndOf(r.OnEnd)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	name, err := h.templates.name(r.Template)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	created, err := h.sandboxes.Create(ctx, sandbox.CreateRequest{
+		Template: name, EndAt: time.Now().Add(r.Timeout), OnEnd: onEnd,
+		Network: settingsOf(r.Egress), Login: sandbox.Login{Env: r.Env},
+		Labels: sandbox.Labels{Project: r.Owner.Project, Metadata: r.Metadata},
+	})
+	if err != nil {
+		return Sandbox{}, err
+	}
+	return h.sandbox(created.Info), nil
+}
+
+func settingsOf(e Egress) sandbox.NetworkSettings {
+	return sandbox.NetworkSettings{AllowInternet: e.AllowInternet, Allow: e.Allow, Deny: e.Deny}
+}
+
+// sandbox converts what the host knows of a sandbox.
+func (h ofHost) sandbox(i sandbox.Info) Sandbox {
+	return Sandbox{
+		ID: i.ID, Project: i.Labels.Project, State: i.State, Template: templateID(i.Template), Alias: i.Template,
+		VCPUs: i.VCPUs, MemMiB: i.MemMiB, DiskMiB: h.diskMiB, EnvdVersion: guestapi.E2BVersion,
+		StartedAt: i.CreatedAt, EndAt: i.EndAt, PausedAt: i.StateAt, OnEnd: actionOf(i.OnEnd), Metadata: i.Labels.Metadata,
+		Egress: Egress{AllowInternet: i.Network.AllowInternet, Allow: i.Network.Allow, Deny: i.Network.Deny},
+	}
+}
+
+func (h ofHost) Get(id sandbox.ID) (Sandbox, error) {
+	info, err := h.sandboxes.Get(id)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	return h.sandbox(info), nil
+}
+
+func (h ofHost) List(project string) []Sandbox {
+	var list []Sandbox
+	for _, info := range h.sandboxes.List(false) {
+		if info.Labels.Project == project {
+			list = append(list, h.sandbox(info))
+		}
+	}
+	return list
+}
+
+func (h ofHost) Tokens(id sandbox.ID) (Tokens, error) {
+	token, err := h.sandboxes.AccessToken(id)
+	if err == nil && token == "" {
+		err = errdefs.NotFound.Errorf("sandbox %s has ended", id)
+	}
+	return Tokens{Envd: token}, err
+}
+
+func (h ofHost) Destroy(ctx context.Context, id sandbox.ID) error { return h.sandboxes.Destroy(ctx, id) }
+
+func (h ofHost) Pause(ctx context.Context, id sandbox.ID, r PauseRequest) error {
+	if r.FilesOnly {
+		return notYet("pause without memory")
+	}
+	return h.sandboxes.Hibernate(ctx, id)
+}
+
+func (h ofHost) Connect(ctx context.Context, id sandbox.ID, r ConnectRequest) (Sandbox, bool, error) {
+	onEnd, err := onEndOf(r.OnEnd)
+	if err != nil {
+		return Sandbox{}, false, err
+	}
+	info, err := h.sandboxes.Get(id)
+	if err != nil {
+		return Sandbox{}, false, err
+	}
+	resumed := info.State != sandbox.Running
+	if resumed {
+		if err := h.sandboxes.Resume(ctx, id); err != nil {
+			return Sandbox{}, false, err
+		}
+	}
+	if end := time.Now().Add(r.Timeout); resumed || end.After(info.EndAt) {
+		if info, err = h.sandboxes.SetDeadline(ctx, id, end, onEnd); err != nil {
+			return Sandbox{}, false, err
+		}
+	}
+	return h.sandbox(info), resumed, nil
+}
+
+func (h ofHost) SetEnd(ctx context.Context, id sandbox.ID, end time.Time, extend bool) error {
+	info, err := h.sandboxes.Get(id)
+	if err != nil || extend && !end.After(info.EndAt) {
+		return err
+	}
+	_, err = h.sandboxes.SetDeadline(ctx, id, end, "")
+	return err
+}
+
+func (h ofHost) UpdateNetwork(ctx context.Context, id sandbox.ID, e Egress) error {
+	return h.sandboxes.UpdateNetwork(ctx, id, settingsOf(e))
+}
+
+func (h ofHost) Fork(context.Context, sandbox.ID, Owner, int, time.Duration) ([]Forked, error) {
+	return nil, notYet("forks")
+}
+
+func (h ofHost) Snapshot(context.Context, sandbox.ID, SnapshotRequest) (Template, error) {
+	return Template{}, notYet("snapshots")
+}
+
+func (h ofHost) Metrics(sandbox.ID, time.Time, time.Time) ([]Metric, error) {
+	return nil, notYet("metrics")
+}
+
+func (h ofHost) Logs(sandbox.ID) ([]LogLine, error) { return nil, notYet("logs") }
+
+func (h ofHost) Events(project string, id sandbox.ID) ([]Event, error) {
+	var events []Event
+	err := h.sandboxes.Events(context.Background(), 0, false, func(e sandbox.Event) error {
+		if kind := eventType(e); kind != "" && e.Project == project && (id == "" || e.ID == id) {
+			events = append(events, Event{ID: e.Cursor, At: e.Time, Type: kind, Sandbox: e.ID})
+		}
+		return nil
+	})
+	return events, err
+}
+
+// eventType is empty for a change that clients do not know.
+func eventType(e sandbox.Event) string {
+	switch {
+	case e.From == sandbox.Creating && e.To == sandbox.Running:
+		return "created"
+	case e.To == sandbox.Hibernated, e.To == sandbox.Paused:
+		return "paused"
+	case e.To == sandbox.Running:
+		return "resumed"
+	case e.To == sandbox.Stopped:
+		return "killed"
+	}
+	return ""
+}
+
+// templateID is the id of the host's template of a name.
+func templateID(name string) string {
+	sum := sha256.Sum256([]byte(name))
+	return hex.EncodeToString(sum[:10])
+}
+
+// name returns the name of the template of an id.
+func (t hostTemplates) name(id string) (string, error) {
+	all, err := t.store.List()
+	if err != nil {
+		return "", err
+	}
+	i := slices.IndexFunc(all, func(have template.Template) bool { return templateID(have.Name) == id })
+	if i < 0 {
+		return "", errdefs.NotFound.Errorf("template %s does not exist", id)
+	}
+	return all[i].Name, nil
+}
+
+func (t hostTemplates) List() ([]Template, error) {
+	all, err := t.store.List()
+	if err != nil {
+		return nil, fmt.Errorf("list templates: %w", err)
+	}
+	var list []Template
+	for _, have := range all {
+		sum := sha256.Sum256([]byte(have.BaseSHA256))
+		x := hex.EncodeToString(sum[:16])
+		build := fmt.Sprintf("%s-%s-4%s-8%s-%s", x[:8], x[8:12], x[13:16], x[17:20], x[20:])
+		list = append(list, Template{
+			ID: templateID(have.Name), Names: []string{have.Name}, VCPUs: max(1, have.Defaults.VCPUs),
+			MemMiB: have.Defaults.MemMiB, DiskMiB: t.diskMiB, EnvdVersion: guestapi.E2BVersion,
+			Builds: []Build{{ID: build, Status: "ready"}}, Tags: []Tag{{Name: defaultTag, Build: build}},
+		})
+	}
+	return list, nil
+}
+
+var errHostTemplate = errdefs.Unsupported.Errorf("the templates of this host cannot be changed yet")
+
+func (hostTemplates) Delete(context.Context, string, string) error { return errHostTemplate }
+
+func (hostTemplates) SetPublic(context.Context, string, bool) error { return errHostTemplate }
+
+func (hostTemplates) Tag(context.Context, string, string, []string) error { return errHostTemplate }
+
+func (hostTemplates) Untag(context.Context, string, []string) error { return errHostTemplate }

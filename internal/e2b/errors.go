@@ -9,6 +9,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
 	"git.omukk.dev/wrenn/sandbox/internal/idempotency"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 // refusal is an error that says its own status.
@@ -47,7 +48,7 @@ var special = []struct {
 	{idempotency.ErrInProgress, http.StatusConflict, wordInProgress},
 	{idempotency.ErrMismatch, http.StatusUnprocessableEntity, wordMismatch},
 	{idempotency.ErrUnknown, http.StatusConflict, wordUnknown},
-	{ErrGuestSilent, http.StatusConflict, wordSilent},
+	{sandbox.ErrGuestSilent, http.StatusConflict, wordSilent},
 }
 
 // describe returns the body of the answer to an error; its code is the status.

@@ -28,7 +28,7 @@ var managerErrors = []struct {
 	{"DELETE /sandboxes/ID", "destroy", errors.New("internal secret"), 500, "internal_server_error"},
 	{"POST /sandboxes/ID/pause", "pause", errdefs.Busy.Errorf("busy"), 503, ""},
 	{"POST /sandboxes/ID/pause", "pause", errdefs.WrongState.Errorf("paused"), 409, ""},
-	{"POST /sandboxes/ID/pause", "pause", ErrGuestSilent, 409, "sandbox_snapshot_guest_agent_unresponsive"},
+	{"POST /sandboxes/ID/pause", "pause", sandbox.ErrGuestSilent, 409, "sandbox_snapshot_guest_agent_unresponsive"},
 	{"POST /sandboxes/ID/pause", "pause", errdefs.Corrupt.Errorf("disk"), 500, "internal_server_error"},
 	{"POST /v2/sandboxes/ID/connect", "connect", errdefs.NotFound.Errorf("gone"), 404, ""},
 	{"POST /v2/sandboxes/ID/connect", "connect", errdefs.WrongState.Errorf("in transition"), 409, ""},

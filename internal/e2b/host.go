@@ -76,7 +76,8 @@ func (h ofHost) Create(ctx context.Context, r CreateRequest) (Sandbox, error) {
 	}
 	created, err := h.sandboxes.Create(ctx, sandbox.CreateRequest{
 		Template: name, EndAt: time.Now().Add(r.Timeout), OnEnd: onEnd,
-		Network: settingsOf(r.Egress), Login: sandbox.Login{Env: r.Env},
+		Network: sandbox.Policy{Egress: r.Egress}, Ingress: r.Ingress,
+		Login:  sandbox.Login{Env: r.Env},
 		Labels: sandbox.Labels{Project: r.Owner.Project, Metadata: r.Metadata},
 	})
 	if err != nil {
@@ -85,17 +86,13 @@ func (h ofHost) Create(ctx context.Context, r CreateRequest) (Sandbox, error) {
 	return h.sandbox(created.Info), nil
 }
 
-func settingsOf(e Egress) sandbox.NetworkSettings {
-	return sandbox.NetworkSettings{AllowInternet: e.AllowInternet, Allow: e.Allow, Deny: e.Deny}
-}
-
 // sandbox converts what the host knows of a sandbox.
 func (h ofHost) sandbox(i sandbox.Info) Sandbox {
 	return Sandbox{
 		ID: i.ID, Project: i.Labels.Project, State: i.State, Template: templateID(i.Template), Alias: i.Template,
-		VCPUs: i.VCPUs, MemMiB: i.MemMiB, DiskMiB: h.diskMiB, EnvdVersion: guestapi.E2BVersion,
+		VCPUs: i.VCPUs, MemMiB: i.MemMiB, DiskMiB: h.diskMiB, EnvdVersion: i.EnvdVersion,
 		StartedAt: i.CreatedAt, EndAt: i.EndAt, PausedAt: i.StateAt, OnEnd: actionOf(i.OnEnd), Metadata: i.Labels.Metadata,
-		Egress: Egress{AllowInternet: i.Network.AllowInternet, Allow: i.Network.Allow, Deny: i.Network.Deny},
+		Egress: i.Network.Egress, Ingress: i.Ingress, FilesOnly: i.FilesOnly,
 	}
 }
 
@@ -125,13 +122,12 @@ func (h ofHost) Tokens(id sandbox.ID) (Tokens, error) {
 	return Tokens{Envd: token}, err
 }
 
-func (h ofHost) Destroy(ctx context.Context, id sandbox.ID) error { return h.sandboxes.Destroy(ctx, id) }
+func (h ofHost) Destroy(ctx context.Context, id sandbox.ID) error {
+	return h.sandboxes.Destroy(ctx, id)
+}
 
 func (h ofHost) Pause(ctx context.Context, id sandbox.ID, r PauseRequest) error {
-	if r.FilesOnly {
-		return notYet("pause without memory")
-	}
-	return h.sandboxes.Hibernate(ctx, id)
+	return h.sandboxes.Hibernate(ctx, id, r)
 }
 
 func (h ofHost) Connect(ctx context.Context, id sandbox.ID, r ConnectRequest) (Sandbox, bool, error) {
@@ -167,7 +163,7 @@ func (h ofHost) SetEnd(ctx context.Context, id sandbox.ID, end time.Time, extend
 }
 
 func (h ofHost) UpdateNetwork(ctx context.Context, id sandbox.ID, e Egress) error {
-	return h.sandboxes.UpdateNetwork(ctx, id, settingsOf(e))
+	return h.sandboxes.UpdateNetwork(ctx, id, e, nil)
 }
 
 func (h ofHost) Fork(context.Context, sandbox.ID, Owner, int, time.Duration) ([]Forked, error) {

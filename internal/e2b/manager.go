@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
-	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
@@ -64,9 +63,6 @@ type Templates interface {
 	Untag(ctx context.Context, id string, tags []string) error
 }
 
-// ErrGuestSilent is the error of Pause if the guest had to be healthy and is not.
-var ErrGuestSilent = errdefs.WrongState.Errorf("the sandbox's guest does not answer")
-
 // Action is what happens at the end of a sandbox's time.
 type Action string
 
@@ -102,19 +98,10 @@ type CreateRequest struct {
 }
 
 // Egress is what a sandbox may reach, as its user said it: nil is not said.
-type Egress struct {
-	AllowInternet *bool
-	Allow, Deny   []string
-	DNS           []string
-}
+type Egress = sandbox.Egress
 
 // Ingress is how a sandbox's own servers are reached.
-type Ingress struct {
-	// Public is true if nil; false demands the traffic token.
-	Public *bool
-	// MaskHost is the Host that servers see; ${PORT} in it is the port.
-	MaskHost string
-}
+type Ingress = sandbox.Ingress
 
 // Sandbox is a copy of what callers may know of one. It has no secrets.
 type Sandbox struct {
@@ -144,12 +131,9 @@ type Tokens struct {
 	Envd, Traffic string
 }
 
-// PauseRequest says what a pause keeps.
-type PauseRequest struct {
-	FilesOnly bool
-	// HealthyGuest refuses the pause of a guest that does not answer.
-	HealthyGuest bool
-}
+// PauseRequest says what a pause keeps; with HealthyGuest it is
+// sandbox.ErrGuestSilent if the guest does not answer.
+type PauseRequest = sandbox.Hibernation
 
 // ConnectRequest asks that a sandbox runs, and for how long.
 type ConnectRequest struct {

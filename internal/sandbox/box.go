@@ -26,6 +26,10 @@ type box struct {
 		doing string
 		// abort cancels the operation in progress; nil where there is none.
 		abort context.CancelCauseFunc
+		// pausingAt is when the pause in progress was begun; zero if there is none.
+		pausingAt time.Time
+		// resumption is the last resume that callers shared.
+		resumption *resumption
 		// leases counts the calls and streams in progress.
 		leases int
 		// failures counts the attempts in a row to free what the sandbox has.
@@ -119,7 +123,40 @@ func (b *box) setDoing(doing string) {
 func (b *box) unhold() {
 	b.setAbort(nil)
 	b.op.actor = Actor{}
+	b.setPausing(time.Time{})
 	<-b.lock
+}
+
+// setPausing notes when a pause was begun, which lasts until the op lock is given back.
+func (b *box) setPausing(at time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mu.pausingAt = at
+}
+
+// pausingSince is when the pause in progress was begun, now if there is none.
+func (b *box) pausingSince(now time.Time) time.Time {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.mu.pausingAt.IsZero() {
+		return now
+	}
+	return b.mu.pausingAt
+}
+
+// bounded returns a context for an operation, which ends when ctx does, when the sandbox
+// is destroyed, and when the operation's time limit has passed. end gives the op lock
+// back. Called with the op lock held.
+func (b *box) bounded(ctx context.Context, op Operation) (_ context.Context, end func()) {
+	rec := b.record()
+	limit := opTimeout
+	if op == OpHibernate || op == OpFork || op == OpSnapshot || rec.State == Hibernated {
+		limit = moveTimeout(rec)
+	}
+	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))
+	ctx, abort := context.WithCancelCause(ctx)
+	b.setAbort(abort)
+	return ctx, func() { b.unhold(); abort(nil); stop() }
 }
 
 // setAbort sets what cancels the operation in progress.
@@ -173,7 +210,9 @@ func (b *box) infoIf(fits func(*Record) bool) (_ Info, ok bool) {
 	if b.mu.leases > 0 {
 		rec.LastActiveAt = time.Now().UTC()
 	}
-	return rec.info(), true
+	info := rec.info()
+	info.Pausing = rec.State == Running && (!b.mu.pausingAt.IsZero() || rec.ended(time.Now()) && rec.OnEnd.pauses())
+	return info, true
 }
 
 // init tells a guest of the sandbox, through a client g of it, what it is or what time it

@@ -106,6 +106,10 @@ type Config struct {
 	// is for ever. A paused sandbox's own timeout stands still.
 	KeepPaused time.Duration
 
+	// MaxLife bounds the life that traffic gives a sandbox which it resumes; MaxTimeout
+	// when zero.
+	MaxLife time.Duration
+
 	Log *slog.Logger
 
 	// poolCalm is poolCalm unless a test sets it.
@@ -114,4 +118,12 @@ type Config struct {
 	storeHook func(step string) error
 	// freeDisk is set by tests, in place of what is free on the host's disk.
 	freeDisk func() int64
+}
+
+// maxLife is MaxLife with its default.
+func (c Config) maxLife() time.Duration {
+	if c.MaxLife == 0 {
+		return MaxTimeout
+	}
+	return c.MaxLife
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 	"time"
 
@@ -26,6 +27,9 @@ const (
 // CreateRequest describes a new sandbox; zero values take the defaults. As JSON it is
 // what an owner key stands for.
 type CreateRequest struct {
+	// ID is from NewID; one is made up when empty. No waiting guest can become a sandbox
+	// whose id is given.
+	ID ID `json:"-"`
 	// Template is "minimal" when empty.
 	Template string `json:",omitzero"`
 	// VCPUs is 1 when zero.
@@ -40,6 +44,11 @@ type CreateRequest struct {
 	EndAt time.Time `json:",omitzero"`
 	// OnEnd is what happens then; destroy when empty.
 	OnEnd OnTimeout `json:",omitzero"`
+	// Life, in place of EndAt, is the time from the moment at which the sandbox runs until
+	// it ends; 0 is none. Wake gives it the same again.
+	Life time.Duration `json:",omitzero"`
+	// AutoResume lets Wake resume the sandbox.
+	AutoResume bool `json:",omitzero"`
 	// Network is what the sandbox may reach.
 	Network Policy `json:",omitzero"`
 	// Ingress is how its servers are reached.
@@ -87,7 +96,7 @@ func (r *CreateRequest) check() error {
 	if r.MemMiB < MinMemMiB || r.MemMiB > MaxMemMiB {
 		errs = append(errs, fmt.Errorf("memory is %d MiB, must be %d to %d", r.MemMiB, MinMemMiB, MaxMemMiB))
 	}
-	errs = append(errs, checkTimeout(r.Timeout), r.OnTimeout.check("on_timeout"), r.checkEnd(), r.OnEnd.check("on_deadline"),
+	errs = append(errs, r.checkLife(), checkTimeout(r.Timeout), r.OnTimeout.check("on_timeout"), r.checkEnd(), r.OnEnd.check("on_deadline"),
 		CheckUser(r.Login.User), CheckEnv(r.Login.Env),
 		checkMetadata(r.Labels.Metadata))
 	if err := errors.Join(errs...); err != nil {
@@ -103,6 +112,21 @@ func (r *CreateRequest) checkEnd() error {
 		return fmt.Errorf("deadline %s has passed", r.EndAt.UTC().Format(time.RFC3339))
 	}
 	return checkEnd(r.EndAt, now)
+}
+
+// checkLife is of what says when the sandbox ends, and what happens then.
+func (r *CreateRequest) checkLife() error {
+	switch {
+	case r.Life < 0 || r.Life > MaxTimeout:
+		return fmt.Errorf("life is %d s, must be 0 (none) to %d", r.Life/time.Second, MaxTimeout/time.Second)
+	case r.Life > 0 && !r.EndAt.IsZero():
+		return errors.New("life and deadline exclude each other")
+	case r.AutoResume && r.OnEnd == HibernateFilesOnTimeout:
+		return errors.New("a sandbox that is hibernated without its memory is not resumed by traffic")
+	case r.ID != "" && !idPattern.MatchString(string(r.ID)):
+		return fmt.Errorf("id %.40q is malformed", r.ID)
+	}
+	return nil
 }
 
 func checkTimeout(d time.Duration) error {
@@ -175,6 +199,7 @@ func (m *Manager) create(ctx context.Context, req CreateRequest, tmpl template.T
 	defer b.unhold()
 	end()
 	src := find(ctx, b.record(), tmpl)
+	src.life = req.Life
 	defer src.close()
 	src, err = m.start(ctx, b, tmpl, src)
 	if err != nil {
@@ -249,7 +274,10 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 
-	id, state, makeWay := newID(), Creating, m.makeWay
+	id, state, makeWay := req.ID, Creating, m.makeWay
+	if id == "" {
+		id = m.NewID()
+	}
 	if req.bootKey != "" { // no waiting guest makes way for another
 		state, makeWay = Waiting, func(context.Context, Resources) bool { return false }
 	}
@@ -257,6 +285,10 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	if diskMiB == 0 {
 		diskMiB = m.cfg.OverlayMiB
 	}
+	if err := m.reserveID(id); err != nil {
+		return nil, err
+	}
+	temp.Push("record", func(context.Context) error { return m.store.forget(id) })
 	if err := m.admit(ctx, id, req.Labels.Project, need(req.VCPUs, req.MemMiB, diskMiB), makeWay); err != nil {
 		return nil, err
 	}
@@ -266,16 +298,12 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 		return nil, err
 	}
 	temp.Push("slot", func(context.Context) error { return m.cfg.Network.Release(slot) })
-	if err := m.store.reserve(id); err != nil {
-		return nil, fmt.Errorf("reserve id: %w", errdefs.DiskFull(err))
-	}
-	temp.Push("record", func(context.Context) error { return m.store.forget(id) })
 
 	now := time.Now().UTC()
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: state,
 		Template: req.Template, Snapshot: req.snapshot, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Base: base,
+		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Life: req.Life, AutoResume: req.AutoResume, Base: base,
 		Network: req.Network.clone(), Ingress: req.Ingress.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
 		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		TrafficToken: req.Ingress.newTrafficToken(),
@@ -298,8 +326,26 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 	return b, nil
 }
 
-// newID returns a random ID: 64 bits, and a directory of that name decides
-// whether it is new.
+// NewID returns an id that no sandbox has or had: 64 random bits. Create decides whether
+// it is new.
+func (*registry) NewID() ID { return newID() }
+
+// reserveID takes an id for a sandbox that is being made: errdefs.AlreadyExists if a
+// sandbox has it, is being made with it, or had it as far as the events go back.
+func (r *registry) reserveID(id ID) error {
+	err := r.store.reserve(id)
+	if errors.Is(err, fs.ErrExist) {
+		return errdefs.AlreadyExists.Errorf("sandbox %s exists", id)
+	}
+	if err != nil {
+		return fmt.Errorf("reserve id: %w", errdefs.DiskFull(err))
+	}
+	if _, existed := r.events.lastOf(id); existed {
+		return errors.Join(errdefs.AlreadyExists.Errorf("sandbox %s has existed", id), r.store.forget(id))
+	}
+	return nil
+}
+
 func newID() ID { return ID("sb-" + randomHex(8)) }
 
 func randomHex(bytes int) string {

@@ -96,14 +96,14 @@ func (b *box) expiry(now time.Time, keepPaused time.Duration) OnTimeout {
 	switch {
 	case !rec.ended(now) && !idle:
 		return ""
-	case rec.ended(now) && (!idle || rec.EndAt.Before(idleAt) || failed && rec.OnEnd != HibernateOnTimeout):
+	case rec.ended(now) && (!idle || rec.EndAt.Before(idleAt) || failed && !rec.OnEnd.pauses()):
 		then = rec.OnEnd
 	}
-	if then != HibernateOnTimeout {
+	if !then.pauses() {
 		return DestroyOnTimeout
 	}
 	if failed && now.Before(b.mu.retryAt) {
 		return ""
 	}
-	return HibernateOnTimeout
+	return then
 }

@@ -56,7 +56,7 @@ func (r *rig) coldBoot(id ID) error {
 		return err
 	}
 	defer end()
-	return r.resumeFromDisk(ctx, b, true)
+	return r.resumeFromDisk(ctx, b, resuming{filesOnly: true})
 }
 
 // TestFilesOnly: no memory is written, and the host has nothing of the sandbox but its

@@ -24,16 +24,21 @@ type OnTimeout string
 const (
 	DestroyOnTimeout   OnTimeout = "destroy"
 	HibernateOnTimeout OnTimeout = "hibernate"
+	// HibernateFilesOnTimeout keeps the files alone: the sandbox boots when it is resumed.
+	HibernateFilesOnTimeout OnTimeout = "hibernate_files"
 )
+
+// pauses says whether the sandbox is kept.
+func (o OnTimeout) pauses() bool { return o == HibernateOnTimeout || o == HibernateFilesOnTimeout }
 
 // check sets an empty one, which a field of a request had, to its default.
 func (o *OnTimeout) check(field string) error {
 	switch *o {
 	case "":
 		*o = DestroyOnTimeout
-	case DestroyOnTimeout, HibernateOnTimeout:
+	case DestroyOnTimeout, HibernateOnTimeout, HibernateFilesOnTimeout:
 	default:
-		return fmt.Errorf("%s is %.40q, must be destroy or hibernate", field, string(*o))
+		return fmt.Errorf("%s is %.40q, must be destroy, hibernate or hibernate_files", field, string(*o))
 	}
 	return nil
 }
@@ -162,10 +167,10 @@ func (m *Manager) freeHibernated(b *box) error {
 	return nil
 }
 
-// resumeFromDisk lets a hibernated sandbox go on. With filesOnly, and if its snapshot has
+// resumeFromDisk lets a hibernated sandbox go on. With how.filesOnly, and if its snapshot has
 // no memory, it boots from its disk. Its snapshot is not touched before it runs: on error
 // it is hibernated as before. Called with the op lock held.
-func (m *Manager) resumeFromDisk(ctx context.Context, b *box, filesOnly bool) error {
+func (m *Manager) resumeFromDisk(ctx context.Context, b *box, how resuming) error {
 	fail := func(err error) error { return fmt.Errorf("resume sandbox %s: %w", b.id, errdefs.DiskFull(err)) }
 	rec := b.record()
 	if rec.Slot != 0 || b.op.vm != nil {
@@ -190,7 +195,8 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box, filesOnly bool) er
 		return fail(err)
 	}
 	end()
-	src := m.store.ownSource(b.id, filesOnly || rec.FilesOnly)
+	src := m.store.ownSource(b.id, how.filesOnly || rec.FilesOnly)
+	src.lifetime = how.lifetime
 	_, err = m.start(ctx, b, tmpl, src)
 	if err != nil {
 		if cause := b.cause(ctx); cause != nil {
@@ -292,6 +298,7 @@ func (m *Manager) hibernateExpired(b *box) {
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
 	b.setAbort(abort)
+	b.setPausing(time.Now().UTC())
 	err := unreached(b.record())
 	if b.op.vm != nil {
 		err = m.hibernate(ctx, b, Hibernation{})

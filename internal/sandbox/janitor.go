@@ -74,7 +74,7 @@ func (j janitor) due(b *box, now time.Time) chore {
 	expiry := b.expiry(now, j.cfg.KeepPaused)
 	rec := b.record()
 	switch {
-	case expiry == HibernateOnTimeout:
+	case expiry.pauses():
 		return choreHibernate
 	case expiry != "":
 		return choreExpire

@@ -149,16 +149,28 @@ func (m *Manager) Resume(ctx context.Context, id ID) error {
 		return err
 	}
 	defer end()
+	return m.resume(ctx, b, resuming{})
+}
+
+// resume lets a paused or hibernated sandbox go on. On error it stays as it is. Called
+// with the op lock held.
+func (m *Manager) resume(ctx context.Context, b *box, r resuming) error {
 	was := b.record()
 	if was.State == Hibernated {
-		return m.resumeFromDisk(ctx, b, false)
+		return m.resumeFromDisk(ctx, b, r)
+	}
+	if r.filesOnly {
+		return errdefs.WrongState.Errorf("sandbox %s is paused in the host's memory; only a hibernated one can boot from its disk", b.id)
+	}
+	if b.op.vm == nil {
+		return unreached(was)
 	}
 	if err := m.disk.mayResume(b); err != nil {
 		return err
 	}
-	err = goOn(ctx, b)
+	err := goOn(ctx, b)
 	if err == nil {
-		err = m.move(b, Running, nil)
+		err = m.move(b, Running, r.begin)
 	}
 	if err != nil {
 		return m.backTo(ctx, b, OpResume, was, err)
@@ -174,15 +186,27 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	// Not worth waiting for: no operation ends in a state that allows this.
-	if s := b.state(); s == Stopping || s == Stopped {
-		return nil, nil, nil, check(id, op, s)
-	}
-	if err := b.hold(ctx, doing); err != nil {
+	if err := m.take(ctx, b, op, doing); err != nil {
 		return nil, nil, nil, err
 	}
+	if op == OpPause || op == OpHibernate {
+		b.setPausing(time.Now().UTC())
+	}
+	ctx, end := b.bounded(ctx, op)
+	return b, ctx, end, nil
+}
+
+// take takes the op lock of a sandbox, waiting within ctx, if its state allows op.
+func (m *Manager) take(ctx context.Context, b *box, op Operation, doing string) error {
+	// Not worth waiting for: no operation ends in a state that allows this.
+	if s := b.state(); s == Stopping || s == Stopped {
+		return check(b.id, op, s)
+	}
+	if err := b.hold(ctx, doing); err != nil {
+		return err
+	}
 	rec := b.record()
-	err = check(id, op, rec.State)
+	err := check(b.id, op, rec.State)
 	if err == nil {
 		err = b.full(op)
 	}
@@ -191,16 +215,8 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 	}
 	if err != nil {
 		b.unhold()
-		return nil, nil, nil, err
 	}
-	limit := opTimeout
-	if op == OpHibernate || op == OpFork || op == OpSnapshot || rec.State == Hibernated {
-		limit = moveTimeout(rec)
-	}
-	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))
-	ctx, abort := context.WithCancelCause(ctx)
-	b.setAbort(abort)
-	return b, ctx, func() { b.unhold(); abort(nil); stop() }, nil
+	return err
 }
 
 // opsOnVM are the operations that need a VM which answers.

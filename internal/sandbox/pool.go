@@ -175,7 +175,7 @@ func (p *pool) stopMaking(ctx context.Context) (stopped bool, err error) {
 // createWaiting makes a sandbox of a waiting guest with the same boot key. ok is false
 // if there is none, or none that still answers.
 func (m *Manager) createWaiting(ctx context.Context, req CreateRequest, tmpl template.Template) (_ Created, ok bool, err error) {
-	if m.pool.want == 0 {
+	if m.pool.want == 0 || req.ID != "" {
 		return Created{}, false, nil
 	}
 	ctx, took := withPhases(ctx)
@@ -259,6 +259,8 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 		r.EndAt, r.OnEnd, r.Labels = asEnd(req.EndAt), req.OnEnd, req.Labels.clone()
 		r.Ingress, r.TrafficToken = req.Ingress.clone(), req.Ingress.newTrafficToken()
 		r.RequestDigest, r.EnvdVersion = req.digest, b.op.envd
+		r.Life, r.AutoResume = req.Life, req.AutoResume
+		lifetime{life: req.Life}.begin(r)
 	})
 }
 

@@ -138,6 +138,14 @@ func (r *registry) move(b *box, to State, change func(*Record)) error {
 		if to == Running || to == Paused {
 			rec.LastActiveAt = now
 		}
+		switch to {
+		case Running:
+			rec.StartedAt, rec.PausedAt, rec.FilesOnly = now, time.Time{}, false
+		case Paused, Hibernated:
+			if rec.PausedAt.IsZero() { // a hibernated one was perhaps paused before
+				rec.PausedAt = b.pausingSince(now)
+			}
+		}
 		if change != nil {
 			change(rec)
 		}

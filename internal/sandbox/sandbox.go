@@ -105,6 +105,8 @@ const (
 	OpCall      Operation = "exec"
 	OpTimeout   Operation = "a timeout"
 	OpDeadline  Operation = "a deadline"
+	OpEnd       Operation = "another end"
+	OpConnect   Operation = "connect"
 	OpNetwork   Operation = "a network policy"
 	OpRecover   Operation = "recover"
 	OpDestroy   Operation = "destroy"
@@ -120,6 +122,8 @@ var allowed = map[Operation][]State{
 	OpCall:      {Running},
 	OpTimeout:   {Running, Paused, Hibernated},
 	OpDeadline:  {Running, Paused, Hibernated},
+	OpEnd:       {Running},
+	OpConnect:   {Running, Paused, Hibernated},
 	OpNetwork:   {Running, Paused, Hibernated},
 	OpRecover:   {Running, Paused, Hibernated, Unknown},
 	OpDestroy:   {Creating, Running, Paused, Hibernated, Stopping, Stopped, Unknown},
@@ -204,10 +208,15 @@ type Record struct {
 	// OnTimeout is what happens when it expires; empty is destroy.
 	OnTimeout OnTimeout `json:"onTimeout,omitempty"`
 	// EndAt is the deadline, when the sandbox ends whatever happens in it; zero is none.
-	// It is moved by a create and by SetDeadline alone.
+	// Create, SetDeadline, SetEnd, Connect and Wake move it, activity does not. A resume
+	// without a life drops one that has passed.
 	EndAt time.Time `json:"endAt,omitzero"`
 	// OnEnd is what happens then; empty is destroy.
 	OnEnd OnTimeout `json:"onEnd,omitempty"`
+	// Life is the time that the create gave the sandbox; 0 is none.
+	Life time.Duration `json:"life,omitempty"`
+	// AutoResume: traffic resumes the sandbox while it is hibernated.
+	AutoResume bool `json:"autoResume,omitempty"`
 	// Base is the digest of the base image that the disk is laid over.
 	Base string `json:"base,omitempty"`
 
@@ -251,6 +260,12 @@ type Record struct {
 	CreatedAt time.Time `json:"createdAt"`
 	// StateAt is when State was entered.
 	StateAt time.Time `json:"stateAt"`
+	// StartedAt is when the sandbox last began to run; zero if an earlier agent wrote the
+	// record, or if it never ran.
+	StartedAt time.Time `json:"startedAt,omitzero"`
+	// PausedAt is when the pause was asked for by which the sandbox is paused or
+	// hibernated; zero in other states, and if an earlier agent wrote the record.
+	PausedAt time.Time `json:"pausedAt,omitzero"`
 	// LastActiveAt is when the last call or stream ended. On disk it is the
 	// record file's modification time, so that it costs no rewrite.
 	LastActiveAt time.Time `json:"-"`
@@ -304,22 +319,46 @@ type Info struct {
 	Labels       Labels
 	CreatedAt    time.Time
 	StateAt      time.Time
+	StartedAt    time.Time // zero if it never ran
+	PausedAt     time.Time // zero unless it is paused or hibernated
 	LastActiveAt time.Time
 	// ExpiresAt is zero for a sandbox that does not expire.
 	ExpiresAt time.Time
+
+	Life       time.Duration
+	AutoResume bool
+	// Pausing: the sandbox runs, and a pause of it has begun or is due.
+	Pausing bool
 }
 
 // user is the one that programs run as if a call names none.
 func (r Record) user() string { return cmp.Or(r.Login.User, "root") }
 
+// started is StartedAt, as far as it is known.
+func (r Record) started() time.Time {
+	if r.StartedAt.IsZero() && r.State == Running {
+		return r.StateAt
+	}
+	return r.StartedAt
+}
+
+// paused is PausedAt, as far as it is known.
+func (r Record) paused() time.Time {
+	if r.PausedAt.IsZero() && (r.State == Paused || r.State == Hibernated) {
+		return r.StateAt
+	}
+	return r.PausedAt
+}
+
 func (r Record) info() Info {
 	info := Info{
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
 		Template: r.Template, Snapshot: r.Snapshot, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
-		EndAt: r.EndAt, OnEnd: r.OnEnd,
+		EndAt: r.EndAt, OnEnd: r.OnEnd, Life: r.Life, AutoResume: r.AutoResume,
 		Network: r.Network.clone(), Ingress: r.Ingress.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
 		FilesOnly: r.FilesOnly, EnvdVersion: cmp.Or(r.EnvdVersion, guestapi.E2BVersion),
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
+		StartedAt: r.started(), PausedAt: r.paused(),
 	}
 	if r.VM != nil {
 		info.CPU = r.VM.CPU

@@ -54,6 +54,8 @@ const (
 
 // source is what a VM starts from, as plain data.
 type source struct {
+	// lifetime is what the sandbox gets of time when it runs.
+	lifetime
 	// from is one of the ways above. why says why nothing better could be used.
 	from, why string
 	tell      telling
@@ -103,6 +105,7 @@ func (s source) instead(cause error) (next source, ok bool) {
 		return source{}, false
 	}
 	next = *s.boot
+	next.lifetime = s.lifetime
 	if next.why == "" {
 		next.why = firstLine(cause)
 	}
@@ -182,7 +185,7 @@ func (v *vms) start(ctx context.Context, b *box, tmpl template.Template, src sou
 	if src.tell == tellNothing {
 		return src, nil
 	}
-	return src, v.move(b, Running, func(r *Record) { r.FilesOnly, r.EnvdVersion = false, b.op.envd })
+	return src, v.move(b, Running, func(r *Record) { src.begin(r); r.EnvdVersion = b.op.envd })
 }
 
 // perGiB is a duration for each GiB of memory.

@@ -228,7 +228,10 @@ func newKeyRm(k *keyring) *cobra.Command {
 				}
 				return nil
 			})
-			return all(append(errs, err))
+			if err != nil {
+				errs = append(errs, err)
+			}
+			return all(errs)
 		},
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 // managerErrors are what the manager's methods can answer, and what that is to

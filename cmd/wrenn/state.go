@@ -18,14 +18,23 @@ import (
 )
 
 func newPause(c *cli) *cobra.Command {
-	var toDisk bool
+	var toDisk, filesOnly bool
 	cmd := &cobra.Command{
 		Use:   "pause ID...",
 		Short: "Stop the vCPUs of sandboxes; their memory stays, or goes to disk",
-		Args:  cobra.MinimumNArgs(1),
+		Long: `Stop the vCPUs of sandboxes. Their memory stays where it is. With --to-disk it goes to
+the host's disk, and with --files-only it is given up: then sandboxes are hibernated, take
+nothing but disk, and outlive the host's restart. 'wrenn resume' lets them go on where they
+were; without their memory they boot, with the same id, files and settings, and none of
+their programs.`,
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error {
-				detail, err := s.Pause(ctx, toDisk)
+				pause := s.Pause
+				if toDisk || filesOnly {
+					pause = func(ctx context.Context) (string, error) { return s.Hibernate(ctx, filesOnly) }
+				}
+				detail, err := pause(ctx)
 				if err == nil && detail != "" {
 					fmt.Fprintf(cmd.ErrOrStderr(), "wrenn: sandbox %s is %s\n", s.ID, detail)
 				}
@@ -34,6 +43,7 @@ func newPause(c *cli) *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&toDisk, "to-disk", false, "hibernate: write the memory to disk and end the VM")
+	cmd.Flags().BoolVar(&filesOnly, "files-only", false, "hibernate without memory: keep the files and end the VM")
 	return cmd
 }
 
@@ -41,7 +51,7 @@ func newResume(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use:     "resume ID...",
 		Aliases: []string{"unpause"},
-		Short:   "Let paused or hibernated sandboxes go on where they stopped",
+		Short:   "Let paused or hibernated sandboxes go on",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error { return s.Resume(ctx) })
@@ -252,6 +262,6 @@ drops one that has passed.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&then, "on-deadline", "", "what happens then: destroy, or hibernate to disk (default as before)")
+	cmd.Flags().StringVar(&then, "on-deadline", "", "what happens then: destroy, hibernate to disk, or hibernate_files (default as before)")
 	return cmd
 }

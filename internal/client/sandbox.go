@@ -48,14 +48,24 @@ func (h *Host) keepToken(id, token string) {
 	h.tokens[id] = token
 }
 
-// Pause stops the vCPUs; toDisk hibernates the sandbox instead. The detail says
-// what the agent noticed, if anything.
-func (s *Sandbox) Pause(ctx context.Context, toDisk bool) (detail string, err error) {
-	resp, err := call(ctx, s.host.rpc.PauseSandbox, &hostagentv1.PauseSandboxRequest{SandboxId: s.ID, ToDisk: toDisk})
+// Pause stops the vCPUs. The detail says what the agent noticed, if anything.
+func (s *Sandbox) Pause(ctx context.Context) (detail string, err error) {
+	return s.pause(ctx, &hostagentv1.PauseSandboxRequest{SandboxId: s.ID})
+}
+
+// Hibernate ends the VM and keeps memory and files on the host's disk, or with filesOnly
+// the files alone. The detail says what the agent noticed, if anything.
+func (s *Sandbox) Hibernate(ctx context.Context, filesOnly bool) (detail string, err error) {
+	return s.pause(ctx, &hostagentv1.PauseSandboxRequest{SandboxId: s.ID, ToDisk: true, FilesOnly: filesOnly})
+}
+
+func (s *Sandbox) pause(ctx context.Context, req *hostagentv1.PauseSandboxRequest) (detail string, err error) {
+	resp, err := call(ctx, s.host.rpc.PauseSandbox, req)
 	return resp.GetDetail(), err
 }
 
-// Resume lets a paused or hibernated sandbox go on.
+// Resume lets a paused or hibernated sandbox go on. One that was hibernated without memory
+// boots.
 func (s *Sandbox) Resume(ctx context.Context) error {
 	_, err := call(ctx, s.host.rpc.ResumeSandbox, &hostagentv1.ResumeSandboxRequest{SandboxId: s.ID})
 	return err

@@ -202,8 +202,8 @@ func (s *service) PauseSandbox(ctx context.Context, req *request[pb.PauseSandbox
 	if err != nil {
 		return nil, err
 	}
-	if req.Msg.ToDisk {
-		if err := s.manager.Hibernate(ctx, id, sandbox.Hibernation{}); err != nil {
+	if req.Msg.ToDisk || req.Msg.FilesOnly {
+		if err := s.manager.Hibernate(ctx, id, sandbox.Hibernation{FilesOnly: req.Msg.FilesOnly}); err != nil {
 			return nil, err
 		}
 		info, _ := s.manager.Get(id) // it may have been destroyed since
@@ -459,6 +459,7 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
 		User: info.User, Metadata: info.Labels.Metadata, OnDeadline: string(info.OnEnd),
 		OwnerKey: info.Labels.OwnerKey, HostIp: addrText(info.HostIP),
+		FilesOnly: info.FilesOnly, EnvdVersion: info.EnvdVersion,
 	}
 	if !info.EndAt.IsZero() {
 		out.Deadline = timestamppb.New(info.EndAt)

@@ -36,7 +36,8 @@ type CreateSandboxRequest struct {
 	MemoryMb int32 `protobuf:"varint,3,opt,name=memory_mb,json=memoryMb,proto3" json:"memory_mb,omitempty"`
 	// Seconds without activity after which the sandbox expires; 0 is never.
 	TimeoutSec int32 `protobuf:"varint,4,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
-	// What happens to it then: "destroy" (also when empty) or "hibernate".
+	// What happens to it then: "destroy" (also when empty), "hibernate" or
+	// "hibernate_files", which keeps no memory.
 	OnTimeout string `protobuf:"bytes,5,opt,name=on_timeout,json=onTimeout,proto3" json:"on_timeout,omitempty"`
 	// What the sandbox may reach; the host's policy when absent.
 	Network *NetworkPolicy `protobuf:"bytes,6,opt,name=network,proto3" json:"network,omitempty"`
@@ -53,7 +54,8 @@ type CreateSandboxRequest struct {
 	// When the sandbox ends, whatever happens in it; never when absent. At most a year
 	// ahead. Its idle timeout, timeout_sec, may end it before. A fork has it, too.
 	Deadline *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=deadline,proto3" json:"deadline,omitempty"`
-	// What happens to it then: "destroy" (also when empty) or "hibernate".
+	// What happens to it then: "destroy" (also when empty), "hibernate" or
+	// "hibernate_files", which keeps no memory.
 	OnDeadline string `protobuf:"bytes,11,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
 	// The caller's own name for the sandbox, 1 to 255 of A-Z, a-z, 0-9, '_', '.', '-';
 	// none when empty. The same request with the same key is answered with the sandbox
@@ -604,7 +606,10 @@ type PauseSandboxRequest struct {
 	// Whether to write the memory to disk and end the VM: the sandbox hibernates
 	// then, takes nothing but disk, and outlives the host's restart. A paused
 	// sandbox can be sent there, too.
-	ToDisk        bool `protobuf:"varint,2,opt,name=to_disk,json=toDisk,proto3" json:"to_disk,omitempty"`
+	ToDisk bool `protobuf:"varint,2,opt,name=to_disk,json=toDisk,proto3" json:"to_disk,omitempty"`
+	// Whether to hibernate the sandbox without its memory: the guest writes what is
+	// unsaved to its disk, which alone is kept, and ResumeSandbox boots it.
+	FilesOnly     bool `protobuf:"varint,3,opt,name=files_only,json=filesOnly,proto3" json:"files_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -649,6 +654,13 @@ func (x *PauseSandboxRequest) GetSandboxId() string {
 func (x *PauseSandboxRequest) GetToDisk() bool {
 	if x != nil {
 		return x.ToDisk
+	}
+	return false
+}
+
+func (x *PauseSandboxRequest) GetFilesOnly() bool {
+	if x != nil {
+		return x.FilesOnly
 	}
 	return false
 }
@@ -1811,7 +1823,7 @@ type SandboxInfo struct {
 	// When the sandbox expires if nothing happens in it: by its idle timeout or its
 	// deadline, whichever comes first; 0 is never.
 	ExpiresAtUnix int64 `protobuf:"varint,12,opt,name=expires_at_unix,json=expiresAtUnix,proto3" json:"expires_at_unix,omitempty"`
-	// What happens when it expires: destroy or hibernate.
+	// What happens when it expires: destroy, hibernate or hibernate_files.
 	OnTimeout string `protobuf:"bytes,13,opt,name=on_timeout,json=onTimeout,proto3" json:"on_timeout,omitempty"`
 	// What it may reach, if that is not the host's policy alone.
 	Network *NetworkPolicy `protobuf:"bytes,14,opt,name=network,proto3" json:"network,omitempty"`
@@ -1824,7 +1836,7 @@ type SandboxInfo struct {
 	// When the sandbox ends, whatever happens in it; never when absent. It does not act
 	// on a hibernated sandbox. A resume drops one that has passed.
 	Deadline *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=deadline,proto3" json:"deadline,omitempty"`
-	// What happens at the deadline: destroy or hibernate.
+	// What happens at the deadline: destroy, hibernate or hibernate_files.
 	OnDeadline string `protobuf:"bytes,19,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
 	// As its creator gave it.
 	OwnerKey string `protobuf:"bytes,20,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
@@ -1833,7 +1845,12 @@ type SandboxInfo struct {
 	Snapshot string `protobuf:"bytes,21,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
 	// CPU that the guest sees: host, x86-64-v3 and the like. Empty while it has no VM,
 	// and if an earlier agent started that.
-	Cpu           string `protobuf:"bytes,22,opt,name=cpu,proto3" json:"cpu,omitempty"`
+	Cpu string `protobuf:"bytes,22,opt,name=cpu,proto3" json:"cpu,omitempty"`
+	// Whether it is hibernated without its memory.
+	FilesOnly bool `protobuf:"varint,40,opt,name=files_only,json=filesOnly,proto3" json:"files_only,omitempty"`
+	// Version of E2B's daemon that the one in the sandbox says to be, as in "0.6.4"; this
+	// host's if it says none.
+	EnvdVersion   string `protobuf:"bytes,41,opt,name=envd_version,json=envdVersion,proto3" json:"envd_version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2022,6 +2039,20 @@ func (x *SandboxInfo) GetCpu() string {
 	return ""
 }
 
+func (x *SandboxInfo) GetFilesOnly() bool {
+	if x != nil {
+		return x.FilesOnly
+	}
+	return false
+}
+
+func (x *SandboxInfo) GetEnvdVersion() string {
+	if x != nil {
+		return x.EnvdVersion
+	}
+	return ""
+}
+
 type GetSandboxRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
@@ -2125,7 +2156,7 @@ type SetDeadlineRequest struct {
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// At most a year ahead; never when absent. One that has passed acts at once.
 	Deadline *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=deadline,proto3" json:"deadline,omitempty"`
-	// What happens then: "destroy" or "hibernate"; as before when empty.
+	// What happens then: "destroy", "hibernate" or "hibernate_files"; as before when empty.
 	OnDeadline    string `protobuf:"bytes,3,opt,name=on_deadline,json=onDeadline,proto3" json:"on_deadline,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2997,11 +3028,13 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x15DestroySandboxRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x18\n" +
-	"\x16DestroySandboxResponse\"M\n" +
+	"\x16DestroySandboxResponse\"l\n" +
 	"\x13PauseSandboxRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x17\n" +
-	"\ato_disk\x18\x02 \x01(\bR\x06toDisk\".\n" +
+	"\ato_disk\x18\x02 \x01(\bR\x06toDisk\x12\x1d\n" +
+	"\n" +
+	"files_only\x18\x03 \x01(\bR\tfilesOnly\".\n" +
 	"\x14PauseSandboxResponse\x12\x16\n" +
 	"\x06detail\x18\x01 \x01(\tR\x06detail\"6\n" +
 	"\x15RecoverSandboxRequest\x12\x1d\n" +
@@ -3080,7 +3113,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xc4\x06\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\x86\a\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -3108,7 +3141,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"onDeadline\x12\x1b\n" +
 	"\towner_key\x18\x14 \x01(\tR\bownerKey\x12\x1a\n" +
 	"\bsnapshot\x18\x15 \x01(\tR\bsnapshot\x12\x10\n" +
-	"\x03cpu\x18\x16 \x01(\tR\x03cpu\x1a;\n" +
+	"\x03cpu\x18\x16 \x01(\tR\x03cpu\x12\x1d\n" +
+	"\n" +
+	"files_only\x18( \x01(\bR\tfilesOnly\x12!\n" +
+	"\fenvd_version\x18) \x01(\tR\venvdVersion\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"2\n" +

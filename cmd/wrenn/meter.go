@@ -32,14 +32,11 @@ func startMeter() *meter {
 	return p
 }
 
-// copy is a copy that the meter shows.
-func (p *meter) copy(user string) client.Copy {
-	return client.Copy{
-		User:  user,
-		Begin: func(total int64) { give(p, p.began, total) },
-		Moved: func(n int) { p.done.Add(int64(n)) },
-		Note:  func(text string) { give(p, p.note, text) },
-	}
+// tell makes the meter show a copy.
+func (p *meter) tell(x *client.Copy) {
+	x.Begin = func(total int64) { give(p, p.began, total) }
+	x.Moved = func(n int) { p.done.Add(int64(n)) }
+	x.Note = func(text string) { give(p, p.note, text) }
 }
 
 // give sends to a meter that may have stopped.

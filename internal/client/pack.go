@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // walk visits everything below a directory, each directory before its content. It
@@ -71,48 +72,121 @@ func treeSize(root *os.Root) (total int64, err error) {
 	return total, err
 }
 
-// pack writes the content of a directory as an archive. It notes what is neither
-// file, directory nor symbolic link, and leaves it out.
-func pack(root *os.Root, w io.Writer, c *Copy) error {
-	archive := tar.NewWriter(w)
-	err := walk(root, ".", func(name string, info fs.FileInfo) error {
-		shown := filepath.Join(root.Name(), name)
-		link := ""
-		var content *os.File
-		var err error
-		switch info.Mode().Type() {
-		case fs.ModeDir:
-		case fs.ModeSymlink:
-			if link, err = root.Readlink(name); err != nil {
-				return err
-			}
-		case 0:
-			if content, err = openSame(root, name, info); err != nil {
-				return err
-			}
-			defer content.Close()
-			if info, err = content.Stat(); err != nil {
-				return err
-			}
-		default:
-			c.note("%s is not copied: it is neither a file, a directory nor a symbolic link", shown)
-			return nil
+// packer writes an archive of files here.
+type packer struct {
+	archive *tar.Writer
+	copy    *Copy
+	// names has the first name of each file that has several.
+	names map[inode]string
+	// holes are the names of the sparse files.
+	holes []string
+}
+
+func newPacker(w io.Writer, c *Copy) *packer {
+	return &packer{archive: tar.NewWriter(w), copy: c, names: map[inode]string{}}
+}
+
+// one writes an open file, and the end of the archive.
+func (p *packer) one(content *os.File, name, shown string) error {
+	if err := p.file(content, name, shown); err != nil {
+		return err
+	}
+	return p.archive.Close()
+}
+
+// all writes the content of a directory, and the end of the archive.
+func (p *packer) all(root *os.Root) error {
+	if err := p.tree(root); err != nil {
+		return err
+	}
+	return p.archive.Close()
+}
+
+// tree writes the content of a directory. It notes what is neither file, directory nor
+// symbolic link, and leaves it out.
+func (p *packer) tree(root *os.Root) error {
+	if p.copy.Preserve {
+		info, err := root.Lstat(".")
+		if err == nil {
+			err = p.entry(info, ".", "")
 		}
-		header, err := tar.FileInfoHeader(info, link)
 		if err != nil {
 			return err
 		}
-		header.Name = name
-		header.Uid, header.Gid, header.Uname, header.Gname = 0, 0, "", ""
-		if err := archive.WriteHeader(header); err != nil || content == nil {
-			return err
+	}
+	return walk(root, ".", func(name string, info fs.FileInfo) error {
+		shown := filepath.Join(root.Name(), name)
+		switch info.Mode().Type() {
+		case fs.ModeDir:
+			return p.entry(info, name, "")
+		case fs.ModeSymlink:
+			link, err := root.Readlink(name)
+			if err != nil {
+				return err
+			}
+			return p.entry(info, name, link)
+		case 0:
+			content, err := openSame(root, name, info)
+			if err != nil {
+				return err
+			}
+			defer content.Close()
+			return p.file(content, name, shown)
 		}
-		return packContent(archive, c.reader(content), header.Size, shown, c)
+		p.copy.note("%s is not copied: it is neither a file, a directory nor a symbolic link", shown)
+		return nil
 	})
+}
+
+// file writes an open file under a name of the archive. A file that the archive holds
+// already under another name becomes a hard link to that.
+func (p *packer) file(content *os.File, name, shown string) error {
+	info, err := content.Stat()
 	if err != nil {
 		return err
 	}
-	return archive.Close()
+	st := info.Sys().(*syscall.Stat_t)
+	if st.Nlink > 1 {
+		if first, ok := p.names[inodeOf(info)]; ok {
+			return p.header(&tar.Header{Typeflag: tar.TypeLink, Name: name, Linkname: first, Mode: int64(info.Mode().Perm())})
+		}
+		p.names[inodeOf(info)] = name
+	}
+	if isSparse(info) {
+		p.holes = append(p.holes, name)
+	}
+	if err := p.entry(info, name, ""); err != nil {
+		return err
+	}
+	return packContent(p.archive, p.copy.reader(content), info.Size(), shown, p.copy)
+}
+
+// isSparse says whether a file has holes. Files of the kernel that tell a wrong size
+// are small.
+func isSparse(info fs.FileInfo) bool {
+	st := info.Sys().(*syscall.Stat_t)
+	return info.Mode().IsRegular() && info.Size() >= holeBytes && st.Blocks*512 < info.Size()
+}
+
+// entry writes the header of a file, a directory or a symbolic link to link.
+func (p *packer) entry(info fs.FileInfo, name, link string) error {
+	header, err := tar.FileInfoHeader(info, link)
+	if err != nil {
+		return err
+	}
+	header.Name = name
+	if p.copy.Preserve {
+		header.Format = tar.FormatPAX // the only one with parts of a second
+		header.AccessTime, header.ChangeTime = time.Time{}, time.Time{}
+	} else {
+		header.Mode = int64(info.Mode().Perm())
+	}
+	return p.header(header)
+}
+
+func (p *packer) header(h *tar.Header) error {
+	h.Uid, h.Gid, h.Uname, h.Gname = p.copy.owner.uid, p.copy.owner.gid, "", ""
+	return p.archive.WriteHeader(h)
 }
 
 // packContent writes as much of a file as its header says.

@@ -98,7 +98,7 @@ func TestPackWhatChanges(t *testing.T) {
 			if c.do != nil {
 				out.do = func() { c.do(t, dir) }
 			}
-			err = pack(root, out, &Copy{})
+			err = newPacker(out, &Copy{}).all(root)
 			if c.want == "" {
 				if err != nil {
 					t.Fatal(err)

@@ -2,6 +2,7 @@ package client
 
 import (
 	"archive/tar"
+	"bytes"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 )
 
 const (
@@ -85,12 +87,12 @@ func kindOf(info fs.FileInfo) string {
 // layFile writes content to a temporary file in dir and renames it to name. A file,
 // link, pipe or device of that name is replaced and never opened. A directory of
 // that name is an error.
-func layFile(dir *os.Root, name string, mode fs.FileMode, content io.Reader) (info fs.FileInfo, err error) {
+func layFile(dir *os.Root, name string, keep kept, content io.Reader) (info fs.FileInfo, err error) {
 	if info, err := dir.Lstat(name); err == nil && info.IsDir() {
 		return nil, fmt.Errorf("%s is a directory here and a file in the sandbox", name)
 	}
 	part := ".wrenn-" + rand.Text() + ".part"
-	f, err := dir.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode&fs.ModePerm|0o200)
+	f, err := dir.OpenFile(part, os.O_WRONLY|os.O_CREATE|os.O_EXCL, keep.mode.Perm()|0o200)
 	if err != nil {
 		return nil, err
 	}
@@ -100,7 +102,7 @@ func layFile(dir *os.Root, name string, mode fs.FileMode, content io.Reader) (in
 			_ = dir.Remove(part)
 		}
 	}()
-	if _, err := io.Copy(f, content); err != nil {
+	if err := fill(f, content); err != nil {
 		return nil, err
 	}
 	if info, err = f.Stat(); err != nil {
@@ -109,7 +111,63 @@ func layFile(dir *os.Root, name string, mode fs.FileMode, content io.Reader) (in
 	if err := f.Close(); err != nil {
 		return nil, err
 	}
+	if err := keep.give(dir, part); err != nil {
+		return nil, err
+	}
 	return info, dir.Rename(part, name)
+}
+
+// holeBytes is how many zeros in a row become a hole of a file.
+const holeBytes = 64 << 10
+
+// fill writes content to a new file, and zeros as holes.
+func fill(f *os.File, content io.Reader) error {
+	buf, zeros := make([]byte, holeBytes), make([]byte, holeBytes)
+	at, hole := int64(0), false
+	for {
+		n, err := 0, error(nil)
+		for n < len(buf) && err == nil { // io.ReadFull has one error for a short end and a broken one
+			var more int
+			more, err = content.Read(buf[n:])
+			n += more
+		}
+		if n > 0 {
+			if hole = bytes.Equal(buf[:n], zeros); !hole {
+				if _, err := f.WriteAt(buf[:n], at); err != nil {
+					return err
+				}
+			}
+			at += int64(n)
+		}
+		switch {
+		case err == io.EOF && hole:
+			return f.Truncate(at)
+		case err == io.EOF:
+			return nil
+		case err != nil:
+			return err
+		}
+	}
+}
+
+// kept is what a copy keeps of a file or a directory besides its content.
+type kept struct {
+	mode fs.FileMode
+	// all says that the mode is kept with its set-user-ID, set-group-ID and sticky
+	// bits, and whatever the umask is, and that the time is kept.
+	all     bool
+	changed time.Time
+}
+
+// give sets the mode and the time of name in dir, if they are to be kept.
+func (k kept) give(dir *os.Root, name string) error {
+	if !k.all {
+		return nil
+	}
+	if err := dir.Chmod(name, k.mode&(fs.ModePerm|fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky)); err != nil {
+		return err
+	}
+	return dir.Chtimes(name, k.changed, k.changed)
 }
 
 // clearName removes the entry name of dir, if there is one. A directory is not
@@ -155,8 +213,11 @@ func openDir(parent *os.Root, name string, mode fs.FileMode) (*os.Root, error) {
 
 // tree is what one archive has made below a directory.
 type tree struct {
-	top  *os.Root
-	most int // entries
+	top *os.Root
+	// only is the name of the one file that the archive may hold; empty for any.
+	only string
+	most int  // entries
+	keep kept // by the top
 	// open are the directories on the way to the last entry.
 	open []level
 	// made are the files of this archive.
@@ -169,6 +230,8 @@ type tree struct {
 type level struct {
 	name string
 	dir  *os.Root
+	// keep is given to the directory when nothing more is made in it.
+	keep kept
 }
 
 type inode struct{ dev, ino uint64 }
@@ -180,14 +243,16 @@ func inodeOf(info fs.FileInfo) inode {
 
 // unpack makes the entries of an archive below top. The archive is a guest's and not
 // trusted: unpack writes, reads and links nothing outside of top. It makes only
-// files, directories and links, without set-user-ID, set-group-ID and sticky bits.
-func unpack(r io.Reader, top *os.Root, c *Copy) error {
-	t := &tree{top: top, most: maxEntries, made: make(map[inode]bool), copy: c}
+// files, directories and links; set-user-ID, set-group-ID and sticky bits only if
+// the copy preserves them. With only, the archive must hold one file, which gets that
+// name.
+func unpack(r io.Reader, top *os.Root, only string, c *Copy) error {
+	t := &tree{top: top, only: only, most: maxEntries, made: make(map[inode]bool), copy: c}
 	return t.layAll(c.reader(r))
 }
 
-func (t *tree) layAll(r io.Reader) error {
-	defer t.leave(0)
+func (t *tree) layAll(r io.Reader) (err error) {
+	defer func() { err = errors.Join(err, t.leave(0), t.keep.give(t.top, ".")) }()
 	archive := tar.NewReader(r)
 	for n := 0; ; n++ {
 		h, err := archive.Next()
@@ -203,6 +268,12 @@ func (t *tree) layAll(r io.Reader) error {
 		if n == t.most {
 			return fmt.Errorf("the sandbox's archive has more than %d entries", t.most)
 		}
+		if t.only != "" {
+			if n > 0 || h.Typeflag != tar.TypeReg {
+				return errors.New("the sandbox's archive does not hold one file")
+			}
+			h.Name = t.only
+		}
 		if err := t.lay(h, archive); err != nil {
 			return fmt.Errorf("copy %q: %w", h.Name, err)
 		}
@@ -215,11 +286,15 @@ func (t *tree) lay(h *tar.Header, content io.Reader) error {
 	if err != nil {
 		return err
 	}
+	keep := kept{mode: h.FileInfo().Mode(), all: t.copy.Preserve, changed: h.ModTime}
 	if len(parts) == 0 || h.Typeflag == tar.TypeXGlobalHeader {
-		return nil // the top itself, or nothing
+		if h.Typeflag == tar.TypeDir {
+			t.keep = keep // of the top itself
+		}
+		return nil
 	}
 	if h.Typeflag == tar.TypeDir {
-		_, err := t.enter(parts, fs.FileMode(h.Mode))
+		_, err := t.enter(parts, keep)
 		return err
 	}
 	if sparse(h) {
@@ -235,13 +310,13 @@ func (t *tree) lay(h *tar.Header, content io.Reader) error {
 		}
 		return nil
 	}
-	dir, err := t.enter(parts[:len(parts)-1], 0o755)
+	dir, err := t.enter(parts[:len(parts)-1], kept{mode: 0o755})
 	if err != nil {
 		return err
 	}
 	switch h.Typeflag {
 	case tar.TypeReg:
-		info, err := layFile(dir, name, fs.FileMode(h.Mode), content)
+		info, err := layFile(dir, name, keep, content)
 		if err != nil {
 			return err
 		}
@@ -283,38 +358,47 @@ func (t *tree) link(to string, dir *os.Root, parts []string) error {
 }
 
 // enter opens a directory below the top, level by level, and makes the levels that
-// are missing. mode is that of the last one.
-func (t *tree) enter(parts []string, mode fs.FileMode) (*os.Root, error) {
+// are missing. keep is of the last one.
+func (t *tree) enter(parts []string, keep kept) (*os.Root, error) {
 	n := 0
 	for n < len(parts) && n < len(t.open) && t.open[n].name == parts[n] {
 		n++
 	}
-	t.leave(n)
+	if err := t.leave(n); err != nil {
+		return nil, err
+	}
 	here := t.top
 	if n > 0 {
 		here = t.open[n-1].dir
 	}
 	for i := n; i < len(parts); i++ {
-		perm := fs.FileMode(0o755)
+		of := kept{mode: 0o755}
 		if i == len(parts)-1 {
-			perm = mode
+			of = keep
 		}
-		dir, err := openDir(here, parts[i], perm)
+		dir, err := openDir(here, parts[i], of.mode)
 		if err != nil {
 			return nil, err
 		}
-		t.open = append(t.open, level{parts[i], dir})
+		t.open = append(t.open, level{parts[i], dir, of})
 		here = dir
+	}
+	if keep.all && len(parts) > 0 {
+		t.open[len(parts)-1].keep = keep
 	}
 	return here, nil
 }
 
-// leave closes all but the first n levels.
-func (t *tree) leave(n int) {
+// leave closes all but the first n levels. What a directory keeps is given to it then:
+// what is made in it changes its time, and its mode may forbid to make anything.
+func (t *tree) leave(n int) error {
+	var errs []error
 	for _, l := range t.open[n:] {
+		errs = append(errs, l.keep.give(l.dir, "."))
 		l.dir.Close()
 	}
 	t.open = t.open[:n]
+	return errors.Join(errs...)
 }
 
 // split returns the levels of an entry's name; the top has none.

@@ -410,7 +410,10 @@ func writeFile(path string, body io.Reader, as account, metadata map[string]stri
 		}
 		return err
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK|unix.O_NOCTTY, 0o666)
+	f, err := openToWrite(path, 0o666)
+	if errors.Is(err, syscall.ETXTBSY) {
+		f, err = replaceProgram(path, info.Mode().Perm())
+	}
 	if err != nil {
 		return err
 	}
@@ -429,6 +432,31 @@ func writeFile(path string, body io.Reader, as account, metadata map[string]stri
 		return failf(http.StatusBadRequest, "write metadata: %v", err)
 	}
 	return nil
+}
+
+func openToWrite(path string, mode fs.FileMode) (*os.File, error) {
+	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK|unix.O_NOCTTY, mode)
+}
+
+// replaceProgram puts a new file in the place of a program that runs, which goes on with
+// the file that it has.
+func replaceProgram(path string, mode fs.FileMode) (*os.File, error) {
+	path, err := filepath.EvalSymlinks(path)
+	if err == nil {
+		err = os.Remove(path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	f, err := openToWrite(path, mode)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Chmod(mode); err != nil { // whatever the umask is
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // fill copies body into f and closes it. Its error tells a body that the client did

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"mime/multipart"
@@ -13,6 +14,7 @@ import (
 	"net/textproto"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -284,6 +286,45 @@ func TestUploadGivesToTheUser(t *testing.T) {
 		}
 		if st := info.Sys().(*syscall.Stat_t); st.Uid != as.uid || st.Gid != as.gid {
 			t.Errorf("%s belongs to %d:%d", name, st.Uid, st.Gid)
+		}
+	}
+}
+
+// A program that runs is replaced, and runs on.
+func TestUploadOverAProgram(t *testing.T) {
+	s, _ := serve(t, Config{})
+	dir := t.TempDir()
+	program, err := os.ReadFile("/bin/sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "program")
+	if err := errors.Join(os.WriteFile(path, program, 0o751), os.Symlink("program", filepath.Join(dir, "link"))); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"program", "link"} {
+		if err := errors.Join(os.WriteFile(path+".new", program, 0o751), os.Rename(path+".new", path)); err != nil {
+			t.Fatal(err)
+		}
+		run := exec.Command(path, "1000")
+		if err := run.Start(); err != nil {
+			t.Fatal(err)
+		}
+		w := request(t, s, "POST", filesURL(filepath.Join(dir, name)), "new", "Content-Type", "application/octet-stream")
+		if err := run.Process.Signal(syscall.Signal(0)); err != nil {
+			t.Errorf("over %s: the program is gone: %v", name, err)
+		}
+		if err := run.Process.Kill(); err != nil {
+			t.Error(err)
+		}
+		_ = run.Wait()
+		content, err := os.ReadFile(path)
+		info, serr := os.Lstat(path)
+		if w.Code != 200 || err != nil || serr != nil || string(content) != "new" || info.Mode() != 0o751 {
+			t.Errorf("over %s: got %d %s; %q %v, %v %v", name, w.Code, w.Body, content, err, info, serr)
+		}
+		if _, err := os.Readlink(filepath.Join(dir, "link")); err != nil {
+			t.Errorf("over %s: %v", name, err)
 		}
 	}
 }

@@ -32,10 +32,10 @@ func (s *size) flags(cmd *cobra.Command) {
 	cmd.Flags().Int32Var(&s.vcpus, "vcpus", 0, "number of virtual CPUs (default 1, or the snapshot's)")
 	cmd.Flags().StringVarP(&s.memory, "memory", "m", "", "memory in MiB, or with a unit: 512m, 2g (default 512, or the snapshot's)")
 	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox when this time passes without activity (10m, 1h); 0 is never")
-	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens when --timeout passes: destroy, hibernate to disk, or hibernate_files")
+	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens when --timeout passes: destroy, hibernate, or hibernate_files")
 	cmd.Flags().StringVar(&s.deadline, "deadline", "",
 		"end the sandbox after this time, whatever happens in it (2h), or at a time (2030-01-31T12:00:00Z)")
-	cmd.Flags().StringVar(&s.atEnd, "on-deadline", "destroy", "what happens at --deadline: destroy, hibernate to disk, or hibernate_files")
+	cmd.Flags().StringVar(&s.atEnd, "on-deadline", "destroy", "what happens at --deadline: destroy, hibernate, or hibernate_files")
 	cmd.Flags().StringArrayVarP(&s.labels, "label", "l", nil,
 		"set NAME=VALUE as metadata, by which ps --filter finds the sandbox; may be repeated")
 	s.reach.flags(cmd)

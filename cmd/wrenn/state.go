@@ -22,11 +22,11 @@ func newPause(c *cli) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "pause ID...",
 		Short: "Stop the vCPUs of sandboxes; their memory stays, or goes to disk",
-		Long: `Stop the vCPUs of sandboxes. Their memory stays where it is. With --to-disk it goes to
-the host's disk, and with --files-only it is given up: then sandboxes are hibernated, take
-nothing but disk, and outlive the host's restart. 'wrenn resume' lets them go on where they
-were; without their memory they boot, with the same id, files and settings, and none of
-their programs.`,
+		Long: `Stop the vCPUs of sandboxes. Their memory stays where it is. With --to-disk it
+goes to the host's disk, and with --files-only it is given up: then sandboxes are
+hibernated, take nothing but disk, and outlive the host's restart. 'wrenn resume'
+lets them go on where they were; without their memory they boot, with the same id,
+files and settings, and none of their programs.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error {
@@ -262,6 +262,6 @@ drops one that has passed.`,
 			return nil
 		},
 	}
-	cmd.Flags().StringVar(&then, "on-deadline", "", "what happens then: destroy, hibernate to disk, or hibernate_files (default as before)")
+	cmd.Flags().StringVar(&then, "on-deadline", "", "what happens then: destroy, hibernate, or hibernate_files (default as before)")
 	return cmd
 }

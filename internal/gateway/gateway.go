@@ -6,6 +6,7 @@ package gateway
 import (
 	"context"
 	"crypto/subtle"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -84,7 +85,9 @@ type Config struct {
 	// Names are host names and addresses of this agent beside localhost and
 	// those that connections come to.
 	Names []string
-	// MaxConns bounds the connections of clients, MaxConnsEach those of one.
+	// TLS is spoken on TCP, unless it is nil.
+	TLS *tls.Config
+	// MaxConns bounds the connections of clients on TCP, MaxConnsEach those of one.
 	MaxConns, MaxConnsEach int
 	// Panics counts what handlers panicked with.
 	Panics *atomic.Int64
@@ -105,7 +108,8 @@ type Gateway struct {
 	panics    *atomic.Int64
 	log       *slog.Logger
 	server    *http.Server
-	listener  listener
+	tcp       *bounds
+	local     *bounds // of the Unix socket
 	links     links
 	errors    *connect.ErrorWriter
 
@@ -117,19 +121,19 @@ type Gateway struct {
 func New(c Config) *Gateway {
 	g := &Gateway{
 		sandboxes: c.Sandboxes, control: c.Control, panics: c.Panics, log: c.Log,
-		listener: listener{most: c.MaxConns, mostEach: c.MaxConnsEach, each: make(map[netip.Prefix]int)},
-		errors:   connect.NewErrorWriter(),
-		count:    make(map[load]int),
+		tcp: newBounds(c.MaxConns, c.MaxConnsEach), local: newBounds(maxLocal, maxLocal),
+		errors: connect.NewErrorWriter(),
+		count:  make(map[load]int),
 	}
 	for _, name := range c.Names {
 		g.door.names = append(g.door.names, strings.ToLower(strings.TrimSuffix(name, ".")))
 	}
-	g.server = g.newServer(c.Log)
+	g.server = g.newServer(c.Log, c.TLS)
 	return g
 }
 
 // Refused is how many connections were closed because there were too many.
-func (g *Gateway) Refused() int64 { return g.listener.refused.Load() }
+func (g *Gateway) Refused() int64 { return g.tcp.refused.Load() + g.local.refused.Load() }
 
 // place is a port of a sandbox as a request names it.
 type place struct {

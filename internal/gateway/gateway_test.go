@@ -740,9 +740,9 @@ func TestTunnel(t *testing.T) {
 		}
 	}
 	open := func() int {
-		e.listener.mu.Lock()
-		defer e.listener.mu.Unlock()
-		return e.listener.open
+		e.tcp.mu.Lock()
+		defer e.tcp.mu.Unlock()
+		return e.tcp.open
 	}
 	if n := open(); n != 1 {
 		t.Errorf("%d connections are counted", n)

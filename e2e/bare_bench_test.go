@@ -233,7 +233,7 @@ func (h *bareHost) boot(ctx context.Context, p *place) (*bareVM, error) {
 		err = v.guest.WaitReady(ctx)
 	}
 	if err == nil {
-		err = v.guest.Init(ctx, h.identity(false))
+		_, err = v.guest.Init(ctx, h.identity(false))
 	}
 	return v.orEnd(err)
 }
@@ -256,7 +256,7 @@ func (h *bareHost) wake(p *place) (*bareVM, error) {
 func (h *bareHost) restore(ctx context.Context, p *place) (*bareVM, error) {
 	v, err := h.wake(p)
 	if err == nil {
-		err = v.guest.Init(ctx, h.identity(true))
+		_, err = v.guest.Init(ctx, h.identity(true))
 	}
 	return v.orEnd(err)
 }

@@ -48,7 +48,8 @@ func BenchmarkRunning(b *testing.B) {
 				if err := vm.qmp("cont"); err != nil {
 					return err
 				}
-				return vm.guest.Init(ctx, guest.Init{AccessToken: bare.token})
+				_, err := vm.guest.Init(ctx, guest.Init{AccessToken: bare.token})
+				return err
 			})
 		})
 		pause.report(b)

@@ -203,7 +203,7 @@ func TestCreateKeepsWhatItIsTold(t *testing.T) {
 	}
 	sb, _ := sandbox.ParseLooseID(id)
 	req := h.fake.requests[sb]
-	if req.Env["A"] != "1" || req.Owner.Project != "p" || req.OnEnd != Pause || !req.AutoResume || req.Build != baseBuild {
+	if req.Env["A"] != "1" || req.Project != "p" || req.OnEnd != Pause || !req.AutoResume || req.Build != baseBuild {
 		t.Errorf("the manager was asked %+v", req)
 	}
 	h.want(h.call("POST", "/v2/sandboxes/"+id+"/connect", "{}"), 200, `"trafficAccessToken":"traffic-of-`)
@@ -432,9 +432,7 @@ func TestRates(t *testing.T) {
 
 func TestQuota(t *testing.T) {
 	h := newHost(t)
-	if err := h.keys.SetQuota("p", auth.Quota{Sandboxes: 1}); err != nil {
-		t.Fatal(err)
-	}
+	h.fake.quota = 1
 	h.create(base)
 	r := h.want(h.call("POST", "/v2/sandboxes", base), 429, "sandbox_capacity_unavailable")
 	if r.header.Get("Retry-After") != "" {

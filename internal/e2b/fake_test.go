@@ -15,8 +15,10 @@ import (
 
 // fake is a Manager and Templates without guests: it keeps what it is told.
 type fake struct {
-	mu        sync.Mutex // over all fields
-	ids       int
+	mu  sync.Mutex // over all fields
+	ids int
+	// quota is how many sandboxes a project may have; 0 is any number.
+	quota     int
 	boxes     map[sandbox.ID]*Sandbox
 	requests  map[sandbox.ID]CreateRequest
 	templates []Template
@@ -85,18 +87,18 @@ func (f *fake) Create(_ context.Context, r CreateRequest) (Sandbox, error) {
 	defer f.mu.Unlock()
 	n := 0
 	for _, sb := range f.boxes {
-		if sb.Project == r.Owner.Project {
+		if sb.Project == r.Project {
 			n++
 		}
 	}
-	if quota := r.Owner.Quota.Sandboxes; quota > 0 && n >= quota {
-		return Sandbox{}, errdefs.Exhausted.Errorf("project %s has %d sandboxes already", r.Owner.Project, n)
+	if f.quota > 0 && n >= f.quota {
+		return Sandbox{}, errdefs.Exhausted.Errorf("project %s has %d sandboxes already", r.Project, n)
 	}
 	i := slices.IndexFunc(f.templates, func(t Template) bool { return t.ID == r.Template })
 	t := f.templates[i]
 	now := time.Now()
 	sb := Sandbox{
-		ID: r.ID, Project: r.Owner.Project, State: sandbox.Running, Template: t.ID, VCPUs: t.VCPUs,
+		ID: r.ID, Project: r.Project, State: sandbox.Running, Template: t.ID, VCPUs: t.VCPUs,
 		Alias: strings.Join(t.Names[:min(1, len(t.Names))], ""), MemMiB: t.MemMiB, DiskMiB: t.DiskMiB, EnvdVersion: t.EnvdVersion,
 		StartedAt: now, EndAt: now.Add(r.Timeout), OnEnd: r.OnEnd,
 		AutoResume: r.AutoResume, Metadata: maps.Clone(r.Metadata), Egress: r.Egress, Ingress: r.Ingress,
@@ -201,7 +203,7 @@ func (f *fake) UpdateNetwork(_ context.Context, id sandbox.ID, e Egress) error {
 	return err
 }
 
-func (f *fake) Fork(ctx context.Context, id sandbox.ID, o Owner, count int, timeout time.Duration) ([]Forked, error) {
+func (f *fake) Fork(ctx context.Context, id sandbox.ID, project string, count int, timeout time.Duration) ([]Forked, error) {
 	f.mu.Lock()
 	r, err := f.requests[id], f.fail["fork"]
 	f.mu.Unlock()
@@ -210,7 +212,7 @@ func (f *fake) Fork(ctx context.Context, id sandbox.ID, o Owner, count int, time
 	}
 	var forks []Forked
 	for range count {
-		r.ID, r.Owner, r.Timeout = f.NewID(), o, timeout
+		r.ID, r.Project, r.Timeout = f.NewID(), project, timeout
 		sb, err := f.Create(ctx, r)
 		forks = append(forks, Forked{sb, err})
 	}

@@ -203,11 +203,8 @@ func caller(ctx context.Context) auth.Caller {
 	return c
 }
 
-// owner is the caller's project as the owner of new sandboxes.
-func owner(ctx context.Context) Owner {
-	p := caller(ctx).Project
-	return Owner{Project: p.Name, Quota: p.Quota}
-}
+// projectOf is the name of the caller's project, which owns what the caller makes.
+func projectOf(ctx context.Context) string { return caller(ctx).Project.Name }
 
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	data, err := json.Marshal(v)

@@ -2,7 +2,6 @@ package e2b
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -39,51 +38,19 @@ func OfHost(sandboxes *sandbox.Manager, templates *template.Store, diskMiB int) 
 // notYet is the error of what this host cannot do yet.
 func notYet(what string) error { return errdefs.Unsupported.Errorf("this host has no %s yet", what) }
 
-func (h ofHost) NewID() sandbox.ID {
-	var b [8]byte
-	rand.Read(b[:]) // never fails
-	return sandbox.ID("sb-" + hex.EncodeToString(b[:]))
-}
-
-// onEndOf and actionOf translate what happens at a sandbox's end.
-func onEndOf(a Action) (sandbox.OnTimeout, error) {
-	switch a {
-	case Kill:
-		return sandbox.DestroyOnTimeout, nil
-	case Pause:
-		return sandbox.HibernateOnTimeout, nil
-	case "":
-		return "", nil
-	}
-	return "", notYet("pause without memory")
-}
-
-func actionOf(o sandbox.OnTimeout) Action {
-	if o == sandbox.HibernateOnTimeout {
-		return Pause
-	}
-	return Kill
-}
+func (h ofHost) NewID() sandbox.ID { return h.sandboxes.NewID() }
 
 func (h ofHost) Create(ctx context.Context, r CreateRequest) (Sandbox, error) {
-	onEnd, err := onEndOf(r.OnEnd)
-	if err != nil {
-		return Sandbox{}, err
-	}
 	name, err := h.templates.name(r.Template)
 	if err != nil {
 		return Sandbox{}, err
 	}
 	created, err := h.sandboxes.Create(ctx, sandbox.CreateRequest{
-		Template: name, EndAt: time.Now().Add(r.Timeout), OnEnd: onEnd,
-		Network: sandbox.Policy{Egress: r.Egress}, Ingress: r.Ingress,
-		Login:  sandbox.Login{Env: r.Env},
-		Labels: sandbox.Labels{Project: r.Owner.Project, Metadata: r.Metadata},
+		ID: r.ID, Template: name, Life: r.Timeout, OnEnd: r.OnEnd, AutoResume: r.AutoResume,
+		Network: sandbox.Policy{Egress: r.Egress}, Ingress: r.Ingress, Login: sandbox.Login{Env: r.Env},
+		Labels: sandbox.Labels{Project: r.Project, Metadata: r.Metadata},
 	})
-	if err != nil {
-		return Sandbox{}, err
-	}
-	return h.sandbox(created.Info), nil
+	return h.sandbox(created.Info), err
 }
 
 // sandbox converts what the host knows of a sandbox.
@@ -91,17 +58,14 @@ func (h ofHost) sandbox(i sandbox.Info) Sandbox {
 	return Sandbox{
 		ID: i.ID, Project: i.Labels.Project, State: i.State, Template: templateID(i.Template), Alias: i.Template,
 		VCPUs: i.VCPUs, MemMiB: i.MemMiB, DiskMiB: h.diskMiB, EnvdVersion: i.EnvdVersion,
-		StartedAt: i.CreatedAt, EndAt: i.EndAt, PausedAt: i.StateAt, OnEnd: actionOf(i.OnEnd), Metadata: i.Labels.Metadata,
-		Egress: i.Network.Egress, Ingress: i.Ingress, FilesOnly: i.FilesOnly,
+		StartedAt: i.StartedAt, EndAt: i.EndAt, PausedAt: i.PausedAt, Pausing: i.Pausing, OnEnd: i.OnEnd, AutoResume: i.AutoResume,
+		FilesOnly: i.FilesOnly, Metadata: i.Labels.Metadata, Egress: i.Network.Egress, Ingress: i.Ingress,
 	}
 }
 
 func (h ofHost) Get(id sandbox.ID) (Sandbox, error) {
 	info, err := h.sandboxes.Get(id)
-	if err != nil {
-		return Sandbox{}, err
-	}
-	return h.sandbox(info), nil
+	return h.sandbox(info), err
 }
 
 func (h ofHost) List(project string) []Sandbox {
@@ -114,13 +78,7 @@ func (h ofHost) List(project string) []Sandbox {
 	return list
 }
 
-func (h ofHost) Tokens(id sandbox.ID) (Tokens, error) {
-	token, err := h.sandboxes.AccessToken(id)
-	if err == nil && token == "" {
-		err = errdefs.NotFound.Errorf("sandbox %s has ended", id)
-	}
-	return Tokens{Envd: token}, err
-}
+func (h ofHost) Tokens(id sandbox.ID) (Tokens, error) { return h.sandboxes.Tokens(id) }
 
 func (h ofHost) Destroy(ctx context.Context, id sandbox.ID) error {
 	return h.sandboxes.Destroy(ctx, id)
@@ -131,42 +89,19 @@ func (h ofHost) Pause(ctx context.Context, id sandbox.ID, r PauseRequest) error 
 }
 
 func (h ofHost) Connect(ctx context.Context, id sandbox.ID, r ConnectRequest) (Sandbox, bool, error) {
-	onEnd, err := onEndOf(r.OnEnd)
-	if err != nil {
-		return Sandbox{}, false, err
-	}
-	info, err := h.sandboxes.Get(id)
-	if err != nil {
-		return Sandbox{}, false, err
-	}
-	resumed := info.State != sandbox.Running
-	if resumed {
-		if err := h.sandboxes.Resume(ctx, id); err != nil {
-			return Sandbox{}, false, err
-		}
-	}
-	if end := time.Now().Add(r.Timeout); resumed || end.After(info.EndAt) {
-		if info, err = h.sandboxes.SetDeadline(ctx, id, end, onEnd); err != nil {
-			return Sandbox{}, false, err
-		}
-	}
-	return h.sandbox(info), resumed, nil
+	info, resumed, err := h.sandboxes.Connect(ctx, id, r)
+	return h.sandbox(info), resumed, err
 }
 
 func (h ofHost) SetEnd(ctx context.Context, id sandbox.ID, end time.Time, extend bool) error {
-	info, err := h.sandboxes.Get(id)
-	if err != nil || extend && !end.After(info.EndAt) {
-		return err
-	}
-	_, err = h.sandboxes.SetDeadline(ctx, id, end, "")
-	return err
+	return h.sandboxes.SetEnd(ctx, id, end, extend)
 }
 
 func (h ofHost) UpdateNetwork(ctx context.Context, id sandbox.ID, e Egress) error {
 	return h.sandboxes.UpdateNetwork(ctx, id, e, nil)
 }
 
-func (h ofHost) Fork(context.Context, sandbox.ID, Owner, int, time.Duration) ([]Forked, error) {
+func (h ofHost) Fork(context.Context, sandbox.ID, string, int, time.Duration) ([]Forked, error) {
 	return nil, notYet("forks")
 }
 

@@ -197,7 +197,7 @@ func listed(sb Sandbox) api.ListedSandbox {
 // matching returns the caller's sandboxes that a filter lets through.
 func (s *server) matching(ctx context.Context, f filter) []Sandbox {
 	var some []Sandbox
-	for _, sb := range s.Manager.List(owner(ctx).Project) {
+	for _, sb := range s.Manager.List(projectOf(ctx)) {
 		if f.matches(sb) {
 			some = append(some, sb)
 		}

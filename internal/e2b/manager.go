@@ -4,7 +4,6 @@ import (
 	"context"
 	"time"
 
-	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
@@ -34,8 +33,9 @@ type Manager interface {
 	SetEnd(ctx context.Context, id sandbox.ID, end time.Time, extend bool) error
 	// UpdateNetwork replaces what a sandbox may reach.
 	UpdateNetwork(context.Context, sandbox.ID, Egress) error
-	// Fork returns one result for each fork; the error is of the whole call.
-	Fork(ctx context.Context, id sandbox.ID, owner Owner, count int, timeout time.Duration) ([]Forked, error)
+	// Fork makes sandboxes of a project; it returns one result for each fork. The error is
+	// of the whole call.
+	Fork(ctx context.Context, id sandbox.ID, project string, count int, timeout time.Duration) ([]Forked, error)
 	// Snapshot keeps the state of a sandbox as a build of a template, while the
 	// sandbox goes on.
 	Snapshot(context.Context, sandbox.ID, SnapshotRequest) (Template, error)
@@ -64,26 +64,20 @@ type Templates interface {
 }
 
 // Action is what happens at the end of a sandbox's time.
-type Action string
+type Action = sandbox.OnTimeout
 
 const (
-	Kill  Action = "kill"
-	Pause Action = "pause"
+	Kill  = sandbox.DestroyOnTimeout
+	Pause = sandbox.HibernateOnTimeout
 	// PauseFiles is a pause that keeps the files alone.
-	PauseFiles Action = "pause_files"
+	PauseFiles = sandbox.HibernateFilesOnTimeout
 )
-
-// Owner is the project that a sandbox belongs to, and what that project may have.
-type Owner struct {
-	Project string
-	Quota   auth.Quota
-}
 
 // CreateRequest describes a new sandbox.
 type CreateRequest struct {
 	// ID is from NewID.
-	ID    sandbox.ID
-	Owner Owner
+	ID      sandbox.ID
+	Project string
 	// Template and Build are ids.
 	Template, Build string
 	// Timeout is from the moment at which the sandbox runs until its end. It is kept:
@@ -125,27 +119,14 @@ type Sandbox struct {
 }
 
 // Tokens are the secrets of a sandbox.
-type Tokens struct {
-	// Envd is what its guest demands, Traffic what the ports of its user demand;
-	// that is empty if they are public.
-	Envd, Traffic string
-}
+type Tokens = sandbox.Tokens
 
 // PauseRequest says what a pause keeps; with HealthyGuest it is
 // sandbox.ErrGuestSilent if the guest does not answer.
 type PauseRequest = sandbox.Hibernation
 
 // ConnectRequest asks that a sandbox runs, and for how long.
-type ConnectRequest struct {
-	// Timeout is from now. It shortens no life.
-	Timeout time.Duration
-	// FilesOnly boots a paused sandbox from its disk.
-	FilesOnly bool
-	// PausedOnly refuses a running sandbox with WrongState.
-	PausedOnly bool
-	// OnEnd replaces what happens at the end unless it is empty.
-	OnEnd Action
-}
+type ConnectRequest = sandbox.ConnectRequest
 
 // Forked is one fork, or why there is none.
 type Forked struct {

@@ -25,7 +25,7 @@ func (s *server) find(ctx context.Context, text string) (Sandbox, error) {
 		return Sandbox{}, notFound(text)
 	}
 	sb, err := s.Manager.Get(id)
-	if errdefs.ClassOf(err) == errdefs.NotFound || err == nil && (sb.Project != owner(ctx).Project || shown(sb) == "") {
+	if errdefs.ClassOf(err) == errdefs.NotFound || err == nil && (sb.Project != projectOf(ctx) || shown(sb) == "") {
 		return Sandbox{}, notFound(text)
 	}
 	return sb, err
@@ -152,7 +152,7 @@ func (s *server) stopping(ctx context.Context, text string) bool {
 		return false
 	}
 	sb, err := s.Manager.Get(id)
-	return err == nil && sb.Project == owner(ctx).Project && sb.State == sandbox.Stopping
+	return err == nil && sb.Project == projectOf(ctx) && sb.State == sandbox.Stopping
 }
 
 func (s *server) ResumeSandbox(ctx context.Context, r api.ResumeSandboxRequestObject) (api.ResumeSandboxResponseObject, error) {
@@ -249,7 +249,7 @@ func (s *server) ForkSandbox(ctx context.Context, r api.ForkSandboxRequestObject
 	if shown(sb) != api.Running {
 		return nil, refuse(http.StatusConflict, "sandbox %s is paused and cannot be forked; resume it first", sb.ID.Short())
 	}
-	forks, err := s.Manager.Fork(ctx, sb.ID, owner(ctx), count, timeout)
+	forks, err := s.Manager.Fork(ctx, sb.ID, projectOf(ctx), count, timeout)
 	if err != nil {
 		return nil, s.notCreated(err)
 	}

@@ -60,7 +60,7 @@ func (s *server) visible(ctx context.Context) ([]Template, error) {
 	if err != nil {
 		return nil, err
 	}
-	project := owner(ctx).Project
+	project := projectOf(ctx)
 	return slices.DeleteFunc(slices.Clone(all), func(t Template) bool {
 		return t.Project != project && t.Project != "" && !t.Public
 	}), nil
@@ -77,7 +77,7 @@ func (s *server) lookup(ctx context.Context, text string) (Template, reference, 
 	if err != nil {
 		return Template{}, ref, err
 	}
-	project := owner(ctx).Project
+	project := projectOf(ctx)
 	named := func(namespace, name string) func(Template) bool {
 		return func(t Template) bool { return t.Project == namespace && slices.Contains(t.Names, name) }
 	}
@@ -166,7 +166,7 @@ func isNotFound(err error) bool {
 // own returns a template that the caller may change.
 func (s *server) own(ctx context.Context, text string) (Template, reference, error) {
 	t, ref, err := s.lookup(ctx, text)
-	if err == nil && t.Project != owner(ctx).Project {
+	if err == nil && t.Project != projectOf(ctx) {
 		err = refuse(http.StatusForbidden, "template '%.140s' is not of your project", text)
 	}
 	return t, ref, err
@@ -218,7 +218,7 @@ func (s *server) pageOf(ctx context.Context, p page, keep func(Template) bool) (
 
 // mine says whether a template is of the caller's own or of the host's.
 func mine(ctx context.Context) func(Template) bool {
-	project := owner(ctx).Project
+	project := projectOf(ctx)
 	return func(t Template) bool { return t.Project == project || t.Project == "" }
 }
 
@@ -440,7 +440,7 @@ func snapshotID(t Template, tag string) string {
 
 func (s *server) CreateSnapshot(ctx context.Context, r api.CreateSnapshotRequestObject) (api.CreateSnapshotResponseObject, error) {
 	body := value(r.Body, api.SnapshotRequest{})
-	project := owner(ctx).Project
+	project := projectOf(ctx)
 	req := SnapshotRequest{Project: project, Tag: defaultTag, FilesOnly: !value(body.Memory, true)}
 	if name := value(body.Name, ""); name != "" {
 		ref, err := parseReference(name)
@@ -505,7 +505,7 @@ func (s *server) snapshots(ctx context.Context, source, name string) ([]snapshot
 		}
 	}
 	from, known := sandbox.ParseLooseID(source)
-	project := owner(ctx).Project
+	project := projectOf(ctx)
 	var entries []snapshot
 	for _, t := range all {
 		foreign := t.Project != project || t.Source == "" || source != "" && (!known || t.Source != from)

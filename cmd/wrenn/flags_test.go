@@ -120,7 +120,6 @@ var wrongArguments = []struct{ args, want string }{
 	{"cp a b", "one of SRC and DST must be ID:PATH"},
 	{"cp 3fa:a 3fb:b", "one of SRC and DST must be ID:PATH"},
 	{"cp - " + clienttest.ID + ":", "has no name"},
-	{"cp - " + clienttest.ID + ":dir/", "has no name"},
 	{"top", "accepts 1 arg(s), received 0"},
 	{"port " + clienttest.ID, "accepts 2 arg(s), received 1"},
 	{"port " + clienttest.ID + " http", `port "http" is not a number from 1 to 65535`},

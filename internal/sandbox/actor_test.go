@@ -44,7 +44,7 @@ func TestEventsSayWhoAsked(t *testing.T) {
 		cold := made("cold")
 		r.fillPool()
 		warm := made("warm")
-		forked, err := r.Fork(as(t.Context(), "fork"), cold, 1)
+		forked, err := r.Fork(as(t.Context(), "fork"), cold, ForkRequest{Count: 1})
 		err = errors.Join(err,
 			r.Pause(as(t.Context(), "pause"), cold), r.Resume(as(t.Context(), "resume"), cold),
 			r.Hibernate(as(t.Context(), "hibernate"), cold, Hibernation{}), r.Resume(as(t.Context(), "wake"), cold),

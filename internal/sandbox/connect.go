@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -67,6 +68,14 @@ type resuming struct {
 	lifetime
 	// filesOnly boots a hibernated sandbox from its disk.
 	filesOnly bool
+}
+
+// begin is lifetime's. A deadline that has passed would end the sandbox at once.
+func (r resuming) begin(rec *Record) {
+	r.lifetime.begin(rec)
+	if passed(rec.EndAt, rec.StartedAt) {
+		rec.EndAt = time.Time{}
+	}
 }
 
 // resumption is one resume, for all callers that come while it is under way.
@@ -199,7 +208,10 @@ func (m *Manager) resumeForAll(b *box, want resuming) *resumption {
 		ctx, end := b.bounded(m.life, OpConnect)
 		defer end()
 		err := m.resume(ctx, b, want)
-		if m.life.Err() == nil {
+		switch {
+		case errors.Is(err, errDestroyed):
+			r.err = check(b.id, OpConnect, Stopping)
+		case m.life.Err() == nil:
 			r.err = err
 		}
 	}) {

@@ -199,7 +199,9 @@ func (m *Manager) create(ctx context.Context, req CreateRequest, tmpl template.T
 	defer b.unhold()
 	end()
 	src := find(ctx, b.record(), tmpl)
-	src.life = req.Life
+	if req.EndAt.IsZero() { // a fork has both
+		src.life = req.Life
+	}
 	defer src.close()
 	src, err = m.start(ctx, b, tmpl, src)
 	if err != nil {

@@ -176,15 +176,15 @@ func TestDeadlineMovedInTime(t *testing.T) {
 	})
 }
 
-// A sandbox that is not hibernated at its deadline is kept, and it is tried again, also
-// by the next agent; its idle timeout does not destroy it.
+// A sandbox that is not hibernated at its deadline is kept, paused, and it is tried
+// again, also by the next agent; its idle timeout does not destroy it.
 func TestFailedHibernationAtTheDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		id := r.until(10*time.Second, CreateRequest{OnEnd: HibernateOnTimeout, Timeout: 11 * time.Second})
 		r.driver.Inject(vmmtest.OpSnapshot, 1, vmmtest.Fault{Err: errFault})
 		pass(10 * time.Second)
-		r.wantState(id, Running)
+		r.wantState(id, Paused)
 		pass(3 * time.Second)
 		r.wantState(id, Hibernated)
 
@@ -192,10 +192,10 @@ func TestFailedHibernationAtTheDeadline(t *testing.T) {
 		at := r.wantState(id, Running).EndAt
 		r.driver.Inject(vmmtest.OpSnapshot, 1, vmmtest.Fault{Err: errFault})
 		pass(10 * time.Second)
-		r.wantState(id, Running)
+		r.wantState(id, Paused)
 		r.die()
 		r.start()
-		if info := r.wantState(id, Running); !info.EndAt.Equal(at) || info.OnEnd != HibernateOnTimeout {
+		if info := r.wantState(id, Paused); !info.EndAt.Equal(at) || info.OnEnd != HibernateOnTimeout {
 			t.Errorf("the next agent has the deadline %s, %s", info.EndAt, info.OnEnd)
 		}
 		pass(2 * time.Second)
@@ -245,7 +245,7 @@ func TestDeadlineOfAForkAndFromThePool(t *testing.T) {
 		if err != nil || made.From != FromWarm || made.EndAt.IsZero() {
 			t.Fatalf("from %s, deadline %s, %v", made.From, made.EndAt, err)
 		}
-		forked, err := r.Fork(t.Context(), made.ID, 1)
+		forked, err := r.Fork(t.Context(), made.ID, ForkRequest{Count: 1})
 		if err != nil {
 			t.Fatal(err)
 		}

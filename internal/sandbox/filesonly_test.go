@@ -370,7 +370,7 @@ func TestEnvdVersion(t *testing.T) {
 			t.Fatal(err)
 		}
 		want("cold", cold.ID, "0.7.0")
-		forked, err := r.Fork(t.Context(), cold.ID, 1)
+		forked, err := r.Fork(t.Context(), cold.ID, ForkRequest{Count: 1})
 		if err != nil {
 			t.Fatal(err)
 		}

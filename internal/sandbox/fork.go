@@ -15,6 +15,24 @@ import (
 // MaxForks bounds one Fork.
 const MaxForks = 100
 
+// ForkRequest says how many forks are made, and how long they live.
+type ForkRequest struct {
+	Count int
+	// Life is from the moment at which a fork runs until its deadline; zero gives it the
+	// source's deadline.
+	Life time.Duration
+}
+
+func (r ForkRequest) check() error {
+	switch {
+	case r.Count < 1 || r.Count > MaxForks:
+		return errdefs.InvalidArgument.Errorf("count is %d, must be 1 to %d", r.Count, MaxForks)
+	case r.Life < 0 || r.Life > MaxTimeout:
+		return errdefs.InvalidArgument.Errorf("life is %d s, must be 0 (none) to %d", r.Life/time.Second, MaxTimeout/time.Second)
+	}
+	return nil
+}
+
 // Forked is what came of a Fork.
 type Forked struct {
 	Sandboxes []Info
@@ -22,13 +40,14 @@ type Forked struct {
 	Paused time.Duration
 }
 
-// Fork makes count new sandboxes from the present state of a running or paused
-// one, which goes on: the same memory and disk, with a network, an identity and
-// a token of their own. Either all are made or none. Streams to the source stay
-// the source's.
-func (m *Manager) Fork(ctx context.Context, id ID, count int) (Forked, error) {
-	if count < 1 || count > MaxForks {
-		return Forked{}, errdefs.InvalidArgument.Errorf("count is %d, must be 1 to %d", count, MaxForks)
+// Fork makes new sandboxes from the present state of a running or paused one, which
+// goes on, with the deadline that it had: the same memory and disk, with a network, an
+// identity and a token of their own. They belong to the project of the source and have
+// all that its creator said of it, except the owner key. Either all are made or none.
+// Streams to the source stay the source's.
+func (m *Manager) Fork(ctx context.Context, id ID, req ForkRequest) (Forked, error) {
+	if err := req.check(); err != nil {
+		return Forked{}, err
 	}
 	b, err := m.find(id)
 	if err != nil {
@@ -38,7 +57,7 @@ func (m *Manager) Fork(ctx context.Context, id ID, count int) (Forked, error) {
 		return Forked{}, err
 	}
 	rec := b.record()
-	if err := m.ledger.allows(rec.Project, m.quotaOf(rec.Project), need(rec.VCPUs, rec.MemMiB, rec.DiskMiB).times(count)); err != nil {
+	if err := m.ledger.allows(rec.Project, m.quotaOf(rec.Project), need(rec.VCPUs, rec.MemMiB, rec.DiskMiB).times(req.Count)); err != nil {
 		return Forked{}, fmt.Errorf("fork sandbox %s: %w", id, err)
 	}
 	copied, err := m.disk.reserve(int64(rec.MemMiB)<<20 + m.store.takenBytes(id))
@@ -60,7 +79,7 @@ func (m *Manager) Fork(ctx context.Context, id ID, count int) (Forked, error) {
 	if err != nil {
 		return Forked{}, err
 	}
-	sandboxes, err := m.forkAll(ctx, was.record, count, source{memory: dir, disk: disk, token: was.record.Token})
+	sandboxes, err := m.forkAll(ctx, was.record, req, source{memory: dir, disk: disk, token: was.record.Token})
 	if err != nil {
 		return Forked{}, fmt.Errorf("fork sandbox %s: %w", id, err)
 	}
@@ -77,12 +96,12 @@ func (m *Manager) copyState(ctx context.Context, id ID, doing string, f freezing
 	return m.freeze(ctx, b, f)
 }
 
-// forkAll makes count sandboxes from a copy of another. Either all are made or none.
-func (m *Manager) forkAll(ctx context.Context, of Record, count int, src source) ([]Info, error) {
-	made, errs := make([]Info, count), make([]error, count)
+// forkAll makes sandboxes from a copy of another. Either all are made or none.
+func (m *Manager) forkAll(ctx context.Context, of Record, req ForkRequest, src source) ([]Info, error) {
+	made, errs := make([]Info, req.Count), make([]error, req.Count)
 	var wg sync.WaitGroup
-	for i := range count {
-		wg.Go(func() { made[i], errs[i] = m.fork(ctx, of, src) })
+	for i := range req.Count {
+		wg.Go(func() { made[i], errs[i] = m.fork(ctx, of, req.Life, src) })
 	}
 	wg.Wait()
 	if errors.Join(errs...) == nil {
@@ -104,8 +123,9 @@ func (m *Manager) forkAll(ctx context.Context, of Record, count int, src source)
 	return nil, failed
 }
 
-// fork makes one sandbox from a copy of another.
-func (m *Manager) fork(ctx context.Context, of Record, src source) (Info, error) {
+// fork makes one sandbox from a copy of another, with the life given or the deadline of
+// the other.
+func (m *Manager) fork(ctx context.Context, of Record, life time.Duration, src source) (Info, error) {
 	tmpl, err := m.cfg.Templates.Get(of.Template)
 	if err != nil {
 		return Info{}, err
@@ -116,9 +136,15 @@ func (m *Manager) fork(ctx context.Context, of Record, src source) (Info, error)
 	req := CreateRequest{
 		Template: of.Template, snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, diskMiB: of.DiskMiB,
 		Timeout: of.Timeout, OnTimeout: of.OnTimeout, EndAt: of.EndAt, OnEnd: of.OnEnd,
+		Life: of.Life, AutoResume: of.AutoResume,
 		Network: of.Network, Ingress: of.Ingress, Login: of.Login, Labels: of.Labels.clone(),
 	}
 	req.Labels.OwnerKey = ""
+	if life > 0 {
+		req.EndAt, req.Life = time.Time{}, life
+	} else if of.EndAt.IsZero() {
+		req.Life = 0
+	}
 	created, err := m.create(ctx, req, tmpl, fromSnapshot(src))
 	return created.Info, err
 }

@@ -17,7 +17,7 @@ import (
 // source, and each copy, has been told what it is.
 func TestProgramsAreFrozenInCopies(t *testing.T) {
 	copies := map[string]func(r *rig, id ID) error{
-		"fork":     func(r *rig, id ID) error { _, err := r.Fork(r.t.Context(), id, 1); return err },
+		"fork":     func(r *rig, id ID) error { _, err := r.Fork(r.t.Context(), id, ForkRequest{Count: 1}); return err },
 		"snapshot": func(r *rig, id ID) error { _, err := r.Snapshot(r.t.Context(), id, ""); return err },
 	}
 	steps := []string{"guest.freeze", "pause", "resume", "snapshot", "guest.init"}
@@ -122,7 +122,7 @@ func TestLogin(t *testing.T) {
 		want("cold", again.ID, FromBoot, again, err, "user", login.Env)
 		ready, err := r.Create(t.Context(), CreateRequest{MemMiB: 256, Login: login})
 		want("ready", ready.ID, FromReady, ready, err, "user", login.Env)
-		forked, err := r.Fork(t.Context(), ready.ID, 1)
+		forked, err := r.Fork(t.Context(), ready.ID, ForkRequest{Count: 1})
 		want("fork", forked.Sandboxes[0].ID, "", Created{}, err, "user", login.Env)
 		if _, err := r.Snapshot(t.Context(), ready.ID, "snap"); err != nil {
 			t.Fatal(err)

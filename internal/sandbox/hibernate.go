@@ -289,10 +289,12 @@ func (m *Manager) takeUpHibernated(ctx context.Context, b *box, found *Recovery)
 	return m.takeUpVM(ctx, b, found)
 }
 
-// hibernateExpired is what the janitor does to an expired sandbox that is to
-// hibernate. A sandbox that keeps the host from it ends; what the host itself cannot do
-// costs no sandbox. Called with the op lock held.
-func (m *Manager) hibernateExpired(b *box) {
+// hibernateExpired is what the janitor does to an expired sandbox that is to hibernate.
+// What the host itself cannot do costs no sandbox. A sandbox that keeps the host from it
+// for long ends if it expired by its idle timeout. A deadline that hibernates never ends
+// a sandbox: it is tried again, and until then the sandbox is paused, so that one that
+// refuses for ever gets no more of the CPUs. Called with the op lock held.
+func (m *Manager) hibernateExpired(b *box, what Hibernation) {
 	ctx, stop := context.WithTimeoutCause(m.life, moveTimeout(b.record()), errdefs.Unavailable.Errorf("it took too long"))
 	defer stop()
 	ctx, abort := context.WithCancelCause(ctx)
@@ -301,16 +303,26 @@ func (m *Manager) hibernateExpired(b *box) {
 	b.setPausing(time.Now().UTC())
 	err := unreached(b.record())
 	if b.op.vm != nil {
-		err = m.hibernate(ctx, b, Hibernation{})
+		err = m.hibernate(ctx, b, what)
 	}
 	if err == nil || m.life.Err() != nil || errors.Is(err, errDestroyed) || context.Cause(b.op.alive) != nil {
 		return
 	}
-	if b.notHibernated(hostsFault(err)) >= hibernateTries {
+	refusals := b.notHibernated(hostsFault(err))
+	rec := b.record()
+	atDeadline := rec.ended(time.Now()) && rec.OnEnd.pauses()
+	if refusals >= hibernateTries && !atDeadline {
 		_ = m.release(b, Expired, "it could not be hibernated: "+m.detail(err))
 		return
 	}
 	m.log.Error("expired sandbox not hibernated, will try again", "sandbox", b.id, "err", err)
+	if atDeadline && rec.State == Running && rec.Reason != DiskFull && b.op.vm != nil {
+		ctx, stop := context.WithTimeout(m.life, opTimeout)
+		defer stop()
+		if err := m.pause(ctx, b); err != nil {
+			m.log.Error("expired sandbox not paused either", "sandbox", b.id, "err", err)
+		}
+	}
 }
 
 // notHibernated counts an attempt that failed and sets when the next is due. It returns

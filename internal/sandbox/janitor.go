@@ -5,6 +5,9 @@ import (
 	"time"
 )
 
+// expireMost is how many sandboxes expire at the same time at most.
+const expireMost = 20
+
 // sweepEvery is how often the janitor looks around at least. It does so at each
 // deadline, too.
 const sweepEvery = time.Second
@@ -59,14 +62,46 @@ func (j janitor) sweep(now time.Time) (next time.Time) {
 		if at := rec.endsAt(); at.After(now) && at.Before(next) {
 			next = at
 		}
-		if j.due(b, now) != choreNone && b.tryHold("freed") {
-			j.goes("sweep", func() {
-				defer b.unhold()
-				j.attend(b, time.Now())
-			})
+		if chore := j.due(b, now); chore != choreNone {
+			j.dispatch(b, chore)
 		}
 	}
 	return next
+}
+
+// dispatch starts what is due of a sandbox, unless its op lock is taken, or as many
+// expire as may at the same time.
+func (j janitor) dispatch(b *box, chore chore) {
+	expires := chore == choreExpire || chore == choreHibernate
+	if expires {
+		select {
+		case j.expiring <- struct{}{}:
+		default:
+			return
+		}
+	}
+	if !b.tryHold("freed") {
+		if expires {
+			<-j.expiring
+		}
+		return
+	}
+	j.goes("sweep", func() {
+		if expires {
+			defer j.expired()
+		}
+		defer b.unhold()
+		j.attend(b, time.Now())
+	})
+}
+
+// expired lets another sandbox expire, now if one had to wait.
+func (j janitor) expired() {
+	full := len(j.expiring) == cap(j.expiring)
+	<-j.expiring
+	if full {
+		j.wakeJanitor()
+	}
 }
 
 // due says what is to be done.
@@ -95,7 +130,7 @@ func (j janitor) attend(b *box, now time.Time) {
 	var err error
 	switch j.due(b, now) {
 	case choreHibernate:
-		j.hibernateExpired(b)
+		j.hibernateExpired(b, Hibernation{FilesOnly: b.expiry(now, j.cfg.KeepPaused) == HibernateFilesOnTimeout})
 	case choreExpire:
 		detail := ""
 		if rec := b.record(); rec.ended(now) {

@@ -31,7 +31,9 @@ type Manager struct {
 	store  store
 	// woken has an element when the janitor is to look around.
 	woken chan struct{}
-	log   *slog.Logger
+	// expiring has an element for each sandbox that is being expired.
+	expiring chan struct{}
+	log      *slog.Logger
 }
 
 // Get returns one sandbox. It never waits for an operation.
@@ -130,8 +132,14 @@ func (m *Manager) Pause(ctx context.Context, id ID) error {
 		return err
 	}
 	defer end()
+	return m.pause(ctx, b)
+}
+
+// pause stops the vCPUs of a running sandbox. On error it runs as before. Called with
+// the op lock held.
+func (m *Manager) pause(ctx context.Context, b *box) error {
 	was := b.record()
-	err = b.op.vm.Pause(ctx)
+	err := b.op.vm.Pause(ctx)
 	if err == nil {
 		err = m.move(b, Paused, nil)
 	}

@@ -136,7 +136,7 @@ var scenarios = map[string]scenario{
 	"fork": {
 		prepare: func(r *rig) ID { return r.create() },
 		run: func(ctx context.Context, r *rig, id ID) error {
-			_, err := r.Fork(ctx, id, 2)
+			_, err := r.Fork(ctx, id, ForkRequest{Count: 2})
 			return err
 		},
 		keeps: true,

@@ -90,7 +90,7 @@ func testLabels(t *testing.T, labels Labels) {
 	r.die()
 	r.start()
 	step("adoption", nil)
-	forked, err := r.Fork(t.Context(), id, 2)
+	forked, err := r.Fork(t.Context(), id, ForkRequest{Count: 2})
 	step("fork", err)
 	for _, fork := range forked.Sandboxes {
 		r.wantLabels("the fork", fork.ID, labels)

@@ -88,7 +88,7 @@ func TestPolicy(t *testing.T) {
 	if err := r.updateNetwork(ctx, id, closed()); err != nil {
 		t.Fatal(err)
 	}
-	forked, err := r.Fork(ctx, id, 1)
+	forked, err := r.Fork(ctx, id, ForkRequest{Count: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +194,7 @@ func TestTrafficToken(t *testing.T) {
 			t.Errorf("the sandbox has another ingress after it was %s (-want +got):\n%s", what, d)
 		}
 	}
-	forked, err := r.Fork(t.Context(), id, 1)
+	forked, err := r.Fork(t.Context(), id, ForkRequest{Count: 1})
 	if err != nil {
 		t.Fatal(err)
 	}

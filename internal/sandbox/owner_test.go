@@ -58,7 +58,7 @@ func TestOwnerKey(t *testing.T) {
 		if err := r.Resume(t.Context(), id); err != nil {
 			t.Fatal(err)
 		}
-		forked, err := r.Fork(t.Context(), id, 1)
+		forked, err := r.Fork(t.Context(), id, ForkRequest{Count: 1})
 		if err != nil || forked.Sandboxes[0].Labels.OwnerKey != "" {
 			t.Errorf("fork: %+v, %v", forked, err)
 		}

@@ -86,21 +86,21 @@ func TestQuotaEverywhere(t *testing.T) {
 		}
 		first, err := r.createIn("blue")
 		must(err)
-		forked, err := r.Fork(ctx, first, 1)
+		forked, err := r.Fork(ctx, first, ForkRequest{Count: 1})
 		must(err)
 		r.fillPool()
 		over := func(what string) {
 			t.Helper()
 			_, err := r.createIn("blue")
 			r.wantOver(what, err, 2)
-			_, err = r.Fork(ctx, first, 1)
+			_, err = r.Fork(ctx, first, ForkRequest{Count: 1})
 			r.wantOver(what+": fork", err, 2)
 			if r.pool.size() != 1 {
 				t.Errorf("%s: %d guests wait", what, r.pool.size())
 			}
 		}
 		over("two run")
-		if _, err := r.Fork(ctx, first, 2); r.faults.count("guest.freeze") != 1 {
+		if _, err := r.Fork(ctx, first, ForkRequest{Count: 2}); r.faults.count("guest.freeze") != 1 {
 			t.Errorf("a fork over the quota froze its source, %v", err)
 		}
 		must(r.Pause(ctx, first))

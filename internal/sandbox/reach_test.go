@@ -223,8 +223,11 @@ func TestOperationsOnAHungVM(t *testing.T) {
 		"pause":     {false, func(r *rig, id ID) error { return r.Pause(context.Background(), id) }},
 		"resume":    {true, func(r *rig, id ID) error { return r.Resume(context.Background(), id) }},
 		"hibernate": {false, func(r *rig, id ID) error { return r.Hibernate(context.Background(), id, Hibernation{}) }},
-		"fork":      {false, func(r *rig, id ID) error { _, err := r.Fork(context.Background(), id, 1); return err }},
-		"snapshot":  {false, func(r *rig, id ID) error { _, err := r.Snapshot(context.Background(), id, ""); return err }},
+		"fork": {false, func(r *rig, id ID) error {
+			_, err := r.Fork(context.Background(), id, ForkRequest{Count: 1})
+			return err
+		}},
+		"snapshot": {false, func(r *rig, id ID) error { _, err := r.Snapshot(context.Background(), id, ""); return err }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

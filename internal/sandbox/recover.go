@@ -78,7 +78,7 @@ func newManager(cfg Config, lock *dirLock) *Manager {
 		fence:    &fence{net: cfg.Network, slots: map[network.Slot]bool{}},
 		pool:     newPool(cfg.Warm, cfg.poolCalm),
 		owners:   newOwners(),
-		lock:     lock, store: disk, log: cfg.Log, woken: make(chan struct{}, 1),
+		lock:     lock, store: disk, log: cfg.Log, woken: make(chan struct{}, 1), expiring: make(chan struct{}, expireMost),
 	}
 	m.disk = newDisk(m.registry, m.work, m.ledger, free, cfg.Capacity)
 	m.vms = &vms{

@@ -94,7 +94,7 @@ func TestNamedSnapshot(t *testing.T) {
 			if err := errors.Join(r.Hibernate(t.Context(), id, Hibernation{}), r.Resume(t.Context(), id)); err != nil {
 				t.Error(err)
 			}
-			if _, err := r.Fork(t.Context(), id, 1); err != nil {
+			if _, err := r.Fork(t.Context(), id, ForkRequest{Count: 1}); err != nil {
 				t.Error(err)
 			}
 			if _, err := r.Snapshot(t.Context(), id, "of-a-clone-"+string(id)); err != nil {
@@ -128,7 +128,7 @@ func TestSandboxNamesItsSnapshot(t *testing.T) {
 		if err := r.DeleteSnapshot("snap"); err != nil {
 			t.Fatal(err)
 		}
-		forked, err := r.Fork(t.Context(), created.ID, 1)
+		forked, err := r.Fork(t.Context(), created.ID, ForkRequest{Count: 1})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -230,7 +230,7 @@ func (s *service) ForkSandbox(ctx context.Context, req *request[pb.ForkSandboxRe
 		count = 1
 	}
 	began := time.Now()
-	forked, err := s.manager.Fork(ctx, id, count)
+	forked, err := s.manager.Fork(ctx, id, sandbox.ForkRequest{Count: count})
 	if err != nil {
 		return nil, err
 	}

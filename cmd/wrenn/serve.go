@@ -118,6 +118,8 @@ adopts those that run.`,
 func (c *serveFlags) apiFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&c.Listen, "listen", env("WRENN_LISTEN", c.Listen), "address of the API (env WRENN_LISTEN)")
+	f.StringVar(&c.SocketGroup, "socket-group", env("WRENN_SOCKET_GROUP", ""),
+		"group whose members command this host over the agent's Unix socket, as root does; none when empty (env WRENN_SOCKET_GROUP)")
 	f.StringVar(&c.allowHost, "allow-host", env("WRENN_ALLOW_HOST", ""),
 		"host names, comma-separated, by which clients may call the API, beside localhost and the address they connect to (env WRENN_ALLOW_HOST)")
 	f.StringVar(&c.Domain, "domain", env("WRENN_DOMAIN", c.Domain),

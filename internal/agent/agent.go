@@ -92,6 +92,7 @@ type Agent struct {
 	keys     *auth.Store
 	requests *idempotency.Store
 	listener net.Listener
+	socket   net.Listener
 	door     *gateway.Gateway
 }
 
@@ -140,8 +141,8 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		a.listener.Close()
 		return nil, err
 	}
-	if a.requests, err = a.openRequests(); err != nil {
-		return nil, err
+	if err := a.openEdges(); err != nil {
+		return nil, errors.Join(err, a.giveBack())
 	}
 	plan := a.base.network.Plan()
 	a.log.Info("state taken over: "+found.String(), "dir", cfg.StateDir, "host_range", plan.Hosts, "link_range", plan.Veths)
@@ -206,25 +207,36 @@ func (b *base) release(ctx context.Context, claims string) error {
 	return errors.Join(b.network.Teardown(ctx), releaseUIDs(claims, b.uids))
 }
 
-// openRequests opens the store of requests that are carried out once. It comes after
-// half-made sandboxes are gone. On error it undoes what New did.
-func (a *Agent) openRequests() (*idempotency.Store, error) {
-	requests, err := idempotency.Open(filepath.Join(a.cfg.StateDir, "idempotency"), func(id string) bool {
+// openEdges opens what callers need besides the manager. It comes after half-made
+// sandboxes are gone.
+func (a *Agent) openEdges() (err error) {
+	a.requests, err = idempotency.Open(filepath.Join(a.cfg.StateDir, "idempotency"), func(id string) bool {
 		_, err := a.base.manager.Get(sandbox.ID(id))
 		return err == nil
 	})
-	if err == nil {
-		return requests, nil
+	if err != nil {
+		return fmt.Errorf("open requests: %w", err)
 	}
+	gid, err := groupID(a.cfg.SocketGroup)
+	if err != nil {
+		return fmt.Errorf("--socket-group: %w", err)
+	}
+	if a.socket, err = listenUnix(socketPath(a.cfg.parts.run, a.cfg.StateDir), gid, a.log); err != nil {
+		return fmt.Errorf("listen on the agent's socket: %w", err)
+	}
+	return nil
+}
+
+// giveBack undoes what New did until the edges were opened.
+func (a *Agent) giveBack() error {
 	a.listener.Close()
 	end, cancel := context.WithTimeout(context.Background(), endTimeout)
 	defer cancel()
-	err = fmt.Errorf("open requests: %w", err)
-	if serr := a.base.manager.Shutdown(end, false); serr != nil {
-		return nil, errors.Join(err, serr)
+	if err := a.base.manager.Shutdown(end, false); err != nil {
+		return err
 	}
 	a.base.network.Detach()
-	return nil, errors.Join(err, a.base.release(end, a.cfg.parts.claims))
+	return a.base.release(end, a.cfg.parts.claims)
 }
 
 // newDoor returns the server of the API.
@@ -261,15 +273,18 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	pooled := make(chan struct{})
 	go func() { defer close(pooled); a.base.network.Run(pool) }()
 
-	served := make(chan error, 1)
-	go func() { served <- a.door.Serve(a.listener) }()
-	a.log.Info("serving", "listen", a.Addr().String(), "pid", strconv.Itoa(os.Getpid()))
+	served := make(chan error, 2)
+	for _, l := range []net.Listener{a.listener, a.socket} {
+		go func() { served <- a.door.Serve(l) }()
+	}
+	a.log.Info("serving", "listen", a.Addr().String(), "socket", a.socket.Addr().String(), "pid", strconv.Itoa(os.Getpid()))
 	select {
 	case err = <-served:
 	case <-ctx.Done():
 		a.log.Info("shutting down", "sandboxes", map[bool]string{false: "leave", true: "destroy"}[a.cfg.DestroyAtEnd])
 	}
 
+	a.socket.Close() // its file goes before the directory that the manager removes
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
 	defer cancel()
 	drained := make(chan error, 1)

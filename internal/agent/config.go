@@ -50,6 +50,9 @@ type Config struct {
 	// Listen is the TCP address of the API. Other machines may reach it only if there is
 	// an API key.
 	Listen string
+	// SocketGroup is the group, by name or number, whose members may command the host over
+	// the agent's Unix socket, like root. Empty is no group.
+	SocketGroup string
 	// AllowHosts are host names by which clients may call the API, beside
 	// localhost, Listen's host and the address that they connect to.
 	AllowHosts []string

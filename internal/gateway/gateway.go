@@ -110,6 +110,7 @@ type Gateway struct {
 	server    *http.Server
 	tcp       *bounds
 	local     *bounds // of the Unix socket
+	secure    bool    // TCP speaks TLS; the server's TLSConfig is never nil once it serves
 	links     links
 	errors    *connect.ErrorWriter
 
@@ -121,7 +122,7 @@ type Gateway struct {
 func New(c Config) *Gateway {
 	g := &Gateway{
 		sandboxes: c.Sandboxes, control: c.Control, panics: c.Panics, log: c.Log,
-		tcp: newBounds(c.MaxConns, c.MaxConnsEach), local: newBounds(maxLocal, maxLocal),
+		tcp: newBounds(c.MaxConns, c.MaxConnsEach), local: newBounds(maxLocal, maxLocal), secure: c.TLS != nil,
 		errors: connect.NewErrorWriter(),
 		count:  make(map[load]int),
 	}

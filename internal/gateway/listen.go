@@ -163,7 +163,7 @@ func (g *Gateway) Serve(l net.Listener) error {
 	if _, ok := l.Addr().(*net.UnixAddr); ok {
 		return g.server.Serve(&listener{l, g.local})
 	}
-	if g.server.TLSConfig == nil {
+	if !g.secure {
 		return g.server.Serve(&listener{l, g.tcp})
 	}
 	return g.server.ServeTLS(&listener{l, g.tcp}, "", "")

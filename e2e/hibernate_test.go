@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -205,4 +206,81 @@ func TestFlippedPageIsTold(t *testing.T) {
 	if n := b.next(); n != 2 {
 		t.Errorf("the counter is at %d", n)
 	}
+}
+
+// TestHibernateWithoutMemory: the files, the token and the variables are kept, and the
+// programs are gone with the memory, of which the host's disk has nothing.
+func TestHibernateWithoutMemory(t *testing.T) {
+	a := sharedAgent(t)
+	b := a.create(t, &hostagentv1.CreateSandboxRequest{Envs: map[string]string{"KEPT": "as told"}})
+	b.count()
+	if n := b.next(); n != 1 {
+		t.Fatalf("the counter is at %d", n)
+	}
+	b.sh("echo $RANDOM-unsynced >/root/late")
+	late, boot, token := b.sh("cat /root/late"), b.sh("cat /proc/sys/kernel/random/boot_id"), b.token()
+	_, err := a.PauseSandbox(t.Context(), connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: b.id, FilesOnly: true}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info := b.info(); info.Status != "hibernated" || !info.FilesOnly || info.Detail != "" {
+		t.Errorf("it is %v", info)
+	}
+	if left, err := testenv.Take(b.id); err != nil || len(left) > 0 {
+		t.Errorf("it has %q, %v", left.Lines(), err)
+	}
+	names, taken := filesOf(t, filepath.Join(a.stateDir, "sandboxes", b.id))
+	t.Logf("on the host's disk are %d KiB in %q", taken>>10, names)
+	if want := []string{"manifest.json", "overlay.ext4"}; !slices.Equal(names["snapshot"], want) || taken > 40<<20 {
+		t.Errorf("its snapshot has %q, want %q; %d bytes are on the disk", names["snapshot"], want, taken)
+	}
+	began := time.Now()
+	if err := b.resume(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("it boots in %s", time.Since(began).Round(time.Millisecond))
+	if got := b.sh("cat /root/late"); got != late {
+		t.Errorf("the file says %q, want %q", got, late)
+	}
+	if now := b.sh("cat /proc/sys/kernel/random/boot_id"); now == boot || len(now) != len(boot) {
+		t.Errorf("boot id %q, was %q", now, boot)
+	}
+	if got := b.sh("pgrep -f '[/]tmp/counter' || echo gone; echo $KEPT; hostname"); got != "gone\nas told\n"+b.id {
+		t.Errorf("it says %q", got)
+	}
+	if b.token() != token {
+		t.Error("it has another token")
+	}
+	if info := b.info(); info.FilesOnly || info.EnvdVersion == "" {
+		t.Errorf("it is %v", info)
+	}
+}
+
+// filesOf returns the files below dir, by directory, and what they take on the disk. A
+// file with two names is counted once.
+func filesOf(t *testing.T, dir string) (names map[string][]string, taken int64) {
+	t.Helper()
+	names = map[string][]string{}
+	seen := map[uint64]bool{}
+	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		names[filepath.Dir(rel)] = append(names[filepath.Dir(rel)], filepath.Base(rel))
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil || seen[st.Ino] {
+			return err
+		}
+		seen[st.Ino] = true
+		taken += st.Blocks * 512
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return names, taken
 }

@@ -203,18 +203,21 @@ func (f *fake) UpdateNetwork(_ context.Context, id sandbox.ID, e Egress) error {
 	return err
 }
 
-func (f *fake) Fork(ctx context.Context, id sandbox.ID, project string, count int, timeout time.Duration) ([]Forked, error) {
+func (f *fake) Fork(ctx context.Context, id sandbox.ID, count int, timeout time.Duration) ([]Sandbox, error) {
 	f.mu.Lock()
 	r, err := f.requests[id], f.fail["fork"]
 	f.mu.Unlock()
 	if err != nil {
 		return nil, err
 	}
-	var forks []Forked
+	var forks []Sandbox
 	for range count {
-		r.ID, r.Project, r.Timeout = f.NewID(), project, timeout
+		r.ID, r.Timeout = f.NewID(), timeout
 		sb, err := f.Create(ctx, r)
-		forks = append(forks, Forked{sb, err})
+		if err != nil {
+			return nil, err
+		}
+		forks = append(forks, sb)
 	}
 	return forks, nil
 }

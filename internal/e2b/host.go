@@ -101,8 +101,13 @@ func (h ofHost) UpdateNetwork(ctx context.Context, id sandbox.ID, e Egress) erro
 	return h.sandboxes.UpdateNetwork(ctx, id, e, nil)
 }
 
-func (h ofHost) Fork(context.Context, sandbox.ID, string, int, time.Duration) ([]Forked, error) {
-	return nil, notYet("forks")
+func (h ofHost) Fork(ctx context.Context, id sandbox.ID, count int, timeout time.Duration) ([]Sandbox, error) {
+	forked, err := h.sandboxes.Fork(ctx, id, sandbox.ForkRequest{Count: count, Life: timeout})
+	var forks []Sandbox
+	for _, info := range forked.Sandboxes {
+		forks = append(forks, h.sandbox(info))
+	}
+	return forks, err
 }
 
 func (h ofHost) Snapshot(context.Context, sandbox.ID, SnapshotRequest) (Template, error) {

@@ -33,9 +33,8 @@ type Manager interface {
 	SetEnd(ctx context.Context, id sandbox.ID, end time.Time, extend bool) error
 	// UpdateNetwork replaces what a sandbox may reach.
 	UpdateNetwork(context.Context, sandbox.ID, Egress) error
-	// Fork makes sandboxes of a project; it returns one result for each fork. The error is
-	// of the whole call.
-	Fork(ctx context.Context, id sandbox.ID, project string, count int, timeout time.Duration) ([]Forked, error)
+	// Fork makes count sandboxes of the same project from the state of one, all or none.
+	Fork(ctx context.Context, id sandbox.ID, count int, timeout time.Duration) ([]Sandbox, error)
 	// Snapshot keeps the state of a sandbox as a build of a template, while the
 	// sandbox goes on.
 	Snapshot(context.Context, sandbox.ID, SnapshotRequest) (Template, error)
@@ -127,12 +126,6 @@ type PauseRequest = sandbox.Hibernation
 
 // ConnectRequest asks that a sandbox runs, and for how long.
 type ConnectRequest = sandbox.ConnectRequest
-
-// Forked is one fork, or why there is none.
-type Forked struct {
-	Sandbox Sandbox
-	Err     error
-}
 
 // SnapshotRequest names a snapshot. Without a name one is made up.
 type SnapshotRequest struct {

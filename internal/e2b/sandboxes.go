@@ -249,17 +249,14 @@ func (s *server) ForkSandbox(ctx context.Context, r api.ForkSandboxRequestObject
 	if shown(sb) != api.Running {
 		return nil, refuse(http.StatusConflict, "sandbox %s is paused and cannot be forked; resume it first", sb.ID.Short())
 	}
-	forks, err := s.Manager.Fork(ctx, sb.ID, projectOf(ctx), count, timeout)
+	forks, err := s.Manager.Fork(ctx, sb.ID, count, timeout)
 	if err != nil {
 		return nil, s.notCreated(err)
 	}
 	answer := make(api.ForkSandbox201JSONResponse, 0, len(forks))
-	for _, f := range forks {
-		one, err := api.Sandbox{}, f.Err
-		if err == nil {
-			one, err = s.started(f.Sandbox)
-		}
-		if err != nil {
+	for _, fork := range forks {
+		one, err := s.started(fork)
+		if err != nil { // it has ended already
 			body := s.describe("fork sandbox", err)
 			answer = append(answer, api.Forked{Error: &body})
 			continue

@@ -200,5 +200,5 @@ func TestForks(t *testing.T) {
 	}
 	h.want(h.call("GET", "/sandboxes/"+forks[2].Sandbox.SandboxID, ""), 200, `"metadata":{"k":"v"}`)
 	h.fake.fail["create"] = errdefs.Exhausted.Errorf("full")
-	h.want(h.call("POST", "/sandboxes/"+id+"/fork", ""), 201, `[{"error":{"code":429,"message":"full"}}]`)
+	h.want(h.call("POST", "/sandboxes/"+id+"/fork", ""), 429, `"error_code":"sandbox_capacity_unavailable"`)
 }

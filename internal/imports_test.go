@@ -73,8 +73,10 @@ var mayImport = map[string][]string{
 		"internal/sandbox", "internal/template", "internal/auth", "internal/idempotency", "internal/guestapi", "api/...",
 		"internal/errdefs", "internal/errdefs/errhttp",
 	},
-	"internal/server":       {"internal/sandbox", "internal/auth", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
-	"internal/gateway":      {"internal/sandbox", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp", "internal/splice"},
+	"internal/server": {"internal/sandbox", "internal/auth", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/gateway": {
+		"internal/sandbox", "internal/auth", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp", "internal/splice",
+	},
 	"internal/testenv":      {},
 	"internal/testenv/liar": {"api/..."},
 

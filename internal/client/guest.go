@@ -30,7 +30,7 @@ func (h *Host) toGuest() *http.Client { return onlyTo(withToken{h, h.guest}) }
 
 // dataPlane is toGuest for Connect.
 func (h *Host) dataPlane() *http.Client {
-	return onlyTo(guest.Bounded{Next: refusals{withToken{h, h.guest}}})
+	return onlyTo(guest.Bounded{Next: refusals{h, withToken{h, h.guest}}})
 }
 
 // processes and filesystem are clients of the sandbox's daemon, which act as
@@ -63,16 +63,40 @@ func (s *Sandbox) request(req *http.Request) (*http.Response, error) {
 		return resp, nil
 	}
 	defer resp.Body.Close()
-	return nil, refusalOf(resp)
+	return nil, s.refusal(req.Context(), resp)
 }
 
-// refusalOf makes an error of a plain HTTP answer.
-func refusalOf(resp *http.Response) error {
+// refusal makes an error of a plain HTTP answer.
+func (s *Sandbox) refusal(ctx context.Context, resp *http.Response) error {
 	var refusal struct{ Message string }
 	if json.NewDecoder(io.LimitReader(resp.Body, maxRefusal)).Decode(&refusal) != nil || refusal.Message == "" {
 		return fmt.Errorf("the host answered %s", errdefs.Foreign(resp.Status))
 	}
+	if resp.StatusCode == http.StatusBadGateway && refusal.Message == guestapi.SandboxNotFound {
+		return s.absence(ctx)
+	}
 	return errors.New(errdefs.Foreign(refusal.Message))
+}
+
+// absence says why the data plane did not find the sandbox: it says the same of all
+// that do not run, because it does not know who asks.
+func (s *Sandbox) absence(ctx context.Context) error {
+	info, err := s.Info(ctx)
+	switch {
+	case err != nil:
+		return notFromTheWire(err)
+	case info.GetStatus() == "running":
+		return connect.NewError(connect.CodeUnavailable, fmt.Errorf("sandbox %s did not run a moment ago, and does now", s.ID))
+	}
+	return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("sandbox %s is %s; a call needs it running", s.ID, StatusText(info)))
+}
+
+// notFromTheWire is an error of the agent's that is not taken for a guest's own word.
+func notFromTheWire(err error) error {
+	if coded := new(connect.Error); errors.As(err, &coded) && connect.IsWireError(err) {
+		return connect.NewError(coded.Code(), errors.New(coded.Message()))
+	}
+	return err
 }
 
 // withToken shows the token of the sandbox that a request names.
@@ -87,11 +111,7 @@ func (t withToken) RoundTrip(req *http.Request) (*http.Response, error) {
 		if req.Body != nil {
 			req.Body.Close()
 		}
-		// An error from the wire would be taken for the guest's own word.
-		if cerr := new(connect.Error); errors.As(err, &cerr) && connect.IsWireError(err) {
-			err = connect.NewError(cerr.Code(), errors.New(cerr.Message()))
-		}
-		return nil, err
+		return nil, notFromTheWire(err)
 	}
 	req = req.Clone(req.Context())
 	req.Header.Set(guestapi.HeaderToken, token)
@@ -160,7 +180,10 @@ func (e foreignError) Unwrap() error { return e.error }
 
 // refusals makes errors of the answers that the agent gives itself in place of
 // a guest. They are plain HTTP, and Connect would read no more than the status.
-type refusals struct{ next http.RoundTripper }
+type refusals struct {
+	host *Host
+	next http.RoundTripper
+}
 
 func (r refusals) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := r.next.RoundTrip(req)
@@ -187,6 +210,9 @@ func (r refusals) RoundTrip(req *http.Request) (*http.Response, error) {
 		// A code with a name is the guest's own error in Connect's form.
 		resp.Body = io.NopCloser(bytes.NewReader(data))
 		return resp, nil
+	}
+	if resp.StatusCode == http.StatusBadGateway && refusal.Message == guestapi.SandboxNotFound {
+		return nil, r.host.Sandbox(req.Header.Get(guestapi.HeaderSandboxID)).absence(req.Context())
 	}
 	return nil, connect.NewError(row.Code, errors.New(errdefs.Foreign(refusal.Message)))
 }

@@ -125,5 +125,5 @@ func (s *Sandbox) tunnel(ctx context.Context, port uint16) (_ net.Conn, r io.Rea
 		return conn, buffer, nil
 	}
 	defer resp.Body.Close()
-	return nil, nil, refusalOf(resp)
+	return nil, nil, s.refusal(ctx, resp)
 }

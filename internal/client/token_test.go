@@ -3,6 +3,7 @@ package client
 import (
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -54,6 +55,37 @@ func TestNoTokenIsNotTheGuestsWord(t *testing.T) {
 	}
 	if _, err := s.Exec(t.Context(), Command{Cmd: "true"}); err == nil || Missing(err) {
 		t.Errorf("exec: %v", err)
+	}
+}
+
+// The data plane says of all sandboxes that do not run that they are not there. The
+// client's callers are told what is true.
+func TestSandboxThatDoesNotRun(t *testing.T) {
+	for status, want := range map[string]struct {
+		code connect.Code
+		text string
+	}{
+		"paused":     {connect.CodeFailedPrecondition, "is paused; a call needs it running"},
+		"hibernated": {connect.CodeFailedPrecondition, "is hibernated"},
+		"stopped":    {connect.CodeFailedPrecondition, "is stopped"},
+		"gone":       {connect.CodeNotFound, "does not exist"},
+		"running":    {connect.CodeUnavailable, "did not run a moment ago"},
+	} {
+		a := &clienttest.Agent{Absent: true, Token: secret}
+		s := sandboxOf(t, a.Serve(t))
+		if _, err := s.Token(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		a.SetStatus(status)
+		_, rpc := s.processes("").List(t.Context(), connect.NewRequest(&process.ListRequest{}))
+		_, exec := s.Exec(t.Context(), Command{Cmd: "true"})
+		_, usage := s.Usage(t.Context())
+		_, _, tunnel := s.tunnel(t.Context(), 80)
+		for what, err := range map[string]error{"rpc": rpc, "exec": exec, "usage": usage, "port": tunnel} {
+			if connect.CodeOf(err) != want.code || !strings.Contains(err.Error(), want.text) || connect.IsWireError(err) || Missing(err) {
+				t.Errorf("%s, %s: %v", status, what, err)
+			}
+		}
 	}
 }
 

@@ -85,7 +85,7 @@ func (s *Server) fileUser(r *http.Request, operation string) (account, error) {
 
 // download is GET /files.
 func (s *Server) download(w http.ResponseWriter, r *http.Request) {
-	as, err := s.fileUser(r, signRead)
+	as, err := s.fileUser(r, guestapi.SignRead)
 	if err != nil {
 		answer(w, err)
 		return
@@ -286,7 +286,7 @@ func (s *Server) upload(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) receive(r *http.Request) ([]uploaded, error) {
-	as, err := s.fileUser(r, signWrite)
+	as, err := s.fileUser(r, guestapi.SignWrite)
 	if err != nil {
 		return nil, err
 	}

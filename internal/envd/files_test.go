@@ -52,7 +52,7 @@ func message(t *testing.T, w *httptest.ResponseRecorder) string {
 }
 
 func TestSignatureKnownAnswer(t *testing.T) {
-	got := signature("hello.txt", signRead, "user", "0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0", "")
+	got := guestapi.SignedFile{Path: "hello.txt", Operation: guestapi.SignRead, User: "user"}.Signer()("0tQG31xiMp0IOQfaz9dcwi72L1CPo8e0")
 	if want := "v1_gUtH/s9YCJWgCizjfUxuWfhFE4QSydOWEIIvfLwDr6E"; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}
@@ -62,11 +62,13 @@ func TestFilesNeedTokenOrSignature(t *testing.T) {
 	s, _ := serve(t, Config{})
 	path := t.TempDir() + "/file"
 	write(t, path, "text")
-	const token = "secret"
+	const token, read, write = "secret", guestapi.SignRead, guestapi.SignWrite
 	request(t, s, "POST", "/init", `{"accessToken":"secret"}`)
 	later := strconv.FormatInt(time.Now().Unix()+60, 10)
 	before := strconv.FormatInt(time.Now().Unix()-60, 10)
-	sign := func(op, exp string) string { return signature(path, op, "root", token, exp) }
+	sign := func(op, exp string) string {
+		return guestapi.SignedFile{Path: path, Operation: op, User: "root", Expiration: exp}.Signer()(token)
+	}
 	for _, tt := range []struct {
 		name, target, token string
 		code                int
@@ -74,15 +76,15 @@ func TestFilesNeedTokenOrSignature(t *testing.T) {
 	}{
 		{"nothing", filesURL(path), "", 401, "missing signature query parameter"},
 		{"token", filesURL(path), token, 200, ""},
-		{"wrong token", filesURL(path, "username", "root", "signature", sign(signRead, "")), "x", 401, "access token present in header but does not match"},
-		{"signature", filesURL(path, "username", "root", "signature", sign(signRead, "")), "", 200, ""},
-		{"for another user", filesURL(path, "signature", sign(signRead, "")), "", 401, "invalid signature"},
-		{"for another path", filesURL(path+"x", "username", "root", "signature", sign(signRead, "")), "", 401, "invalid signature"},
-		{"for writing", filesURL(path, "username", "root", "signature", sign(signWrite, "")), "", 401, "invalid signature"},
-		{"not expired", filesURL(path, "username", "root", "signature", sign(signRead, later), "signature_expiration", later), "", 200, ""},
-		{"expired", filesURL(path, "username", "root", "signature", sign(signRead, before), "signature_expiration", before), "", 401, "signature is already expired"},
-		{"expiration changed", filesURL(path, "username", "root", "signature", sign(signRead, before), "signature_expiration", later), "", 401, "invalid signature"},
-		{"expiration left out", filesURL(path, "username", "root", "signature", sign(signRead, before)), "", 401, "invalid signature"},
+		{"wrong token", filesURL(path, "username", "root", "signature", sign(read, "")), "x", 401, "access token present in header but does not match"},
+		{"signature", filesURL(path, "username", "root", "signature", sign(read, "")), "", 200, ""},
+		{"for another user", filesURL(path, "signature", sign(read, "")), "", 401, "invalid signature"},
+		{"for another path", filesURL(path+"x", "username", "root", "signature", sign(read, "")), "", 401, "invalid signature"},
+		{"for writing", filesURL(path, "username", "root", "signature", sign(write, "")), "", 401, "invalid signature"},
+		{"not expired", filesURL(path, "username", "root", "signature", sign(read, later), "signature_expiration", later), "", 200, ""},
+		{"expired", filesURL(path, "username", "root", "signature", sign(read, before), "signature_expiration", before), "", 401, "signature is already expired"},
+		{"expiration changed", filesURL(path, "username", "root", "signature", sign(read, before), "signature_expiration", later), "", 401, "invalid signature"},
+		{"expiration left out", filesURL(path, "username", "root", "signature", sign(read, before)), "", 401, "invalid signature"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			w := request(t, s, "GET", tt.target, "", guestapi.HeaderToken, tt.token)

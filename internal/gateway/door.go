@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
@@ -18,16 +19,47 @@ type door struct {
 	names []string
 }
 
-// check returns an errdefs.Denied that says what is wrong with a request to the
-// agent itself, or to a sandbox that its headers name.
-func (d door) check(r *http.Request) error {
+// checkControl returns an errdefs.Denied that says what is wrong with a request to
+// the agent's own API.
+func (d door) checkControl(r *http.Request) error {
+	if err := d.checkHost(r); err != nil {
+		return err
+	}
+	if err := d.checkOrigin(r); err != nil {
+		return err
+	}
+	return d.checkType(r)
+}
+
+// checkREST is checkControl for the REST API. A page that shows a key was given it: no
+// browser adds one by itself. Nor does a browser add one when it asks what it may send,
+// and the answer to that changes nothing.
+func (d door) checkREST(r *http.Request) error {
+	if err := d.checkHost(r); err != nil || r.Method == http.MethodOptions || auth.KeyOf(r.Header) != "" {
+		return err
+	}
+	return d.checkOrigin(r)
+}
+
+// checkHost refuses requests that were sent to another name than the agent's: a page
+// whose own name leads to this host sends them.
+func (d door) checkHost(r *http.Request) error {
 	if !d.ours(r) {
 		return errdefs.Denied.Errorf("%.100q is no name of this host agent: use its address or localhost, "+
 			"or give it that name with --allow-host", hostOf(r.Host))
 	}
-	// The agent has no page. One that a browser takes for the agent's own may ask.
+	return nil
+}
+
+// checkOrigin refuses requests of web pages. The agent has none. One that a browser
+// takes for the agent's own may ask.
+func (d door) checkOrigin(r *http.Request) error {
+	own := "http://" + r.Host
+	if r.TLS != nil {
+		own = "https://" + r.Host
+	}
 	for _, origin := range r.Header.Values("Origin") {
-		if !strings.EqualFold(origin, "http://"+r.Host) {
+		if !strings.EqualFold(origin, own) {
 			return errdefs.Denied.Errorf("a web page of %.100q may not use this host agent", origin)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,24 +30,6 @@ const (
 	tokenA   = "token of a"
 	patience = 10 * time.Second
 )
-
-// sandboxes are two guests on the loopback; their addresses are the same, and a
-// test tells them apart by their ports.
-type sandboxes struct{ alive context.Context }
-
-func (s sandboxes) Lease(_ context.Context, id sandbox.ID) (*sandbox.Lease, error) {
-	if id != idA && id != idB {
-		return nil, errdefs.NotFound.Errorf("sandbox %s does not exist", id)
-	}
-	return &sandbox.Lease{Addr: netip.MustParseAddr("127.0.0.1"), Token: tokenA, Alive: s.alive}, nil
-}
-
-func (s sandboxes) AccessToken(id sandbox.ID) (string, error) {
-	if id != idA && id != idB {
-		return "", errdefs.NotFound.Errorf("sandbox %s does not exist", id)
-	}
-	return tokenA, nil
-}
 
 // logged is a log that a test may read.
 type logged struct {
@@ -80,7 +63,7 @@ func serve(t *testing.T, change func(*Config)) *edge {
 	t.Helper()
 	e := &edge{log: &logged{}, panics: new(atomic.Int64)}
 	c := Config{
-		Sandboxes: sandboxes{t.Context()}, Panics: e.panics, MaxConns: 4096, MaxConnsEach: 4096,
+		Sandboxes: newManager(t.Context()), Panics: e.panics, MaxConns: 4096, MaxConnsEach: 4096,
 		Control: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if _, err := io.Copy(io.Discard, r.Body); err != nil {
 				http.Error(w, err.Error(), http.StatusRequestTimeout)
@@ -172,38 +155,93 @@ func (e *edge) quiet(t *testing.T) {
 	}
 }
 
+// A request names one place or none, however it spells it.
 func TestPlaceOf(t *testing.T) {
+	const a, b, short = idA, idB, "sb000000000000000a"
+	at := "localhost:50051"
 	for _, c := range []struct {
-		host     string
-		ids      []string
-		ports    []string
-		id, port string
-		refused  bool
+		host    string
+		ids     []string
+		ports   []string
+		id      sandbox.ID // "" if no sandbox can be called so
+		written string
+		port    uint16
+		refused string
 	}{
-		{host: "localhost:50051"},
-		{host: "localhost:50051", ids: []string{""}},
-		{host: "localhost:50051", ids: []string{"sb-1"}, id: "sb-1", port: "49983"},
-		{host: "localhost:50051", ids: []string{"sb-1"}, ports: []string{"80"}, id: "sb-1", port: "80"},
-		{host: "localhost:50051", ids: []string{"sb-1", "sb-2"}, id: "sb-1", port: "49983", refused: true},
-		{host: "localhost:50051", ids: []string{"sb-1"}, ports: []string{"80", "81"}, id: "sb-1", port: "80", refused: true},
-		{host: "80-sb-0a.localhost:50051", id: "sb-0a", port: "80"},
-		{host: "80-sb-0a.x", ids: []string{"sb-0a"}, id: "sb-0a", port: "80"},
-		{host: "80-sb-0a.x", ids: []string{"sb-0a"}, ports: []string{"80"}, id: "sb-0a", port: "80"},
-		{host: "80-sb-0a.x", ids: []string{"sb-0b"}, id: "sb-0a", port: "80", refused: true},
-		{host: "80-sb-0a.x", ids: []string{"sb-0a", "sb-0b"}, id: "sb-0a", port: "80", refused: true},
-		{host: "80-sb-0a.x", ids: []string{"sb-0a"}, ports: []string{"49983"}, id: "sb-0a", port: "80", refused: true},
-		{host: "80-sb-0a.x", ports: []string{"49983"}, id: "sb-0a", port: "80", refused: true},
-		{host: "80-sb-0a"}, {host: "80-sb-0A.x"}, {host: "x.80-sb-0a.x"}, {host: "123456-sb-0a.x"},
+		{host: at}, {host: at, ids: []string{""}}, {host: at, ids: []string{""}, ports: []string{""}},
+		{host: at, ids: []string{a}, id: a, written: a, port: 49983},
+		{host: at, ids: []string{"", a}, ports: []string{"", "80"}, id: a, written: a, port: 80},
+		{host: at, ids: []string{short}, ports: []string{"80"}, id: a, written: short, port: 80},
+		{host: at, ids: []string{short + "-wrenn"}, id: a, written: short + "-wrenn", port: 49983},
+		{host: at, ids: []string{a, short, short + "-x"}, ports: []string{"80", "080"}, id: a, written: a, port: 80},
+		{host: at, ids: []string{"nonsense"}, written: "nonsense", port: 49983},
+		{host: at, ids: []string{"nonsense", "nonsense"}, written: "nonsense", port: 49983},
+		{host: at, ids: []string{a, b}, refused: "two sandboxes"},
+		{host: at, ids: []string{a, "nonsense"}, refused: "two sandboxes"},
+		{host: at, ids: []string{"nonsense", a}, refused: "two sandboxes"},
+		{host: at, ids: []string{"nonsense", "other"}, refused: "two sandboxes"},
+		{host: at, ids: []string{a + ", " + b}, written: a + ", " + b, port: 49983},
+		{host: at, ids: []string{a}, ports: []string{"80", "81"}, refused: "two ports"},
+		{host: at, ids: []string{a}, ports: []string{"80", "x"}, refused: "two ports"},
+		{host: at, ports: []string{"80"}, refused: "no sandbox"},
+		{host: "80-" + a + ".localhost:50051", id: a, written: a, port: 80},
+		{host: "80-" + short + ".localhost:50051", id: a, written: short, port: 80},
+		{host: "80-" + short + "-wrenn.localhost", id: a, written: short + "-wrenn", port: 80},
+		{host: "80-SB-000000000000000A.LOCALHOST", id: a, written: a, port: 80},
+		{host: "00080-" + a + ".x", id: a, written: a, port: 80},
+		{host: "80-nonsense.x", written: "nonsense", port: 80},
+		{host: "80-" + a + "..", id: a, written: a, port: 80},
+		{host: "80-" + a + ".x", ids: []string{short}, ports: []string{"80"}, id: a, written: a, port: 80},
+		{host: "80-" + a + ".x", ids: []string{b}, refused: "two sandboxes"},
+		{host: "80-" + a + ".x", ids: []string{a, b}, refused: "two sandboxes"},
+		{host: "80-" + a + ".x", ids: []string{a}, ports: []string{"49983"}, refused: "two ports"},
+		{host: "80-" + a + ".x", ports: []string{"49983"}, refused: "two ports"},
+		{host: "0-" + a + ".x", refused: "65535"}, {host: "99999-" + a + ".x", refused: "65535"},
+		// No names of sandboxes.
+		{host: "80-" + a}, {host: "x.80-" + a + ".x"}, {host: "123456-" + a + ".x"}, {host: "80_" + a + ".x"}, {host: "80-.x"},
+		{host: "80-\u017fb-000000000000000a.x"},
+		// A name of the agent that looks like one; and one that is one all the same.
+		{host: "10-server.example"}, {host: "10-SERVER.example.:1"},
+		{host: "80-" + b + ".example", id: b, written: b, port: 80},
 	} {
-		p, err := placeOf(&http.Request{Host: c.host, Header: http.Header{guestapi.HeaderSandboxID: c.ids, guestapi.HeaderSandboxPort: c.ports}})
-		var id, port string
-		if p != nil {
-			id, port = p.id, p.port
-		}
-		if id != c.id || port != c.port || (err != nil) != c.refused {
-			t.Errorf("%+v: got %q, %q, %v", c, id, port, err)
+		d := door{names: []string{"10-server.example", "80-" + idB + ".example"}}
+		p, err := d.placeOf(&http.Request{Host: c.host, URL: &url.URL{Path: "/"},
+			Header: http.Header{guestapi.HeaderSandboxID: c.ids, guestapi.HeaderSandboxPort: c.ports}})
+		switch {
+		case c.refused != "":
+			if errdefs.ClassOf(err) != errdefs.InvalidArgument || !strings.Contains(err.Error(), c.refused) {
+				t.Errorf("%+v: got %+v, %v", c, p, err)
+			}
+		case err != nil:
+			t.Errorf("%+v: %v", c, err)
+		case c.written == "" && p != nil || c.written != "" && (p == nil || p.id != c.id || p.written != c.written || p.port != c.port):
+			t.Errorf("%+v: got %+v", c, p)
 		}
 	}
+}
+
+// Two spellings of a host never lead to two sandboxes, and what is no ID leads to none.
+func FuzzPlaceOf(f *testing.F) {
+	f.Add("80-sb-000000000000000a.x", "sb000000000000000a-x", "80")
+	f.Add("localhost", "sb000000000000000a", "")
+	f.Add("80-sb-000000000000000a.x:80", "", "0")
+	f.Fuzz(func(t *testing.T, host, id, port string) {
+		r := &http.Request{Host: host, URL: &url.URL{Path: "/"}, Header: http.Header{}}
+		r.Header.Set(guestapi.HeaderSandboxID, id)
+		r.Header.Set(guestapi.HeaderSandboxPort, port)
+		p, err := door{}.placeOf(r)
+		if err != nil || p == nil {
+			return
+		}
+		if p.port == 0 || p.written == "" {
+			t.Errorf("%+v", p)
+		}
+		for _, text := range []string{p.written, id} {
+			if got, ok := sandbox.ParseLooseID(text); text != "" && (got != p.id || ok != (p.id != "")) {
+				t.Errorf("%q is %q, and the request is for %q", text, got, p.id)
+			}
+		}
+	})
 }
 
 func TestIsReserved(t *testing.T) {
@@ -724,7 +762,7 @@ func TestClientOf(t *testing.T) {
 func TestTunnel(t *testing.T) {
 	port := guest(t, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "guest") })
 	alive, end := context.WithCancel(t.Context())
-	e := serve(t, func(c *Config) { c.Sandboxes = sandboxes{alive} })
+	e := serve(t, func(c *Config) { c.Sandboxes = newManager(alive) })
 	c := e.dial(t)
 	fmt.Fprintf(c, "CONNECT %s-%s.x:80 HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\nHost: x\r\n\r\n", port, idA)
 	r := bufio.NewReader(c)

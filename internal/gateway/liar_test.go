@@ -34,8 +34,8 @@ func passer(t *testing.T, addr netip.AddrPort) (*link, *httptest.Server) {
 				p.Out.Header.Set(guestapi.HeaderToken, liar.Token)
 			},
 			Transport: l.transport(r, true), BufferPool: buffers,
-			ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) {
-				refuse(w, refusal{http.StatusBadGateway, "no answer", "", 0})
+			ErrorHandler: func(w http.ResponseWriter, r *http.Request, _ error) {
+				refuse(w, r, refusal{Code: http.StatusBadGateway, Message: "no answer"})
 			},
 		}
 		defer func() { _ = recover() }() // how it ends an answer that breaks off

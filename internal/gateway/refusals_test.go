@@ -1,9 +1,11 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"strconv"
@@ -16,17 +18,11 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
-// failing are sandboxes of which none can be asked.
-type failing struct{ err error }
-
-func (f failing) Lease(context.Context, sandbox.ID) (*sandbox.Lease, error) { return nil, f.err }
-func (f failing) AccessToken(sandbox.ID) (string, error)                    { return tokenA, f.err }
-
-// refusing returns a gateway whose sandboxes all fail with an error. A request
-// that reaches the control plane fails the test.
-func refusing(t *testing.T, err error) *Gateway {
+// refusing returns a gateway in front of sandboxes. A request that reaches the control
+// plane fails the test.
+func refusing(t *testing.T, m *manager) *Gateway {
 	return New(Config{
-		Sandboxes: failing{err}, Panics: new(atomic.Int64), Log: slog.New(slog.DiscardHandler), Names: []string{"Host.Example."},
+		Sandboxes: m, Panics: new(atomic.Int64), Log: slog.New(slog.DiscardHandler), Names: []string{"Host.Example."},
 		Control: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { t.Errorf("%s %s got through", r.Method, r.URL) }),
 	})
 }
@@ -52,7 +48,7 @@ func wantRefusal(t *testing.T, what string, w *httptest.ResponseRecorder, status
 	if err := json.Unmarshal(w.Body.Bytes(), &got); err != nil {
 		t.Fatalf("%s: %q: %v", what, w.Body, err)
 	}
-	if w.Code != status || got.Code != status || got.Port != port || got.Message == "" {
+	if w.Code != status || got.Code != status || got.Port != port || got.Message == "" || got.SandboxID == nil {
 		t.Errorf("%s: HTTP %d, %+v; want %d, port %d", what, w.Code, got, status, port)
 	}
 	for _, word := range words {
@@ -66,11 +62,24 @@ func wantRefusal(t *testing.T, what string, w *httptest.ResponseRecorder, status
 	}
 }
 
+// wantNotFound checks that an answer is the one about every sandbox that does not run.
+func wantNotFound(t *testing.T, what string, w *httptest.ResponseRecorder, written string) {
+	t.Helper()
+	var got map[string]any
+	if err := decode(w, &got); err != nil {
+		t.Fatalf("%s: %q: %v", what, w.Body, err)
+	}
+	want := map[string]any{"sandboxId": written, "message": "The sandbox was not found", "code": 502.0}
+	if w.Code != http.StatusBadGateway || !maps.Equal(got, want) {
+		t.Errorf("%s: HTTP %d %s, want 502 and %v", what, w.Code, w.Body, want)
+	}
+}
+
 const otherHost, ourHost = "evil.example", "localhost"
 
 // The checks of the door, one at a time and in each spelling.
 func TestDoorRefuses(t *testing.T) {
-	g := refusing(t, nil)
+	g := refusing(t, newManager(t.Context()))
 	isJSON := "Content-Type: application/json"
 	for _, c := range []struct {
 		host    string
@@ -122,7 +131,7 @@ func TestDoorRefuses(t *testing.T) {
 func decode(w *httptest.ResponseRecorder, to any) error { return json.Unmarshal(w.Body.Bytes(), to) }
 
 func TestTooManyRequests(t *testing.T) {
-	g := refusing(t, nil)
+	g := refusing(t, newManager(t.Context()))
 	for range maxControl {
 		g.enter(load{kind: toAgent})
 	}
@@ -144,61 +153,125 @@ func TestTooManyRequests(t *testing.T) {
 }
 
 // The endpoints of envd that are the host's, in every spelling that envd might
-// take for one of them, and by each way to name a sandbox.
+// take for one of them, and by each way to name a sandbox, whether it is there or not.
 func TestReservedEndpointsAreRefused(t *testing.T) {
-	g := refusing(t, errdefs.WrongState.Errorf("sandbox is paused"))
+	g := refusing(t, &manager{})
+	reserved := func(what string, w *httptest.ResponseRecorder, path string) {
+		t.Helper()
+		var got map[string]any
+		err := decode(w, &got)
+		message, _ := got["message"].(string)
+		if err != nil || w.Code != http.StatusNotFound || len(got) != 3 || got["code"] != 404.0 || got["path"] != path || message == "" {
+			t.Errorf("%s: HTTP %d %s, %v", what, w.Code, w.Body, err)
+		}
+	}
 	for _, endpoint := range guestapi.HostOnly() {
 		for _, path := range []string{
 			endpoint, "/" + endpoint, endpoint + "/", "/." + endpoint, "/a/.." + endpoint, "/.." + endpoint, endpoint + "/.", endpoint + "//",
 			strings.TrimPrefix(endpoint, "/"),
 		} {
 			for _, method := range []string{"GET", "POST", "OPTIONS"} {
-				what := method + " " + path
-				wantRefusal(t, what, ask(g, method, "49983-"+idA+".localhost", path), http.StatusNotFound, guestapi.Port, "reserved")
-				wantRefusal(t, what, ask(g, method, ourHost, path, "E2b-Sandbox-Id: "+idA), http.StatusNotFound, guestapi.Port, "reserved")
+				reserved(method+" "+path, ask(g, method, "49983-"+idA+".localhost", path), path)
+				reserved(method+" "+path, ask(g, method, ourHost, path, "E2b-Sandbox-Id: "+idA), path)
 			}
 		}
 		// A user's server may have such a path.
-		wantRefusal(t, endpoint, ask(g, "GET", "80-"+idA+".localhost", endpoint), http.StatusConflict, 80, "paused")
-		wantRefusal(t, endpoint, ask(g, "GET", "49983-"+idA+".localhost", endpoint+"x"), http.StatusConflict, guestapi.Port, "paused")
+		wantNotFound(t, endpoint, ask(g, "GET", "80-"+idA+".localhost", endpoint), idA)
+		wantNotFound(t, endpoint, ask(g, "GET", "49983-"+idA+".localhost", endpoint+"x"), idA)
 	}
-	wantRefusal(t, "CONNECT", ask(g, http.MethodConnect, "49983-"+idA+".localhost", ""), http.StatusNotFound, guestapi.Port, "reserved")
+	w := ask(g, http.MethodConnect, "49983-"+idA+".localhost", "")
+	if w.Code != http.StatusNotFound || !strings.Contains(w.Body.String(), "reserved") {
+		t.Errorf("CONNECT: HTTP %d %s", w.Code, w.Body)
+	}
 }
 
 // Ports and ids that name nothing.
 func TestPlacesThatAreNone(t *testing.T) {
-	g := refusing(t, errdefs.NotFound.Errorf("sandbox does not exist"))
+	g := refusing(t, &manager{})
 	for _, port := range []string{"0", "65536", "99999", "-1", "+80", "0x50", "80 ", "eighty", "8_0", "99999999999999999999"} {
 		w := ask(g, "GET", ourHost, "/", "E2b-Sandbox-Id: "+idA, "E2b-Sandbox-Port: "+port)
 		wantRefusal(t, "port "+port, w, http.StatusBadRequest, 0, "65535")
 	}
 	wantRefusal(t, "port 0 by name", ask(g, "GET", "0-"+idA+".x", "/"), http.StatusBadRequest, 0, "65535")
-	for _, id := range []string{"x", "sb-", "../../etc", "SB-000000000000000A", idA + "\n"} {
+	for _, id := range []string{"x", "sb-", "../../etc", "SB-000000000000000A", idA + "\n", idA, "sb000000000000000a-x"} {
 		w := ask(g, "GET", ourHost, "/", "E2b-Sandbox-Id: "+id, "E2b-Sandbox-Port: 80")
-		wantRefusal(t, "id "+id, w, http.StatusNotFound, 80, "sandbox_id")
-		if strings.Contains(w.Body.String(), "does not exist") {
-			t.Errorf("the manager was asked for %q", id)
-		}
+		wantNotFound(t, "id "+id, w, id)
 	}
+	wantNotFound(t, "by name", ask(g, "GET", "80-nonsense.x", "/"), "nonsense")
 	two := ask(g, "GET", "80-"+idA+".x", "/", "E2b-Sandbox-Id: "+idB)
 	wantRefusal(t, "two sandboxes", two, http.StatusBadRequest, 0, idA, idB)
 	two = ask(g, "GET", "80-"+idA+".x", "/", "E2b-Sandbox-Port: 81")
-	wantRefusal(t, "two ports", two, http.StatusBadRequest, 0, "80", "81")
+	wantRefusal(t, "two ports", two, http.StatusBadRequest, 80, "80", "81")
+	wantRefusal(t, "no sandbox", ask(g, "GET", ourHost, "/", "E2b-Sandbox-Port: 81"), http.StatusBadRequest, 0, "no sandbox")
 }
 
-// What a manager says of a sandbox, as a status. Of envd's health it is 502.
-func TestSandboxesThatCannotBeAsked(t *testing.T) {
-	want := map[*errdefs.Class]int{errdefs.NotFound: http.StatusNotFound, errdefs.WrongState: http.StatusConflict}
-	for _, class := range errdefs.Classes() {
-		status, ok := want[class]
-		if !ok {
-			status = http.StatusServiceUnavailable
-		}
-		g := refusing(t, class.Errorf("this is why"))
-		wantRefusal(t, class.Error(), ask(g, "GET", "80-"+idA+".x", "/health"), status, 80, "this is why")
-		wantRefusal(t, class.Error(), ask(g, "GET", "49983-"+idA+".x", "/files"), status, guestapi.Port, "this is why")
-		wantRefusal(t, class.Error(), ask(g, "GET", "49983-"+idA+".x", "/health"), http.StatusBadGateway, guestapi.Port, "this is why")
+// What a manager's error is to a caller, wherever it comes from: on every path it is
+// 502 for what is not there.
+func TestErrorsOfTheManager(t *testing.T) {
+	want := map[*errdefs.Class]int{
+		errdefs.NotFound: 502, errdefs.WrongState: 502, errdefs.Busy: http.StatusConflict, errdefs.Exhausted: http.StatusTooManyRequests,
 	}
-	g := refusing(t, nil)
-	wantRefusal(t, "no id", ask(g, "GET", ourHost, "/health", "E2b-Sandbox-Id: x"), http.StatusBadGateway, guestapi.Port, "sandbox_id")
+	for _, class := range errdefs.Classes() {
+		status := cmp.Or(want[class], http.StatusServiceUnavailable)
+		for _, call := range []string{"Tokens", "Get", "Lease", "Wake"} {
+			m := newManager(t.Context())
+			m.change(idA, func(b *box) {
+				err := class.Errorf("this is why")
+				b.err = map[string]error{call: err}
+				if call == "Wake" {
+					b.info.State, b.info.AutoResume = sandbox.Hibernated, true
+					b.wake = func(context.Context) error { return err }
+				}
+			})
+			g := refusing(t, m)
+			for _, to := range []struct{ port, path string }{{"80", "/health"}, {"49983", "/files"}, {"49983", "/health"}} {
+				what := class.Error() + ", " + call + ", " + to.port + to.path
+				w := ask(g, "GET", to.port+"-"+idA+".x", to.path, "X-Access-Token: "+tokenA)
+				port, _ := strconv.Atoi(to.port)
+				switch {
+				case status == 502:
+					wantNotFound(t, what, w, idA)
+				case class == errdefs.Busy:
+					wantRefusal(t, what, w, status, uint16(port), "The sandbox is still transitioning. Try again in a moment.")
+				default:
+					wantRefusal(t, what, w, status, uint16(port), "this is why")
+				}
+			}
+		}
+	}
+}
+
+// A person who follows a link in a browser gets a page; every program gets JSON.
+func TestRefusalsAsPages(t *testing.T) {
+	g := refusing(t, &manager{})
+	const browser = "User-Agent: Mozilla/5.0 (X11; Linux x86_64) Firefox/140.0"
+	for _, c := range []struct {
+		headers []string
+		page    bool
+	}{
+		{[]string{browser, "Accept: text/html,*/*;q=0.8", "Sec-Fetch-Mode: navigate"}, true},
+		{[]string{browser, "Accept: text/html,*/*;q=0.8"}, true}, // over plain HTTP
+		{[]string{browser, "Accept: */*"}, false},
+		{[]string{browser, "Accept: text/html", "Sec-Fetch-Mode: cors"}, false},
+		{[]string{browser, "Accept: text/html", "Sec-Fetch-Mode: no-cors"}, false},
+		{[]string{"User-Agent: e2b-js-sdk/2.51.0", "Accept: text/html"}, false},
+		{nil, false},
+	} {
+		w := ask(g, "GET", "80-<b>"+idA+".x", "/", c.headers...)
+		if w.Code != http.StatusForbidden {
+			t.Fatalf("an id that is none: HTTP %d %s", w.Code, w.Body)
+		}
+		w = ask(g, "GET", ourHost, "/", append(c.headers, "E2b-Sandbox-Id: <b>&")...)
+		h := w.Result().Header
+		isPage := strings.HasPrefix(w.Body.String(), "<html") && h.Get("Content-Type") == "text/html; charset=utf-8"
+		if isPage != c.page || w.Code != http.StatusBadGateway || !strings.Contains(w.Body.String(), "The sandbox was not found") {
+			t.Errorf("%q: HTTP %d %v %s", c.headers, w.Code, h, w.Body)
+		}
+		if strings.Contains(w.Body.String(), "<b>") || h.Get("X-Content-Type-Options") != "nosniff" {
+			t.Errorf("what the caller wrote is in the page: %s", w.Body)
+		}
+		if c.page && h.Get("Content-Security-Policy") == "" {
+			t.Error("the page may run programs")
+		}
+	}
 }

@@ -76,7 +76,13 @@ const (
 const (
 	HeaderSandboxID   = "E2b-Sandbox-Id"
 	HeaderSandboxPort = "E2b-Sandbox-Port"
+	// HeaderTraffic shows the traffic token of a sandbox whose servers are not public.
+	HeaderTraffic = "E2b-Traffic-Access-Token"
 )
+
+// SandboxNotFound is what the host's data plane says of a sandbox that does not run,
+// whatever the reason. The words are E2B's; its clients look for them.
+const SandboxNotFound = "The sandbox was not found"
 
 // Headers of the answer to an initialisation, in canonical form.
 const (

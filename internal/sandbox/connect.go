@@ -294,6 +294,22 @@ func (r *registry) Tokens(id ID) (Tokens, error) {
 	return Tokens{Envd: rec.Token, Traffic: rec.TrafficToken}, nil
 }
 
+// WithTokens returns the sandbox whose secrets fit, of those that have not ended. fits is
+// called for each, so that the time it takes says nothing about which; it must not call
+// the manager.
+func (r *registry) WithTokens(fits func(Tokens) bool) (found ID, ok bool) {
+	for _, b := range r.all() {
+		rec := b.record()
+		if rec.State == Waiting || rec.State == Stopping || rec.State == Stopped {
+			continue
+		}
+		if fits(Tokens{Envd: rec.Token, Traffic: rec.TrafficToken}) {
+			found, ok = b.id, true
+		}
+	}
+	return found, ok
+}
+
 // resumption returns the last resume of the box by resumeForAll; nil if there was none.
 func (b *box) resumption() *resumption {
 	b.mu.Lock()

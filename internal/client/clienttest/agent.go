@@ -56,6 +56,7 @@ type Agent struct {
 	File      []byte                // content of /files
 	Refusal   string                // answer of /files, /metrics and CONNECT, if not empty
 	Elsewhere string                // where /metrics redirects to, if not empty
+	Absent    bool                  // the data plane finds no sandbox that runs
 
 	// Received is what was sent to /files, or to a command.
 	Received []byte
@@ -88,6 +89,10 @@ func (a *Agent) Serve(t testing.TB) string {
 		}
 		if a.Token != "" && (r.Header.Get("X-Access-Token") != a.Token || r.Header.Get("E2b-Sandbox-Id") != ID) {
 			http.Error(w, "no token", http.StatusUnauthorized)
+			return
+		}
+		if a.Absent {
+			refuse(w, absent)
 			return
 		}
 		guest.ServeHTTP(w, r)
@@ -131,6 +136,9 @@ func (w watching) WrapStreamingClient(next connect.StreamingClientFunc) connect.
 	return next
 }
 
+// absent is the agent's text about every sandbox that does not run.
+const absent = "The sandbox was not found"
+
 // refuse answers as the agent does in place of a guest; the text is within JSON.
 func refuse(w http.ResponseWriter, text string) {
 	w.Header().Set("Content-Type", "application/json")
@@ -141,6 +149,10 @@ func refuse(w http.ResponseWriter, text string) {
 // port is a port of the sandbox that sends back what it gets, and ends when that
 // does.
 func (a *Agent) port(w http.ResponseWriter) {
+	if a.Absent {
+		refuse(w, absent)
+		return
+	}
 	if a.Refusal != "" {
 		refuse(w, a.Refusal)
 		return

@@ -86,7 +86,7 @@ func OfStatus(status int) (row Row, ok bool) {
 	switch status {
 	case http.StatusInternalServerError:
 		return internal, false
-	case http.StatusBadGateway: // nothing listens on the port
+	case http.StatusBadGateway: // nothing listens on the port, or nothing runs
 		return OfClass(errdefs.Unavailable), true
 	case http.StatusRequestTimeout:
 		return OfClass(errdefs.TimedOut), true

@@ -1,0 +1,257 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httputil"
+	"net/netip"
+	"strconv"
+	"strings"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+)
+
+// wakeTries is how often a request looks again whether its sandbox runs, after the
+// sandbox has changed while the request was on its way there.
+const wakeTries = 3
+
+// visit is a request to a place, and what it shows of the sandbox's secrets.
+type visit struct {
+	*place
+	body *body // nil without one
+	// private says that the sandbox's own servers are not public.
+	private bool
+	// owner and guest say that the request shows the token of envd, or of private
+	// traffic.
+	owner, guest bool
+}
+
+// serveData answers a request that names a sandbox.
+func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place, b *body) {
+	if place.isReserved(r) {
+		writeJSON(w, http.StatusNotFound, refusal{
+			Code: http.StatusNotFound, Message: "this endpoint is reserved for the host agent", Path: r.URL.Path,
+		})
+		return
+	}
+	v, no := g.admit(r, &visit{place: place, body: b})
+	if no != nil {
+		refuse(w, r, *no)
+		return
+	}
+	this := load{v.id, v.kind()}
+	if !g.enter(this) {
+		w.Header().Set("Retry-After", "1")
+		refuse(w, r, v.refusal(errdefs.Exhausted.Errorf(
+			"sandbox %s has %d requests of this kind under way, which is the most", v.id, maxPerSandbox)))
+		return
+	}
+	defer g.leave(this)
+	lease, mask, no := g.lease(r.Context(), v)
+	if no != nil {
+		refuse(w, r, *no)
+		return
+	}
+	defer lease.Release()
+	g.serveGuest(w, r, passing{g, r, lease, v, mask})
+}
+
+// admit finds the sandbox that a request is for, and says whether the request may go
+// there. It waits for nothing and does not count as activity.
+func (g *Gateway) admit(r *http.Request, v *visit) (_ *visit, no *refusal) {
+	refused := func(no refusal) (*visit, *refusal) { return nil, &no }
+	if !v.byName {
+		if err := g.door.checkHost(r); err != nil {
+			return refused(v.refusal(err))
+		}
+	}
+	if v.signed != nil {
+		v.id, _ = g.search(r.Context(), v.signed)
+		v.written = v.id.Short()
+	}
+	var tokens sandbox.Tokens
+	err := errdefs.NotFound.Errorf("there is no such sandbox")
+	if v.id != "" {
+		tokens, err = g.sandboxes.Tokens(v.id)
+	}
+	v.show(r.Header, tokens)
+	// A page that knows a secret of the sandbox, or has a signature, was given it.
+	if !v.byName && v.signed == nil && !v.owner && !v.guest {
+		if err := g.door.checkOrigin(r); err != nil {
+			return refused(v.refusal(err))
+		}
+	}
+	switch {
+	case err != nil:
+		return refused(g.unasked(v.place, err))
+	case !v.private || v.port == guestapi.Port || v.guest:
+		return v, nil
+	case r.Header.Get(guestapi.HeaderTraffic) == "":
+		return refused(v.refuse(http.StatusForbidden, textNoTraffic))
+	default:
+		return refused(v.refuse(http.StatusForbidden, textWrongTraffic))
+	}
+}
+
+// show notes which of the sandbox's secrets a request shows.
+func (v *visit) show(h http.Header, tokens sandbox.Tokens) {
+	v.private = tokens.Traffic != ""
+	v.owner = tokens.Envd != "" && equal(tokens.Envd, h.Get(guestapi.HeaderToken))
+	v.guest = v.private && equal(tokens.Traffic, h.Get(guestapi.HeaderTraffic))
+}
+
+// kind returns the kind of the request.
+func (v *visit) kind() kind {
+	switch {
+	case v.port != guestapi.Port:
+		return toPort
+	case v.owner:
+		return ofOwner
+	default:
+		return ofOthers
+	}
+}
+
+// mayWake reports whether the request shows what it needs to resume a sandbox: for
+// envd's port its token, for the ports of users' servers what these demand anyway.
+func (v *visit) mayWake() bool { return v.owner || v.port != guestapi.Port }
+
+// lease takes a lease on the sandbox, and resumes it first if it is paused and the
+// request may do that. mask is the Host that its own servers see; empty for the
+// caller's.
+func (g *Gateway) lease(ctx context.Context, v *visit) (_ *sandbox.Lease, mask string, no *refusal) {
+	var err error
+	for range wakeTries {
+		var info sandbox.Info
+		if info, err = g.sandboxes.Get(v.id); err != nil {
+			break
+		}
+		if info.State != sandbox.Running || info.Pausing {
+			if no := g.wake(ctx, v, info); no != nil {
+				return nil, "", no
+			}
+		}
+		var lease *sandbox.Lease
+		if lease, err = g.sandboxes.Lease(ctx, v.id); err == nil {
+			return lease, info.Ingress.MaskHost, nil
+		}
+		// It may have been paused since.
+		if errdefs.ClassOf(err) != errdefs.WrongState {
+			break
+		}
+	}
+	refused := g.unasked(v.place, err)
+	return nil, "", &refused
+}
+
+// wake resumes a sandbox that does not run; it returns the answer for a request that
+// does not get that.
+func (g *Gateway) wake(ctx context.Context, v *visit, info sandbox.Info) *refusal {
+	var no refusal
+	switch {
+	case !info.AutoResume || info.State != sandbox.Running && info.State != sandbox.Hibernated:
+		no = v.notFound()
+	case !v.mayWake():
+		no = v.refuse(http.StatusForbidden, textNotToBeWoken)
+	default:
+		err := g.sandboxes.Wake(ctx, v.id)
+		if err == nil {
+			return nil
+		}
+		no = g.unasked(v.place, err)
+	}
+	return &no
+}
+
+// passing is a request on its way to a guest.
+type passing struct {
+	*Gateway
+	caller *http.Request
+	lease  *sandbox.Lease
+	*visit
+	mask string // the Host that users' servers see; empty for the caller's
+}
+
+// serveGuest lets the guest that a request is for answer it.
+func (g *Gateway) serveGuest(w http.ResponseWriter, r *http.Request, p passing) {
+	ctx, cancel := p.lease.Context(r.Context())
+	defer cancel()
+	r = r.WithContext(ctx)
+	if p.body != nil {
+		r = r.WithContext(context.WithValue(ctx, bodyKey{}, p.body))
+		// It is not clear which bytes after an upgrade are the body's. A server may
+		// always go on without the upgrade that it was asked for.
+		r.Header = r.Header.Clone()
+		r.Header.Del("Upgrade")
+	}
+	link, addr := g.links.of(p.lease), netip.AddrPortFrom(p.lease.Addr, p.port).String()
+	if r.Method == http.MethodConnect {
+		g.tunnel(w, r, link, addr, p.fail)
+		return
+	}
+	p.forward(w, r, link.transport(r, p.port == guestapi.Port), addr)
+}
+
+// ended says why the sandbox ended; it is empty if the sandbox did not.
+func (p passing) ended() string {
+	if err := p.lease.Ended(p.caller.Context()); err != nil {
+		return err.Error()
+	}
+	return ""
+}
+
+// fail answers a request that the guest did not answer.
+func (p passing) fail(w http.ResponseWriter, err error) {
+	p.log.Debug("data plane request failed", "sandbox", p.id, "port", p.port, "err", err)
+	gone := p.lease.Alive.Err() != nil || p.port == guestapi.Port && p.ended() != ""
+	var no refusal
+	switch {
+	case p.body.hasStalled():
+		no = p.refuse(http.StatusRequestTimeout, fmt.Sprintf("nothing more of the request came for %s", dataIdle))
+	case gone:
+		no = p.notFound()
+	case errors.Is(err, errNotOpen):
+		no = p.refuse(http.StatusBadGateway, textNotOpen)
+	default:
+		no = p.refuse(http.StatusBadGateway, fmt.Sprintf("port %d of sandbox %s gave no answer that can be passed on", p.port, p.written))
+	}
+	refuse(w, p.caller, no)
+}
+
+// forward passes a request on to an address in the guest. The client sends the token
+// that envd demands. The gateway adds none, because it does not know who sent the
+// request.
+func (p passing) forward(w http.ResponseWriter, r *http.Request, transport http.RoundTripper, addr string) {
+	proxy := httputil.ReverseProxy{
+		Rewrite: func(pr *httputil.ProxyRequest) {
+			pr.Out.URL.Scheme, pr.Out.URL.Host = "http", addr
+			pr.Out.Host = p.hostFor(pr.In.Host)
+			pr.Out.Header.Del(guestapi.HeaderSandboxID)
+			pr.Out.Header.Del(guestapi.HeaderSandboxPort)
+			pr.Out.Header.Del(guestapi.HeaderTraffic)
+			pr.SetXForwarded()
+		},
+		Transport: transport,
+		ModifyResponse: func(resp *http.Response) error {
+			endWell(resp, p.ended)
+			return nil
+		},
+		BufferPool:   buffers,
+		ErrorLog:     slog.NewLogLogger(p.log.Handler(), slog.LevelDebug),
+		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { p.fail(w, err) },
+	}
+	proxy.ServeHTTP(w, r)
+}
+
+// hostFor returns the Host that the guest's server sees of one that a client sent.
+func (p passing) hostFor(sent string) string {
+	if p.mask == "" || p.port == guestapi.Port {
+		return sent
+	}
+	return strings.ReplaceAll(p.mask, "${PORT}", strconv.Itoa(int(p.port)))
+}

@@ -1,0 +1,125 @@
+package gateway
+
+import (
+	"context"
+	"net/netip"
+	"sync"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+)
+
+// manager is a double of a sandbox.Manager. The guests of its sandboxes are on the
+// loopback; their addresses are the same, and a test tells them apart by their ports.
+type manager struct {
+	mu    sync.Mutex
+	boxes map[sandbox.ID]*box
+}
+
+// box is a sandbox of a manager.
+type box struct {
+	info   sandbox.Info
+	tokens sandbox.Tokens
+	alive  context.Context
+	// wake is what Wake does, with no lock held; nil lets the sandbox run.
+	wake func(context.Context) error
+	// err is what Tokens, Get and Lease fail with, by name.
+	err map[string]error
+	// wakes and leases count calls.
+	wakes, leases int
+}
+
+// newManager returns a manager with idA and idB, which run until alive ends.
+func newManager(alive context.Context) *manager {
+	m := &manager{boxes: map[sandbox.ID]*box{}}
+	for _, id := range []sandbox.ID{idA, idB} {
+		m.boxes[id] = &box{info: sandbox.Info{ID: id, State: sandbox.Running}, tokens: sandbox.Tokens{Envd: tokenA}, alive: alive}
+	}
+	return m
+}
+
+// find returns a sandbox, or the error of a call.
+func (m *manager) find(id sandbox.ID, call string) (*box, error) {
+	b := m.boxes[id]
+	if b == nil {
+		return nil, errdefs.NotFound.Errorf("sandbox %s does not exist", id)
+	}
+	return b, b.err[call]
+}
+
+// change changes a sandbox.
+func (m *manager) change(id sandbox.ID, how func(*box)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	how(m.boxes[id])
+}
+
+// calls are the numbers of wakes and leases of a sandbox.
+func (m *manager) calls(id sandbox.ID) (wakes, leases int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.boxes[id].wakes, m.boxes[id].leases
+}
+
+func (m *manager) Get(id sandbox.ID) (sandbox.Info, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b, err := m.find(id, "Get")
+	if err != nil {
+		return sandbox.Info{}, err
+	}
+	return b.info, nil
+}
+
+func (m *manager) Tokens(id sandbox.ID) (sandbox.Tokens, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b, err := m.find(id, "Tokens")
+	if err == nil && (b.info.State == sandbox.Stopping || b.info.State == sandbox.Stopped) {
+		err = errdefs.NotFound.Errorf("sandbox %s has ended", id)
+	}
+	if err != nil {
+		return sandbox.Tokens{}, err
+	}
+	return b.tokens, nil
+}
+
+func (m *manager) WithTokens(fits func(sandbox.Tokens) bool) (found sandbox.ID, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for id, b := range m.boxes {
+		if fits(b.tokens) {
+			found, ok = id, true
+		}
+	}
+	return found, ok
+}
+
+func (m *manager) Lease(_ context.Context, id sandbox.ID) (*sandbox.Lease, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b, err := m.find(id, "Lease")
+	if err == nil && b.info.State != sandbox.Running {
+		err = errdefs.WrongState.Errorf("sandbox %s is %s", id, b.info.State)
+	}
+	if err != nil {
+		return nil, err
+	}
+	b.leases++
+	return &sandbox.Lease{Addr: netip.MustParseAddr("127.0.0.1"), Token: b.tokens.Envd, Alive: b.alive}, nil
+}
+
+func (m *manager) Wake(ctx context.Context, id sandbox.ID) error {
+	m.mu.Lock()
+	b := m.boxes[id]
+	b.wakes++
+	wake := b.wake
+	m.mu.Unlock()
+	if wake != nil {
+		if err := wake(ctx); err != nil {
+			return err
+		}
+	}
+	m.change(id, func(b *box) { b.info.State, b.info.Pausing = sandbox.Running, false })
+	return nil
+}

@@ -21,6 +21,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/network/networktest"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
@@ -63,11 +64,12 @@ func (l *logged) String() string {
 // quietGuest does what it is told and says nothing.
 type quietGuest struct{}
 
-func (quietGuest) WaitReady(context.Context) error                  { return nil }
-func (quietGuest) Init(context.Context, guest.Init) (string, error) { return "", nil }
-func (quietGuest) Quiesce(context.Context, bool) error              { return nil }
-func (quietGuest) Freeze(context.Context) (time.Time, error)        { return time.Now(), nil }
-func (quietGuest) Close()                                           {}
+func (quietGuest) WaitReady(context.Context) error                         { return nil }
+func (quietGuest) Init(context.Context, guest.Init) (string, error)        { return "", nil }
+func (quietGuest) Quiesce(context.Context, bool) error                     { return nil }
+func (quietGuest) Freeze(context.Context) (time.Time, error)               { return time.Now(), nil }
+func (quietGuest) Close()                                                  {}
+func (quietGuest) Metrics(context.Context) (m guestapi.Metrics, err error) { return m, nil }
 func (quietGuest) Exec(_ context.Context, cmd guest.Command) (guest.Result, error) {
 	return guest.Result{Stdout: []byte(cmd.Cmd)}, nil
 }

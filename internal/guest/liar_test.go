@@ -55,11 +55,11 @@ func TestLiars(t *testing.T) {
 			}{
 				{"exec", wantExec, func(ctx context.Context, c *guest.Client) error {
 					got, err := c.Exec(ctx, guest.Command{Cmd: "true"})
-					checkResult(t, got, err)
-					return err
+					return checkResult(t, got, err)
 				}},
 				{"init", wantInit, initLiar},
 				{"quiesce", well, func(ctx context.Context, c *guest.Client) error { return c.Quiesce(ctx, true) }},
+				{"metrics", nil, func(ctx context.Context, c *guest.Client) error { _, err := c.Metrics(ctx); return err }},
 				{"ready", well, func(ctx context.Context, c *guest.Client) error { return c.WaitReady(ctx) }},
 			} {
 				if lie.OfStreams && method.name != "exec" {
@@ -110,8 +110,8 @@ func TestLiars(t *testing.T) {
 }
 
 // checkResult: an exit status is one that a process can have, and none is made
-// up for an error.
-func checkResult(t *testing.T, got guest.Result, err error) {
+// up for an error, which it returns.
+func checkResult(t *testing.T, got guest.Result, err error) error {
 	t.Helper()
 	if err == nil && (got.ExitCode < 0 || got.ExitCode > 255) || err != nil && got.ExitCode != -1 {
 		t.Errorf("exit status %d, %v", got.ExitCode, err)
@@ -120,6 +120,7 @@ func checkResult(t *testing.T, got guest.Result, err error) {
 		t.Errorf("%d bytes of output were kept", len(got.Stdout))
 	}
 	checkText(t, "detail", errors.New(got.Detail))
+	return err
 }
 
 // checkText: nothing in an error's text is for a terminal to obey, and a guest's

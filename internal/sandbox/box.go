@@ -17,6 +17,8 @@ type box struct {
 	// lock is the op lock. It is full while an operation changes the sandbox, and is
 	// held across I/O.
 	lock chan struct{}
+	// usage is what the sandbox used.
+	usage usage
 
 	// mu is held for a moment, never across I/O.
 	mu struct {
@@ -49,6 +51,9 @@ type box struct {
 		// is when it went on after that, goOnAt when that may be tried.
 		stalls           int
 		goneOnAt, goOnAt time.Time
+		// guest and alive are those of op, to be asked what it uses.
+		guest Guest
+		alive context.Context
 	}
 
 	// op is read and written under the op lock alone.
@@ -229,8 +234,16 @@ func (b *box) init(ctx context.Context, g Guest, in guest.Init) error {
 func (b *box) closeGuest() {
 	if b.op.guest != nil {
 		b.op.guest.Close()
-		b.op.guest = nil
+		b.setGuest(nil)
 	}
+}
+
+// setGuest sets the client of this incarnation's guest. Called with the op lock held.
+func (b *box) setGuest(g Guest) {
+	b.op.guest = g
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.mu.guest, b.mu.alive = g, b.op.alive
 }
 
 // cause says why an operation must end: the VM has ended, or ctx has. nil says that

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -53,6 +54,7 @@ type Guest interface {
 	Quiesce(ctx context.Context, quiet bool) error
 	Freeze(context.Context) (since time.Time, err error)
 	Exec(context.Context, guest.Command) (guest.Result, error)
+	Metrics(context.Context) (guestapi.Metrics, error)
 	Close()
 }
 

@@ -17,6 +17,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -498,6 +499,8 @@ type fakeGuest struct {
 	open *atomic.Int64
 	exec func(context.Context, guest.Command) (guest.Result, error)
 	told func(guest.Init) (version string)
+	// metrics is nil for a guest that has none.
+	metrics func(context.Context) (guestapi.Metrics, error)
 }
 
 func (g fakeGuest) WaitReady(ctx context.Context) error { return g.called(ctx, "guest.ready") }
@@ -517,6 +520,12 @@ func (g fakeGuest) Close() {
 	if !g.dead { // the dead have closed all
 		g.open.Add(-1)
 	}
+}
+func (g fakeGuest) Metrics(ctx context.Context) (guestapi.Metrics, error) {
+	if g.metrics == nil {
+		return guestapi.Metrics{}, errdefs.Unavailable.Errorf("no metrics")
+	}
+	return g.metrics(ctx)
 }
 func (g fakeGuest) Exec(ctx context.Context, cmd guest.Command) (guest.Result, error) {
 	if err := g.called(ctx, "guest.exec"); err != nil {

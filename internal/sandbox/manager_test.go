@@ -18,6 +18,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
@@ -37,6 +38,7 @@ type rig struct {
 	told   func(token string, in guest.Init) // by whoever shows the token
 	// envd is the version that guests state.
 	envd    string
+	metrics func(context.Context) (guestapi.Metrics, error)
 	open    atomic.Int64 // guests not closed
 	found   Recovery
 	dead    []*Manager
@@ -105,7 +107,7 @@ func (r *rig) config() Config {
 					r.told(token, in)
 				}
 				return r.envd
-			}}
+			}, r.metrics}
 		},
 		KillStrays: func(ctx context.Context, _, _ string, keep func(string) bool) ([]string, error) {
 			if err := f.called(ctx, "kill strays"); err != nil {

@@ -74,7 +74,7 @@ func (v *vms) attach(ctx context.Context, b *box, rec Record) error {
 		default:
 		}
 		if b.op.guest == nil { // its record was not believed before
-			b.op.guest = v.cfg.Guests(rec.HostIP, rec.Token)
+			b.setGuest(v.cfg.Guests(rec.HostIP, rec.Token))
 		}
 		return nil
 	}
@@ -84,7 +84,7 @@ func (v *vms) attach(ctx context.Context, b *box, rec Record) error {
 	}
 	b.closeGuest()
 	if err != nil {
-		b.op.guest = v.cfg.Guests(rec.HostIP, rec.Token)
+		b.setGuest(v.cfg.Guests(rec.HostIP, rec.Token))
 		return fmt.Errorf("attach vm: %w", err)
 	}
 	v.adoptVM(b, vm)

@@ -56,6 +56,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	m.goes("janitor", janitor{m}.run)
 	m.goes("reconciler", m.reconciler.run)
 	m.goes("disk", m.disk.watch)
+	m.goes("sampler", sampler{m}.run)
 	m.goes("read ahead", func() { m.readAhead(m.life) })
 	if cfg.Warm > 0 {
 		m.goes("pool", m.keepPool)

@@ -459,7 +459,7 @@ func (v *vms) stopStart(ctx context.Context, b *box) error {
 func (v *vms) adoptVM(b *box, vm vmm.VM) {
 	rec := b.record()
 	b.op.vm = vm
-	b.op.guest = v.cfg.Guests(rec.HostIP, rec.Token)
+	b.setGuest(v.cfg.Guests(rec.HostIP, rec.Token))
 	kill := b.op.kill
 	v.goes("watch vm", func() { v.watch(b, vm, kill) })
 }

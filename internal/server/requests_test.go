@@ -31,6 +31,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/network/networktest"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
@@ -60,11 +61,12 @@ func (noDisks) StageReady(context.Context, string) (template.Stage, error) {
 // mute is a guest without programs.
 type mute struct{}
 
-func (mute) WaitReady(context.Context) error                  { return nil }
-func (mute) Init(context.Context, guest.Init) (string, error) { return "", nil }
-func (mute) Quiesce(context.Context, bool) error              { return nil }
-func (mute) Freeze(context.Context) (time.Time, error)        { return time.Now(), nil }
-func (mute) Close()                                           {}
+func (mute) WaitReady(context.Context) error                         { return nil }
+func (mute) Init(context.Context, guest.Init) (string, error)        { return "", nil }
+func (mute) Quiesce(context.Context, bool) error                     { return nil }
+func (mute) Freeze(context.Context) (time.Time, error)               { return time.Now(), nil }
+func (mute) Close()                                                  {}
+func (mute) Metrics(context.Context) (m guestapi.Metrics, err error) { return m, nil }
 
 // Exec ends as the command's name says.
 func (mute) Exec(_ context.Context, cmd guest.Command) (guest.Result, error) {

@@ -130,7 +130,9 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 		},
 		"cp of odd things":     {packing(evil), copyOfX},
 		"cp of what leads out": {packing("../" + evil), copyOfX},
-		"cp of a path":         {&clienttest.Agent{Stderr: evil, Exit: 1, Entry: clienttest.Dir(evil)}, []string{"cp", clienttest.ID + ":/x", "-"}},
+		"cp of a path": {
+			&clienttest.Agent{Stderr: evil, Exit: 1, Entry: clienttest.Dir(evil)}, []string{"cp", clienttest.ID + ":/x", "-"},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

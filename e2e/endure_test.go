@@ -55,6 +55,7 @@ func TestEndurance(t *testing.T) {
 	t.Run("disk full", func(t *testing.T) { (&sandbox{t, a, b.id}).endureFullDisk() })
 	t.Run("out of memory", func(t *testing.T) { (&sandbox{t, a, b.id}).endureNoMemory() })
 	t.Run("fork bomb", func(t *testing.T) { (&sandbox{t, a, b.id}).endureForkBomb() })
+	t.Run("what else is scarce", func(t *testing.T) { endureScarcity(t, &sandbox{t, a, b.id}) })
 }
 
 // start starts a script over the data plane.
@@ -217,13 +218,72 @@ while True: held.append(b'x' * (8 << 20))"`
 	}
 }
 
+// endureScarcity: while a program takes all that there is of something, commands of root
+// and of the user run, a file is written, and the program is ended.
+func endureScarcity(t *testing.T, b *sandbox) {
+	got := b.sh("cd /proc/sys; cat kernel/threads-max /sys/fs/cgroup/user/pids.max fs/file-max kernel/sched_rt_runtime_us | xargs")
+	var threads, processes, files, realtime uint64
+	if _, err := fmt.Sscan(got, &threads, &processes, &files, &realtime); err != nil {
+		t.Fatalf("%q: %v", got, err)
+	}
+	if threads < processes+512 || files < 1<<40 || realtime > 500000 {
+		t.Errorf("limits of threads, processes, files and real-time threads: %s", got)
+	}
+	for name, script := range map[string]string{
+		"the CPU, in real time": `exec chrt -f 99 sh -c 'echo taken; while :; do :; done'`,
+		"open files": `exec python3 -c "
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (100000, 100000))
+kept = []
+try:
+    while True: kept.append(os.open('/dev/null', 0))
+except (OSError, MemoryError): print('taken', flush=True)
+import time; time.sleep(1000)"`,
+		"shared memory": `head -c 1G /dev/zero >/dev/shm/all 2>/dev/null; echo taken; exec sleep 1000`,
+		"inodes": `mkdir -p /root/many && mount -t tmpfs -o nr_inodes=2000 none /root/many && cd /root/many
+			python3 -c "
+for i in range(1, 3000):
+    try: open(str(i), 'w').close()
+    except OSError: break"; echo taken; exec sleep 1000`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := &sandbox{t, b.a, b.id}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			taker := b.start(ctx, script)
+			for seen := ""; !strings.Contains(seen, "taken"); {
+				if !taker.Receive() {
+					t.Fatalf("%v; it wrote %q", taker.Err(), seen)
+				}
+				seen += string(taker.Msg().GetEvent().GetData().GetStdout())
+			}
+			for _, user := range []string{"root", "user"} {
+				resp, err := b.a.Exec(t.Context(), connect.NewRequest(&hostagentv1.ExecRequest{
+					SandboxId: b.id, User: user, Cmd: "sh", Args: []string{"-c", "echo here >/tmp/scarce-$(id -un) && cat /tmp/scarce-$(id -un)"},
+				}))
+				if err != nil || string(resp.Msg.Stdout) != "here\n" {
+					t.Errorf("a command of %s: %v, %v", user, resp, err)
+				}
+			}
+			if out, err := b.a.cli(t, "cp", "endure_test.go", b.id+":/tmp/scarce"); err != nil {
+				t.Errorf("copy: %v: %s", err, out)
+			}
+			if out, err := b.a.cli(t, "top", b.id); err != nil {
+				t.Errorf("top: %v: %s", err, out)
+			}
+			cancel() // its stream's end is its own
+			b.sh("umount /root/many 2>/dev/null; rm -f /dev/shm/all")
+		})
+	}
+}
+
 // endureForkBomb: a fork bomb stays within its limits, envd answers and commands
 // run while it goes on, and its end is the end of all its processes.
 func (b *sandbox) endureForkBomb() {
 	t := b.t
 	// The limit that there is would take an emulated guest half a minute to
 	// reach: a lower one, at the same place, is reached at once.
-	const limit = 200
+	const limit = 100
 	before := strings.Fields(b.sh("f=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup | xargs dirname)/pids.max; echo $f; cat $f"))
 	if len(before) != 2 || before[1] == "max" {
 		t.Fatalf("the limit of processes is %q", before)
@@ -241,17 +301,25 @@ func (b *sandbox) endureForkBomb() {
 	witness := b.start(ctx, `exec python3 -uc "
 import time
 while True: print(open('/proc/loadavg').read().split()[3].split('/')[1]); time.sleep(0.1)"`)
-	most := make(chan int, 1)
+	most, first := make(chan int, 1), make(chan struct{})
 	go func() {
 		n := 0
 		for witness.Receive() {
 			for _, f := range strings.Fields(string(witness.Msg().GetEvent().GetData().GetStdout())) {
+				if n == 0 {
+					close(first)
+				}
 				seen, _ := strconv.Atoi(f)
 				n = max(n, seen)
 			}
 		}
 		most <- n
 	}()
+	select {
+	case <-first:
+	case n := <-most:
+		t.Fatalf("the witness has ended: %v, %d", witness.Err(), n)
+	}
 	ended := make(chan error, 1)
 	go func() {
 		_, err := b.a.Exec(t.Context(), connect.NewRequest(&hostagentv1.ExecRequest{

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -32,16 +33,54 @@ func setupCgroups(mountpoint, root string) error {
 	if err := unix.Sysinfo(&info); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
-	total := uint64(info.Totalram) * uint64(info.Unit)
-	reserve := min(total/8, 64<<20)
-	for name, value := range map[string]uint64{
-		"memory.max": total - reserve,
-		// A process needs some 16 KiB of kernel memory at the least; more
-		// of them than this only starve each other.
-		"pids.max": max(1024, total>>16),
-	} {
+	b := boundsOf(uint64(info.Totalram) * uint64(info.Unit))
+	for name, value := range map[string]uint64{"memory.max": b.memory, "pids.max": b.processes} {
 		errs = append(errs, os.WriteFile(filepath.Join(root, name), strconv.AppendUint(nil, value, 10), 0o644))
 	}
+	return errors.Join(append(errs, b.raise("/proc/sys"))...)
+}
+
+// bounds are what users' processes may have together, so that envd can do its work
+// whatever they do.
+type bounds struct {
+	memory    uint64 // bytes
+	processes uint64 // and threads
+}
+
+// boundsOf derives them from the memory of the guest, in bytes.
+func boundsOf(total uint64) bounds {
+	return bounds{
+		memory: total - min(total/8, 64<<20),
+		// A shell's sleep takes 211 KiB of memory under Linux 6.1, most of it the kernel's:
+		// more processes than this only end each other.
+		processes: max(1024, total>>18),
+	}
+}
+
+// raise raises the limits of the kernel that bind users' processes before their bounds
+// do: then envd could start no thread or open no file either.
+func (b bounds) raise(sysctl string) error {
+	const others = 1024 // threads of the kernel and of envd
+	var errs []error
+	for name, least := range map[string]uint64{
+		"kernel/threads-max": b.processes + others,
+		"kernel/pid_max":     min(2*(b.processes+others), 4<<20),
+		"fs/file-max":        math.MaxInt64, // memory bounds them
+	} {
+		path := filepath.Join(sysctl, name)
+		text, err := os.ReadFile(path)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		now, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
+		if err == nil && now < least {
+			err = os.WriteFile(path, strconv.AppendUint(nil, least, 10), 0o644)
+		}
+		errs = append(errs, err)
+	}
+	// Threads of a real-time priority would leave a twentieth of the CPU to all others.
+	errs = append(errs, os.WriteFile(filepath.Join(sysctl, "kernel/sched_rt_runtime_us"), []byte("500000"), 0o644))
 	return errors.Join(errs...)
 }
 

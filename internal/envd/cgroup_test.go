@@ -1,6 +1,8 @@
 package envd
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -36,6 +38,41 @@ func cgroupDir(t *testing.T) string {
 	}
 	t.Skip("no cgroup2 hierarchy")
 	return ""
+}
+
+// The kernel's limits are above the users', whatever memory a guest has, and are never
+// lowered.
+func TestBounds(t *testing.T) {
+	for mib, want := range map[uint64]bounds{
+		128:       {112 << 20, 1024},
+		512:       {448 << 20, 2048},
+		4 << 10:   {4032 << 20, 16384},
+		256 << 10: {(256<<10 - 64) << 20, 1 << 20},
+	} {
+		got := boundsOf(mib << 20)
+		if got != want {
+			t.Errorf("%d MiB: got %+v, want %+v", mib, got, want)
+		}
+		dir := t.TempDir()
+		names := map[string]uint64{"kernel/threads-max": 900, "kernel/pid_max": 4 << 20, "fs/file-max": 48000, "kernel/sched_rt_runtime_us": 950000}
+		for name, value := range names {
+			path := filepath.Join(dir, name)
+			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, fmt.Appendln(nil, value), 0o644)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := got.raise(dir); err != nil {
+			t.Fatal(err)
+		}
+		for name, most := range map[string]uint64{
+			"kernel/threads-max": got.processes + 1024, "kernel/pid_max": 4 << 20, "fs/file-max": 1<<63 - 1, "kernel/sched_rt_runtime_us": 500000,
+		} {
+			text, err := os.ReadFile(filepath.Join(dir, name))
+			if is := strings.TrimSpace(string(text)); err != nil || is != strconv.FormatUint(most, 10) {
+				t.Errorf("%d MiB: %s is %q, want %d; %v", mib, name, is, most, err)
+			}
+		}
+	}
 }
 
 func groups(t *testing.T, dir string) int {

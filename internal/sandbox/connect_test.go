@@ -114,7 +114,8 @@ func TestConnectResumes(t *testing.T) {
 				pass(10 * time.Second)
 				r.die()
 				r.start()
-				if again, _ := r.Get(made.ID); !again.PausedAt.Equal(asked) || !again.EndAt.Equal(made.EndAt) || again.Life != time.Minute || !again.AutoResume {
+				again, _ := r.Get(made.ID)
+				if !again.PausedAt.Equal(asked) || !again.EndAt.Equal(made.EndAt) || again.Life != time.Minute || !again.AutoResume {
 					t.Errorf("the next agent has %+v", again)
 				}
 				info, resumed := r.connect(made.ID, ConnectRequest{Timeout: 5 * time.Second, PausedOnly: true})
@@ -446,8 +447,8 @@ func TestWakeAtTheDeadline(t *testing.T) {
 	})
 }
 
-// A deadline that hibernates never ends a sandbox, however often it fails, and whosever
-// fault it is; the sandbox stands still meanwhile.
+// A deadline that hibernates never ends a sandbox, however often and for what reason it
+// fails; until it succeeds the sandbox stands still.
 func TestRefusedHibernationAtTheDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
@@ -563,7 +564,7 @@ func TestPausingBehindAnOperation(t *testing.T) {
 	})
 }
 
-// An id belongs to one sandbox for ever, whoever asks and whenever.
+// An id belongs to one sandbox for ever.
 func TestCreateWithAnID(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, warmOne)
@@ -608,6 +609,7 @@ func TestCreateWithAnID(t *testing.T) {
 		again("it is hibernated")
 		r.die()
 		r.start()
+		r.fillPool()
 		again("after the agent's death")
 		if err := r.Destroy(t.Context(), id); err != nil {
 			t.Fatal(err)
@@ -615,8 +617,8 @@ func TestCreateWithAnID(t *testing.T) {
 		again("it has existed")
 		r.die()
 		r.start()
+		r.fillPool()
 		again("it existed under an agent before")
-		pass(time.Minute)
 		if took := r.taken(); took != free {
 			t.Errorf("it takes %+v, want %+v", took, free)
 		}

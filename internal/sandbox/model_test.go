@@ -293,12 +293,16 @@ func testModel(t *testing.T, warm int) {
 					_, err := r.Exec(t.Context(), id, Command{Cmd: "x"})
 					want(rt, "exec", id, err, Running)
 				},
-				"deadline":    m.deadline,
-				"no deadline": m.noDeadline,
-				"pause":       m.pause,
-				"hibernate":   m.hibernate,
-				"cold boot":   m.coldBoot,
-				"resume":      m.resume,
+				"create with a life": m.createWithLife,
+				"connect":            m.connect,
+				"another end":        m.setEnd,
+				"wake":               m.wake,
+				"deadline":           m.deadline,
+				"no deadline":        m.noDeadline,
+				"pause":              m.pause,
+				"hibernate":          m.hibernate,
+				"cold boot":          m.coldBoot,
+				"resume":             m.resume,
 				"destroy": func(rt *rapid.T) {
 					id := pick(rt)
 					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Hibernated, Stopped, Unknown) {

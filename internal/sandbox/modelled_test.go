@@ -21,41 +21,150 @@ type modelled struct {
 	want func(rt *rapid.T, what string, id ID, err error, in ...State) bool
 }
 
-// modelledEnd is a deadline and the state that it brings about.
+// modelledEnd is a deadline, zero for none, what happens then, and whether traffic
+// resumes the sandbox.
 type modelledEnd struct {
 	at   time.Time
-	then State
+	then OnTimeout
+	auto bool
+}
+
+// passed says whether the deadline has.
+func (e modelledEnd) passed() bool { return passed(asEnd(e.at), time.Now()) }
+
+// brings is the state that the deadline brings about.
+func (e modelledEnd) brings() State {
+	if e.then.pauses() {
+		return Hibernated
+	}
+	return Stopped
+}
+
+// resumed drops a deadline that has passed.
+func (e modelledEnd) resumed() modelledEnd {
+	if e.passed() {
+		e.at = time.Time{}
+	}
+	return e
 }
 
 // settle follows the deadlines that have passed. The agent may have come up since, or
-// the sandbox have been unknown: it has a moment to act.
+// the sandbox have been unknown: it has a moment to act, in which others may pass.
 func (m modelled) settle(rt *rapid.T) {
 	synctest.Wait()
 	for id, end := range m.ends {
-		if s := m.states[id]; s != Running && s != Paused || time.Now().Before(end.at) {
+		if s := m.states[id]; s != Running && s != Paused || !end.passed() {
 			continue
 		}
-		if info, _ := m.r.Get(id); info.State != end.then {
+		if info, _ := m.r.Get(id); info.State != end.brings() {
 			time.Sleep(sweepEvery + 100*time.Millisecond)
+			defer m.settle(rt)
 			synctest.Wait()
 		}
-		if info, err := m.r.Get(id); info.State != end.then {
+		if info, err := m.r.Get(id); info.State != end.brings() {
 			rt.Fatalf("sandbox %s is %s, %v, after its deadline", id, info.State, err)
 		}
-		m.states[id] = end.then
+		m.states[id] = end.brings()
 	}
 }
 
 func (m modelled) deadline(rt *rapid.T) {
-	id, in := m.pick(rt), rapid.SampledFrom([]time.Duration{-1, 0, 10, 700, 3000, 8000}).Draw(rt, "ms")
-	then := rapid.SampledFrom([]OnTimeout{DestroyOnTimeout, HibernateOnTimeout}).Draw(rt, "then")
-	end := modelledEnd{time.Now().Add(in * time.Millisecond), Stopped}
-	if then == HibernateOnTimeout {
-		end.then = Hibernated
-	}
-	_, err := m.r.SetDeadline(m.r.t.Context(), id, end.at, then)
+	id, end := m.pick(rt), m.drawEnd(rt)
+	end.auto = m.ends[id].auto
+	_, err := m.r.SetDeadline(m.r.t.Context(), id, end.at, end.then)
 	if m.want(rt, "deadline", id, err, Running, Paused, Hibernated) {
 		m.ends[id] = end
+	}
+}
+
+func (m modelled) drawEnd(rt *rapid.T) modelledEnd {
+	in := rapid.SampledFrom([]time.Duration{-1, 0, 10, 700, 3000, 8000}).Draw(rt, "ms")
+	then := rapid.SampledFrom([]OnTimeout{DestroyOnTimeout, HibernateOnTimeout, HibernateFilesOnTimeout}).Draw(rt, "then")
+	return modelledEnd{at: time.Now().Add(in * time.Millisecond), then: then}
+}
+
+// createWithLife makes a sandbox whose life begins when it runs.
+func (m modelled) createWithLife(rt *rapid.T) {
+	if len(m.states) > 8 {
+		rt.Skip()
+	}
+	end := m.drawEnd(rt)
+	end.auto = end.then != HibernateFilesOnTimeout && rapid.Bool().Draw(rt, "auto")
+	life := max(time.Until(end.at), time.Millisecond)
+	made, err := m.r.Create(m.r.t.Context(), CreateRequest{ID: m.r.NewID(), Life: life, OnEnd: end.then, AutoResume: end.auto})
+	if err != nil {
+		rt.Fatal(err)
+	}
+	end.at = asEnd(time.Now().Add(life))
+	m.states[made.ID], m.ends[made.ID] = Running, end
+	m.wantEnd(rt, "create", made.ID)
+}
+
+// wantEnd compares a deadline to the millisecond.
+func (m modelled) wantEnd(rt *rapid.T, what string, id ID) {
+	if info, err := m.r.Get(id); err != nil || !info.EndAt.Equal(asEnd(m.ends[id].at)) {
+		rt.Fatalf("after %s the deadline of sandbox %s is %s, the model says %s, %v", what, id, info.EndAt, m.ends[id].at, err)
+	}
+}
+
+// connect resumes, or moves the deadline to a later time only.
+func (m modelled) connect(rt *rapid.T) {
+	id, ask := m.pick(rt), m.drawEnd(rt)
+	timeout, then := max(time.Until(ask.at), 0), ask.then
+	if rapid.Bool().Draw(rt, "as before") {
+		then = ""
+	}
+	_, resumed, err := m.r.Connect(m.r.t.Context(), id, ConnectRequest{Timeout: timeout, OnEnd: then})
+	if !m.want(rt, "connect", id, err, Running, Paused, Hibernated) {
+		return
+	}
+	state, end := m.states[id], m.ends[id]
+	if resumed != (state != Running) {
+		rt.Fatalf("connect to a %s sandbox: resumed is %v", state, resumed)
+	}
+	at := asEnd(time.Now().Add(timeout))
+	switch {
+	case resumed && timeout == 0:
+		end = end.resumed()
+	case resumed, !end.at.IsZero() && at.After(asEnd(end.at)):
+		end.at = at
+	}
+	if then != "" {
+		end.then = then
+	}
+	m.states[id], m.ends[id] = Running, end
+	m.wantEnd(rt, "connect", id)
+}
+
+func (m modelled) setEnd(rt *rapid.T) {
+	id, ask, extend := m.pick(rt), m.drawEnd(rt), rapid.Bool().Draw(rt, "extend")
+	err := m.r.SetEnd(m.r.t.Context(), id, ask.at, extend)
+	if !m.want(rt, "another end", id, err, Running) {
+		return
+	}
+	end := m.ends[id]
+	if !extend || !end.at.IsZero() && asEnd(ask.at).After(asEnd(end.at)) {
+		end.at = ask.at
+	}
+	m.ends[id] = end
+	m.wantEnd(rt, "another end", id)
+}
+
+// wake is traffic.
+func (m modelled) wake(rt *rapid.T) {
+	id := m.pick(rt)
+	info, _ := m.r.Get(id)
+	end, err := m.ends[id], m.r.Wake(m.r.t.Context(), id)
+	if m.states[id] == Hibernated && (!end.auto || info.FilesOnly || end.then == HibernateFilesOnTimeout) {
+		if !errors.Is(err, errdefs.WrongState) {
+			rt.Fatalf("traffic woke sandbox %s, %+v: %v", id, info, err)
+		}
+		return
+	}
+	if m.want(rt, "wake", id, err, Running, Hibernated) && m.states[id] == Hibernated {
+		end.at = time.Now().Add(minWokenLife)
+		m.states[id], m.ends[id] = Running, end
+		m.wantEnd(rt, "wake", id)
 	}
 }
 
@@ -63,7 +172,9 @@ func (m modelled) noDeadline(rt *rapid.T) {
 	id := m.pick(rt)
 	_, err := m.r.SetDeadline(m.r.t.Context(), id, time.Time{}, "")
 	if m.want(rt, "no deadline", id, err, Running, Paused, Hibernated) {
-		delete(m.ends, id)
+		end := m.ends[id]
+		end.at = time.Time{}
+		m.ends[id] = end
 	}
 }
 
@@ -73,10 +184,7 @@ func (m modelled) resume(rt *rapid.T) {
 	if !m.want(rt, "resume", id, m.r.Resume(m.r.t.Context(), id), Paused, Hibernated) {
 		return
 	}
-	if m.states[id] == Hibernated && !time.Now().Before(m.ends[id].at) {
-		delete(m.ends, id)
-	}
-	m.states[id] = Running
+	m.states[id], m.ends[id] = Running, m.ends[id].resumed()
 }
 
 func (m modelled) pause(rt *rapid.T) {
@@ -107,10 +215,7 @@ func (m modelled) coldBoot(rt *rapid.T) {
 	if err := m.r.coldBoot(id); err != nil {
 		rt.Fatal(err)
 	}
-	if !time.Now().Before(m.ends[id].at) {
-		delete(m.ends, id)
-	}
-	m.states[id] = Running
+	m.states[id], m.ends[id] = Running, m.ends[id].resumed()
 }
 
 func (m modelled) createOwned(rt *rapid.T) {

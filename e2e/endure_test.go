@@ -277,27 +277,10 @@ for i in range(1, 3000):
 	}
 }
 
-// endureForkBomb: a fork bomb stays within its limits, envd answers and commands
-// run while it goes on, and its end is the end of all its processes.
-func (b *sandbox) endureForkBomb() {
-	t := b.t
-	// The limit that there is would take an emulated guest half a minute to
-	// reach: a lower one, at the same place, is reached at once.
-	const limit = 100
-	before := strings.Fields(b.sh("f=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup | xargs dirname)/pids.max; echo $f; cat $f"))
-	if len(before) != 2 || before[1] == "max" {
-		t.Fatalf("the limit of processes is %q", before)
-	}
-	b.sh(fmt.Sprintf("echo %d >%s", limit, before[0]))
-	defer func() { b.sh("echo " + before[1] + " >" + before[0]) }()
-	others, err := strconv.Atoi(b.sh("cut -d/ -f2 /proc/loadavg | cut -d' ' -f1"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	// A witness that needs no process of its own: the number of threads there
-	// are, ten times a second.
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
+// countThreads has a witness that needs no process of its own say how many threads there
+// are, ten times a second, until ctx ends. The channel then gets the most that it saw.
+func (b *sandbox) countThreads(ctx context.Context) <-chan int {
+	b.t.Helper()
 	witness := b.start(ctx, `exec python3 -uc "
 import time
 while True: print(open('/proc/loadavg').read().split()[3].split('/')[1]); time.sleep(0.1)"`)
@@ -318,8 +301,31 @@ while True: print(open('/proc/loadavg').read().split()[3].split('/')[1]); time.s
 	select {
 	case <-first:
 	case n := <-most:
-		t.Fatalf("the witness has ended: %v, %d", witness.Err(), n)
+		b.t.Fatalf("the witness has ended: %v, %d", witness.Err(), n)
 	}
+	return most
+}
+
+// endureForkBomb: a fork bomb stays within its limits, envd answers and commands
+// run while it goes on, and its end is the end of all its processes.
+func (b *sandbox) endureForkBomb() {
+	t := b.t
+	// The limit that there is would take an emulated guest half a minute to
+	// reach: a lower one, at the same place, is reached at once.
+	const limit = 100
+	before := strings.Fields(b.sh("f=/sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup | xargs dirname)/pids.max; echo $f; cat $f"))
+	if len(before) != 2 || before[1] == "max" {
+		t.Fatalf("the limit of processes is %q", before)
+	}
+	b.sh(fmt.Sprintf("echo %d >%s", limit, before[0]))
+	defer func() { b.sh("echo " + before[1] + " >" + before[0]) }()
+	others, err := strconv.Atoi(b.sh("cut -d/ -f2 /proc/loadavg | cut -d' ' -f1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	most := b.countThreads(ctx)
 	ended := make(chan error, 1)
 	go func() {
 		_, err := b.a.Exec(t.Context(), connect.NewRequest(&hostagentv1.ExecRequest{

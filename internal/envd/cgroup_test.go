@@ -54,8 +54,9 @@ func TestBounds(t *testing.T) {
 			t.Errorf("%d MiB: got %+v, want %+v", mib, got, want)
 		}
 		dir := t.TempDir()
-		names := map[string]uint64{"kernel/threads-max": 900, "kernel/pid_max": 4 << 20, "fs/file-max": 48000, "kernel/sched_rt_runtime_us": 950000}
-		for name, value := range names {
+		for name, value := range map[string]uint64{
+			"kernel/threads-max": 900, "kernel/pid_max": 4 << 20, "fs/file-max": 48000, "kernel/sched_rt_runtime_us": 950000,
+		} {
 			path := filepath.Join(dir, name)
 			if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, fmt.Appendln(nil, value), 0o644)); err != nil {
 				t.Fatal(err)

@@ -181,7 +181,7 @@ func (b *base) takeOver(ctx context.Context, c Config, chosen host.Choice, templ
 		return sandbox.Recovery{}, err
 	}
 	b.network = c.parts.network(plan, network.Options{
-		BaseUID: b.uids, Egress: network.Policy{Mode: c.Egress}, Limits: c.Limits,
+		BaseUID: b.uids, Egress: c.Egress, Limits: c.Limits,
 		Resolvers: c.resolvers(), Pool: c.Pool, RangesFile: c.rangesFile(), Log: c.Log,
 	})
 	var found sandbox.Recovery

@@ -3,12 +3,12 @@ package egress
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"os"
 	"runtime"
 	"strings"
@@ -239,7 +239,9 @@ func TestConnectionsTakeTwoDescriptors(t *testing.T) {
 			c.Write(b[:n])
 		}
 	})
-	w.start(Policy{Direct: func(netip.Addr) bool { return true }})
+	w.start(Policy{Allow: []string{"echo.test"}})
+	var hello bytes.Buffer
+	tls.Client(recorder{&hello}, &tls.Config{ServerName: "echo.test"}).Handshake()
 	count := func() int {
 		fds, err := os.ReadDir("/proc/self/fd")
 		must(t, err)
@@ -249,8 +251,8 @@ func TestConnectionsTakeTwoDescriptors(t *testing.T) {
 	const n = 50
 	for range n {
 		c := w.dial("192.0.2.1:9")
-		c.Write([]byte{0, 1, 2})
-		_, err := io.ReadFull(c, make([]byte, 3))
+		c.Write(hello.Bytes())
+		_, err := io.ReadFull(c, make([]byte, hello.Len()))
 		must(t, err)
 	}
 	// The client's and the server's end are the test's own.

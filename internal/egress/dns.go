@@ -105,7 +105,7 @@ func (p *Proxy) answer(ctx context.Context, query []byte, datagram bool) []byte 
 	case q.Class != dnsmessage.ClassINET:
 		reply.RCode = dnsmessage.RCodeRefused
 		return finish(reply, &q)
-	case !ok || !p.resolvable(name):
+	case !ok || !p.passes(name):
 		p.refuse("dns", name, netip.AddrPort{}, "the policy does not let the name through")
 		reply.RCode = dnsmessage.RCodeNameError
 		return finish(reply, &q)

@@ -165,17 +165,13 @@ func (c *httpConn) Close() error {
 	return c.TCPConn.Close()
 }
 
-// shown returns the name that a request is for, "" for an address.
+// shown returns the name that a request is for; addresses are none.
 func shown(r *http.Request) (name string, ok bool) {
 	host := r.Host
 	if h, _, err := net.SplitHostPort(host); err == nil {
 		host = h
 	}
-	if _, err := netip.ParseAddr(strings.Trim(host, "[]")); err == nil {
-		return "", true
-	}
-	name, ok = canonical(host)
-	return name, ok
+	return canonical(host)
 }
 
 // judge returns a refusal for a request that must not go on.
@@ -190,7 +186,7 @@ func (h *httpSide) judge(l *link, r *http.Request) *refusal {
 		return &refusal{name, "the request has too many header lines"}
 	case !ok:
 		return &refusal{r.Host, "the request has no host that is a name"}
-	case !h.proxy.passes(l, name):
+	case !h.proxy.passes(name):
 		return &refusal{name, "the policy does not let the name through"}
 	}
 	return nil
@@ -199,11 +195,7 @@ func (h *httpSide) judge(l *link, r *http.Request) *refusal {
 func (h *httpSide) rewrite(r *httputil.ProxyRequest) {
 	l := linkOf(r.In.Context())
 	name, _ := shown(r.In)
-	to := l.dst.String()
-	if name != "" {
-		to = net.JoinHostPort(name, portOf(l.dst))
-	}
-	r.Out.URL.Scheme, r.Out.URL.Host = "http", to
+	r.Out.URL.Scheme, r.Out.URL.Host = "http", net.JoinHostPort(name, portOf(l.dst))
 	r.Out.Host = r.In.Host
 	// ReverseProxy would change these; the server gets them as the client sent them.
 	r.Out.URL.RawQuery = r.In.URL.RawQuery
@@ -246,10 +238,9 @@ func (h *httpSide) transport(l *link) *http.Transport {
 			if err != nil {
 				return nil, err
 			}
-			name, _ := canonical(host) // "" for an address
-			up, err := h.proxy.connect(l, name)
+			up, err := h.proxy.connect(l, host)
 			if err != nil {
-				h.proxy.refuse("request", name, l.dst, err.Error())
+				h.proxy.refuse("request", host, l.dst, err.Error())
 				return nil, err
 			}
 			return &headConn{Conn: up}, nil

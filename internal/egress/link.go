@@ -12,16 +12,6 @@ import (
 	"time"
 )
 
-// speech is what a client's first bytes are.
-type speech int
-
-const (
-	silent speech = iota // nothing came in time
-	speaksTLS
-	speaksHTTP
-	speaksOther
-)
-
 const (
 	// maxHello is some times what programs send.
 	maxHello = 20 << 10
@@ -32,42 +22,36 @@ const (
 )
 
 // hear reads and keeps the client's first bytes, until they show the name of a
-// server. It returns the name that TLS shows, or "". If the client sends nothing,
-// hear returns silent, with io.EOF after the client's end of the stream. Other
-// errors are refusals: of what began and did not go on, and of what only looks
-// like TLS.
-func (l *link) hear(wait time.Duration) (speech, string, error) {
-	l.client.SetReadDeadline(time.Now().Add(wait))
+// server. It returns the name that TLS shows, "" if the client speaks something else;
+// isHTTP says that each request will show one. Errors are refusals: of a client that
+// says nothing in time, of what began and did not go on, and of what only looks like
+// TLS.
+func (l *link) hear() (isHTTP bool, name string, err error) {
+	l.client.SetReadDeadline(time.Now().Add(firstBytes))
 	defer l.client.SetReadDeadline(time.Time{})
 	for len(l.heard) == 0 {
 		if err := l.more(maxLine); err != nil {
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				err = nil
-			}
-			return silent, "", err
+			return false, "", refused("", "the client says nothing: %v", err)
 		}
 	}
 	l.client.SetReadDeadline(time.Now().Add(firstBytes))
 	switch c := l.heard[0]; {
 	case c == 0x16: // a handshake record
 		name, err := l.hello()
-		return speaksTLS, name, err
+		return false, name, err
 	case c >= 'A' && c <= 'Z', c >= 'a' && c <= 'z', c == '\r', c == '\n':
 	default:
-		return speaksOther, "", nil
+		return false, "", nil
 	}
 	// HTTP, if its first line says so. Empty lines, which some servers pass
 	// over, are left to the strict parser to refuse.
 	for {
 		line, _, whole := bytes.Cut(l.heard, []byte("\n"))
 		if whole {
-			if bytes.Contains(bytes.ToUpper(line), []byte("HTTP/")) || len(bytes.TrimSpace(line)) == 0 {
-				return speaksHTTP, "", nil
-			}
-			return speaksOther, "", nil
+			return bytes.Contains(bytes.ToUpper(line), []byte("HTTP/")) || len(bytes.TrimSpace(line)) == 0, "", nil
 		}
 		if err := l.more(maxLine); err != nil {
-			return speaksOther, "", refused("", "the client's first line has no end: %v", err)
+			return false, "", refused("", "the client's first line has no end: %v", err)
 		}
 	}
 }

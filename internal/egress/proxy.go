@@ -16,7 +16,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -29,10 +28,7 @@ import (
 
 const (
 	// firstBytes is how long a client may take to show the name of a server.
-	firstBytes = 10 * time.Second
-	// serverFirst is how long a client whose address is let through anyway is
-	// given to speak, before its server is.
-	serverFirst = 500 * time.Millisecond
+	firstBytes  = 10 * time.Second
 	dialTimeout = 10 * time.Second
 	// idleTimeout ends a connection that carries nothing, in either direction.
 	idleTimeout = 30 * time.Minute
@@ -51,16 +47,14 @@ const (
 
 // Policy is what a proxy lets through.
 type Policy struct {
-	// Allow and Deny are names as ParseName returns them. Deny wins, and also
+	// Allow and Deny are names as ParseName returns them. Allow wins. Deny also
 	// covers the addresses that its names without a * have.
 	Allow, Deny []string
 	// Open lets through names that neither list has.
 	Open bool
-	// MayDial says which addresses the proxy may connect to for a name.
-	MayDial func(netip.Addr) bool
-	// Direct says which addresses a guest may choose itself, so that nothing
-	// but a denied name is refused there. Nil is none.
-	Direct func(netip.Addr) bool
+	// MayDial says which addresses the proxy may connect to for a name; allowed says
+	// that the name is in Allow.
+	MayDial func(a netip.Addr, allowed bool) bool
 }
 
 // Config is what a proxy works with.
@@ -112,26 +106,25 @@ type parsedPolicy struct {
 	allow, deny names
 }
 
-// use is one thing that a connection is used for.
+// use is one thing that a connection is used for: a name, and an address that it
+// has.
 type use struct {
-	name string // "" if none was shown
+	name string
 	addr netip.Addr
-	// direct: addr is the guest's choice, not the name's.
-	direct bool
 }
 
 func parse(p Policy) parsedPolicy { return parsedPolicy{p, namesOf(p.Allow), namesOf(p.Deny)} }
 
 // name says whether the name alone is let through.
 func (r parsedPolicy) name(name string) bool {
-	return name != "" && !r.deny.match(name) && (r.Open || r.allow.match(name))
+	return name != "" && (r.allow.match(name) || r.Open && !r.deny.match(name))
 }
 
-func (r parsedPolicy) permits(u use) bool {
-	if u.direct {
-		return r.Direct != nil && r.Direct(u.addr) && (u.name == "" || !r.deny.match(u.name))
-	}
-	return r.name(u.name) && r.MayDial(u.addr)
+// permits says whether a name may lead to an address; banned says that a denied name
+// has the address.
+func (r parsedPolicy) permits(u use, banned bool) bool {
+	allowed := r.allow.match(u.name)
+	return r.name(u.name) && (allowed || !banned) && r.MayDial(u.addr, allowed)
 }
 
 // New serves the sockets of cfg until Close. It returns when the addresses of
@@ -214,11 +207,8 @@ func (p *Proxy) sweep() {
 }
 
 func (p *Proxy) permitsLocked(u use) bool {
-	if p.banned[u.addr] {
-		return false
-	}
 	for _, r := range p.policies {
-		if !r.permits(u) {
+		if !r.permits(u, p.banned[u.addr]) {
 			return false
 		}
 	}
@@ -240,38 +230,17 @@ func (p *Proxy) admit(l *link, u use) bool {
 	return true
 }
 
-// passes says whether a client that shows the name may go on. It is called before
-// a resolver is asked for the name's addresses.
-func (p *Proxy) passes(l *link, name string) bool {
+// passes says whether a name is let through. A question for it and the answer can
+// carry data of the guest's, so a name that is not let through is not asked for.
+func (p *Proxy) passes(name string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.permitsLocked(use{name, l.dst.Addr(), true}) || p.nameLocked(name)
-}
-
-func (p *Proxy) nameLocked(name string) bool {
 	for _, r := range p.policies {
 		if !r.name(name) {
 			return false
 		}
 	}
 	return true
-}
-
-// resolvable says whether the guest may ask for a name. A question and its answer
-// can carry data of the guest's, so a name that is not let through is not asked
-// for.
-func (p *Proxy) resolvable(name string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.nameLocked(name)
-}
-
-// direct says whether the guest's choice of address is permitted if it shows
-// no name.
-func (p *Proxy) direct(l *link) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.permitsLocked(use{"", l.dst.Addr(), true})
 }
 
 // learn asks for the addresses of the denied names. What no resolver knows is
@@ -473,25 +442,15 @@ func refused(name, format string, args ...any) error {
 
 // carry serves a connection until it ends; an error is a refusal.
 func (p *Proxy) carry(l *link) error {
-	wait := firstBytes
-	if p.direct(l) {
-		wait = serverFirst
-	}
-	first, name, err := l.hear(wait)
+	isHTTP, name, err := l.hear()
 	switch {
-	case first == silent && p.direct(l):
-		return p.carrySilent(l)
 	case err != nil:
 		return err
-	}
-	switch first {
-	case speaksHTTP:
+	case isHTTP:
 		p.http.carry(l)
 		return nil
-	case silent, speaksOther:
-		if !p.direct(l) {
-			return refused("", "the client shows no name")
-		}
+	case name == "":
+		return refused("", "the client shows no name")
 	}
 	up, err := p.connect(l, name)
 	if err != nil {
@@ -502,69 +461,9 @@ func (p *Proxy) carry(l *link) error {
 	return nil
 }
 
-// carrySilent serves a client that waits for its server to speak. What it says
-// then is judged all the same, before the server hears it.
-func (p *Proxy) carrySilent(l *link) error {
-	up, err := p.connect(l, "")
-	if err != nil {
-		return err
-	}
-	var moved atomic.Int64
-	down := make(chan struct{})
-	go func() {
-		defer close(down)
-		l.copy(l.client, up.TCPConn, &moved)
-	}()
-	defer func() { <-down }()
-	defer up.Close()
-	// While the client is silent, the server may send much.
-	first, name, err := l.hear(2 * idleTimeout)
-	for last := int64(0); first == silent && err == nil && moved.Load() != last; {
-		last = moved.Load()
-		first, name, err = l.hear(2 * idleTimeout)
-	}
-	switch {
-	case errors.Is(err, io.EOF):
-		up.CloseWrite()
-		<-down
-		return nil
-	case first == silent:
-		return nil // it has gone, or waited too long
-	case err != nil:
-		return err
-	case first == speaksHTTP:
-		// A connection made ahead of its use. A server that has spoken already
-		// speaks something else, and the client has something up its sleeve.
-		up.Close()
-		<-down
-		if moved.Load() > 0 {
-			return refused("", "HTTP began late")
-		}
-		p.http.carry(l)
-		return nil
-	}
-	if name != "" && !p.admit(l, use{name, l.dst.Addr(), true}) {
-		return refused(name, "the policy does not let the name through")
-	}
-	if !l.flush(up.TCPConn) {
-		return nil
-	}
-	l.copy(up.TCPConn, l.client, &moved)
-	<-down
-	return nil
-}
-
-// connect dials for a client that shows the name, or none if it is "": the
-// address of its own choice where that is permitted, or else what the name
-// stands for.
+// connect dials what the name stands for.
 func (p *Proxy) connect(l *link, name string) (*upstream, error) {
-	if p.admit(l, use{name, l.dst.Addr(), true}) {
-		return p.dial(l, l.dst)
-	}
-	if name == "" {
-		return nil, refused("", "the client shows no name")
-	}
-	if !p.resolvable(name) {
+	if !p.passes(name) {
 		return nil, refused(name, "the policy does not let the name through")
 	}
 	addrs, err := p.resolver.lookup(l.ctx, name)
@@ -581,7 +480,7 @@ func (p *Proxy) connect(l *link, name string) (*upstream, error) {
 	}
 	var dialErr error
 	for _, a := range addrs {
-		if !p.admit(l, use{name, a, false}) {
+		if !p.admit(l, use{name, a}) {
 			continue
 		}
 		var up *upstream

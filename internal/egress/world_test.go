@@ -103,7 +103,7 @@ func (w *world) start(policy Policy) {
 
 func reaching(p Policy) Policy {
 	if p.MayDial == nil {
-		p.MayDial = func(a netip.Addr) bool { return !never.Contains(a) }
+		p.MayDial = func(a netip.Addr, _ bool) bool { return !never.Contains(a) }
 	}
 	return p
 }

@@ -126,24 +126,33 @@ func (n *Network) openGate(ctx context.Context, path string, policy egress.Polic
 	}, nil
 }
 
-// serves says whether a connection of the guest's was turned to this gate; to
-// any if it is nil.
-func (g *gate) serves(f *netlink.ConntrackFlow) bool {
-	switch {
-	case !f.Reverse.SrcIP.Equal(GuestGateway.AsSlice()):
-		return false
-	case g == nil:
-		return true
-	case f.Forward.Protocol == unix.IPPROTO_UDP:
-		return f.Reverse.SrcPort == g.ports.dnsPacket
+// answering returns the ports without those that a policy has no use for.
+func (ports gatePorts) answering(p Policy) gatePorts {
+	if p.OwnDNS {
+		ports.dnsConns, ports.dnsPacket = 0, 0
 	}
-	return f.Reverse.SrcPort == g.ports.conns || f.Reverse.SrcPort == g.ports.dnsConns
+	return ports
+}
+
+// turned says whether a connection of the guest's was turned to the agent.
+func turned(f *netlink.ConntrackFlow) bool { return f.Reverse.SrcIP.Equal(GuestGateway.AsSlice()) }
+
+// serve says whether a connection of the guest's was turned to one of the ports.
+func (ports gatePorts) serve(f *netlink.ConntrackFlow) bool {
+	if !turned(f) {
+		return false
+	}
+	if f.Forward.Protocol == unix.IPPROTO_UDP {
+		return f.Reverse.SrcPort == ports.dnsPacket
+	}
+	return f.Reverse.SrcPort == ports.conns || f.Reverse.SrcPort == ports.dnsConns
 }
 
 // forgetBeside deletes, in the calling thread's namespace, the connections that
-// the guest began, except those to the gate. The kernel must still know these, or
-// their answers would come from an address that the guest did not connect to.
-func forgetBeside(g *gate) error {
+// the guest began, except those that are kept, which go to the agent. The kernel
+// must still know these, or their answers would come from an address that the guest
+// did not connect to.
+func forgetBeside(kept func(*netlink.ConntrackFlow) bool) error {
 	if noneTracked() {
 		return nil
 	}
@@ -153,7 +162,7 @@ func forgetBeside(g *gate) error {
 	}
 	defer h.Close()
 	if _, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, unix.AF_INET, flowFilter(func(f *netlink.ConntrackFlow) bool {
-		return f.Forward.SrcIP.Equal(GuestAddr.Addr().AsSlice()) && !g.serves(f)
+		return f.Forward.SrcIP.Equal(GuestAddr.Addr().AsSlice()) && !kept(f)
 	})); err != nil {
 		return fmt.Errorf("forget connections: %w", err)
 	}
@@ -252,31 +261,34 @@ func policyChainsOf(v rangePolicy, p Policy, g *gate) []policyChain {
 		return []policyChain{{egressChain, v.rules()}, {turnChain, nil}, {hearChain, nil}, {speakChain, nil}}
 	}
 	return []policyChain{
-		{egressChain, v.beside(p).rules()},
+		{egressChain, v.beside().rules()},
 		{turnChain, v.turn(p, g.ports)},
-		{hearChain, g.ports.hear()},
-		{speakChain, v.speak()},
+		{hearChain, g.ports.answering(p).hear()},
+		{speakChain, v.speak(p)},
 	}
 }
 
 // named says whether names make a difference.
 func (v rangePolicy) named(p Policy) bool {
-	return len(p.DenyNames) > 0 || len(p.AllowNames) > 0 && v.mode == None
+	if v.mode == None {
+		return len(p.AllowNames) > 0
+	}
+	return len(p.DenyNames) > 0
 }
 
-// beside is what passes without the proxy: the ranges that are allowed, unless
-// a denied name may be behind them.
-func (v rangePolicy) beside(p Policy) rangePolicy {
-	v.mode, v.resolvers = None, nil
-	if len(p.DenyNames) > 0 {
-		v.allow = nil
-	}
+// beside is what passes without the proxy.
+func (v rangePolicy) beside() rangePolicy {
+	v.mode, v.resolvers, v.deny = None, nil, nil
 	return v
 }
 
-// dialled is what the proxy may connect to.
-func (v rangePolicy) dialled() rangePolicy {
+// dialled is what the proxy may connect to for names that no list has, or for those
+// that are allowed.
+func (v rangePolicy) dialled(allowed bool) rangePolicy {
 	v.resolvers = nil
+	if allowed {
+		v.deny = nil
+	}
 	if v.mode == None {
 		v.mode = Public
 	}
@@ -288,47 +300,53 @@ func (v rangePolicy) names(p Policy) egress.Policy {
 	return egress.Policy{
 		Allow: p.AllowNames, Deny: p.DenyNames,
 		Open:    v.mode != None,
-		MayDial: v.dialled().permits,
-		Direct:  v.beside(Policy{}).permits,
+		MayDial: func(a netip.Addr, allowed bool) bool { return v.dialled(allowed).permits(a) },
 	}
 }
 
 // turn sends the guest's new connections to the agent. What is not turned meets the egress chain as ever.
 func (v rangePolicy) turn(p Policy, ports gatePorts) []rule {
 	to := func(port uint16) term { return dnatTo(netip.AddrPortFrom(GuestGateway, port)) }
-	rules := []rule{
-		{dport(unix.IPPROTO_UDP, 53), to(ports.dnsPacket)},
-		{dport(unix.IPPROTO_TCP, 53), to(ports.dnsConns)},
-		{ipv4.daddrIn(v.never), back()},
+	var rules []rule
+	if !p.OwnDNS {
+		rules = append(rules,
+			rule{dport(unix.IPPROTO_UDP, 53), to(ports.dnsPacket)},
+			rule{dport(unix.IPPROTO_TCP, 53), to(ports.dnsConns)})
 	}
-	lists := [][]addrRange{v.deny}
-	if len(p.DenyNames) == 0 {
-		lists = append(lists, v.allow)
+	lists := [][]addrRange{v.never, v.allow}
+	if len(p.AllowNames) == 0 { // no name leads to what is denied
+		lists = append(lists, v.deny)
 	}
 	for _, l := range lists {
 		if len(l) > 0 {
 			rules = append(rules, rule{ipv4.daddrIn(l), back()})
 		}
 	}
+	if p.OwnDNS {
+		rules = append(rules, rule{dport(unix.IPPROTO_TCP, 53), back()})
+	}
 	return append(rules, rule{isTCP(), to(ports.conns)})
 }
 
 // hear lets in what was turned here, and answers to the proxy.
 func (ports gatePorts) hear() []rule {
-	turned := []term{iif(Tap), dnatted()}
-	return []rule{
-		append(rule(turned), dport(unix.IPPROTO_TCP, ports.conns), accept()),
-		append(rule(turned), dport(unix.IPPROTO_TCP, ports.dnsConns), accept()),
-		append(rule(turned), dport(unix.IPPROTO_UDP, ports.dnsPacket), accept()),
-		{iif(peerName), established(), replyDirection(), accept()},
+	var rules []rule
+	for _, p := range []struct {
+		proto byte
+		port  uint16
+	}{{unix.IPPROTO_TCP, ports.conns}, {unix.IPPROTO_TCP, ports.dnsConns}, {unix.IPPROTO_UDP, ports.dnsPacket}} {
+		if p.port != 0 {
+			rules = append(rules, rule{iif(Tap), dnatted(), dport(p.proto, p.port), accept()})
+		}
 	}
+	return append(rules, rule{iif(peerName), established(), replyDirection(), accept()})
 }
 
 // speak lets the agent answer the guest, and the proxy connect to what the
 // policy's ranges permit.
-func (v rangePolicy) speak() []rule {
+func (v rangePolicy) speak(p Policy) []rule {
 	rules := []rule{{oif(Tap), dnatted(), replyDirection(), accept()}}
-	for _, r := range v.dialled().rules() {
+	for _, r := range v.dialled(len(p.AllowNames) > 0).rules() {
 		rules = append(rules, append(rule{oif(peerName), marked(proxyMark)}, r...))
 	}
 	return rules

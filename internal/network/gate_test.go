@@ -470,17 +470,36 @@ func TestDeniedNames(t *testing.T) {
 			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "", "private": "", "none": "",
 			"raw": "", "udp": "",
 		}},
+		// What is allowed as a range is reached beside the proxy, whatever name is shown.
 		{Policy{DenyNames: []string{"evil.example"}, Allow: prefixes("198.51.100.0/24", "10.99.0.0/16")}, map[string]string{
-			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "good as a.bad.example",
-			"private": "private as private.example", "none": "good as ", "raw": "203.0.113.1", "udp": "",
+			"good": "good as good.example", "false": "evil as good.example", "evil": "evil as evil.example", "alias": "evil as alias.example",
+			"bad": "good as a.bad.example", "private": "private as private.example", "none": "good as ", "raw": "203.0.113.1", "udp": "203.0.113.1",
 		}},
 		{Policy{Mode: All, DenyNames: []string{"evil.example"}}, map[string]string{
 			"good": "good as good.example", "false": "good as good.example", "evil": "", "alias": "", "bad": "good as a.bad.example",
 			"private": "private as private.example", "none": "", "raw": "", "udp": "",
 		}},
+		// A denied range ends all ways there, and no name leads to it.
+		{Policy{DenyNames: []string{"evil.example"}, Deny: prefixes("198.51.100.10/32")}, map[string]string{
+			"good": "", "false": "", "evil": "", "alias": "", "bad": "", "private": "", "none": "", "raw": "", "udp": "",
+		}},
 		{Policy{Mode: None, Allow: prefixes("198.51.100.10/32"), AllowNames: []string{"evil.example"}}, map[string]string{
 			"good": "good as good.example", "false": "", "evil": "evil as evil.example", "alias": "", "bad": "good as a.bad.example",
 			"private": "", "none": "good as ", "raw": "203.0.113.1", "udp": "203.0.113.1",
+		}},
+		// An allowed name leads to what is denied as a range, another one does not, nor does
+		// it lead to a private address.
+		{Policy{Mode: None, Deny: prefixes("198.51.100.0/24"), AllowNames: []string{"evil.example", "private.example"}}, map[string]string{
+			"good": "", "false": "", "evil": "evil as evil.example", "alias": "", "bad": "", "private": "", "none": "", "raw": "", "udp": "",
+		}},
+		// Names win over names, the longer and the shorter.
+		{Policy{AllowNames: []string{"evil.example", "a.bad.example"}, DenyNames: []string{"evil.example", "*.bad.example", "good.example"}},
+			map[string]string{
+				"good": "", "false": "", "evil": "evil as evil.example", "alias": "", "bad": "good as a.bad.example",
+				"private": "", "none": "", "raw": "", "udp": "",
+			}},
+		{Policy{Mode: None, DenyNames: []string{"good.example"}}, map[string]string{
+			"good": "", "false": "", "evil": "", "alias": "", "bad": "", "private": "", "none": "", "raw": "", "udp": "",
 		}},
 		{Policy{AllowNames: []string{"good.example"}}, map[string]string{ // nothing new
 			"good": "good as good.example", "false": "evil as good.example", "evil": "evil as evil.example", "alias": "evil as alias.example",
@@ -504,6 +523,81 @@ func TestDeniedNames(t *testing.T) {
 			}
 		}
 	}
+}
+
+// With name servers of its own a guest asks those and no others; without any, none.
+// Names are let through all the same.
+func TestOwnDNS(t *testing.T) {
+	w := worldWithNames(t, map[string]netip.Addr{"good.example": goodAddr, "evil.example": evilAddr})
+	s, _, g := open(t, w.Network)
+	names := []string{"good.example"}
+	kept := func(network string) (c net.Conn) {
+		in(t, g.ns, func() {
+			var err error
+			c, err = net.DialTimeout(network, netip.AddrPortFrom(evilAddr, 53).String(), timeout)
+			must(t, err)
+		})
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	check := func(what string, answered map[netip.Addr]dnsmessage.RCode) {
+		t.Helper()
+		for _, server := range []netip.Addr{privateAddr, evilAddr, metadataAddr} {
+			for _, network := range []string{"udp", "tcp"} {
+				want, ok := answered[server]
+				if ok && want == dnsmessage.RCodeSuccess && network == "tcp" {
+					continue // the test's own server speaks UDP alone
+				}
+				m, err := lookUp(t, g.ns, network, server, "evil.example", dnsmessage.TypeA)
+				if ok != (err == nil) || ok && m.RCode != want {
+					t.Errorf("%s: asked %s over %s: %+v, %v", what, server, network, m.Header, err)
+				}
+			}
+		}
+		if got := browse(t, g.ns, evilAddr, 443, "good.example"); got != "good as good.example" {
+			t.Errorf("%s: heard %q", what, got)
+		}
+		if got := browse(t, g.ns, evilAddr, 443, "evil.example"); got != "" {
+			t.Errorf("%s: heard %q", what, got)
+		}
+	}
+	agent := map[netip.Addr]dnsmessage.RCode{
+		privateAddr: dnsmessage.RCodeNameError, evilAddr: dnsmessage.RCodeNameError, metadataAddr: dnsmessage.RCodeNameError,
+	}
+	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: names}))
+	check("by the agent", agent)
+	udp, tcp := kept("udp4"), kept("tcp4")
+	if !asks(udp, false, timeout) || !asks(tcp, true, timeout) {
+		t.Fatal("the agent does not answer")
+	}
+	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: names, OwnDNS: true}))
+	if asks(udp, false, silence) || asks(tcp, true, silence) {
+		t.Error("a connection to the agent's name server goes on")
+	}
+	check("by none", nil)
+	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: names, OwnDNS: true, Allow: prefixes(privateAddr.String() + "/32")}))
+	check("by its own", map[netip.Addr]dnsmessage.RCode{privateAddr: dnsmessage.RCodeSuccess})
+	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: names}))
+	check("by the agent again", agent)
+}
+
+// asks says whether a question on a connection is answered.
+func asks(c net.Conn, prefixed bool, wait time.Duration) bool {
+	q := dnsmessage.Message{Questions: []dnsmessage.Question{{
+		Name: dnsmessage.MustNewName("good.example."), Type: dnsmessage.TypeA, Class: dnsmessage.ClassINET}}}
+	b, err := q.Pack()
+	if err != nil {
+		return false
+	}
+	if prefixed {
+		b = append([]byte{byte(len(b) >> 8), byte(len(b))}, b...)
+	}
+	c.SetDeadline(time.Now().Add(wait))
+	if _, err := c.Write(b); err != nil {
+		return false
+	}
+	_, err = c.Read(make([]byte, 2048))
+	return err == nil
 }
 
 // The proxy is one guest's, and its way out is the agent's alone.
@@ -593,7 +687,7 @@ func TestGateServesItsGuestAlone(t *testing.T) {
 			t.Errorf("marked, to %s: connected", to)
 		}
 	}
-	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: []string{"good.example"}, Deny: prefixes("198.51.100.66/32")}))
+	must(t, w.SetPolicy(t.Context(), s, Policy{DenyNames: []string{"good.example"}, Deny: prefixes("198.51.100.66/32")}))
 	if dial(evilAddr) == nil {
 		t.Error("marked, to a denied range: connected")
 	}
@@ -689,11 +783,17 @@ func TestNamesChangeAtRuntime(t *testing.T) {
 	if _, err := good.Read(said); err != nil || said[0] != 'y' {
 		t.Errorf("what the server says after a change: %q, %v", said, err)
 	}
-	// An address that a name has is denied as a range.
+	// An address that an allowed name has is denied as a range, and then that of a
+	// name of which nothing is said.
 	set(Policy{Mode: None, AllowNames: both.AllowNames, Deny: prefixes("198.51.100.10/32")})
+	if !alive(good, timeout) {
+		t.Error("a connection to an allowed name at a denied address ended")
+	}
+	set(Policy{DenyNames: []string{"evil.example"}, Deny: prefixes("198.51.100.10/32")})
 	if alive(good, silence) {
 		t.Error("a connection to a range that is denied by now goes on")
 	}
+	set(both)
 	if got := browse(t, g.ns, evilAddr, 443, "evil.example"); got != "evil as evil.example" {
 		t.Errorf("heard %q", got)
 	}
@@ -832,7 +932,7 @@ func TestNamesAfterTheAgentsRestart(t *testing.T) {
 // The kernel holds what the golden file shows.
 func TestNamesRulesAreWhatTheKernelHolds(t *testing.T) {
 	testenv.Program(t, "nft")
-	n := world(t, Options{Resolvers: []netip.Addr{privateAddr}, Egress: Policy{Deny: prefixes("198.51.100.0/24")}})
+	n := world(t, Options{Resolvers: []netip.Addr{privateAddr}})
 	s, a, _ := open(t, n)
 	ns, err := netns.GetFromPath(a.NetNSPath)
 	must(t, err)
@@ -882,10 +982,17 @@ func kernelChain(t testing.TB, name string) (rules []string) {
 
 // What the proxy thinks of an address is what the rules say of it.
 func TestPolicyAgreesWithRules(t *testing.T) {
-	opts := Options{Resolvers: []netip.Addr{privateAddr}, Egress: Policy{Allow: prefixes("10.0.0.0/9"), Deny: prefixes("198.51.100.0/24")}}
+	opts := Options{Resolvers: []netip.Addr{privateAddr}}
+	policies := append(testPolicies, namedPolicies...)
+	ranges := append(slices.Concat(neverRanges, privateRanges), DefaultPlan().Hosts, DefaultPlan().Veths)
+	for _, p := range policies {
+		ranges = slices.Concat(ranges, p.Allow, p.Deny)
+	}
 	var interesting []netip.Addr
-	for _, p := range append(slices.Concat(neverRanges, privateRanges), DefaultPlan().Hosts, DefaultPlan().Veths, opts.Egress.Allow[0],
-		opts.Egress.Deny[0]) {
+	for _, p := range ranges {
+		if !p.Addr().Is4() {
+			continue
+		}
 		r := rangesOf([]netip.Prefix{p})[0]
 		for _, n := range []uint32{r.first - 1, r.first, r.last, r.last + 1} {
 			interesting = append(interesting, addr4(n))
@@ -894,11 +1001,13 @@ func TestPolicyAgreesWithRules(t *testing.T) {
 	for range 200 {
 		interesting = append(interesting, addr4(mathrand.Uint32()))
 	}
-	for _, p := range append(testPolicies, namedPolicies...) {
-		v := rangePolicyOf(DefaultPlan(), opts, p).dialled()
-		for _, a := range interesting {
-			if got, want := v.permits(a), evaluate(v.rules(), a); got != want {
-				t.Errorf("%+v: %s permitted: %v, the rules say %v", p, a, got, want)
+	for _, p := range policies {
+		for _, allowed := range []bool{false, true} {
+			v := rangePolicyOf(DefaultPlan(), opts, p).dialled(allowed)
+			for _, a := range interesting {
+				if got, want := v.permits(a), evaluate(v.rules(), a); got != want {
+					t.Errorf("%+v: %s permitted: %v, the rules say %v", p, a, got, want)
+				}
 			}
 		}
 	}
@@ -917,54 +1026,70 @@ func evaluate(rules []rule, a netip.Addr) bool {
 func TestParsePolicy(t *testing.T) {
 	yes, no := true, false
 	all := []string{"0.0.0.0/0"}
-	for _, c := range []struct {
-		host        Mode
-		internet    *bool
-		allow, deny []string
-		want        Policy
-		class       *errdefs.Class
-		text        string // in the error
+	for i, c := range []struct {
+		host  Mode
+		e     Egress
+		want  Policy
+		class *errdefs.Class
+		text  string // in the error
 	}{
 		{host: Public},
-		{host: "", internet: &yes},
-		{host: All, internet: &yes},
+		{host: "", e: Egress{AllowInternet: &yes}},
+		{host: All, e: Egress{AllowInternet: &yes}},
 		{host: None},
-		{host: None, internet: &no, want: Policy{Mode: None}},
-		{host: None, deny: []string{"1.2.3.4"}, want: Policy{Deny: prefixes("1.2.3.4/32")}},
-		{host: Public, internet: &no, want: Policy{Mode: None}},
-		{host: Public, deny: all, want: Policy{Mode: None}},
-		{host: Public, deny: all, allow: []string{"1.1.1.1", "Example.com.", "*.example.com", "example.com"},
+		{host: None, e: Egress{AllowInternet: &no}, want: Policy{Mode: None}},
+		{host: None, e: Egress{Deny: []string{"1.2.3.4"}}, want: Policy{Deny: prefixes("1.2.3.4/32")}},
+		{host: Public, e: Egress{AllowInternet: &no}, want: Policy{Mode: None}},
+		{host: Public, e: Egress{Deny: all}, want: Policy{Mode: None}},
+		{host: Public, e: Egress{Deny: all, Allow: []string{"1.1.1.1", "Example.com.", "*.example.com", "example.com"}},
 			want: Policy{Mode: None, Allow: prefixes("1.1.1.1/32"), AllowNames: []string{"example.com", "*.example.com"}}},
-		{host: Public, internet: &yes, deny: all, want: Policy{Mode: None}},
-		{host: Public, internet: &no, allow: all},
-		{host: Public, internet: &no, allow: all, deny: all, want: Policy{Mode: None}},
-		{host: Public, allow: []string{"8.8.8.8/24"}, deny: []string{"evil.com", "10.0.0.0/8", "2001:db8::/32"},
+		{host: Public, e: Egress{AllowInternet: &yes, Deny: all}, want: Policy{Mode: None}},
+		// What is allowed wins.
+		{host: Public, e: Egress{AllowInternet: &no, Allow: all}},
+		{host: Public, e: Egress{AllowInternet: &no, Allow: append([]string{"good.com"}, all...), Deny: append([]string{"1.2.3.4", "evil.com"}, all...)}},
+		{host: Public, e: Egress{Allow: []string{"8.8.8.8/24"}, Deny: []string{"evil.com", "10.0.0.0/8", "2001:db8::/32"}},
 			want: Policy{Allow: prefixes("8.8.8.0/24"), Deny: prefixes("10.0.0.0/8", "2001:db8::/32"), DenyNames: []string{"evil.com"}}},
-		{host: All, allow: []string{"10.0.0.0/8"}, want: Policy{Allow: prefixes("10.0.0.0/8")}},
-		{host: Public, allow: []string{"10.1.0.0/16"}, class: errdefs.Denied, text: "10.1.0.0/16"},
-		{host: Public, allow: []string{"8.0.0.0/5"}, class: errdefs.Denied, text: "private"},
-		{host: None, internet: &yes, class: errdefs.Denied, text: "--egress none"},
-		{host: None, allow: []string{"example.com"}, class: errdefs.Denied, text: "--egress none"},
-		{host: Public, allow: []string{"::1"}, class: errdefs.InvalidArgument, text: "IPv4 only"},
-		{host: Public, allow: []string{"2001:db8::/32"}, class: errdefs.InvalidArgument, text: "IPv4 only"},
-		{host: Public, allow: []string{"http://x.com"}, deny: []string{"bücher.de"}, class: errdefs.InvalidArgument, text: "http://x.com"},
-		{host: Public, allow: []string{"http://x.com"}, deny: []string{"bücher.de"}, class: errdefs.InvalidArgument, text: "xn--"},
-		{host: Public, allow: []string{""}, class: errdefs.InvalidArgument, text: `""`},
-		{host: Public, allow: slices.Repeat([]string{"a b"}, 500), class: errdefs.InvalidArgument, text: "484 more"},
-		{host: Public, deny: []string{"1.2.3.4/33"}, class: errdefs.InvalidArgument, text: "1.2.3.4/33"},
-		{host: Public, deny: manyNames(maxPolicyNames + 1), class: errdefs.InvalidArgument, text: "513 names"},
-		{host: Public, deny: manyNames(5000), class: errdefs.InvalidArgument, text: "5000 entries"},
-		{host: Public, deny: manyNames(maxPolicyNames), want: Policy{DenyNames: manyNames(maxPolicyNames)}},
+		{host: Public, e: Egress{Allow: []string{"::ffff:8.8.8.8"}, Deny: []string{"::ffff:9.9.9.9/112", "::/0", "::ffff:0:0/96"}},
+			want: Policy{Mode: None, Allow: prefixes("8.8.8.8/32"), Deny: prefixes("9.9.0.0/16", "::/0")}},
+		{host: All, e: Egress{Allow: []string{"10.0.0.0/8"}}, want: Policy{Allow: prefixes("10.0.0.0/8")}},
+		// Name servers count with a name that is allowed.
+		{host: Public, e: Egress{DNS: []string{"1.1.1.1"}}},
+		{host: Public, e: Egress{Deny: all, DNS: []string{"1.1.1.1"}}, want: Policy{Mode: None}},
+		{host: Public, e: Egress{Deny: all, Allow: []string{"a.com"}, DNS: []string{}},
+			want: Policy{Mode: None, AllowNames: []string{"a.com"}, OwnDNS: true}},
+		{host: Public, e: Egress{AllowInternet: &no, Allow: []string{"a.com", "2.2.2.2"}, DNS: []string{"1.1.1.1", "9.9.9.9"}},
+			want: Policy{Mode: None, Allow: prefixes("2.2.2.2/32", "1.1.1.1/32", "9.9.9.9/32"), AllowNames: []string{"a.com"}, OwnDNS: true}},
+		{host: All, e: Egress{Deny: all, Allow: []string{"a.com"}, DNS: []string{"10.0.0.2"}},
+			want: Policy{Mode: None, Allow: prefixes("10.0.0.2/32"), AllowNames: []string{"a.com"}, OwnDNS: true}},
+		{host: Public, e: Egress{DNS: []string{"10.0.0.2"}}, class: errdefs.Denied, text: "DNS servers: 10.0.0.2"},
+		{host: Public, e: Egress{DNS: []string{"2606:4700:4700::1111"}}, class: errdefs.InvalidArgument, text: "IPv4"},
+		{host: Public, e: Egress{DNS: []string{"1.1.1.1/32"}}, class: errdefs.InvalidArgument, text: "1.1.1.1/32"},
+		{host: Public, e: Egress{DNS: slices.Repeat([]string{"1.1.1.1"}, 11)}, class: errdefs.InvalidArgument, text: "at most 10"},
+		{host: Public, e: Egress{Allow: []string{"10.1.0.0/16"}}, class: errdefs.Denied, text: "10.1.0.0/16"},
+		{host: Public, e: Egress{Allow: []string{"8.0.0.0/5"}}, class: errdefs.Denied, text: "private"},
+		{host: None, e: Egress{AllowInternet: &yes}, class: errdefs.Denied, text: "--egress none"},
+		{host: None, e: Egress{Allow: []string{"example.com"}}, class: errdefs.Denied, text: "--egress none"},
+		{host: Public, e: Egress{Allow: []string{"::1"}}, class: errdefs.InvalidArgument, text: "IPv4 only"},
+		{host: Public, e: Egress{Allow: []string{"2001:db8::/32"}}, class: errdefs.InvalidArgument, text: "IPv4 only"},
+		{host: Public, e: Egress{Allow: []string{"http://x.com"}, Deny: []string{"bücher.de"}}, class: errdefs.InvalidArgument,
+			text: "http://x.com"},
+		{host: Public, e: Egress{Allow: []string{"http://x.com"}, Deny: []string{"bücher.de"}}, class: errdefs.InvalidArgument, text: "xn--"},
+		{host: Public, e: Egress{Allow: []string{""}}, class: errdefs.InvalidArgument, text: `""`},
+		{host: Public, e: Egress{Allow: slices.Repeat([]string{"a b"}, 500)}, class: errdefs.InvalidArgument, text: "484 more"},
+		{host: Public, e: Egress{Deny: []string{"1.2.3.4/33"}}, class: errdefs.InvalidArgument, text: "1.2.3.4/33"},
+		{host: Public, e: Egress{Deny: manyNames(maxPolicyNames + 1)}, class: errdefs.InvalidArgument, text: "513 names"},
+		{host: Public, e: Egress{Deny: manyNames(5000)}, class: errdefs.InvalidArgument, text: "5000 entries"},
+		{host: Public, e: Egress{Deny: manyNames(maxPolicyNames)}, want: Policy{DenyNames: manyNames(maxPolicyNames)}},
 	} {
-		got, err := ParsePolicy(c.host, c.internet, c.allow, c.deny)
+		got, err := ParsePolicy(c.host, c.e)
 		if c.class != nil {
 			if !errors.Is(err, c.class) || !strings.Contains(err.Error(), c.text) {
-				t.Errorf("ParsePolicy(%s, %v, %.3q, %.3q) = %v, want %v with %q", c.host, c.internet, c.allow, c.deny, err, c.class, c.text)
+				t.Errorf("row %d: ParsePolicy = %v, want %v with %q", i, err, c.class, c.text)
 			}
 			continue
 		}
 		if d := cmp.Diff(c.want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); err != nil || d != "" {
-			t.Errorf("ParsePolicy(%s, %v, %.3q, %.3q): %v (-want +got):\n%s", c.host, c.internet, c.allow, c.deny, err, d)
+			t.Errorf("row %d: ParsePolicy: %v (-want +got):\n%s", i, err, d)
 		}
 	}
 	for _, p := range []Policy{{AllowNames: []string{"Example.com"}}, {DenyNames: []string{"a b"}}, {DenyNames: []string{"a.example."}}} {
@@ -972,9 +1097,8 @@ func TestParsePolicy(t *testing.T) {
 			t.Errorf("%+v is valid: %v", p, err)
 		}
 	}
-	if err := New(testPlan(), Options{Egress: Policy{DenyNames: []string{"evil.com"}}}).Setup(t.Context()); !errors.Is(err,
-		errdefs.InvalidArgument) {
-		t.Errorf("a host's policy with names = %v", err)
+	if err := New(testPlan(), Options{Egress: "most"}).Setup(t.Context()); !errors.Is(err, errdefs.InvalidArgument) {
+		t.Errorf("a host with an unknown mode = %v", err)
 	}
 }
 

@@ -163,7 +163,7 @@ func applyLimits(h *netlink.Handle, now, l Limits) error {
 		return fmt.Errorf("set packet and connection limits: %w", err)
 	}
 	if now.Connections != l.Connections && l.Connections > 0 {
-		return forgetBeside(nil)
+		return forgetBeside(turned)
 	}
 	return nil
 }

@@ -42,9 +42,8 @@ type Options struct {
 	// of that user may attach to it by name without privilege, given that it may
 	// open /dev/net/tun. With 0 the taps are root's.
 	BaseUID int
-	// Egress is the host's policy. Its lists apply to every sandbox beside the
-	// sandbox's own; its mode, Public if empty, to those that set none.
-	Egress Policy
+	// Egress is the mode of sandboxes that set none; Public if empty.
+	Egress Mode
 	// Limits hold for every sandbox where its own say nothing.
 	Limits Limits
 	// Resolvers are the name servers that the guests are told to use.
@@ -113,11 +112,8 @@ func (n *Network) Setup(ctx context.Context) error {
 	if n.opts.RangesFile != "" {
 		valid = n.plan.ValidateGiven
 	}
-	if err := errors.Join(valid(), n.opts.Egress.Validate(), n.opts.Limits.Validate()); err != nil {
+	if err := errors.Join(valid(), Policy{Mode: n.opts.Egress}.Validate(), n.opts.Limits.Validate()); err != nil {
 		return err
-	}
-	if len(n.opts.Egress.AllowNames)+len(n.opts.Egress.DenyNames) > 0 {
-		return errdefs.InvalidArgument.Errorf("the host's egress policy has names, which only a sandbox's can have")
 	}
 	if err := ctx.Err(); err != nil {
 		return err

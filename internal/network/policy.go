@@ -44,15 +44,48 @@ const (
 	maxPolicyNames  = 512
 )
 
+// maxDNS bounds the name servers of an Egress.
+const maxDNS = 10
+
+// Egress is what a sandbox may reach, as its user said it. A nil field was not said,
+// an empty list was.
+type Egress struct {
+	// AllowInternet says whether it reaches what no list names. False is the same as
+	// 0.0.0.0/0 in Deny.
+	AllowInternet *bool `json:"allowInternet,omitzero"`
+	// Allow and Deny are IPv4 addresses, ranges and domain names. Allow wins.
+	Allow []string `json:"allow,omitzero"`
+	Deny  []string `json:"deny,omitzero"`
+	// DNS are the IPv4 addresses of name servers. They count only with a name in Allow:
+	// all traffic to them passes then, and the agent answers no questions. Without them
+	// (nil) the agent does, wherever they are sent.
+	DNS []string `json:"dns,omitzero"`
+}
+
+// Clone returns a copy that shares nothing.
+func (e Egress) Clone() Egress {
+	if e.AllowInternet != nil {
+		allow := *e.AllowInternet
+		e.AllowInternet = &allow
+	}
+	e.Allow, e.Deny, e.DNS = slices.Clone(e.Allow), slices.Clone(e.Deny), slices.Clone(e.DNS)
+	return e
+}
+
+// IsZero says whether nothing was said.
+func (e Egress) IsZero() bool {
+	return e.AllowInternet == nil && e.Allow == nil && e.Deny == nil && e.DNS == nil
+}
+
 // Policy is what a sandbox may reach. What it is asked is decided in this
 // order, the first answer counting:
 //
 //  1. Never: the host and other sandboxes, whatever their addresses; the
 //     plan's ranges, link-local addresses (cloud metadata among them),
 //     loopback, multicast.
-//  2. Deny, the host's and the sandbox's: no.
-//  3. The resolvers, port 53: yes, unless the mode is None.
-//  4. Allow, the host's and the sandbox's: yes.
+//  2. Allow: yes.
+//  3. Deny: no.
+//  4. The resolvers, port 53: yes, unless the mode is None.
 //  5. The mode.
 //
 // Refusals are answered with an ICMP error, so that programs fail at once.
@@ -60,67 +93,93 @@ const (
 // Names change that, if there are any to deny, or any to allow where the mode
 // is None (elsewhere a name that is allowed is nothing new). Then:
 //
-//   - TCP connections go to a proxy, which lets through what shows the name of
-//     a host, in TLS or in HTTP, and connects to the addresses that it finds
-//     for that name itself; never to those that the guest claims it has. 1, 2
-//     and 4 hold for them as well, and private addresses need 4 or the mode
-//     All. A name in DenyNames is refused, then one in AllowNames is let
-//     through, then the mode decides. Refused connections are reset.
-//   - Addresses in Allow are reached directly; if there are DenyNames, by TCP
-//     through the proxy, which refuses nothing but those.
+//   - Addresses in Allow are reached directly.
+//   - TCP connections to all others go to a proxy, which lets through what shows the
+//     name of a host, in TLS or in HTTP, and connects to the addresses that it finds
+//     for that name itself; never to those that the guest claims it has. A name in
+//     AllowNames is let through, then one in DenyNames is refused, then the mode
+//     decides. No name leads to what 1 refuses, and to private addresses only with 2
+//     or the mode All. To what 3 refuses lead only names in AllowNames. Refused
+//     connections are reset.
 //   - Questions to port 53, wherever they are sent, are answered by the agent:
-//     names that are not let through do not exist.
+//     names that are not let through do not exist. With OwnDNS the agent answers
+//     none, and they are decided like all else.
 //   - Everything else is refused: QUIC, and HTTP/2 that begins without TLS.
 //
-// A denied name without a * also denies the addresses that it has. What a
-// server that is let through does inside of its TLS connections cannot be
-// seen; where a policy denies names and opens the rest of the internet, any
+// A denied name without a * also denies the addresses that it has, except to names
+// in AllowNames. What a server that is let through does inside of its TLS connections
+// cannot be seen; where a policy denies names and opens the rest of the internet, any
 // relay leads around the denied names.
 //
 // The proxy is the agent's: without an agent nothing passes by name.
 type Policy struct {
 	// Mode is the host's default if empty.
 	Mode Mode
-	// Allow and Deny are ranges; Deny wins. IPv6 ranges may be denied, which
+	// Allow and Deny are ranges; Allow wins. IPv6 ranges may be denied, which
 	// they are anyway, but not allowed.
 	Allow, Deny []netip.Prefix
 	// AllowNames and DenyNames are names in lower case: "example.com",
-	// "*.example.com" for all below it, or "*". They are a sandbox's own; the
-	// host's policy has none.
+	// "*.example.com" for all below it, or "*". AllowNames win.
 	AllowNames, DenyNames []string
+	// OwnDNS says that name servers in Allow, if any, answer the guest's questions.
+	OwnDNS bool
 }
 
-// ParsePolicy reads the lists of a sandbox as the API has them: IPv4 addresses,
-// ranges, and names. The range 0.0.0.0/0 is the internet: denied, it means the
-// same as allowInternet false, and allowed as true, the former winning.
+// ParsePolicy reads what the user of a sandbox said. The range 0.0.0.0/0 is the
+// internet: denied, it means the same as AllowInternet false; allowed, it wins over
+// all that is denied.
 //
 // A sandbox may not be more open than the host lets it, whose mode is the
-// first argument: Denied for allowInternet or anything allowed on a host with
+// first argument: Denied for AllowInternet or anything allowed on a host with
 // None, and for private ranges on one with Public. Everything else that is
 // wrong is InvalidArgument. Problems are reported at once, not one by one.
-func ParsePolicy(host Mode, allowInternet *bool, allow, deny []string) (Policy, error) {
+func ParsePolicy(host Mode, e Egress) (Policy, error) {
 	if host == "" {
 		host = Public
 	}
 	var p Policy
-	allowed, allowErr := readList("allow", allow, &p.Allow, &p.AllowNames)
-	denied, denyErr := readList("deny", deny, &p.Deny, &p.DenyNames)
-	open := allowInternet == nil || *allowInternet
-	if denied || !open && !allowed {
-		p.Mode = None
-	}
-	errs := []error{allowErr, denyErr, p.Validate()}
-	if host == None && (allowInternet != nil && *allowInternet || len(allow) > 0) {
+	allowed, allowErr := readList("allow", e.Allow, &p.Allow, &p.AllowNames)
+	denied, denyErr := readList("deny", e.Deny, &p.Deny, &p.DenyNames)
+	dns, dnsErr := readDNS(e.DNS)
+	errs := []error{allowErr, denyErr, dnsErr, p.Validate()}
+	if host == None && (e.AllowInternet != nil && *e.AllowInternet || len(e.Allow) > 0) {
 		errs = append(errs, errdefs.Denied.Errorf("this host lets its sandboxes reach nothing (--egress none): "+
 			"a sandbox's policy cannot allow anything"))
 	}
 	if host == Public {
-		errs = append(errs, refusePrivate(p.Allow))
+		errs = append(errs, refusePrivate("allow list", p.Allow), refusePrivate("DNS servers", dns))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return Policy{}, err
 	}
+	switch open := e.AllowInternet == nil || *e.AllowInternet; {
+	case allowed:
+		p.Deny, p.DenyNames, p.AllowNames = nil, nil, nil
+	case denied || !open:
+		p.Mode = None
+	}
+	if p.OwnDNS = p.Mode == None && len(p.AllowNames) > 0 && e.DNS != nil; p.OwnDNS {
+		p.Allow = append(p.Allow, dns...)
+	}
 	return p, nil
+}
+
+// readDNS reads the addresses of name servers.
+func readDNS(list []string) ([]netip.Prefix, error) {
+	if len(list) > maxDNS {
+		return nil, errdefs.InvalidArgument.Errorf("%d DNS servers are given, at most %d are possible", len(list), maxDNS)
+	}
+	var addrs []netip.Addr
+	var errs []error
+	for _, text := range list {
+		a, err := netip.ParseAddr(text)
+		if err != nil || !a.Is4() {
+			errs = append(errs, errdefs.InvalidArgument.Errorf("invalid DNS server %.70q: want an IPv4 address", text))
+			continue
+		}
+		addrs = append(addrs, a)
+	}
+	return singles(addrs), errors.Join(errs...)
 }
 
 // readList sorts the entries of a list into ranges and names, and says whether
@@ -154,31 +213,33 @@ func readList(what string, list []string, ranges *[]netip.Prefix, names *[]strin
 	return internet, errors.Join(errs...)
 }
 
-// parseRange reads an address or a range.
+// parseRange reads an address or a range. IPv4 written as IPv6 is IPv4.
 func parseRange(text string) (r netip.Prefix, ok bool) {
 	if a, err := netip.ParseAddr(text); err == nil && a.Zone() == "" {
+		a = a.Unmap()
 		return netip.PrefixFrom(a, a.BitLen()), true
 	}
 	r, err := netip.ParsePrefix(text)
+	if mapped := r.Bits() - 96; err == nil && r.Addr().Is4In6() && mapped >= 0 {
+		r = netip.PrefixFrom(r.Addr().Unmap(), mapped)
+	}
 	return r.Masked(), err == nil
 }
 
 // refusePrivate reports, as Denied, the ranges that overlap private ones.
-func refusePrivate(allow []netip.Prefix) error {
+func refusePrivate(what string, allow []netip.Prefix) error {
 	var errs []error
 	for _, r := range allow {
 		if i := slices.IndexFunc(privateRanges, r.Overlaps); i >= 0 {
-			errs = append(errs, errdefs.Denied.Errorf("allow list: %s: this host does not let its sandboxes reach private addresses "+
-				"(--egress public), which %s are", r, privateRanges[i]))
+			errs = append(errs, errdefs.Denied.Errorf("%s: %s: this host does not let its sandboxes reach private addresses "+
+				"(--egress public), which %s are", what, r, privateRanges[i]))
 		}
 	}
 	return errors.Join(errs...)
 }
 
 // ParsePolicy is ParsePolicy on this host.
-func (n *Network) ParsePolicy(allowInternet *bool, allow, deny []string) (Policy, error) {
-	return ParsePolicy(n.opts.Egress.Mode, allowInternet, allow, deny)
-}
+func (n *Network) ParsePolicy(e Egress) (Policy, error) { return ParsePolicy(n.opts.Egress, e) }
 
 // maxReported bounds the problems that ParsePolicy tells of one list.
 const maxReported = 16
@@ -240,21 +301,21 @@ var (
 	}
 )
 
-// rangePolicy is a sandbox's policy joined with the host's, as ranges.
+// rangePolicy is a sandbox's policy with the host's mode, as ranges.
 type rangePolicy struct {
-	never, deny, resolvers, allow []addrRange
+	never, allow, deny, resolvers []addrRange
 	mode                          Mode
 }
 
 func rangePolicyOf(plan Plan, opts Options, p Policy) rangePolicy {
 	v := rangePolicy{
 		never: rangesOf(append(slices.Clone(neverRanges), plan.Hosts, plan.Veths)),
-		deny:  rangesOf(append(slices.Clone(opts.Egress.Deny), p.Deny...)),
-		allow: rangesOf(append(slices.Clone(opts.Egress.Allow), p.Allow...)),
+		allow: rangesOf(p.Allow),
+		deny:  rangesOf(p.Deny),
 		mode:  p.Mode,
 	}
 	if v.mode == "" {
-		v.mode = opts.Egress.Mode
+		v.mode = opts.Egress
 	}
 	if v.mode != None {
 		v.resolvers = rangesOf(singles(opts.Resolvers))
@@ -274,10 +335,10 @@ func (v rangePolicy) rules() []rule {
 			rules = append(rules, append(rule{ipv4.daddrIn(list)}, terms...))
 		}
 	}
+	add(v.allow, accept())
 	add(v.deny, reject())
 	add(v.resolvers, dport(unix.IPPROTO_UDP, 53), accept())
 	add(v.resolvers, dport(unix.IPPROTO_TCP, 53), accept())
-	add(v.allow, accept())
 	switch v.mode {
 	case All:
 		return append(rules, rule{accept()})
@@ -293,10 +354,12 @@ func (v rangePolicy) rules() []rule {
 // resolvers out.
 func (v rangePolicy) permits(a netip.Addr) bool {
 	switch {
-	case !a.Is4() || contains(v.never, a) || contains(v.deny, a):
+	case !a.Is4() || contains(v.never, a):
 		return false
 	case contains(v.allow, a):
 		return true
+	case contains(v.deny, a):
+		return false
 	}
 	return v.mode == All || v.mode != None && !contains(rangesOf(privateRanges), a)
 }
@@ -305,7 +368,7 @@ func (v rangePolicy) permits(a netip.Addr) bool {
 func egressRules(plan Plan, opts Options, p Policy) []rule {
 	v := rangePolicyOf(plan, opts, p)
 	if v.named(p) {
-		v = v.beside(p)
+		v = v.beside()
 	}
 	return v.rules()
 }
@@ -377,7 +440,7 @@ func (n *Network) setPolicy(ctx context.Context, s Slot, p Policy) error {
 	}
 	n.gates.put(s, g)
 	g.proxy.Settle()
-	return inNS(path, func() error { return forgetBeside(g) })
+	return inNS(path, func() error { return forgetBeside(g.ports.answering(p).serve) })
 }
 
 func (n *Network) swap(ctx context.Context, s Slot, chains []policyChain) error {

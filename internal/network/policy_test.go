@@ -17,7 +17,6 @@ import (
 func TestEgress(t *testing.T) {
 	n := world(t, Options{
 		Resolvers: []netip.Addr{privateAddr, uplinkAddr},
-		Egress:    Policy{Deny: prefixes("198.51.100.7/32")},
 	})
 	s, _, g := open(t, n)
 	_, b, gb := open(t, n)
@@ -55,16 +54,23 @@ func TestEgress(t *testing.T) {
 		policy  *Policy // nil: as opened
 		reaches []string
 	}{
-		{nil, []string{"internet", "second", "resolver", "host resolver", "other resolver"}},
+		{nil, []string{"internet", "second", "banned", "resolver", "host resolver", "other resolver"}},
 		{&Policy{Mode: None}, nil},
-		{&Policy{Mode: All}, []string{"internet", "second", "private", "cgnat", "resolver", "host resolver", "other resolver"}},
+		{&Policy{Mode: All}, []string{"internet", "second", "banned", "private", "cgnat", "resolver", "host resolver", "other resolver"}},
 		{&Policy{Mode: None, Allow: prefixes("203.0.113.0/24")}, []string{"internet", "host resolver"}},
-		{&Policy{Mode: None, Allow: prefixes("0.0.0.0/0")},
-			[]string{"internet", "second", "private", "cgnat", "resolver", "host resolver", "other resolver"}},
-		{&Policy{Allow: prefixes("10.99.0.0/16"), Deny: prefixes("203.0.113.0/24")}, []string{"second", "private", "resolver", "other resolver"}},
+		{&Policy{Mode: None, Allow: prefixes("0.0.0.0/0"), Deny: prefixes("0.0.0.0/0")},
+			[]string{"internet", "second", "banned", "private", "cgnat", "resolver", "host resolver", "other resolver"}},
+		{&Policy{Allow: prefixes("10.99.0.0/16"), Deny: prefixes("203.0.113.0/24")},
+			[]string{"second", "banned", "private", "resolver", "other resolver"}},
+		// What is allowed wins, whichever range is the larger; of resolvers nothing is said.
 		{&Policy{Mode: All, Allow: prefixes("203.0.113.2/32", "10.99.0.1/32"), Deny: prefixes("203.0.113.0/24", "10.0.0.0/8")},
-			[]string{"second", "cgnat", "other resolver"}},
-		{&Policy{}, []string{"internet", "second", "resolver", "host resolver", "other resolver"}},
+			[]string{"internet", "second", "banned", "private", "cgnat", "resolver", "other resolver"}},
+		{&Policy{Allow: prefixes("198.51.100.0/24"), Deny: prefixes("198.51.100.7/32", "203.0.113.2/32", "10.99.0.1/32")},
+			[]string{"second", "banned", "host resolver", "other resolver"}},
+		// The walls stand whatever is allowed.
+		{&Policy{Mode: None, Allow: prefixes("169.254.0.0/16", "203.0.113.1/32", b.HostIP.String()+"/32", "127.0.0.0/8")},
+			[]string{"host resolver"}},
+		{&Policy{}, []string{"internet", "second", "banned", "resolver", "host resolver", "other resolver"}},
 	} {
 		if c.policy != nil {
 			must(t, n.SetPolicy(t.Context(), s, *c.policy))
@@ -214,7 +220,7 @@ func TestPolicyChangesAtomically(t *testing.T) {
 	for i := range 40 {
 		p := Policy{Mode: []Mode{All, Public, None}[i%3], Deny: deny}
 		if i%2 == 0 {
-			p.Allow = prefixes("0.0.0.0/0")
+			p.Allow = prefixes("198.51.100.0/24", "203.0.113.128/25")
 		}
 		must(t, n.SetPolicy(t.Context(), s, p))
 	}

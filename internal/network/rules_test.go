@@ -37,7 +37,8 @@ var testPolicies = []Policy{
 var namedPolicies = []Policy{
 	{Mode: None, AllowNames: []string{"example.com"}},
 	{Mode: None, Allow: prefixes("10.5.0.0/16"), Deny: prefixes("8.8.8.8/32"), AllowNames: []string{"*.example.com"}},
-	{Mode: Public, Allow: prefixes("10.5.0.0/16"), DenyNames: []string{"*.example.com"}},
+	{Mode: None, Allow: prefixes("192.0.2.53/32"), AllowNames: []string{"example.com"}, OwnDNS: true},
+	{Mode: Public, Allow: prefixes("10.5.0.0/16"), Deny: prefixes("8.8.8.8/32"), DenyNames: []string{"*.example.com"}},
 	{Mode: All, DenyNames: []string{"example.com"}},
 	{Mode: Public, AllowNames: []string{"example.com"}}, // which it is anyway
 }
@@ -49,7 +50,6 @@ func TestRulesGolden(t *testing.T) {
 	p := DefaultPlan()
 	opts := Options{
 		Resolvers: []netip.Addr{netip.MustParseAddr("192.0.2.53"), netip.MustParseAddr("10.0.0.2")},
-		Egress:    Policy{Deny: prefixes("198.51.100.0/24")},
 	}
 	var slot, policies strings.Builder
 	for _, r := range slotRules(p.Addrs(7), egressRules(p, opts, Policy{})) {
@@ -63,7 +63,7 @@ func TestRulesGolden(t *testing.T) {
 	}
 	var named strings.Builder
 	for _, pol := range namedPolicies {
-		fmt.Fprintf(&named, "# mode %s, allow %v %v, deny %v %v\n", pol.Mode, pol.Allow, pol.AllowNames, pol.Deny, pol.DenyNames)
+		fmt.Fprintf(&named, "# mode %s, allow %v %v, deny %v %v, own DNS %v\n", pol.Mode, pol.Allow, pol.AllowNames, pol.Deny, pol.DenyNames, pol.OwnDNS)
 		v := rangePolicyOf(p, opts, pol)
 		var g *gate
 		if v.named(pol) {

@@ -24,7 +24,7 @@ type Network interface {
 	Close(context.Context, network.Slot) error
 	Strays(context.Context) ([]network.Slot, error)
 	RemoveStrays(context.Context) ([]network.Slot, error)
-	ParsePolicy(allowInternet *bool, allow, deny []string) (network.Policy, error)
+	ParsePolicy(network.Egress) (network.Policy, error)
 	SetPolicy(context.Context, network.Slot, network.Policy) error
 	SetLimits(context.Context, network.Slot, network.Limits) error
 	CheckAll(context.Context, []network.Slot) (network.Findings, error)

@@ -163,7 +163,7 @@ func (m *Manager) createNew(ctx context.Context, req CreateRequest) (Created, er
 	if err := req.check(); err != nil {
 		return Created{}, err
 	}
-	if _, err := m.policy(req.Network); err != nil {
+	if err := m.checkPolicy(req.Network); err != nil {
 		return Created{}, err
 	}
 	tmpl, err := m.cfg.Templates.Get(req.Template)

@@ -249,15 +249,15 @@ func (n *fakeNetwork) Close(ctx context.Context, s network.Slot) error {
 }
 
 // ParsePolicy takes names for what they are, to be recognised again.
-func (n *fakeNetwork) ParsePolicy(allowInternet *bool, allow, deny []string) (network.Policy, error) {
-	if slices.Contains(append(slices.Clone(allow), deny...), "nonsense!") {
+func (n *fakeNetwork) ParsePolicy(e network.Egress) (network.Policy, error) {
+	if slices.Contains(append(slices.Clone(e.Allow), e.Deny...), "nonsense!") {
 		return network.Policy{}, errdefs.InvalidArgument.Errorf("nonsense! is no range and no name")
 	}
-	if n.strict && len(allow) > 0 {
+	if n.strict && len(e.Allow) > 0 {
 		return network.Policy{}, errdefs.Denied.Errorf("this host allows nothing")
 	}
-	p := network.Policy{Mode: network.Public, AllowNames: allow, DenyNames: deny}
-	if allowInternet != nil && !*allowInternet {
+	p := network.Policy{Mode: network.Public, AllowNames: e.Allow, DenyNames: e.Deny, OwnDNS: e.DNS != nil}
+	if e.AllowInternet != nil && !*e.AllowInternet {
 		p.Mode = network.None
 	}
 	return p, nil

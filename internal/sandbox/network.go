@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
 )
@@ -18,16 +18,8 @@ type Policy struct {
 	Limits network.Limits `json:"limits,omitzero"`
 }
 
-// Egress is what a sandbox may reach. A nil field was not said, an empty list was.
-type Egress struct {
-	// AllowInternet says whether it reaches what no list names.
-	AllowInternet *bool `json:"allowInternet,omitzero"`
-	// Allow and Deny are addresses, ranges and domain names; Deny wins.
-	Allow []string `json:"allow,omitzero"`
-	Deny  []string `json:"deny,omitzero"`
-	// DNS are the addresses of its name servers.
-	DNS []string `json:"dns,omitzero"`
-}
+// Egress is what a sandbox may reach.
+type Egress = network.Egress
 
 // Ingress is how the servers in a sandbox are reached.
 type Ingress struct {
@@ -43,32 +35,19 @@ type Ingress struct {
 type NetworkLimits = network.Limits
 
 // IsZero says whether the host's policy is all that counts.
-func (p Policy) IsZero() bool {
-	return p.AllowInternet == nil && p.Allow == nil && p.Deny == nil && p.DNS == nil && p.Limits == network.Limits{}
-}
+func (p Policy) IsZero() bool { return p.Egress.IsZero() && p.Limits == network.Limits{} }
 
 func (p Policy) clone() Policy {
-	p.Egress = p.Egress.clone()
+	p.Egress = p.Egress.Clone()
 	return p
 }
 
-func (e Egress) clone() Egress {
-	e.AllowInternet = cloneFlag(e.AllowInternet)
-	e.Allow, e.Deny, e.DNS = slices.Clone(e.Allow), slices.Clone(e.Deny), slices.Clone(e.DNS)
-	return e
-}
-
 func (i Ingress) clone() Ingress {
-	i.Public = cloneFlag(i.Public)
-	return i
-}
-
-func cloneFlag(f *bool) *bool {
-	if f == nil {
-		return nil
+	if i.Public != nil {
+		public := *i.Public
+		i.Public = &public
 	}
-	c := *f
-	return &c
+	return i
 }
 
 // newTrafficToken returns what callers of the ports show; empty if they are public.
@@ -81,8 +60,22 @@ func (i Ingress) newTrafficToken() string {
 
 // policy is what a policy comes to on this host; errors are InvalidArgument.
 func (h *host) policy(p Policy) (network.Policy, error) {
-	policy, err := h.cfg.Network.ParsePolicy(p.AllowInternet, p.Allow, p.Deny)
+	policy, err := h.cfg.Network.ParsePolicy(p.Egress)
 	return policy, errors.Join(err, p.Limits.Validate())
+}
+
+// errNames is in the words that clients know.
+var errNames = errdefs.InvalidArgument.Errorf("When specifying allowed domains in allow out, " +
+	"you must include 'ALL_TRAFFIC' in deny out to block all other traffic.")
+
+// checkPolicy is of a policy that a caller asks for. Where the internet is open, a name
+// that is allowed changes nothing: earlier agents took that, and their records have it.
+func (h *host) checkPolicy(p Policy) error {
+	policy, err := h.policy(p)
+	if err == nil && len(policy.AllowNames) > 0 && policy.Mode != network.None {
+		return errNames
+	}
+	return err
 }
 
 // openNetwork opens a record's slot, so that the guest finds what it may reach
@@ -127,11 +120,11 @@ func (h *host) policyInForce(rec Record) network.Policy {
 // could be made, the stricter rules stand, and the record says again what it said
 // before.
 func (m *Manager) UpdateNetwork(ctx context.Context, id ID, e Egress, limits *NetworkLimits) error {
-	next := Policy{Egress: e.clone()}
+	next := Policy{Egress: e.Clone()}
 	if limits != nil {
 		next.Limits = *limits
 	}
-	if _, err := m.policy(next); err != nil {
+	if err := m.checkPolicy(next); err != nil {
 		return err
 	}
 	b, ctx, end, err := m.begin(ctx, id, OpNetwork, "given another network policy")

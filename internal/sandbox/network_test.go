@@ -38,7 +38,7 @@ func (r *rig) wantNetwork(id ID, s Policy) {
 	if d := cmp.Diff(s, info.Network); d != "" {
 		r.t.Errorf("sandbox %s has another network (-want +got):\n%s", id, d)
 	}
-	want, err := r.net.ParsePolicy(s.AllowInternet, s.Allow, s.Deny)
+	want, err := r.net.ParsePolicy(s.Egress)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -122,6 +122,33 @@ func TestPolicyOutlivesTheAgent(t *testing.T) {
 	r.wantNetwork(info.ID, closed())
 	// The host's own policy may have changed meanwhile.
 	r.wantNetwork(plain, Policy{})
+}
+
+// TestPolicyOfAnEarlierAgent: a name that is allowed where the internet is open is
+// refused by now; a sandbox that has it keeps it.
+func TestPolicyOfAnEarlierAgent(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	b, err := r.find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := Policy{Egress: Egress{Allow: []string{"example.com"}}}
+	if err := r.Hibernate(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.save(b, func(rec *Record) { rec.Network = old }); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Resume(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	r.wantNetwork(id, old)
+	forked, err := r.Fork(t.Context(), id, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.wantNetwork(forked.Sandboxes[0].ID, old)
 }
 
 // TestLimitsStayIfNotSaid: what a sandbox may reach is replaced as a whole; the limits,
@@ -233,17 +260,24 @@ func TestHostThatBecameStricter(t *testing.T) {
 
 func TestBadPolicyChangesNothing(t *testing.T) {
 	r := newRig(t)
-	bad := Policy{Egress: Egress{Allow: []string{"nonsense!"}}}
-	if _, err := r.Create(t.Context(), CreateRequest{Network: bad}); !errors.Is(err, errdefs.InvalidArgument) {
-		t.Errorf("create: %v, want invalid argument", err)
+	bad := []Policy{
+		{Egress: Egress{Allow: []string{"nonsense!"}}},
+		{Egress: Egress{Allow: []string{"example.com"}}}, // the internet is open
+	}
+	for _, bad := range bad {
+		if _, err := r.Create(t.Context(), CreateRequest{Network: bad}); !errors.Is(err, errdefs.InvalidArgument) {
+			t.Errorf("create: %v, want invalid argument", err)
+		}
 	}
 	r.wantNothing()
 	info, err := r.Create(t.Context(), CreateRequest{Network: closed()})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := r.updateNetwork(t.Context(), info.ID, bad); !errors.Is(err, errdefs.InvalidArgument) {
-		t.Errorf("update: %v, want invalid argument", err)
+	for _, bad := range bad {
+		if err := r.updateNetwork(t.Context(), info.ID, bad); !errors.Is(err, errdefs.InvalidArgument) {
+			t.Errorf("update: %v, want invalid argument", err)
+		}
 	}
 	r.wantNetwork(info.ID, closed())
 }

@@ -381,7 +381,10 @@ func TestEgress(t *testing.T) {
 	b.expect("with a range denied", map[attempt]string{
 		{"ssh", evil, 22, ""}: "no", {"udp", evil, 443, ""}: "no", {"http", good, 80, "x"}: "good",
 	})
-	closed := &hostagentv1.NetworkPolicy{AllowInternet: off(), AllowOut: []string{"198.51.100.10"}}
+	// What is allowed wins over what is denied, but not over the walls.
+	closed := &hostagentv1.NetworkPolicy{
+		AllowInternet: off(), AllowOut: []string{"198.51.100.10", "169.254.169.254"}, DenyOut: []string{"198.51.100.0/24"},
+	}
 	if err := b.setNetwork(closed); err != nil {
 		t.Fatal(err)
 	}
@@ -389,7 +392,7 @@ func TestEgress(t *testing.T) {
 		t.Helper()
 		b.expect(when, map[attempt]string{
 			{"ssh", evil, 22, ""}: "no", {"udp", evil, 443, ""}: "no", {"ssh", good, 22, ""}: "good",
-			{"dns", resolverAddr, 53, "good.example"}: "no",
+			{"dns", resolverAddr, 53, "good.example"}: "no", {"http", "169.254.169.254", 80, "x"}: "no",
 		})
 	}
 	inForce("without internet, except one address")
@@ -424,7 +427,7 @@ func TestEgress(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if info := resp.Msg.Sandbox; info.Network.GetAllowInternet() || len(info.Network.GetAllowOut()) != 1 ||
+	if info := resp.Msg.Sandbox; info.Network.GetAllowInternet() || len(info.Network.GetAllowOut()) != 2 ||
 		info.Traffic.GetInBytes() == 0 || info.Traffic.GetOutPackets() == 0 {
 		t.Errorf("the sandbox is listed with %v, %v", info.Network, info.Traffic)
 	}
@@ -437,7 +440,7 @@ func TestEgressByName(t *testing.T) {
 	good, evil := internetServers["good"], internetServers["evil"]
 	b := a.create(t, &hostagentv1.CreateSandboxRequest{Network: &hostagentv1.NetworkPolicy{
 		AllowInternet: off(), AllowOut: []string{"good.example", "*.under.example", "rebinding.example", "metadata.example"},
-		DenyOut: []string{"bad.under.example"},
+		DenyOut: []string{"bad.under.example", "198.51.100.0/24"},
 	}})
 	byName := map[attempt]string{
 		{"http", "good.example", 80, "good.example"}:             "good",
@@ -454,7 +457,7 @@ func TestEgressByName(t *testing.T) {
 		{"http", good, 80, good}:                        "no",
 		{"http", evil, 80, evil}:                        "no",
 		{"http", good, 80, "www.good.example"}:          "no",
-		{"http", good, 80, "bad.under.example"}:         "no",
+		{"http", good, 80, "bad.under.example"}:         "evil", // allowed below *.under.example
 		{"http", good, 80, "good.example.evil.example"}: "no",
 		{"ssh", good, 22, ""}:                           "no",
 		{"udp", good, 443, ""}:                          "no",

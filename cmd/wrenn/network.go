@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -30,8 +32,8 @@ func (r *reach) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.BoolVar(&r.internet, "internet", true, "whether the sandbox reaches what no list names; with --internet=false only what --allow names")
 	f.StringSliceVar(&r.allow, "allow", nil,
-		"address, range or domain that it reaches (192.0.2.0/24, example.com, *.example.com); may be repeated")
-	f.StringSliceVar(&r.deny, "deny", nil, "address, range or domain that it does not reach; wins over --allow")
+		"address, range or domain that it reaches (192.0.2.0/24, example.com, *.example.com); a domain needs --internet=false")
+	f.StringSliceVar(&r.deny, "deny", nil, "address, range or domain that it does not reach, except for what --allow says")
 	f.StringVar(&r.in, "net-in", "", "most bytes a second into the sandbox: 500K, 10M, 64KiB")
 	f.StringVar(&r.out, "net-out", "", "most bytes a second out of it")
 	f.Int64Var(&r.inPkts, "net-in-packets", 0, "most packets a second into the sandbox")
@@ -49,10 +51,29 @@ func (r *reach) given() bool {
 	return false
 }
 
+// idleName returns a domain of --allow that changes nothing, because the internet is
+// open; "" if there is none.
+func (r *reach) idleName() string {
+	if !r.internet || slices.Contains(r.deny, "0.0.0.0/0") {
+		return ""
+	}
+	for _, text := range r.allow {
+		_, notAddr := netip.ParseAddr(text)
+		_, notRange := netip.ParsePrefix(text)
+		if notAddr != nil && notRange != nil {
+			return text
+		}
+	}
+	return ""
+}
+
 // policy is what the flags say; nil if none was given.
 func (r *reach) policy() (*hostagentv1.NetworkPolicy, error) {
 	if !r.given() {
 		return nil, nil
+	}
+	if name := r.idleName(); name != "" {
+		return nil, fmt.Errorf("--allow %s: a domain needs --internet=false, or it is reached anyway, with all others", name)
 	}
 	p := &hostagentv1.NetworkPolicy{
 		AllowOut: r.allow, DenyOut: r.deny,
@@ -87,7 +108,9 @@ that the new policy refuses end.
 A domain is compared with the server name of TLS, and with the Host of each HTTP
 request. The host looks the name up itself and connects to the address that it
 finds, whatever address the sandbox asked for. With a domain in a list, a sandbox
-reaches the internet by TLS and HTTP only, except for the ranges in --allow.`,
+reaches the internet by TLS and HTTP only, except for the ranges in --allow.
+
+What --allow says wins over what --deny says.`,
 		Example: `  wrenn network 3fa
   wrenn network 3fa --internet=false --allow pypi.org,*.pythonhosted.org
   wrenn network 3fa --deny 192.0.2.0/24 --net-out 1M

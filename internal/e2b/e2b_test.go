@@ -241,6 +241,7 @@ func TestCreateRefuses(t *testing.T) {
 		"allowed junk":          {with(`"network":{"allowOut":["a b"],"denyOut":["0.0.0.0/0"]}`), 400, "invalid allowed"},
 		"allowed bad address":   {with(`"network":{"allowOut":["1.2.3.400"],"denyOut":["0.0.0.0/0"]}`), 400, "invalid allowed"},
 		"DNS":                   {with(`"network":{"dnsServers":["x"]}`), 400, "DNS"},
+		"DNS by IPv6":           {with(`"network":{"dnsServers":["2001:db8::1"]}`), 400, "DNS"},
 		"mask":                  {with(`"network":{"maskRequestHost":"ü"}`), 400, "maskRequestHost"},
 		"template's text":       {`{"templateID":"../x y"}`, 400, "namespace"},
 		"template with a dot":   {`{"templateID":"a.b"}`, 400, "name has"},

@@ -58,7 +58,7 @@ func egressOf(n api.NetworkUpdate) (Egress, error) {
 		}
 	}
 	for _, text := range e.DNS {
-		if _, err := netip.ParseAddr(text); err != nil {
+		if a, err := netip.ParseAddr(text); err != nil || !a.Is4() {
 			return Egress{}, refuse(http.StatusBadRequest, "invalid DNS server %.70s", text)
 		}
 	}

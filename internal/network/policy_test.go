@@ -62,14 +62,12 @@ func TestEgress(t *testing.T) {
 			[]string{"internet", "second", "banned", "private", "cgnat", "resolver", "host resolver", "other resolver"}},
 		{&Policy{Allow: prefixes("10.99.0.0/16"), Deny: prefixes("203.0.113.0/24")},
 			[]string{"second", "banned", "private", "resolver", "other resolver"}},
-		// What is allowed wins, whichever range is the larger; of resolvers nothing is said.
+		// What is allowed wins, whichever range is the larger. It does not pass the walls.
 		{&Policy{Mode: All, Allow: prefixes("203.0.113.2/32", "10.99.0.1/32"), Deny: prefixes("203.0.113.0/24", "10.0.0.0/8")},
 			[]string{"internet", "second", "banned", "private", "cgnat", "resolver", "other resolver"}},
 		{&Policy{Allow: prefixes("198.51.100.0/24"), Deny: prefixes("198.51.100.7/32", "203.0.113.2/32", "10.99.0.1/32")},
 			[]string{"second", "banned", "host resolver", "other resolver"}},
-		// The walls stand whatever is allowed.
-		{&Policy{Mode: None, Allow: prefixes("169.254.0.0/16", "203.0.113.1/32", b.HostIP.String()+"/32", "127.0.0.0/8")},
-			[]string{"host resolver"}},
+		{&Policy{Mode: None, Allow: prefixes("169.254.0.0/16", "203.0.113.1/32", b.HostIP.String()+"/32")}, []string{"host resolver"}},
 		{&Policy{}, []string{"internet", "second", "banned", "resolver", "host resolver", "other resolver"}},
 	} {
 		if c.policy != nil {

@@ -63,7 +63,8 @@ func TestRulesGolden(t *testing.T) {
 	}
 	var named strings.Builder
 	for _, pol := range namedPolicies {
-		fmt.Fprintf(&named, "# mode %s, allow %v %v, deny %v %v, own DNS %v\n", pol.Mode, pol.Allow, pol.AllowNames, pol.Deny, pol.DenyNames, pol.OwnDNS)
+		fmt.Fprintf(&named, "# mode %s, allow %v %v, deny %v %v, own DNS %v\n",
+			pol.Mode, pol.Allow, pol.AllowNames, pol.Deny, pol.DenyNames, pol.OwnDNS)
 		v := rangePolicyOf(p, opts, pol)
 		var g *gate
 		if v.named(pol) {

@@ -134,7 +134,7 @@ func TestPolicyOfAnEarlierAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	old := Policy{Egress: Egress{Allow: []string{"example.com"}}}
-	if err := r.Hibernate(t.Context(), id); err != nil {
+	if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.save(b, func(rec *Record) { rec.Network = old }); err != nil {

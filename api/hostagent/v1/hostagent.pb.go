@@ -347,10 +347,11 @@ type NetworkPolicy struct {
 	// host lets its sandboxes reach. The host's policy when absent.
 	AllowInternet *bool `protobuf:"varint,1,opt,name=allow_internet,json=allowInternet,proto3,oneof" json:"allow_internet,omitempty"`
 	// IPv4 addresses and ranges ("192.0.2.0/24"), and domain names ("example.com",
-	// "*.example.com" for all below it) that it reaches all the same.
+	// "*.example.com" for all below it) that it reaches all the same. Names need a
+	// sandbox that reaches nothing else.
 	AllowOut []string `protobuf:"bytes,2,rep,name=allow_out,json=allowOut,proto3" json:"allow_out,omitempty"`
-	// The same, that it does not reach. A name or range that both lists match is
-	// denied; "0.0.0.0/0" means the same as allow_internet false.
+	// The same, that it does not reach, except for what allow_out matches, too:
+	// "0.0.0.0/0" means the same as allow_internet false.
 	DenyOut []string `protobuf:"bytes,3,rep,name=deny_out,json=denyOut,proto3" json:"deny_out,omitempty"`
 	// Limits, into the sandbox and out of it; the host's setting when zero.
 	InBytesPerSec    int64 `protobuf:"varint,4,opt,name=in_bytes_per_sec,json=inBytesPerSec,proto3" json:"in_bytes_per_sec,omitempty"`

@@ -144,7 +144,7 @@ func TestPolicyOfAnEarlierAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.wantNetwork(id, old)
-	forked, err := r.Fork(t.Context(), id, 1)
+	forked, err := r.Fork(t.Context(), id, ForkRequest{Count: 1})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -48,15 +48,18 @@ files and settings, and none of their programs.`,
 }
 
 func newResume(c *cli) *cobra.Command {
-	return &cobra.Command{
+	var filesOnly bool
+	cmd := &cobra.Command{
 		Use:     "resume ID...",
 		Aliases: []string{"unpause"},
 		Short:   "Let paused or hibernated sandboxes go on",
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, refs []string) error {
-			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error { return s.Resume(ctx) })
+			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error { return s.Resume(ctx, filesOnly) })
 		},
 	}
+	cmd.Flags().BoolVar(&filesOnly, "files-only", false, "boot a hibernated sandbox from its files and give its memory up")
+	return cmd
 }
 
 func newRecover(c *cli) *cobra.Command {

@@ -65,9 +65,9 @@ func (s *Sandbox) pause(ctx context.Context, req *hostagentv1.PauseSandboxReques
 }
 
 // Resume lets a paused or hibernated sandbox go on. One that was hibernated without memory
-// boots.
-func (s *Sandbox) Resume(ctx context.Context) error {
-	_, err := call(ctx, s.host.rpc.ResumeSandbox, &hostagentv1.ResumeSandboxRequest{SandboxId: s.ID})
+// boots, and so does any hibernated one with filesOnly.
+func (s *Sandbox) Resume(ctx context.Context, filesOnly bool) error {
+	_, err := call(ctx, s.host.rpc.ResumeSandbox, &hostagentv1.ResumeSandboxRequest{SandboxId: s.ID, FilesOnly: filesOnly})
 	return err
 }
 

@@ -51,12 +51,11 @@ func (r *rig) wantDisk(id ID, content string) {
 
 // coldBoot boots a hibernated sandbox from its disk, though it may have memory.
 func (r *rig) coldBoot(id ID) error {
-	b, ctx, end, err := r.begin(r.t.Context(), id, OpResume, "resumed")
-	if err != nil {
-		return err
+	_, resumed, err := r.Connect(r.t.Context(), id, ConnectRequest{FilesOnly: true})
+	if err == nil && !resumed {
+		err = errors.New("it was not resumed")
 	}
-	defer end()
-	return r.resumeFromDisk(ctx, b, resuming{filesOnly: true})
+	return err
 }
 
 // TestFilesOnly: no memory is written, and the host has nothing of the sandbox but its
@@ -356,7 +355,6 @@ func TestEnvdVersion(t *testing.T) {
 		}
 		silent := r.create()
 		want("a guest that states none", silent, guestapi.E2BVersion)
-		r.fillPool()
 		r.restartWith("0.6.5")
 		want("adopted", silent, "0.6.5")
 		r.fillPool()
@@ -389,7 +387,79 @@ func TestEnvdVersion(t *testing.T) {
 
 // restartWith has an agent follow the one that dies, and guests state this version to it.
 func (r *rig) restartWith(version string) {
+	r.t.Helper()
+	r.fillPool() // nothing is under way
 	r.die()
 	r.envd = version
 	r.start()
+}
+
+// TestFilesOnlyInTheEnd: a sandbox whose idle timeout or deadline has passed keeps its
+// files, each time again, and no failure costs more than time.
+func TestFilesOnlyInTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		idle, err := r.Create(t.Context(), CreateRequest{Timeout: 10 * time.Second, OnTimeout: HibernateFilesOnTimeout})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := r.until(10*time.Second, CreateRequest{OnEnd: HibernateFilesOnTimeout})
+		paused := r.until(10*time.Second, CreateRequest{OnEnd: HibernateFilesOnTimeout})
+		if err := r.Pause(t.Context(), paused); err != nil {
+			t.Fatal(err)
+		}
+		lives := map[ID]time.Duration{idle.ID: 0, ended: 10 * time.Second, paused: 10 * time.Second}
+		written := r.driver.Calls(vmmtest.OpSnapshot)
+		for range 2 {
+			r.faults.on("record snapshot", func(context.Context) error { return errFault })
+			pass(11 * time.Second)
+			for id := range lives {
+				if info, err := r.Get(id); err != nil || info.State != Running && info.State != Paused {
+					t.Errorf("a failure ended it: %+v, %v", info, err)
+				}
+			}
+			r.faults.on("record snapshot", nil)
+			pass(10 * time.Second)
+			for id, life := range lives {
+				if info := r.wantState(id, Hibernated); !info.FilesOnly {
+					t.Errorf("it is %+v", info)
+				}
+				if _, _, err := r.Connect(t.Context(), id, ConnectRequest{Timeout: life}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if n := r.driver.Calls(vmmtest.OpSnapshot) - written; n != 0 {
+			t.Errorf("memory was written %d times", n)
+		}
+	})
+}
+
+// TestColdBootWithoutItsUser: a disk from which the sandbox's user was removed boots all
+// the same.
+func TestColdBootWithoutItsUser(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		made, err := r.Create(t.Context(), CreateRequest{Login: Login{User: "user", Workdir: "/w", Env: map[string]string{"A": "1"}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Hibernate(t.Context(), made.ID, filesOnly); err != nil {
+			t.Fatal(err)
+		}
+		var last guest.Init
+		r.faults.on("guest.init", func(context.Context) error {
+			if last.DefaultUser != "root" {
+				return errdefs.NotFound.Errorf("it has no such user")
+			}
+			return nil
+		})
+		r.told = func(_ string, in guest.Init) { last = in }
+		if err := r.Resume(t.Context(), made.ID); err != nil {
+			t.Fatal(err)
+		}
+		if r.wantState(made.ID, Running); last.DefaultWorkdir != "" || last.Env["A"] != "1" {
+			t.Errorf("its guest was told %+v", last)
+		}
+	})
 }

@@ -179,6 +179,9 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box, how resuming) erro
 		}
 	}
 	tmpl, err := m.cfg.Templates.Get(rec.Template)
+	if errdefs.ClassOf(err) == errdefs.NotFound {
+		err = errdefs.Unsupported.Errorf("it needs the template %q, which is gone", rec.Template)
+	}
 	if err != nil {
 		return fail(err)
 	}

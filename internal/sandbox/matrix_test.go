@@ -199,6 +199,20 @@ var scenarios = map[string]scenario{
 		run:   func(ctx context.Context, r *rig, id ID) error { return r.Resume(ctx, id) },
 		keeps: true, asleep: true,
 	},
+	"boot from its disk though it has memory": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if err := r.Hibernate(r.t.Context(), id, Hibernation{}); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run: func(ctx context.Context, r *rig, id ID) error {
+			_, _, err := r.Connect(ctx, id, ConnectRequest{FilesOnly: true})
+			return err
+		},
+		keeps: true, asleep: true,
+	},
 	"destroy a hibernated one": {
 		prepare: func(r *rig) ID {
 			id := r.create()

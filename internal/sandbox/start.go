@@ -357,7 +357,14 @@ func (v *vms) tellGuest(ctx context.Context, b *box, src source) error {
 		g = v.cfg.Guests(rec.HostIP, src.token)
 		defer g.Close()
 	}
-	if err := b.init(ctx, g, in); err != nil {
+	err := b.init(ctx, g, in)
+	if src.from == fromOwnDisk && errdefs.ClassOf(err) == errdefs.NotFound {
+		// A disk without the account of its user is of use to root, and can be mended.
+		v.log.Warn("the disk lacks the sandbox's user, root is the guest's", "sandbox", b.id, "user", in.DefaultUser)
+		in.DefaultUser, in.DefaultWorkdir = "root", ""
+		err = b.init(ctx, g, in)
+	}
+	if err != nil {
 		return v.bootFailed(b, "initialise guest", err)
 	}
 	return nil

@@ -39,5 +39,19 @@ func TestPauseWithoutMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 		want("running", false)
+		// Its memory was kept, and is not wanted.
+		pause.ToDisk, pause.FilesOnly = true, false
+		if _, err := c.PauseSandbox(t.Context(), connect.NewRequest(pause)); err != nil {
+			t.Fatal(err)
+		}
+		want("hibernated", false)
+		boot := &pb.ResumeSandboxRequest{SandboxId: id, FilesOnly: true}
+		if _, err := c.ResumeSandbox(t.Context(), connect.NewRequest(boot)); err != nil {
+			t.Fatal(err)
+		}
+		want("running", false)
+		if _, err := c.ResumeSandbox(t.Context(), connect.NewRequest(boot)); connect.CodeOf(err) != connect.CodeFailedPrecondition {
+			t.Errorf("of one that runs: %v", err)
+		}
 	}
 }

@@ -217,7 +217,12 @@ func (s *service) ResumeSandbox(ctx context.Context, req *request[pb.ResumeSandb
 	if err != nil {
 		return nil, err
 	}
-	return connect.NewResponse(&pb.ResumeSandboxResponse{}), s.manager.Resume(ctx, id)
+	if req.Msg.FilesOnly {
+		_, _, err = s.manager.Connect(ctx, id, sandbox.ConnectRequest{FilesOnly: true, PausedOnly: true})
+	} else {
+		err = s.manager.Resume(ctx, id)
+	}
+	return connect.NewResponse(&pb.ResumeSandboxResponse{}), err
 }
 
 func (s *service) ForkSandbox(ctx context.Context, req *request[pb.ForkSandboxRequest]) (*response[pb.ForkSandboxResponse], error) {

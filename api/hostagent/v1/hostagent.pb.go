@@ -801,8 +801,11 @@ func (x *RecoverSandboxResponse) GetSandbox() *SandboxInfo {
 }
 
 type ResumeSandboxRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// Whether to boot a hibernated sandbox from its disk, though its memory was kept, which
+	// is given up when the sandbox runs.
+	FilesOnly     bool `protobuf:"varint,2,opt,name=files_only,json=filesOnly,proto3" json:"files_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -842,6 +845,13 @@ func (x *ResumeSandboxRequest) GetSandboxId() string {
 		return x.SandboxId
 	}
 	return ""
+}
+
+func (x *ResumeSandboxRequest) GetFilesOnly() bool {
+	if x != nil {
+		return x.FilesOnly
+	}
+	return false
 }
 
 type ResumeSandboxResponse struct {
@@ -3042,10 +3052,12 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"M\n" +
 	"\x16RecoverSandboxResponse\x123\n" +
-	"\asandbox\x18\x01 \x01(\v2\x19.hostagent.v1.SandboxInfoR\asandbox\"5\n" +
+	"\asandbox\x18\x01 \x01(\v2\x19.hostagent.v1.SandboxInfoR\asandbox\"T\n" +
 	"\x14ResumeSandboxRequest\x12\x1d\n" +
 	"\n" +
-	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x17\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1d\n" +
+	"\n" +
+	"files_only\x18\x02 \x01(\bR\tfilesOnly\"\x17\n" +
 	"\x15ResumeSandboxResponse\"I\n" +
 	"\x12ForkSandboxRequest\x12\x1d\n" +
 	"\n" +

@@ -133,6 +133,62 @@ var scenarios = map[string]scenario{
 		},
 		ends: true,
 	},
+	"create with an id and a life": {
+		prepare: func(r *rig) ID { return r.create() },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			_, err := r.Create(ctx, CreateRequest{ID: r.NewID(), Life: time.Hour})
+			return err
+		},
+	},
+	"connect to a running one": {
+		prepare: func(r *rig) ID { return r.made(CreateRequest{Life: time.Hour}).ID },
+		run:     connectFor(2 * time.Hour),
+		keeps:   true,
+	},
+	"connect to a paused one": {
+		prepare: func(r *rig) ID {
+			id := r.made(CreateRequest{Life: time.Hour}).ID
+			if err := r.Pause(r.t.Context(), id); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run:   connectFor(2 * time.Hour),
+		keeps: true,
+	},
+	"connect to a hibernated one": {
+		prepare: func(r *rig) ID {
+			id := r.made(CreateRequest{Life: time.Hour}).ID
+			r.hibernate(id)
+			return id
+		},
+		run:   connectFor(2 * time.Hour),
+		keeps: true, asleep: true,
+	},
+	"wake": {
+		prepare: func(r *rig) ID {
+			id := r.made(CreateRequest{Life: time.Hour, AutoResume: true}).ID
+			r.hibernate(id)
+			return id
+		},
+		run:   func(ctx context.Context, r *rig, id ID) error { return r.Wake(ctx, id) },
+		keeps: true, asleep: true,
+	},
+	"life that ends in a hibernation": {
+		prepare: func(r *rig) ID { return r.made(CreateRequest{Life: 3 * time.Second, OnEnd: HibernateOnTimeout}).ID },
+		run: func(context.Context, *rig, ID) error {
+			time.Sleep(5 * time.Second)
+			synctest.Wait()
+			return nil
+		},
+		keeps: true,
+	},
+	"end now": {
+		prepare: func(r *rig) ID { return r.made(CreateRequest{Life: time.Hour}).ID },
+		run: func(ctx context.Context, r *rig, id ID) error {
+			return r.SetEnd(ctx, id, time.Now(), false)
+		},
+	},
 	"fork": {
 		prepare: func(r *rig) ID { return r.create() },
 		run: func(ctx context.Context, r *rig, id ID) error {
@@ -295,6 +351,13 @@ var scenarios = map[string]scenario{
 		},
 		keeps: true,
 	},
+}
+
+func connectFor(timeout time.Duration) func(context.Context, *rig, ID) error {
+	return func(ctx context.Context, r *rig, id ID) error {
+		_, _, err := r.Connect(ctx, id, ConnectRequest{Timeout: timeout})
+		return err
+	}
 }
 
 // prepareRuin leaves what an agent's death can leave: a sandbox in every state,

@@ -245,7 +245,7 @@ func testModel(t *testing.T, warm int) {
 				return ok
 			}
 			m := modelled{r, model, map[ID]modelledEnd{}, map[string]ID{}, pick, want}
-			rt.Repeat(map[string]func(*rapid.T){
+			rt.Repeat(m.with(map[string]func(*rapid.T){
 				"create": func(rt *rapid.T) {
 					if len(model) > 8 {
 						rt.Skip()
@@ -256,7 +256,6 @@ func testModel(t *testing.T, warm int) {
 					}
 					model[info.ID] = Running
 				},
-				"create with an owner key": m.createOwned,
 				"time passes": func(rt *rapid.T) {
 					time.Sleep(time.Duration(rapid.IntRange(1, 5000).Draw(rt, "ms")) * time.Millisecond)
 					synctest.Wait()
@@ -293,16 +292,6 @@ func testModel(t *testing.T, warm int) {
 					_, err := r.Exec(t.Context(), id, Command{Cmd: "x"})
 					want(rt, "exec", id, err, Running)
 				},
-				"create with a life": m.createWithLife,
-				"connect":            m.connect,
-				"another end":        m.setEnd,
-				"wake":               m.wake,
-				"deadline":           m.deadline,
-				"no deadline":        m.noDeadline,
-				"pause":              m.pause,
-				"hibernate":          m.hibernate,
-				"cold boot":          m.coldBoot,
-				"resume":             m.resume,
 				"destroy": func(rt *rapid.T) {
 					id := pick(rt)
 					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Hibernated, Stopped, Unknown) {
@@ -408,7 +397,7 @@ func testModel(t *testing.T, warm int) {
 					}
 					r.wantConsistent()
 				},
-			})
+			}))
 			if err := r.Shutdown(context.Background(), true); err != nil {
 				rt.Fatal(err)
 			}

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"errors"
+	"maps"
 	"testing/synctest"
 	"time"
 
@@ -19,6 +20,24 @@ type modelled struct {
 
 	pick func(*rapid.T) ID
 	want func(rt *rapid.T, what string, id ID, err error, in ...State) bool
+}
+
+// with adds what the model does of itself.
+func (m modelled) with(actions map[string]func(*rapid.T)) map[string]func(*rapid.T) {
+	maps.Copy(actions, map[string]func(*rapid.T){
+		"create with a life":       m.createWithLife,
+		"connect":                  m.connect,
+		"another end":              m.setEnd,
+		"wake":                     m.wake,
+		"create with an owner key": m.createOwned,
+		"deadline":                 m.deadline,
+		"no deadline":              m.noDeadline,
+		"pause":                    m.pause,
+		"hibernate":                m.hibernate,
+		"cold boot":                m.coldBoot,
+		"resume":                   m.resume,
+	})
+	return actions
 }
 
 // modelledEnd is a deadline, zero for none, what happens then, and whether traffic

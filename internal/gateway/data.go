@@ -74,11 +74,7 @@ func (g *Gateway) admit(r *http.Request, v *visit) (_ *visit, no *refusal) {
 		v.id, _ = g.search(r.Context(), v.signed)
 		v.written = v.id.Short()
 	}
-	var tokens sandbox.Tokens
-	err := errdefs.NotFound.Errorf("there is no such sandbox")
-	if v.id != "" {
-		tokens, err = g.sandboxes.Tokens(v.id)
-	}
+	info, tokens, err := g.look(v.id)
 	v.show(r.Header, tokens)
 	// A page that knows a secret of the sandbox, or has a signature, was given it.
 	if !v.byName && v.signed == nil && !v.owner && !v.guest {
@@ -89,6 +85,8 @@ func (g *Gateway) admit(r *http.Request, v *visit) (_ *visit, no *refusal) {
 	switch {
 	case err != nil:
 		return refused(g.unasked(v.place, err))
+	case !runs(info) && !wakes(info):
+		return refused(v.notFound())
 	case !v.private || v.port == guestapi.Port || v.guest:
 		return v, nil
 	case r.Header.Get(guestapi.HeaderTraffic) == "":
@@ -96,6 +94,25 @@ func (g *Gateway) admit(r *http.Request, v *visit) (_ *visit, no *refusal) {
 	default:
 		return refused(v.refuse(http.StatusForbidden, textWrongTraffic))
 	}
+}
+
+// look returns what is known of a sandbox; an empty id is none's.
+func (g *Gateway) look(id sandbox.ID) (info sandbox.Info, tokens sandbox.Tokens, err error) {
+	if id == "" {
+		return info, tokens, errdefs.NotFound.Errorf("there is no such sandbox")
+	}
+	if tokens, err = g.sandboxes.Tokens(id); err == nil {
+		info, err = g.sandboxes.Get(id)
+	}
+	return info, tokens, err
+}
+
+// runs reports whether a sandbox can be called: one that is being paused cannot.
+func runs(info sandbox.Info) bool { return info.State == sandbox.Running && !info.Pausing }
+
+// wakes reports whether a sandbox that does not run may be resumed for a request.
+func wakes(info sandbox.Info) bool {
+	return info.AutoResume && !info.FilesOnly && (info.State == sandbox.Running || info.State == sandbox.Hibernated)
 }
 
 // show notes which of the sandbox's secrets a request shows.
@@ -131,7 +148,7 @@ func (g *Gateway) lease(ctx context.Context, v *visit) (_ *sandbox.Lease, mask s
 		if info, err = g.sandboxes.Get(v.id); err != nil {
 			break
 		}
-		if info.State != sandbox.Running || info.Pausing {
+		if !runs(info) {
 			if no := g.wake(ctx, v, info); no != nil {
 				return nil, "", no
 			}
@@ -154,7 +171,7 @@ func (g *Gateway) lease(ctx context.Context, v *visit) (_ *sandbox.Lease, mask s
 func (g *Gateway) wake(ctx context.Context, v *visit, info sandbox.Info) *refusal {
 	var no refusal
 	switch {
-	case !info.AutoResume || info.State != sandbox.Running && info.State != sandbox.Hibernated:
+	case !wakes(info):
 		no = v.notFound()
 	case !v.mayWake():
 		no = v.refuse(http.StatusForbidden, textNotToBeWoken)
@@ -238,6 +255,7 @@ func (p passing) forward(w http.ResponseWriter, r *http.Request, transport http.
 		},
 		Transport: transport,
 		ModifyResponse: func(resp *http.Response) error {
+			p.confine(resp.Header)
 			endWell(resp, p.ended)
 			return nil
 		},
@@ -246,6 +264,21 @@ func (p passing) forward(w http.ResponseWriter, r *http.Request, transport http.
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) { p.fail(w, err) },
 	}
 	proxy.ServeHTTP(w, r)
+}
+
+// confine keeps what a guest answers from acting as the agent in a browser. A link to a
+// signed file is under the agent's own name, and a page there could command the host: it
+// gets no name instead. Other requests by the agent's name have headers that no link
+// has.
+func (p passing) confine(h http.Header) {
+	if p.signed == nil {
+		return
+	}
+	h.Add("Content-Security-Policy", "sandbox")
+	h.Set("X-Content-Type-Options", "nosniff")
+	for _, name := range []string{"Set-Cookie", "Alt-Svc", "Strict-Transport-Security", "Clear-Site-Data", "Service-Worker-Allowed"} {
+		h.Del(name)
+	}
 }
 
 // hostFor returns the Host that the guest's server sees of one that a client sent.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"net/url"
 	"strings"
 	"sync"
@@ -36,6 +37,8 @@ type situation struct {
 	pausing bool
 	resumes bool // has AutoResume
 	private bool
+	// filesOnly: it has been paused without memory.
+	filesOnly bool
 	// userPort and envdPort are the statuses by credential; those that are missing are
 	// those of "nothing". 200 is the guest's answer.
 	userPort, envdPort map[string]int
@@ -62,7 +65,8 @@ func situations() []situation {
 		for _, s := range []situation{
 			{name: ", to be woken", resumes: true, userPort: open, envdPort: owners},
 			{name: ", to be woken, private", resumes: true, private: true, userPort: guarded, envdPort: owners},
-			{name: ", private", private: true, userPort: map[string]int{"nothing": 403, "traffic": 502}, envdPort: none},
+			{name: ", private", private: true, userPort: none, envdPort: none},
+			{name: ", without memory", filesOnly: true, resumes: true, userPort: none, envdPort: none},
 		} {
 			s.name, s.state, s.pausing = name+s.name, state, pausing
 			all = append(all, s)
@@ -77,19 +81,20 @@ func situations() []situation {
 // Every state of a sandbox, by every way to name it, with everything that a request
 // may show. The guest is asked, and the sandbox woken, only for requests that may.
 func TestStatesAndCredentials(t *testing.T) {
-	port := guest(t, func(w http.ResponseWriter, r *http.Request) {
+	answer := func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get(guestapi.HeaderTraffic) != "" {
 			t.Errorf("the guest got the traffic token")
 		}
 		fmt.Fprint(w, "guest")
-	})
+	}
+	addr, port := envd(t, answer), guest(t, answer)
 	for _, s := range situations() {
 		for shown, header := range credentials {
 			t.Run(s.name+"/"+shown, func(t *testing.T) {
 				t.Parallel()
 				for _, envd := range []bool{false, true} {
 					for _, byName := range []bool{false, true} {
-						s.check(t, port, shown, header, envd, byName)
+						s.check(t, addr, port, shown, header, envd, byName)
 					}
 				}
 			})
@@ -97,13 +102,13 @@ func TestStatesAndCredentials(t *testing.T) {
 	}
 }
 
-// check asks a sandbox in the situation once. A test has no server on envd's port: there
-// the guest's answer is that the port is not open.
-func (s situation) check(t *testing.T, port, shown, header string, envd, byName bool) {
+// check asks a sandbox in the situation once. Its envd is at addr, its server on port.
+func (s situation) check(t *testing.T, addr netip.Addr, port, shown, header string, envd, byName bool) {
 	t.Helper()
 	m := newManager(t.Context())
 	m.change(idA, func(b *box) {
 		b.info.State, b.info.Pausing, b.info.AutoResume = s.state, s.pausing, s.resumes
+		b.info.FilesOnly = s.filesOnly
 		if s.private {
 			b.tokens.Traffic = trafficA
 		}
@@ -112,6 +117,7 @@ func (s situation) check(t *testing.T, port, shown, header string, envd, byName 
 	statuses := s.userPort
 	if envd {
 		port, statuses = "49983", s.envdPort
+		m.change(idA, func(b *box) { b.addr = addr })
 	}
 	want, ok := statuses[shown]
 	if !ok {
@@ -122,9 +128,6 @@ func (s situation) check(t *testing.T, port, shown, header string, envd, byName 
 		head = "Host: localhost\r\nE2b-Sandbox-Id: " + idA + "\r\nE2b-Sandbox-Port: " + port + "\r\n"
 	}
 	status, text := e.ask(t, "GET /health HTTP/1.1\r\n"+head+header+"\r\n")
-	if envd && want == http.StatusOK && strings.Contains(text, textNotOpen) {
-		status = http.StatusOK
-	}
 	if status != want || want == http.StatusBadGateway && !strings.Contains(text, guestapi.SandboxNotFound) {
 		t.Errorf("%s, envd %v, by name %v: HTTP %d %s, want %d", shown, envd, byName, status, text, want)
 	}

@@ -2,10 +2,15 @@ package gateway
 
 import (
 	"context"
+	"net"
+	"net/http"
 	"net/netip"
+	"os"
 	"sync"
+	"testing"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
@@ -21,6 +26,7 @@ type box struct {
 	info   sandbox.Info
 	tokens sandbox.Tokens
 	alive  context.Context
+	addr   netip.Addr // of the guest; 127.0.0.1 unless it is set
 	// wake is what Wake does, with no lock held; nil lets the sandbox run.
 	wake func(context.Context) error
 	// err is what Tokens, Get and Lease fail with, by name.
@@ -106,7 +112,11 @@ func (m *manager) Lease(_ context.Context, id sandbox.ID) (*sandbox.Lease, error
 		return nil, err
 	}
 	b.leases++
-	return &sandbox.Lease{Addr: netip.MustParseAddr("127.0.0.1"), Token: b.tokens.Envd, Alive: b.alive}, nil
+	addr := b.addr
+	if !addr.IsValid() {
+		addr = netip.MustParseAddr("127.0.0.1")
+	}
+	return &sandbox.Lease{Addr: addr, Token: b.tokens.Envd, Alive: b.alive}, nil
 }
 
 func (m *manager) Wake(ctx context.Context, id sandbox.ID) error {
@@ -122,4 +132,21 @@ func (m *manager) Wake(ctx context.Context, id sandbox.ID) error {
 	}
 	m.change(id, func(b *box) { b.info.State, b.info.Pausing = sandbox.Running, false })
 	return nil
+}
+
+// envd serves h on envd's port of an address of this process's own, and returns the
+// address.
+func envd(t *testing.T, h http.HandlerFunc) netip.Addr {
+	t.Helper()
+	pid := os.Getpid()
+	addr := netip.AddrFrom4([4]byte{127, byte(144 + pid>>16&0x3f), byte(pid >> 8), byte(pid)})
+	l, err := net.Listen("tcp", netip.AddrPortFrom(addr, guestapi.Port).String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: h}
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
+	t.Cleanup(func() { s.Close(); <-served })
+	return addr
 }

@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"log/slog"
 	"net/http"
+	"net/url"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -155,6 +156,8 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		panic(http.ErrAbortHandler)
 	}()
 	switch {
+	case !isPlain(r.URL):
+		refuse(w, r, refusal{Code: http.StatusBadRequest, Message: "the request's target is neither a path nor an http URL"})
 	case place == nil:
 		g.serveAgent(w, r)
 	case err != nil:
@@ -162,6 +165,12 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		g.serveData(w, r, place, b)
 	}
+}
+
+// isPlain reports whether a request's target has one meaning. One without a path, such
+// as "a:http://x/init", would be passed on as "http://x/init".
+func isPlain(u *url.URL) bool {
+	return u.Opaque == "" && (u.Scheme == "" || u.Scheme == "http" || u.Scheme == "https")
 }
 
 // panicked counts and logs a panic, which must not end the program.

@@ -76,13 +76,14 @@ func egressOf(n api.NetworkUpdate) (Egress, error) {
 	return e, nil
 }
 
-// isRange says whether text is an address or a range of them.
+// isRange says whether text is an address or a range of them. Of 0.0.0.0 it is only
+// everything.
 func isRange(text string) bool {
-	if _, err := netip.ParseAddr(text); err == nil {
-		return true
+	if a, err := netip.ParseAddr(text); err == nil {
+		return a.Zone() == "" && !a.IsUnspecified()
 	}
-	_, err := netip.ParsePrefix(text)
-	return err == nil
+	r, err := netip.ParsePrefix(text)
+	return err == nil && (text == everything || !r.Addr().IsUnspecified())
 }
 
 // looksNumeric says whether a name is rather a mistyped address: no domain ends in

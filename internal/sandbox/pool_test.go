@@ -8,6 +8,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
@@ -340,9 +342,17 @@ func TestWarmGuestGetsItsNetworkFirst(t *testing.T) {
 				return nil
 			})
 		}
-		created, err := r.Create(t.Context(), CreateRequest{Network: closed()})
+		private := false
+		ingress := Ingress{Public: &private, MaskHost: "localhost"}
+		created, err := r.Create(t.Context(), CreateRequest{Network: closed(), Ingress: ingress})
 		if err != nil {
 			t.Fatal(err)
+		}
+		if d := cmp.Diff(ingress, created.Ingress); d != "" {
+			t.Errorf("it has another ingress (-want +got):\n%s", d)
+		}
+		if tokens, err := r.Tokens(created.ID); err != nil || tokens.Traffic == "" || tokens.Traffic == tokens.Envd {
+			t.Errorf("its traffic token has %d bytes, %v", len(tokens.Traffic), err)
 		}
 		if created.From != FromWarm || !slices.Equal(order, []string{"network.policy", "guest.init"}) {
 			t.Errorf("started from %s, calls %v", created.From, order)

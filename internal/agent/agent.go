@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/e2b"
 	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/gateway"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
@@ -86,14 +87,15 @@ func (p parts) withDefaults(c Config) parts {
 // Agent is a host agent. It has taken over its state directory, and holds it
 // until Run returns.
 type Agent struct {
-	cfg      Config
-	log      *slog.Logger
-	base     base
-	keys     *auth.Store
-	requests *idempotency.Store
-	listener net.Listener
-	socket   net.Listener
-	door     *gateway.Gateway
+	cfg       Config
+	log       *slog.Logger
+	templates *template.Store
+	base      base
+	keys      *auth.Store
+	requests  *idempotency.Store
+	listener  net.Listener
+	socket    net.Listener
+	door      *gateway.Gateway
 }
 
 // base is an agent without its API: what manages sandboxes.
@@ -101,6 +103,8 @@ type base struct {
 	uids    int
 	network Network
 	manager *sandbox.Manager
+	// quota is that of a project; nil is none.
+	quota func(project string) sandbox.Quota
 }
 
 // New takes over the state directory and listens, so that an address in use is
@@ -115,7 +119,7 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, log: cfg.Log}
+	a := &Agent{cfg: cfg, log: cfg.Log, templates: templates}
 	report := chosen.Report
 	a.log.Info("vmm chosen", "vmm", chosen.Driver.Name(), "version", report.Version, "accel", report.Accel,
 		"cpu", report.CPU, "why", chosen.Why)
@@ -134,6 +138,7 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		}
 		return nil, fmt.Errorf("listen: %w", err)
 	}
+	a.base.quota = func(project string) sandbox.Quota { return sandbox.Quota(a.keys.Quota(project)) }
 	// A signal that comes now takes effect when the state is taken over: half a
 	// recovery would leave rules and routes behind.
 	found, err := a.base.takeOver(context.WithoutCancel(ctx), cfg, chosen, templates)
@@ -190,7 +195,7 @@ func (b *base) takeOver(ctx context.Context, c Config, chosen host.Choice, templ
 		Driver: chosen.Driver, Others: chosen.Others,
 		Network: b.network, Templates: templates, Guests: c.parts.guests,
 		KillStrays: c.parts.killStrays, NetNSOf: c.parts.netNSOf,
-		Capacity: c.Capacity, OverlayMiB: c.OverlayMiB, DNS: c.resolvers(),
+		Capacity: c.Capacity, Quota: b.quota, MaxLife: c.MaxTimeout, OverlayMiB: c.OverlayMiB, DNS: c.resolvers(),
 		DiskBytes: c.DiskBytes, DiskOps: c.DiskOps, BaseUID: b.uids,
 		BootTimeout: c.BootTimeout, Warm: c.Warm, KeepStopped: c.KeepStopped, KeepPaused: c.KeepPaused,
 		Log: c.Log,
@@ -244,18 +249,29 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	var panics atomic.Int64
 	mux := http.NewServeMux()
 	most, each := a.cfg.conns()
+	limiter := auth.NewLimiter(a.cfg.Rates)
 	door := gateway.New(gateway.Config{
-		Sandboxes: a.base.manager, Control: mux, Names: a.cfg.names(), Panics: &panics, Log: a.log,
+		Sandboxes: a.base.manager, Control: mux, REST: a.newREST(limiter), Names: a.cfg.names(), Panics: &panics, Log: a.log,
 		MaxConns: most, MaxConnsEach: each,
 	})
 	server.Register(mux, server.Config{
-		Keys: a.keys, Limiter: auth.NewLimiter(a.cfg.Rates), Keyless: a.cfg.onLoopback(),
+		Keys: a.keys, Limiter: limiter, Keyless: a.cfg.onLoopback(),
 		Manager: a.base.manager, Version: version, Panics: &panics, Log: a.log,
 		Slots:   func() map[string]int { return a.base.network.Stats().ByState() },
 		Names:   func() server.NameCounts { return server.NameCounts(a.base.network.NameCounts()) },
 		Refused: door.Refused,
 	})
 	return door
+}
+
+// newREST returns the handler of the REST API.
+func (a *Agent) newREST(limiter *auth.Limiter) http.Handler {
+	manager, templates := e2b.OfHost(a.base.manager, a.templates, a.cfg.OverlayMiB)
+	_, port, _ := net.SplitHostPort(a.Addr().String()) // of a TCP address
+	return e2b.New(e2b.Config{
+		Manager: manager, Templates: templates, Keys: a.keys, Limiter: limiter, Requests: a.requests,
+		Domain: a.cfg.Domain + ":" + port, DefaultTemplate: template.DefaultName, MaxTimeout: a.cfg.MaxTimeout, Log: a.log,
+	})
 }
 
 // Handler answers the API's requests and passes those for sandboxes on. It works

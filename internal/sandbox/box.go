@@ -149,21 +149,6 @@ func (b *box) pausingSince(now time.Time) time.Time {
 	return b.mu.pausingAt
 }
 
-// bounded returns a context for an operation, which ends when ctx does, when the sandbox
-// is destroyed, and when the operation's time limit has passed. end gives the op lock
-// back. Called with the op lock held.
-func (b *box) bounded(ctx context.Context, op Operation) (_ context.Context, end func()) {
-	rec := b.record()
-	limit := opTimeout
-	if op == OpHibernate || op == OpFork || op == OpSnapshot || rec.State == Hibernated {
-		limit = moveTimeout(rec)
-	}
-	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))
-	ctx, abort := context.WithCancelCause(ctx)
-	b.setAbort(abort)
-	return ctx, func() { b.unhold(); abort(nil); stop() }
-}
-
 // setAbort sets what cancels the operation in progress.
 func (b *box) setAbort(abort context.CancelCauseFunc) {
 	b.mu.Lock()

@@ -205,7 +205,7 @@ func (m *Manager) resumeForAll(b *box, want resuming) *resumption {
 	b.setResumption(r)
 	if !m.goes("resume", func() {
 		defer close(r.done)
-		ctx, end := b.bounded(m.life, OpConnect)
+		ctx, end := m.bounded(m.life, b, OpConnect)
 		defer end()
 		err := m.resume(ctx, b, want)
 		switch {

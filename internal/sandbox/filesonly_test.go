@@ -463,3 +463,34 @@ func TestColdBootWithoutItsUser(t *testing.T) {
 		}
 	})
 }
+
+// TestSlowColdBoot: a small sandbox has as much time to boot as a new one.
+func TestSlowColdBoot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) { c.BootTimeout = 3 * time.Minute })
+		made, err := r.Create(t.Context(), CreateRequest{MemMiB: MinMemMiB})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Hibernate(t.Context(), made.ID, filesOnly); err != nil {
+			t.Fatal(err)
+		}
+		r.faults.on("guest.ready", func(ctx context.Context) error {
+			select {
+			case <-time.After(170 * time.Second):
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		})
+		if err := r.Resume(t.Context(), made.ID); err != nil {
+			t.Error(err)
+		}
+		if err := r.Hibernate(t.Context(), made.ID, filesOnly); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.coldBoot(made.ID); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -200,7 +200,7 @@ func (m *Manager) begin(ctx context.Context, id ID, op Operation, doing string) 
 	if op == OpPause || op == OpHibernate {
 		b.setPausing(time.Now().UTC())
 	}
-	ctx, end := b.bounded(ctx, op)
+	ctx, end := m.bounded(ctx, b, op)
 	return b, ctx, end, nil
 }
 
@@ -225,6 +225,24 @@ func (m *Manager) take(ctx context.Context, b *box, op Operation, doing string) 
 		b.unhold()
 	}
 	return err
+}
+
+// bounded returns a context for an operation, which ends when ctx does, when the sandbox
+// is destroyed, and when the operation's time limit has passed. end gives the op lock
+// back. Called with the op lock held.
+func (m *Manager) bounded(ctx context.Context, b *box, op Operation) (_ context.Context, end func()) {
+	rec := b.record()
+	limit := opTimeout
+	switch {
+	case rec.State == Hibernated: // it waits for its turn to start, and may boot
+		limit = moveTimeout(rec) + m.cfg.Capacity.StartQueue + m.cfg.BootTimeout
+	case op == OpHibernate || op == OpFork || op == OpSnapshot:
+		limit = moveTimeout(rec)
+	}
+	ctx, stop := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the vm did not answer within %s", limit))
+	ctx, abort := context.WithCancelCause(ctx)
+	b.setAbort(abort)
+	return ctx, func() { b.unhold(); abort(nil); stop() }
 }
 
 // opsOnVM are the operations that need a VM which answers.

@@ -148,7 +148,7 @@ func printToken(cmd *cobra.Command, s *client.Sandbox) error {
 
 func newLogs(c *cli) *cobra.Command {
 	var tail int32
-	var raw bool
+	var raw, timestamps bool
 	cmd := &cobra.Command{
 		Use:   "logs ID",
 		Short: "Print a guest's console",
@@ -162,7 +162,7 @@ they are.`,
 			if err != nil {
 				return err
 			}
-			console, err := s.Console(cmd.Context(), tail)
+			console, err := s.Console(cmd.Context(), tail, timestamps)
 			if err != nil {
 				return err
 			}
@@ -175,6 +175,7 @@ they are.`,
 		},
 	}
 	cmd.Flags().BoolVar(&raw, "raw", false, "print the bytes as they are; a terminal obeys them")
+	cmd.Flags().BoolVarP(&timestamps, "timestamps", "t", false, "put before each line the time at which the host read it")
 	cmd.Flags().Int32Var(&tail, "tail-bytes", 0, "how much from the end; 0 is 64 KiB, 1 MiB at most")
 	return cmd
 }

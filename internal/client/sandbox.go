@@ -117,9 +117,11 @@ func (s *Sandbox) SetNetwork(ctx context.Context, policy *hostagentv1.NetworkPol
 }
 
 // Console returns the end of the guest's console, at most tail bytes; 0 is the
-// agent's default. It is what the guest wrote, byte by byte.
-func (s *Sandbox) Console(ctx context.Context, tail int32) ([]byte, error) {
-	resp, err := call(ctx, s.host.rpc.GetConsole, &hostagentv1.GetConsoleRequest{SandboxId: s.ID, TailBytes: tail})
+// agent's default. It is what the guest wrote, byte by byte, or with timestamps line by
+// line behind the time at which the host read it.
+func (s *Sandbox) Console(ctx context.Context, tail int32, timestamps bool) ([]byte, error) {
+	req := &hostagentv1.GetConsoleRequest{SandboxId: s.ID, TailBytes: tail, Timestamps: timestamps}
+	resp, err := call(ctx, s.host.rpc.GetConsole, req)
 	return resp.GetConsole(), err
 }
 

@@ -114,11 +114,18 @@ func (h ofHost) Snapshot(context.Context, sandbox.ID, SnapshotRequest) (Template
 	return Template{}, notYet("snapshots")
 }
 
-func (h ofHost) Metrics(sandbox.ID, time.Time, time.Time) ([]Metric, error) {
-	return nil, notYet("metrics")
+func (h ofHost) Metrics(id sandbox.ID, start, end time.Time) ([]Metric, error) {
+	return h.sandboxes.Metrics(id, start, end)
 }
 
-func (h ofHost) Logs(sandbox.ID) ([]LogLine, error) { return nil, notYet("logs") }
+func (h ofHost) Logs(id sandbox.ID) ([]LogLine, error) {
+	logs, err := h.sandboxes.Logs(id)
+	lines := make([]LogLine, 0, len(logs))
+	for _, l := range logs {
+		lines = append(lines, LogLine{At: l.At, Level: l.Level, Message: l.Message, Fields: map[string]string{"logger": l.Source}})
+	}
+	return lines, err
+}
 
 func (h ofHost) Events(project string, id sandbox.ID) ([]Event, error) {
 	var events []Event

@@ -170,13 +170,7 @@ type Tag struct {
 }
 
 // Metric is a sample of what a sandbox uses, in bytes.
-type Metric struct {
-	At                          time.Time
-	VCPUs                       int
-	CPUUsedPct                  float64
-	MemUsed, MemTotal, MemCache int64
-	DiskUsed, DiskTotal         int64
-}
+type Metric = sandbox.Metric
 
 // LogLine is one line of a sandbox's output.
 type LogLine struct {

@@ -349,6 +349,15 @@ func (s store) tail(id ID, n int64) ([]byte, error) {
 	return data, nil
 }
 
+// lines returns the lines of the sandbox's console.
+func (s store) lines(id ID) ([]vmm.Line, error) {
+	lines, err := vmm.Lines(s.console(id))
+	if err != nil {
+		return nil, fmt.Errorf("read console: %w", err)
+	}
+	return lines, nil
+}
+
 // remove deletes a file; that it is not there is as good.
 func remove(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -579,12 +579,33 @@ func (s *service) GetConsole(_ context.Context, req *request[pb.GetConsoleReques
 		return nil, errdefs.InvalidArgument.Errorf("tail_bytes is %d, must be 0 (the default, %d) to %d",
 			n, consoleBytes, maxConsoleBytes)
 	}
+	if req.Msg.Timestamps {
+		logs, err := s.manager.Logs(id)
+		return connect.NewResponse(&pb.GetConsoleResponse{Console: lastLines(logs, int(n))}), err
+	}
 	console, err := s.manager.Console(id, n)
 	if err != nil {
 		return nil, err
 	}
 	return connect.NewResponse(&pb.GetConsoleResponse{Console: console}), nil
 }
+
+// lastLines is as many of the last lines as n bytes hold, each with its time.
+func lastLines(logs []sandbox.LogLine, n int) (text []byte) {
+	first := len(logs)
+	for ; first > 0; first-- {
+		if n -= len(lineTime) + len(" \n") + len(logs[first-1].Message); n < 0 {
+			break
+		}
+	}
+	for _, l := range logs[first:] {
+		text = fmt.Appendf(text, "%s %s\n", l.At.UTC().Format(lineTime), l.Message)
+	}
+	return text
+}
+
+// lineTime is the layout of a line's time.
+const lineTime = "2006-01-02T15:04:05.000Z"
 
 func (s *service) Verify(ctx context.Context, req *request[pb.VerifyRequest], stream *connect.ServerStream[pb.VerifyResponse]) error {
 	return s.manager.Verify(ctx, req.Msg.Names, func(v sandbox.Verified) error {

@@ -56,6 +56,19 @@ func TestCommandLogin(t *testing.T) {
 	}
 }
 
+func TestLastLines(t *testing.T) {
+	at := time.UnixMilli(1_700_000_000_123)
+	logs := []sandbox.LogLine{{At: at, Message: "first"}, {At: at, Message: "second"}, {At: at.Add(time.Millisecond), Message: "ü"}}
+	first, second, third := "2023-11-14T22:13:20.123Z first\n", "2023-11-14T22:13:20.123Z second\n", "2023-11-14T22:13:20.124Z ü\n"
+	for n, want := range map[int]string{
+		0: "", len(third) - 1: "", len(third): third, len(second + third): second + third, 1000: first + second + third,
+	} {
+		if got := string(lastLines(logs, n)); got != want {
+			t.Errorf("%d bytes: %q, want %q", n, got, want)
+		}
+	}
+}
+
 func variables(n int) map[string]string {
 	env := map[string]string{}
 	for i := range n {

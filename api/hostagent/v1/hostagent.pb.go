@@ -2669,7 +2669,10 @@ type GetConsoleRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	SandboxId string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// How many bytes from the end; 64 KiB when zero, 1 MiB at most.
-	TailBytes     int32 `protobuf:"varint,2,opt,name=tail_bytes,json=tailBytes,proto3" json:"tail_bytes,omitempty"`
+	TailBytes int32 `protobuf:"varint,2,opt,name=tail_bytes,json=tailBytes,proto3" json:"tail_bytes,omitempty"`
+	// Whether each line begins with the time at which the host read it: RFC 3339, UTC,
+	// milliseconds, a space. Empty lines are left out then, and the text is UTF-8.
+	Timestamps    bool `protobuf:"varint,3,opt,name=timestamps,proto3" json:"timestamps,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2716,6 +2719,13 @@ func (x *GetConsoleRequest) GetTailBytes() int32 {
 		return x.TailBytes
 	}
 	return 0
+}
+
+func (x *GetConsoleRequest) GetTimestamps() bool {
+	if x != nil {
+		return x.Timestamps
+	}
+	return false
 }
 
 type GetConsoleResponse struct {
@@ -3208,12 +3218,15 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x18\n" +
 	"\aproject\x18\x02 \x01(\tR\aproject\x12\x18\n" +
 	"\aaddress\x18\x03 \x01(\tR\aaddress\x12\x12\n" +
-	"\x04what\x18\x04 \x01(\tR\x04what\"Q\n" +
+	"\x04what\x18\x04 \x01(\tR\x04what\"q\n" +
 	"\x11GetConsoleRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x1d\n" +
 	"\n" +
-	"tail_bytes\x18\x02 \x01(\x05R\ttailBytes\".\n" +
+	"tail_bytes\x18\x02 \x01(\x05R\ttailBytes\x12\x1e\n" +
+	"\n" +
+	"timestamps\x18\x03 \x01(\bR\n" +
+	"timestamps\".\n" +
 	"\x12GetConsoleResponse\x12\x18\n" +
 	"\aconsole\x18\x01 \x01(\fR\aconsole\"%\n" +
 	"\rVerifyRequest\x12\x14\n" +

@@ -2,6 +2,7 @@ package launch
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -9,12 +10,14 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 func TestTrim(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "console.log")
-	if err := trim(path, 100); err != nil {
+	if _, err := trim(path, 100); err != nil {
 		t.Errorf("no file: %v", err)
 	}
 	writer, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
@@ -25,13 +28,13 @@ func TestTrim(t *testing.T) {
 	for i := range 10 {
 		fmt.Fprintf(writer, "line %d\n", i)
 	}
-	if err := trim(path, 70); err != nil {
+	if _, err := trim(path, 70); err != nil {
 		t.Fatal(err)
 	}
 	if got, _ := os.ReadFile(path); len(got) != 70 {
 		t.Errorf("a file at its limit was cut to %q", got)
 	}
-	if err := trim(path, 69); err != nil {
+	if _, err := trim(path, 69); err != nil {
 		t.Fatal(err)
 	}
 	fmt.Fprintln(writer, "line 10")
@@ -42,7 +45,7 @@ func TestTrim(t *testing.T) {
 	if err := os.WriteFile(path, bytes.Repeat([]byte("x"), 100_000), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := trim(path, 50_000); err != nil {
+	if _, err := trim(path, 50_000); err != nil {
 		t.Fatal(err)
 	}
 	if got, _ := os.ReadFile(path); len(got) != 25_000+len(trimmedMarker) {
@@ -142,6 +145,124 @@ func TestOutputIsBounded(t *testing.T) {
 	wait(t, process)
 	if left, err := filepath.Glob(dir + "/*" + pipeSuffix); err != nil || len(left) != 0 {
 		t.Errorf("left: %v, %v", left, err)
+	}
+}
+
+// Each line has the time at which it was read, also after the console was cut and after
+// another agent carries on.
+func TestLinesHaveTimes(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "console")
+	p := sh(`i=0; while read -r n; do n=$((i+n)); while [ $i -lt $n ]; do echo "line $i"; i=$((i+1)); done; done <` + dir + `/say`)
+	p.Console, p.Log = path, filepath.Join(dir, "log")
+	if err := unix.Mkfifo(filepath.Join(dir, "say"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	process := launch(t, p)
+	say, err := os.OpenFile(filepath.Join(dir, "say"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer say.Close()
+	// print has the program print so many lines, and returns when the last is there.
+	printed := 0
+	print := func(n int) (from, to time.Time) {
+		t.Helper()
+		from = time.Now().Truncate(time.Millisecond)
+		fmt.Fprintln(say, n)
+		printed += n
+		last := fmt.Sprintf("line %d", printed-1)
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+			lines, err := vmm.Lines(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := len(lines); n > 0 && string(lines[n-1].Text) == last {
+				return from, time.Now()
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%q was not printed", last)
+			}
+		}
+	}
+	// want checks the time of a line.
+	want := func(number int, from, to time.Time) {
+		t.Helper()
+		lines, err := vmm.Lines(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range lines {
+			if string(l.Text) == fmt.Sprintf("line %d", number) {
+				if l.At.Before(from) || l.At.After(to) {
+					t.Errorf("line %d is of %s, printed from %s to %s", number, l.At, from, to)
+				}
+				return
+			}
+		}
+		t.Errorf("line %d is not there", number)
+	}
+	from, to := print(10)
+	want(0, from, to)
+	from2, to2 := print(1)
+	want(9, from, to)
+	want(10, from2, to2)
+	const many = vmm.MaxConsoleBytes / 10
+	from, to = print(many) // it is cut
+	from2, to2 = print(1)
+	want(10+many, from, to)
+	want(11+many, from2, to2)
+
+	for _, o := range process.outlets { // as when the agent dies
+		o.close()
+	}
+	adopted, err := Adopt(t.Context(), process.Ref())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer adopted.Kill(t.Context())
+	from3, to3 := print(1)
+	want(10+many, from, to)
+	want(11+many, from2, to2)
+	want(12+many, from3, to3)
+}
+
+// Stamps that are damaged or missing cost lines their own time and nothing else.
+func TestLinesWithoutTimes(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "console")
+	if lines, err := vmm.Lines(path); err != nil || len(lines) != 0 {
+		t.Errorf("no console: %v, %v", lines, err)
+	}
+	written := time.Now().Add(-time.Hour).Truncate(time.Second)
+	at := func(n int) time.Time { return time.Unix(int64(n), 0).UTC() }
+	for name, c := range map[string]struct {
+		stamps []vmm.Stamp
+		want   []time.Time
+	}{
+		"none":             {nil, []time.Time{written, written, written}},
+		"all":              {[]vmm.Stamp{{Size: 2, At: at(1)}, {Size: 4, At: at(2)}, {Size: 5, At: at(3)}}, []time.Time{at(1), at(2), at(3)}},
+		"one missing":      {[]vmm.Stamp{{Size: 2, At: at(1)}, {Size: 5, At: at(3)}}, []time.Time{at(1), at(3), at(3)}},
+		"the last missing": {[]vmm.Stamp{{Size: 2, At: at(1)}}, []time.Time{at(1), written, written}},
+		"of before a cut":  {[]vmm.Stamp{{Size: 900, At: at(1)}, {Size: 4, At: at(2)}, {Size: 5, At: at(3)}}, []time.Time{at(2), at(2), at(3)}},
+	} {
+		var times []byte
+		for _, s := range c.stamps {
+			times = s.Append(times)
+		}
+		err := errors.Join(os.WriteFile(path, []byte("a\nb\nc"), 0o600), os.WriteFile(path+vmm.TimesSuffix, append(times, "torn"...), 0o600),
+			os.Chtimes(path, written, written))
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines, err := vmm.Lines(path)
+		if err != nil || len(lines) != 3 {
+			t.Fatalf("%s: %v, %v", name, lines, err)
+		}
+		for i, l := range lines {
+			if !l.At.Equal(c.want[i]) || string(l.Text) != string("abc"[i]) {
+				t.Errorf("%s: line %d is %q of %s, want %s", name, i, l.Text, l.At, c.want[i])
+			}
+		}
 	}
 }
 

@@ -67,7 +67,7 @@ func Adopt(ctx context.Context, ref Ref) (*Process, error) {
 			carried = notify(p.printed)
 		}
 		// A process whose pipe is gone runs on; only its output is lost.
-		if o, err := takeOutlet(to.pipe, to.path, carried); err == nil {
+		if o, err := takeOutlet(to, carried); err == nil {
 			p.outlets = append(p.outlets, o)
 		}
 	}
@@ -179,7 +179,7 @@ func (p *Process) Release() {
 func (p *Process) trim() {
 	for _, to := range p.ref.prints() {
 		if to.pipe == "" && to.path != "" {
-			_ = trim(to.path, vmm.MaxConsoleBytes) // the next look tries again
+			_, _ = trim(to.path, vmm.MaxConsoleBytes) // the next look tries again
 		}
 	}
 }

@@ -33,10 +33,14 @@ type Ref struct {
 }
 
 // print is a file that holds what a program prints, and the pipe that leads to it.
-type print struct{ pipe, path string }
+type print struct {
+	pipe, path string
+	// stamped: a file beside it says when it was written.
+	stamped bool
+}
 
 func (r Ref) prints() []print {
-	return []print{{r.LogPipe, r.Log}, {r.ConsolePipe, r.Console}}
+	return []print{{r.LogPipe, r.Log, false}, {r.ConsolePipe, r.Console, true}}
 }
 
 // openSame returns a pidfd of the process that ref identifies. If that process has

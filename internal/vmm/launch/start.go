@@ -84,20 +84,20 @@ func (s *starting) openOutput() (err error) {
 	s.copies = append(s.copies, s.stdin)
 	s.stdout, s.stderr = s.stdin, s.stdin
 	if s.Log != "" {
-		if s.logPipe, s.stderr, err = s.openOutlet(s.Log, notify(s.printed)); err != nil {
+		if s.logPipe, s.stderr, err = s.openOutlet(s.Log, false, notify(s.printed)); err != nil {
 			return err
 		}
 		s.stdout = s.stderr
 	}
 	if s.Console != "" {
-		s.consolePipe, s.stdout, err = s.openOutlet(s.Console, nil)
+		s.consolePipe, s.stdout, err = s.openOutlet(s.Console, true, nil)
 	}
 	return err
 }
 
-func (s *starting) openOutlet(path string, carried func()) (pipe string, write *os.File, err error) {
+func (s *starting) openOutlet(path string, stamped bool, carried func()) (pipe string, write *os.File, err error) {
 	pipe = filepath.Join(cmp.Or(s.RunDir, filepath.Dir(path)), filepath.Base(path)) + pipeSuffix
-	o, write, err := makeOutlet(pipe, path, carried)
+	o, write, err := makeOutlet(print{pipe, path, stamped}, carried)
 	if err != nil {
 		return "", nil, err
 	}

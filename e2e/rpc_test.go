@@ -301,7 +301,7 @@ func TestBadInput(t *testing.T) {
 		t.Fatal(err)
 	}
 	resp.Body.Close()
-	if resp.StatusCode != 404 {
+	if resp.StatusCode != 401 { // the REST API's
 		t.Errorf("an unknown path: HTTP %d", resp.StatusCode)
 	}
 	// It still answers, and the sandbox lives.

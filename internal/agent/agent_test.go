@@ -274,12 +274,12 @@ func TestAgentServesAndLeavesNothing(t *testing.T) {
 	}
 }
 
-// Other paths belong to no part of the agent, / among them.
+// Other paths, / among them, are the REST API's, which tells strangers nothing.
 func TestUnknownPaths(t *testing.T) {
 	r := newRig(t)
 	r.start()
 	for _, path := range []string{"/", "/healthz/", "/readyz/x", "/metrics/x", "/favicon.ico"} {
-		if status, body := r.get(path); status != http.StatusNotFound {
+		if status, body := r.get(path); status != http.StatusUnauthorized {
 			t.Errorf("%s: HTTP %d, %q", path, status, body)
 		}
 	}

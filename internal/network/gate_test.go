@@ -1074,6 +1074,8 @@ func TestParsePolicy(t *testing.T) {
 		{host: Public, e: Egress{DNS: []string{"2606:4700:4700::1111"}}, class: errdefs.InvalidArgument, text: "IPv4"},
 		{host: Public, e: Egress{DNS: []string{"1.1.1.1/32"}}, class: errdefs.InvalidArgument, text: "1.1.1.1/32"},
 		{host: Public, e: Egress{DNS: slices.Repeat([]string{"1.1.1.1"}, 11)}, class: errdefs.InvalidArgument, text: "at most 10"},
+		{host: Public, e: Egress{Deny: all, Allow: append(manyRanges(maxPolicyRanges), "a.com"), DNS: []string{"1.1.1.1"}},
+			class: errdefs.InvalidArgument, text: "513 ranges"},
 		{host: Public, e: Egress{Allow: []string{"10.1.0.0/16"}}, class: errdefs.Denied, text: "10.1.0.0/16"},
 		{host: Public, e: Egress{Allow: []string{"8.0.0.0/5"}}, class: errdefs.Denied, text: "private"},
 		{host: None, e: Egress{AllowInternet: &yes}, class: errdefs.Denied, text: "--egress none"},
@@ -1108,6 +1110,64 @@ func TestParsePolicy(t *testing.T) {
 	}
 	if err := New(testPlan(), Options{Egress: "most"}).Setup(t.Context()); !errors.Is(err, errdefs.InvalidArgument) {
 		t.Errorf("a host with an unknown mode = %v", err)
+	}
+}
+
+func manyRanges(n int) (ranges []string) {
+	for i := range n {
+		ranges = append(ranges, netip.PrefixFrom(addr4(0x14000000+uint32(i)*512), 24).String())
+	}
+	return ranges
+}
+
+// What the rules say of an address is what a policy's lists say in their order: the
+// walls, what is allowed, what is denied, and last what the host lets its sandboxes
+// reach.
+func TestOrderOfRules(t *testing.T) {
+	walls := append(slices.Clone(neverRanges), DefaultPlan().Hosts, DefaultPlan().Veths)
+	has := func(list []string, a netip.Addr) bool {
+		return slices.ContainsFunc(list, func(text string) bool { return netip.MustParsePrefix(text).Contains(a) })
+	}
+	in := func(list []netip.Prefix, a netip.Addr) bool {
+		return slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Contains(a) })
+	}
+	// Few networks, so that the lists overlap.
+	draw := func() netip.Addr {
+		nets := []uint32{0x08080000, 0x0a0b0000, 0x0a200000, 0xc6336400, 0xa9fea900, 0x64400000, 0x7f000000}
+		return addr4(nets[mathrand.IntN(len(nets))] + mathrand.Uint32N(64))
+	}
+	list := func() (texts []string) {
+		for range mathrand.IntN(6) {
+			bits := []int{0, 16, 26, 29, 32}[mathrand.IntN(5)]
+			texts = append(texts, netip.PrefixFrom(draw(), bits).Masked().String())
+		}
+		return texts
+	}
+	for range 2000 {
+		open := mathrand.IntN(2) == 0
+		e := Egress{AllowInternet: &open, Allow: list(), Deny: list()}
+		host := []Mode{All, Public}[mathrand.IntN(2)]
+		p, err := ParsePolicy(host, e)
+		if errors.Is(err, errdefs.Denied) && host == Public {
+			continue // it allows a private range
+		}
+		must(t, err)
+		rules := egressRules(DefaultPlan(), Options{Egress: host}, p)
+		for range 20 {
+			a := draw()
+			want := false
+			switch {
+			case in(walls, a):
+			case has(slices.DeleteFunc(slices.Clone(e.Allow), func(s string) bool { return s == "0.0.0.0/0" }), a):
+				want = true
+			case !has(e.Allow, a) && (!open || has(e.Deny, a)):
+			default:
+				want = host == All || !in(privateRanges, a)
+			}
+			if got := evaluate(rules, a); got != want {
+				t.Fatalf("host %s, internet %v, allow %v, deny %v: %s passes: %v, want %v", host, open, e.Allow, e.Deny, a, got, want)
+			}
+		}
 	}
 }
 

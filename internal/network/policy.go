@@ -141,16 +141,9 @@ func ParsePolicy(host Mode, e Egress) (Policy, error) {
 	allowed, allowErr := readList("allow", e.Allow, &p.Allow, &p.AllowNames)
 	denied, denyErr := readList("deny", e.Deny, &p.Deny, &p.DenyNames)
 	dns, dnsErr := readDNS(e.DNS)
-	errs := []error{allowErr, denyErr, dnsErr, p.Validate()}
-	if host == None && (e.AllowInternet != nil && *e.AllowInternet || len(e.Allow) > 0) {
-		errs = append(errs, errdefs.Denied.Errorf("this host lets its sandboxes reach nothing (--egress none): "+
-			"a sandbox's policy cannot allow anything"))
-	}
 	if host == Public {
-		errs = append(errs, refusePrivate("allow list", p.Allow), refusePrivate("DNS servers", dns))
-	}
-	if err := errors.Join(errs...); err != nil {
-		return Policy{}, err
+		allowErr = errors.Join(allowErr, refusePrivate("allow list", p.Allow))
+		dnsErr = errors.Join(dnsErr, refusePrivate("DNS servers", dns))
 	}
 	switch open := e.AllowInternet == nil || *e.AllowInternet; {
 	case allowed:
@@ -160,6 +153,14 @@ func ParsePolicy(host Mode, e Egress) (Policy, error) {
 	}
 	if p.OwnDNS = p.Mode == None && len(p.AllowNames) > 0 && e.DNS != nil; p.OwnDNS {
 		p.Allow = append(p.Allow, dns...)
+	}
+	errs := []error{allowErr, denyErr, dnsErr, p.Validate()}
+	if host == None && (e.AllowInternet != nil && *e.AllowInternet || len(e.Allow) > 0) {
+		errs = append(errs, errdefs.Denied.Errorf("this host lets its sandboxes reach nothing (--egress none): "+
+			"a sandbox's policy cannot allow anything"))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return Policy{}, err
 	}
 	return p, nil
 }

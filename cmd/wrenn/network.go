@@ -174,6 +174,9 @@ func printPolicy(out io.Writer, p *hostagentv1.NetworkPolicy, t *hostagentv1.Net
 		return fmt.Sprintf("%d %s", n, unit)
 	}
 	fmt.Fprintf(w, "internet\t%s\nallow\t%s\ndeny\t%s\n", internet, list(p.AllowOut), list(p.DenyOut))
+	if p.NameServers != nil {
+		fmt.Fprintf(w, "name servers\t%s\n", list(p.NameServers.Addresses))
+	}
 	fmt.Fprintf(w, "in\t%s\t%s\n", limit(p.InBytesPerSec, "bytes/s"), limit(p.InPacketsPerSec, "packets/s"))
 	fmt.Fprintf(w, "out\t%s\t%s\n", limit(p.OutBytesPerSec, "bytes/s"), limit(p.OutPacketsPerSec, "packets/s"))
 	fmt.Fprintf(w, "connections\t%s\n", limit(int64(p.MaxConnections), "at a time"))

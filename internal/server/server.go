@@ -391,10 +391,14 @@ func policyOf(p *pb.NetworkPolicy) sandbox.Policy {
 	if p == nil {
 		return sandbox.Policy{}
 	}
+	var dns []string
+	if p.NameServers != nil {
+		dns = append([]string{}, p.NameServers.Addresses...)
+	}
 	return sandbox.Policy{
 		// An empty list is not told from an absent one.
 		Egress: sandbox.Egress{
-			AllowInternet: p.AllowInternet, Allow: append([]string(nil), p.AllowOut...), Deny: append([]string(nil), p.DenyOut...),
+			AllowInternet: p.AllowInternet, Allow: append([]string(nil), p.AllowOut...), Deny: append([]string(nil), p.DenyOut...), DNS: dns,
 		},
 		Limits: sandbox.NetworkLimits{
 			InBytes: p.InBytesPerSec, OutBytes: p.OutBytesPerSec,
@@ -408,8 +412,12 @@ func networkPolicy(p sandbox.Policy) *pb.NetworkPolicy {
 	if p.IsZero() {
 		return nil
 	}
+	var dns *pb.NameServers
+	if p.DNS != nil {
+		dns = &pb.NameServers{Addresses: p.DNS}
+	}
 	return &pb.NetworkPolicy{
-		AllowInternet: p.AllowInternet, AllowOut: p.Allow, DenyOut: p.Deny,
+		AllowInternet: p.AllowInternet, AllowOut: p.Allow, DenyOut: p.Deny, NameServers: dns,
 		InBytesPerSec: p.Limits.InBytes, OutBytesPerSec: p.Limits.OutBytes,
 		InPacketsPerSec: p.Limits.InPackets, OutPacketsPerSec: p.Limits.OutPackets,
 		MaxConnections: int32(p.Limits.Connections),

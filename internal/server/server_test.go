@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/proto"
 
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
@@ -100,4 +101,34 @@ func FuzzCommand(f *testing.F) {
 			t.Errorf("accepted %+v", c)
 		}
 	})
+}
+
+// What a policy says is the same on its way through the API; of name servers, none are
+// told from none said.
+func TestPolicyThroughTheAPI(t *testing.T) {
+	no := false
+	for _, e := range []sandbox.Egress{
+		{AllowInternet: &no, Allow: []string{"example.com"}, Deny: []string{"192.0.2.0/24"}},
+		{AllowInternet: &no, Allow: []string{"example.com"}, DNS: []string{}},
+		{AllowInternet: &no, Allow: []string{"example.com"}, DNS: []string{"1.1.1.1", "9.9.9.9"}},
+	} {
+		p := sandbox.Policy{Egress: e, Limits: sandbox.NetworkLimits{InBytes: 10_000, Connections: 3}}
+		b, err := proto.Marshal(networkPolicy(p))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var m pb.NetworkPolicy
+		if err := proto.Unmarshal(b, &m); err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(p, policyOf(&m)); d != "" {
+			t.Errorf("(-want +got):\n%s", d)
+		}
+	}
+	if m := networkPolicy(sandbox.Policy{}); m != nil {
+		t.Errorf("no policy is %v", m)
+	}
+	if d := cmp.Diff(sandbox.Policy{}, policyOf(&pb.NetworkPolicy{AllowOut: []string{}})); d != "" {
+		t.Errorf("an empty list is not as an absent one:\n%s", d)
+	}
 }

@@ -34,8 +34,8 @@ type Host struct {
 	guest http.RoundTripper // for what the agent passes on to guests
 	grace time.Duration     // termGrace, except in tests
 
-	mu     sync.Mutex        // guards tokens
-	tokens map[string]string // by sandbox; those that were asked for
+	mu   sync.Mutex        // guards kept
+	kept map[string]tokens // by sandbox; those that were asked for
 }
 
 // New returns the host agent at a URL, such as http://127.0.0.1:50051. It does
@@ -48,7 +48,7 @@ func New(addr string) (*Host, error) {
 	if base.Scheme != "http" && base.Scheme != "https" || base.Hostname() == "" {
 		return nil, fmt.Errorf("%q is not a URL such as http://127.0.0.1:50051", addr)
 	}
-	h := &Host{base: base, grace: termGrace, tokens: make(map[string]string)}
+	h := &Host{base: base, grace: termGrace, kept: make(map[string]tokens)}
 	h.guest = h.transport(guestPatience)
 	h.rpc = hostagentv1connect.NewHostAgentServiceClient(onlyTo(h.transport(0)), h.URL(), agentOptions())
 	return h, nil
@@ -97,7 +97,8 @@ func (h *Host) Version(ctx context.Context) (*hostagentv1.GetVersionResponse, er
 func (h *Host) Create(ctx context.Context, req *hostagentv1.CreateSandboxRequest) (*hostagentv1.CreateSandboxResponse, error) {
 	resp, err := call(ctx, h.rpc.CreateSandbox, req)
 	if err == nil {
-		h.keepToken(resp.SandboxId, resp.AccessToken)
+		// A sandbox of this call has public ports.
+		h.keepTokens(resp.SandboxId, tokens{access: resp.AccessToken})
 	}
 	return resp, err
 }

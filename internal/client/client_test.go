@@ -286,7 +286,7 @@ func TestFilesAndProgress(t *testing.T) {
 
 // A forwarded connection carries both directions, and the end of each.
 func TestForward(t *testing.T) {
-	s := sandboxOf(t, (&clienttest.Agent{}).Serve(t))
+	s := sandboxOf(t, (&clienttest.Agent{Traffic: "token of the ports"}).Serve(t))
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 
 	"connectrpc.com/connect"
 
+	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/splice"
 )
 
@@ -101,6 +102,10 @@ func (s *Sandbox) tunnel(ctx context.Context, port uint16) (_ net.Conn, r io.Rea
 	if s.host.base.Scheme != "http" {
 		return nil, nil, errors.New("ports are forwarded over an http:// agent only")
 	}
+	secrets, err := s.tokens(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
 	conn, err := s.host.dial(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -111,7 +116,11 @@ func (s *Sandbox) tunnel(ctx context.Context, port uint16) (_ net.Conn, r io.Rea
 		}
 	}()
 	name := portName(s.ID, port)
-	if _, err := fmt.Fprintf(conn, "CONNECT %s:%d HTTP/1.1\r\nHost: %[1]s\r\n\r\n", name, port); err != nil {
+	private := ""
+	if secrets.traffic != "" {
+		private = guestapi.HeaderTraffic + ": " + secrets.traffic + "\r\n"
+	}
+	if _, err := fmt.Fprintf(conn, "CONNECT %[1]s:%[2]d HTTP/1.1\r\nHost: %[1]s\r\n%[3]s\r\n", name, port, private); err != nil {
 		return nil, nil, err
 	}
 	header := &io.LimitedReader{R: conn, N: maxAnswerHeader}

@@ -24,28 +24,37 @@ func (s *Sandbox) Info(ctx context.Context) (*hostagentv1.SandboxInfo, error) {
 func (s *Sandbox) get(ctx context.Context) (*hostagentv1.GetSandboxResponse, error) {
 	resp, err := call(ctx, s.host.rpc.GetSandbox, &hostagentv1.GetSandboxRequest{SandboxId: s.ID})
 	if err == nil {
-		s.host.keepToken(s.ID, resp.AccessToken)
+		s.host.keepTokens(s.ID, tokens{resp.AccessToken, resp.TrafficToken})
 	}
 	return resp, err
 }
 
+// tokens are the secrets of a sandbox: what its daemon demands of its callers, and what
+// its other ports do; empty if the sandbox has ended, or the ports are public.
+type tokens struct{ access, traffic string }
+
 // Token returns the access token that the sandbox's daemon demands of its
 // callers; empty if the sandbox has ended. The agent is asked for it once.
 func (s *Sandbox) Token(ctx context.Context) (string, error) {
-	s.host.mu.Lock()
-	token := s.host.tokens[s.ID]
-	s.host.mu.Unlock()
-	if token != "" {
-		return token, nil
-	}
-	resp, err := s.get(ctx)
-	return resp.GetAccessToken(), err
+	t, err := s.tokens(ctx)
+	return t.access, err
 }
 
-func (h *Host) keepToken(id, token string) {
+func (s *Sandbox) tokens(ctx context.Context) (tokens, error) {
+	s.host.mu.Lock()
+	kept := s.host.kept[s.ID]
+	s.host.mu.Unlock()
+	if kept.access != "" {
+		return kept, nil
+	}
+	resp, err := s.get(ctx)
+	return tokens{resp.GetAccessToken(), resp.GetTrafficToken()}, err
+}
+
+func (h *Host) keepTokens(id string, t tokens) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.tokens[id] = token
+	h.kept[id] = t
 }
 
 // Pause stops the vCPUs. The detail says what the agent noticed, if anything.

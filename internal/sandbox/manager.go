@@ -45,20 +45,6 @@ func (r *registry) Get(id ID) (Info, error) {
 	return b.info(), nil
 }
 
-// AccessToken returns what a sandbox's guest demands of its callers; empty once
-// the sandbox has ended. It never waits for an operation. Secret.
-func (r *registry) AccessToken(id ID) (string, error) {
-	b, err := r.find(id)
-	if err != nil {
-		return "", err
-	}
-	rec := b.record()
-	if rec.State == Stopping || rec.State == Stopped {
-		return "", nil
-	}
-	return rec.Token, nil
-}
-
 // List returns all sandboxes, oldest first; stopped ones only on demand. It
 // never waits for an operation.
 func (r *registry) List(stopped bool) []Info { return r.Select(Filter{Stopped: stopped}) }

@@ -159,13 +159,13 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 	if err != nil {
 		return nil, err
 	}
-	token, err := s.manager.AccessToken(created.ID)
+	tokens, err := s.tokens(created.ID)
 	if err != nil {
 		return nil, err
 	}
 	resp := &pb.CreateSandboxResponse{
 		SandboxId: string(created.ID), Status: string(created.State), HostIp: addrText(created.HostIP),
-		StartedFrom: created.From, Why: validText(created.Why), AccessToken: token,
+		StartedFrom: created.From, Why: validText(created.Why), AccessToken: tokens.Envd,
 	}
 	for _, p := range created.Phases {
 		resp.Phases = append(resp.Phases, &pb.Phase{Name: p.Name, Ms: float64(p.Took.Microseconds()) / 1000})
@@ -483,6 +483,15 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 	return out
 }
 
+// tokens returns the secrets of a sandbox; one that has ended has none.
+func (s *service) tokens(id sandbox.ID) (sandbox.Tokens, error) {
+	tokens, err := s.manager.Tokens(id)
+	if errdefs.ClassOf(err) == errdefs.NotFound {
+		err = nil
+	}
+	return tokens, err
+}
+
 func (s *service) GetSandbox(ctx context.Context, req *request[pb.GetSandboxRequest]) (*response[pb.GetSandboxResponse], error) {
 	id, err := sandbox.ParseID(req.Msg.SandboxId)
 	if err != nil {
@@ -492,13 +501,15 @@ func (s *service) GetSandbox(ctx context.Context, req *request[pb.GetSandboxRequ
 	if err != nil {
 		return nil, err
 	}
-	token, err := s.manager.AccessToken(id)
+	tokens, err := s.tokens(id)
 	if err != nil {
 		return nil, err
 	}
 	found := sandboxInfo(info)
 	s.addTraffic(ctx, found)
-	return connect.NewResponse(&pb.GetSandboxResponse{Sandbox: found, AccessToken: token}), nil
+	return connect.NewResponse(&pb.GetSandboxResponse{
+		Sandbox: found, AccessToken: tokens.Envd, TrafficToken: tokens.Traffic,
+	}), nil
 }
 
 func (s *service) SetTimeout(ctx context.Context, req *request[pb.SetTimeoutRequest]) (*response[pb.SetTimeoutResponse], error) {

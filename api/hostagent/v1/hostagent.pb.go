@@ -2170,7 +2170,11 @@ type GetSandboxResponse struct {
 	Sandbox *SandboxInfo           `protobuf:"bytes,1,opt,name=sandbox,proto3" json:"sandbox,omitempty"`
 	// As in CreateSandboxResponse; empty once the sandbox has ended. Lists and
 	// events do not have it.
-	AccessToken   string `protobuf:"bytes,2,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
+	AccessToken string `protobuf:"bytes,2,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
+	// What callers of the sandbox's ports show in the header E2b-Traffic-Access-Token,
+	// except of its daemon's; empty if the ports are public or the sandbox has ended.
+	// Secret, and the same for the sandbox's whole life.
+	TrafficToken  string `protobuf:"bytes,3,opt,name=traffic_token,json=trafficToken,proto3" json:"traffic_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2215,6 +2219,13 @@ func (x *GetSandboxResponse) GetSandbox() *SandboxInfo {
 func (x *GetSandboxResponse) GetAccessToken() string {
 	if x != nil {
 		return x.AccessToken
+	}
+	return ""
+}
+
+func (x *GetSandboxResponse) GetTrafficToken() string {
+	if x != nil {
+		return x.TrafficToken
 	}
 	return ""
 }
@@ -3233,10 +3244,11 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"2\n" +
 	"\x11GetSandboxRequest\x12\x1d\n" +
 	"\n" +
-	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"l\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\"\x91\x01\n" +
 	"\x12GetSandboxResponse\x123\n" +
 	"\asandbox\x18\x01 \x01(\v2\x19.hostagent.v1.SandboxInfoR\asandbox\x12!\n" +
-	"\faccess_token\x18\x02 \x01(\tR\vaccessToken\"\x8c\x01\n" +
+	"\faccess_token\x18\x02 \x01(\tR\vaccessToken\x12#\n" +
+	"\rtraffic_token\x18\x03 \x01(\tR\ftrafficToken\"\x8c\x01\n" +
 	"\x12SetDeadlineRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x126\n" +

@@ -57,6 +57,7 @@ type Agent struct {
 	Refusal   string                // answer of /files, /metrics and CONNECT, if not empty
 	Elsewhere string                // where /metrics redirects to, if not empty
 	Absent    bool                  // the data plane finds no sandbox that runs
+	Traffic   string                // what the ports demand, if not empty
 
 	// Received is what was sent to /files, or to a command.
 	Received []byte
@@ -99,7 +100,7 @@ func (a *Agent) Serve(t testing.TB) string {
 	})
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodConnect {
-			a.port(w)
+			a.port(w, r)
 			return
 		}
 		mux.ServeHTTP(w, r)
@@ -148,7 +149,11 @@ func refuse(w http.ResponseWriter, text string) {
 
 // port is a port of the sandbox that sends back what it gets, and ends when that
 // does.
-func (a *Agent) port(w http.ResponseWriter) {
+func (a *Agent) port(w http.ResponseWriter, r *http.Request) {
+	if a.Traffic != r.Header.Get("E2b-Traffic-Access-Token") {
+		http.Error(w, "no traffic token", http.StatusForbidden)
+		return
+	}
 	if a.Absent {
 		refuse(w, absent)
 		return
@@ -244,7 +249,7 @@ func (a *Agent) GetSandbox(context.Context, request[v1.GetSandboxRequest]) (resp
 	if box.Status == "gone" {
 		return nil, connect.NewError(connect.CodeNotFound, errors.New("sandbox does not exist"))
 	}
-	return connect.NewResponse(&v1.GetSandboxResponse{Sandbox: box, AccessToken: a.Token}), nil
+	return connect.NewResponse(&v1.GetSandboxResponse{Sandbox: box, AccessToken: a.Token, TrafficToken: a.Traffic}), nil
 }
 
 func (a *Agent) ListSandboxes(context.Context, request[v1.ListSandboxesRequest]) (response[v1.ListSandboxesResponse], error) {

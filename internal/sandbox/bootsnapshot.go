@@ -91,7 +91,7 @@ func (h *host) bootKey(ctx context.Context, rec Record, tmpl template.Template) 
 		return "", errNoRestorer
 	}
 	rec.ID, rec.Slot = bootName, 1
-	spec := h.spec(rec, tmpl)
+	spec := h.spec(h.cfg.Driver, rec, tmpl)
 	machine, err := restorer.SnapshotKey(ctx, spec)
 	if err != nil {
 		return "", err

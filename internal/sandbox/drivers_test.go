@@ -16,7 +16,7 @@ type stranger struct{ vmm.Driver }
 
 func (stranger) Name() string { return "stranger" }
 
-func (stranger) Needs() vmm.Needs { return vmm.Needs{Kernel: true, Link: vmm.Tap} }
+func (stranger) Needs() vmm.Needs { return vmm.Needs{Link: vmm.Packet} }
 
 func (stranger) Attach(context.Context, vmm.Handle) (vmm.VM, error) {
 	return nil, errdefs.InvalidArgument.Errorf("not a handle of this driver")

@@ -39,9 +39,9 @@ func (h *host) runDir(id ID) string { return filepath.Join(h.cfg.RunDir, string(
 // as all that belongs to this agent outside the state directory.
 func (h *host) cgroups() string { return h.cfg.Network.Plan().Instance }
 
-// spec is the VM of a record.
-func (h *host) spec(rec Record, tmpl template.Template) vmm.Spec {
-	needs := h.cfg.Driver.Needs()
+// spec is the VM of a record for a driver.
+func (h *host) spec(d vmm.Driver, rec Record, tmpl template.Template) vmm.Spec {
+	needs := d.Needs()
 	spec := vmm.Spec{
 		ID: string(rec.ID), RunDir: h.runDir(rec.ID), NetNS: h.cfg.Network.Plan().Addrs(rec.Slot).NetNSPath,
 		VCPUs: rec.VCPUs, MemMiB: rec.MemMiB,
@@ -76,25 +76,29 @@ func (h *host) driverOf(handle vmm.Handle) vmm.Driver {
 	return h.cfg.Driver
 }
 
-// restoreVM starts a VM from a snapshot with the driver that wrote the snapshot: the
-// others find that they do not support it.
-func (h *host) restoreVM(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM, error) {
-	restorer, err := restorerOf(h.cfg.Driver)
-	if err != nil {
-		return nil, err
-	}
-	vm, err := restorer.Restore(ctx, spec, dir)
+// restoreVM starts the VM of a record from a snapshot with the driver that wrote the
+// snapshot: the others find that they do not support it.
+func (h *host) restoreVM(ctx context.Context, rec Record, tmpl template.Template, dir string) (vmm.VM, error) {
+	vm, err := h.restoreWith(ctx, h.cfg.Driver, rec, tmpl, dir)
 	for _, d := range h.cfg.Others {
 		if !errors.Is(err, errdefs.Unsupported) {
 			break
 		}
-		if restorer, ok := d.(vmm.Restorer); ok {
-			if other, e := restorer.Restore(ctx, spec, dir); e == nil {
-				return other, nil
-			}
+		other, e := h.restoreWith(ctx, d, rec, tmpl, dir)
+		if !errors.Is(e, errdefs.Unsupported) {
+			return other, e
 		}
 	}
 	return vm, err
+}
+
+// restoreWith starts the VM of a record from a snapshot with a driver.
+func (h *host) restoreWith(ctx context.Context, d vmm.Driver, rec Record, tmpl template.Template, dir string) (vmm.VM, error) {
+	restorer, err := restorerOf(d)
+	if err != nil {
+		return nil, err
+	}
+	return restorer.Restore(ctx, h.spec(d, rec, tmpl), dir)
 }
 
 // restorerOf returns the part of a driver that restores snapshots:
@@ -120,7 +124,7 @@ func (h *host) memoryKey(ctx context.Context, shape template.Shape) (string, err
 		return "", err
 	}
 	rec := Record{ID: bootName, Slot: 1, VCPUs: shape.VCPUs, MemMiB: shape.MemMiB, DiskMiB: shape.DiskMiB}
-	return restorer.SnapshotKey(ctx, h.spec(rec, template.Template{}))
+	return restorer.SnapshotKey(ctx, h.spec(driver, rec, template.Template{}))
 }
 
 // vmGone says whether it is proven that the VM of a record is not there.

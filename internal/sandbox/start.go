@@ -299,7 +299,7 @@ func (v *vms) restore(ctx context.Context, b *box, tmpl template.Template, src s
 // the op lock held.
 func (v *vms) load(ctx context.Context, b *box, tmpl template.Template, src source, whole func() error) error {
 	end := phase(ctx, "load")
-	vm, err := v.restoreVM(ctx, v.spec(b.record(), tmpl), src.memory)
+	vm, err := v.restoreVM(ctx, b.record(), tmpl, src.memory)
 	if err != nil {
 		return fmt.Errorf("restore vm: %w", err)
 	}
@@ -388,7 +388,7 @@ func identity(rec Record, restored bool) guest.Init {
 // with the op lock held.
 func (v *vms) boot(ctx context.Context, b *box, tmpl template.Template, src source) error {
 	end := phase(ctx, "spawn")
-	vm, err := v.cfg.Driver.Start(ctx, v.spec(b.record(), tmpl))
+	vm, err := v.cfg.Driver.Start(ctx, v.spec(v.cfg.Driver, b.record(), tmpl))
 	if err != nil {
 		return fmt.Errorf("start vm: %w", err)
 	}

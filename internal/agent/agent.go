@@ -216,8 +216,7 @@ func (b *base) release(ctx context.Context, claims string) error {
 // sandboxes are gone.
 func (a *Agent) openEdges() (err error) {
 	a.requests, err = idempotency.Open(filepath.Join(a.cfg.StateDir, "idempotency"), func(id string) bool {
-		_, err := a.base.manager.Get(sandbox.ID(id))
-		return err == nil
+		return a.base.manager.Ran(sandbox.ID(id))
 	})
 	if err != nil {
 		return fmt.Errorf("open requests: %w", err)

@@ -201,7 +201,13 @@ func (b *box) infoIf(fits func(*Record) bool) (_ Info, ok bool) {
 		rec.LastActiveAt = time.Now().UTC()
 	}
 	info := rec.info()
-	info.Pausing = rec.State == Running && (!b.mu.pausingAt.IsZero() || rec.ended(time.Now()) && rec.OnEnd.pauses())
+	if rec.State == Running {
+		info.PausedAt = b.mu.pausingAt
+		if info.PausedAt.IsZero() && rec.ended(time.Now()) && rec.OnEnd.pauses() {
+			info.PausedAt = rec.EndAt
+		}
+		info.Pausing = !info.PausedAt.IsZero()
+	}
 	return info, true
 }
 

@@ -732,3 +732,46 @@ func TestTokens(t *testing.T) {
 		wantClass(t, err, errdefs.NotFound)
 	})
 }
+
+// Of a create whose answer was lost, the next agent knows whether it was carried out.
+func TestRan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		running, destroyed, expired := r.create(), r.create(), r.made(CreateRequest{Life: time.Second}).ID
+		half, failed := r.NewID(), r.NewID()
+		r.faults.on("guest.init", func(context.Context) error { return errFault })
+		if _, err := r.Create(t.Context(), CreateRequest{ID: failed}); !errors.Is(err, errFault) {
+			t.Fatal(err)
+		}
+		r.faults.on("guest.init", hang)
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			r.Create(ctx, CreateRequest{ID: half})
+		}()
+		synctest.Wait()
+		if err := r.Destroy(t.Context(), destroyed); err != nil {
+			t.Fatal(err)
+		}
+		check := func(when string) {
+			t.Helper()
+			for id, want := range map[ID]bool{running: true, destroyed: true, expired: true, half: false, failed: false, r.NewID(): false} {
+				if got := r.Ran(id); got != want {
+					t.Errorf("%s, sandbox %s ran: %v", when, id, got)
+				}
+			}
+		}
+		check("before")
+		grave := r.faults.grave
+		r.die()
+		r.start()
+		check("after the agent's death")
+		pass(2 * time.Hour) // those that ended are forgotten
+		check("later")
+		close(grave)
+		cancel()
+		<-ended
+	})
+}

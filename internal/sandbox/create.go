@@ -348,6 +348,16 @@ func (r *registry) reserveID(id ID) error {
 	return nil
 }
 
+// Ran says whether a sandbox has ever run, as far as its record and the events tell. A
+// create of which an earlier agent told nothing was carried out if it did.
+func (r *registry) Ran(id ID) bool {
+	if b := r.lookup(id); b != nil && !b.waits() {
+		rec := b.record()
+		return rec.State != Creating && rec.Reason != CreateFailed
+	}
+	return r.events.ran(id)
+}
+
 func newID() ID { return ID("sb-" + randomHex(8)) }
 
 func randomHex(bytes int) string {

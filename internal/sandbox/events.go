@@ -207,6 +207,13 @@ func (l *eventLog) lastOf(id ID) (Event, bool) {
 	return Event{}, false
 }
 
+// ran says whether an event tells that a sandbox ran.
+func (l *eventLog) ran(id ID) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.ContainsFunc(l.events, func(e Event) bool { return e.ID == id && e.To == Running })
+}
+
 // encode returns a line, and notes that the file has the labels of its sandbox. Called
 // with mu held.
 func (l *eventLog) encode(line eventLine) ([]byte, error) {

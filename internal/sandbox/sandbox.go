@@ -320,7 +320,7 @@ type Info struct {
 	CreatedAt    time.Time
 	StateAt      time.Time
 	StartedAt    time.Time // zero if it never ran
-	PausedAt     time.Time // zero unless it is paused or hibernated
+	PausedAt     time.Time // zero unless it is pausing, paused or hibernated
 	LastActiveAt time.Time
 	// ExpiresAt is zero for a sandbox that does not expire.
 	ExpiresAt time.Time

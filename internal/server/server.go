@@ -471,8 +471,14 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 		TimeoutSec: int32(info.Timeout / time.Second),
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
 		User: info.User, Metadata: info.Labels.Metadata, OnDeadline: string(info.OnEnd),
-		OwnerKey: info.Labels.OwnerKey, HostIp: addrText(info.HostIP),
+		OwnerKey: info.Labels.OwnerKey, AutoResume: info.AutoResume, HostIp: addrText(info.HostIP),
 		FilesOnly: info.FilesOnly, EnvdVersion: info.EnvdVersion,
+	}
+	if !info.StartedAt.IsZero() {
+		out.StartedAt = timestamppb.New(info.StartedAt)
+	}
+	if !info.PausedAt.IsZero() {
+		out.PausedAt = timestamppb.New(info.PausedAt)
 	}
 	if !info.EndAt.IsZero() {
 		out.Deadline = timestamppb.New(info.EndAt)

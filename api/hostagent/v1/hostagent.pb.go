@@ -1914,6 +1914,13 @@ type SandboxInfo struct {
 	// CPU that the guest sees: host, x86-64-v3 and the like. Empty while it has no VM,
 	// and if an earlier agent started that.
 	Cpu string `protobuf:"bytes,22,opt,name=cpu,proto3" json:"cpu,omitempty"`
+	// When it last began to run; absent if it never did.
+	StartedAt *timestamppb.Timestamp `protobuf:"bytes,23,opt,name=started_at,json=startedAt,proto3" json:"started_at,omitempty"`
+	// When the pause was begun by which it is paused or hibernated, or about to be; absent
+	// otherwise.
+	PausedAt *timestamppb.Timestamp `protobuf:"bytes,24,opt,name=paused_at,json=pausedAt,proto3" json:"paused_at,omitempty"`
+	// Whether traffic resumes it while it is hibernated.
+	AutoResume bool `protobuf:"varint,25,opt,name=auto_resume,json=autoResume,proto3" json:"auto_resume,omitempty"`
 	// Whether it is hibernated without its memory.
 	FilesOnly bool `protobuf:"varint,40,opt,name=files_only,json=filesOnly,proto3" json:"files_only,omitempty"`
 	// Version of E2B's daemon that the one in the sandbox says to be, as in "0.6.4"; this
@@ -2105,6 +2112,27 @@ func (x *SandboxInfo) GetCpu() string {
 		return x.Cpu
 	}
 	return ""
+}
+
+func (x *SandboxInfo) GetStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartedAt
+	}
+	return nil
+}
+
+func (x *SandboxInfo) GetPausedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PausedAt
+	}
+	return nil
+}
+
+func (x *SandboxInfo) GetAutoResume() bool {
+	if x != nil {
+		return x.AutoResume
+	}
+	return false
 }
 
 func (x *SandboxInfo) GetFilesOnly() bool {
@@ -3207,7 +3235,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\x86\a\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\x9b\b\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -3235,7 +3263,12 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"onDeadline\x12\x1b\n" +
 	"\towner_key\x18\x14 \x01(\tR\bownerKey\x12\x1a\n" +
 	"\bsnapshot\x18\x15 \x01(\tR\bsnapshot\x12\x10\n" +
-	"\x03cpu\x18\x16 \x01(\tR\x03cpu\x12\x1d\n" +
+	"\x03cpu\x18\x16 \x01(\tR\x03cpu\x129\n" +
+	"\n" +
+	"started_at\x18\x17 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x127\n" +
+	"\tpaused_at\x18\x18 \x01(\v2\x1a.google.protobuf.TimestampR\bpausedAt\x12\x1f\n" +
+	"\vauto_resume\x18\x19 \x01(\bR\n" +
+	"autoResume\x12\x1d\n" +
 	"\n" +
 	"files_only\x18( \x01(\bR\tfilesOnly\x12!\n" +
 	"\fenvd_version\x18) \x01(\tR\venvdVersion\x1a;\n" +
@@ -3427,55 +3460,57 @@ var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	5,  // 15: hostagent.v1.SandboxInfo.traffic:type_name -> hostagent.v1.NetworkTraffic
 	51, // 16: hostagent.v1.SandboxInfo.metadata:type_name -> hostagent.v1.SandboxInfo.MetadataEntry
 	53, // 17: hostagent.v1.SandboxInfo.deadline:type_name -> google.protobuf.Timestamp
-	30, // 18: hostagent.v1.GetSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
-	53, // 19: hostagent.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
-	30, // 20: hostagent.v1.SetDeadlineResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
-	39, // 21: hostagent.v1.WatchEventsResponse.event:type_name -> hostagent.v1.Event
-	52, // 22: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
-	40, // 23: hostagent.v1.Event.actor:type_name -> hostagent.v1.Actor
-	0,  // 24: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
-	10, // 25: hostagent.v1.HostAgentService.RecoverSandbox:input_type -> hostagent.v1.RecoverSandboxRequest
-	6,  // 26: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
-	8,  // 27: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
-	12, // 28: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
-	14, // 29: hostagent.v1.HostAgentService.ForkSandbox:input_type -> hostagent.v1.ForkSandboxRequest
-	16, // 30: hostagent.v1.HostAgentService.SnapshotSandbox:input_type -> hostagent.v1.SnapshotSandboxRequest
-	19, // 31: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
-	21, // 32: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
-	23, // 33: hostagent.v1.HostAgentService.UpdateNetwork:input_type -> hostagent.v1.UpdateNetworkRequest
-	25, // 34: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
-	28, // 35: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
-	31, // 36: hostagent.v1.HostAgentService.GetSandbox:input_type -> hostagent.v1.GetSandboxRequest
-	35, // 37: hostagent.v1.HostAgentService.SetTimeout:input_type -> hostagent.v1.SetTimeoutRequest
-	33, // 38: hostagent.v1.HostAgentService.SetDeadline:input_type -> hostagent.v1.SetDeadlineRequest
-	37, // 39: hostagent.v1.HostAgentService.WatchEvents:input_type -> hostagent.v1.WatchEventsRequest
-	41, // 40: hostagent.v1.HostAgentService.GetConsole:input_type -> hostagent.v1.GetConsoleRequest
-	43, // 41: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
-	45, // 42: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
-	1,  // 43: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
-	11, // 44: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
-	7,  // 45: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
-	9,  // 46: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
-	13, // 47: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
-	15, // 48: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
-	17, // 49: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
-	20, // 50: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
-	22, // 51: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
-	24, // 52: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
-	26, // 53: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
-	29, // 54: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
-	32, // 55: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
-	36, // 56: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
-	34, // 57: hostagent.v1.HostAgentService.SetDeadline:output_type -> hostagent.v1.SetDeadlineResponse
-	38, // 58: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
-	42, // 59: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
-	44, // 60: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
-	46, // 61: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
-	43, // [43:62] is the sub-list for method output_type
-	24, // [24:43] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	53, // 18: hostagent.v1.SandboxInfo.started_at:type_name -> google.protobuf.Timestamp
+	53, // 19: hostagent.v1.SandboxInfo.paused_at:type_name -> google.protobuf.Timestamp
+	30, // 20: hostagent.v1.GetSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
+	53, // 21: hostagent.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
+	30, // 22: hostagent.v1.SetDeadlineResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
+	39, // 23: hostagent.v1.WatchEventsResponse.event:type_name -> hostagent.v1.Event
+	52, // 24: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
+	40, // 25: hostagent.v1.Event.actor:type_name -> hostagent.v1.Actor
+	0,  // 26: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
+	10, // 27: hostagent.v1.HostAgentService.RecoverSandbox:input_type -> hostagent.v1.RecoverSandboxRequest
+	6,  // 28: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
+	8,  // 29: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
+	12, // 30: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
+	14, // 31: hostagent.v1.HostAgentService.ForkSandbox:input_type -> hostagent.v1.ForkSandboxRequest
+	16, // 32: hostagent.v1.HostAgentService.SnapshotSandbox:input_type -> hostagent.v1.SnapshotSandboxRequest
+	19, // 33: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
+	21, // 34: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
+	23, // 35: hostagent.v1.HostAgentService.UpdateNetwork:input_type -> hostagent.v1.UpdateNetworkRequest
+	25, // 36: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
+	28, // 37: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
+	31, // 38: hostagent.v1.HostAgentService.GetSandbox:input_type -> hostagent.v1.GetSandboxRequest
+	35, // 39: hostagent.v1.HostAgentService.SetTimeout:input_type -> hostagent.v1.SetTimeoutRequest
+	33, // 40: hostagent.v1.HostAgentService.SetDeadline:input_type -> hostagent.v1.SetDeadlineRequest
+	37, // 41: hostagent.v1.HostAgentService.WatchEvents:input_type -> hostagent.v1.WatchEventsRequest
+	41, // 42: hostagent.v1.HostAgentService.GetConsole:input_type -> hostagent.v1.GetConsoleRequest
+	43, // 43: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
+	45, // 44: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
+	1,  // 45: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
+	11, // 46: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
+	7,  // 47: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
+	9,  // 48: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
+	13, // 49: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
+	15, // 50: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
+	17, // 51: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
+	20, // 52: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
+	22, // 53: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
+	24, // 54: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
+	26, // 55: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
+	29, // 56: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
+	32, // 57: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
+	36, // 58: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
+	34, // 59: hostagent.v1.HostAgentService.SetDeadline:output_type -> hostagent.v1.SetDeadlineResponse
+	38, // 60: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
+	42, // 61: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
+	44, // 62: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
+	46, // 63: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
+	45, // [45:64] is the sub-list for method output_type
+	26, // [26:45] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }

@@ -177,7 +177,7 @@ func (m *Manager) createNew(ctx context.Context, req CreateRequest) (Created, er
 	if _, err := m.disk.reserve(0); err != nil {
 		return Created{}, fmt.Errorf("create sandbox: %w", err)
 	}
-	if created, ok, err := m.createWaiting(ctx, req, tmpl); ok || err != nil {
+	if created, ok, err := m.keeper.createWaiting(ctx, req, tmpl); ok || err != nil {
 		return created, err
 	}
 	return m.create(ctx, req, tmpl, m.bootSource)
@@ -212,7 +212,7 @@ func (m *Manager) create(ctx context.Context, req CreateRequest, tmpl template.T
 
 // createFailed frees a sandbox whose create failed, and says why. Called with the op
 // lock held.
-func (m *Manager) createFailed(ctx context.Context, b *box, err error) error {
+func (r *rooms) createFailed(ctx context.Context, b *box, err error) error {
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
 	}
@@ -227,17 +227,17 @@ func (m *Manager) createFailed(ctx context.Context, b *box, err error) error {
 	if errors.Is(err, context.Canceled) {
 		detail = "the caller left while the sandbox was being created"
 	}
-	_ = m.release(b, reason, detail) // the janitor tries again
+	_ = r.release(b, reason, detail) // the janitor tries again
 	return fmt.Errorf("create sandbox %s: %w", b.id, err)
 }
 
 // created logs how a sandbox started, and is what its creator learns.
-func (m *Manager) created(b *box, src source, took *phases) Created {
+func (v *vms) created(b *box, src source, took *phases) Created {
 	how := []any{"sandbox", b.id, "from", src.from}
 	if src.why != "" {
 		how = append(how, "why", src.why)
 	}
-	m.log.Info("sandbox started", append(how, took.attrs()...)...)
+	v.log.Info("sandbox started", append(how, took.attrs()...)...)
 	return Created{Info: b.info(), From: src.from, Why: src.why, Phases: took.done()}
 }
 
@@ -247,13 +247,13 @@ type making func(ctx context.Context, need Resources) bool
 
 // admit admits a sandbox of a project that needs so much more than it takes. Waiting
 // guests make way.
-func (m *Manager) admit(ctx context.Context, id ID, project string, more Resources, makeWay making) error {
+func (r *rooms) admit(ctx context.Context, id ID, project string, more Resources, makeWay making) error {
 	var over overQuota
 	for {
-		if m.Draining() {
+		if r.Draining() {
 			return errShutDown
 		}
-		err := m.ledger.take(id, project, m.quotaOf(project), more)
+		err := r.ledger.take(id, project, r.quotaOf(project), more)
 		if !errors.Is(err, errdefs.Exhausted) || errors.As(err, &over) || !makeWay(ctx, more) {
 			return err
 		}
@@ -261,9 +261,9 @@ func (m *Manager) admit(ctx context.Context, id ID, project string, more Resourc
 }
 
 // acquireSlot acquires an address slot. Waiting guests make way.
-func (m *Manager) acquireSlot(ctx context.Context, makeWay making) (network.Slot, error) {
+func (r *rooms) acquireSlot(ctx context.Context, makeWay making) (network.Slot, error) {
 	for {
-		slot, err := m.cfg.Network.Acquire(ctx)
+		slot, err := r.cfg.Network.Acquire(ctx)
 		if !errors.Is(err, errdefs.Exhausted) || !makeWay(ctx, Resources{}) {
 			return slot, err
 		}
@@ -272,34 +272,34 @@ func (m *Manager) acquireSlot(ctx context.Context, makeWay making) (network.Slot
 
 // reserve takes capacity, a slot and an ID, and commits to them by writing the
 // record. The box comes back with its op lock held.
-func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, abort context.CancelCauseFunc) (_ *box, err error) {
+func (r *rooms) reserve(ctx context.Context, req CreateRequest, base string, abort context.CancelCauseFunc) (_ *box, err error) {
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 
-	id, state, makeWay := req.ID, Creating, m.makeWay
+	id, state, makeWay := req.ID, Creating, r.makeWay
 	if id == "" {
-		id = m.NewID()
+		id = r.NewID()
 	}
 	if req.bootKey != "" { // no waiting guest makes way for another
 		state, makeWay = Waiting, func(context.Context, Resources) bool { return false }
 	}
 	diskMiB := req.diskMiB
 	if diskMiB == 0 {
-		diskMiB = m.cfg.OverlayMiB
+		diskMiB = r.cfg.OverlayMiB
 	}
-	if err := m.reserveID(id); err != nil {
+	if err := r.reserveID(id); err != nil {
 		return nil, err
 	}
-	temp.Push("record", func(context.Context) error { return m.store.forget(id) })
-	if err := m.admit(ctx, id, req.Labels.Project, need(req.VCPUs, req.MemMiB, diskMiB), makeWay); err != nil {
+	temp.Push("record", func(context.Context) error { return r.store.forget(id) })
+	if err := r.admit(ctx, id, req.Labels.Project, need(req.VCPUs, req.MemMiB, diskMiB), makeWay); err != nil {
 		return nil, err
 	}
-	temp.Push("admission", func(context.Context) error { m.ledger.give(id); return nil })
-	slot, err := m.acquireSlot(ctx, makeWay)
+	temp.Push("admission", func(context.Context) error { r.ledger.give(id); return nil })
+	slot, err := r.acquireSlot(ctx, makeWay)
 	if err != nil {
 		return nil, err
 	}
-	temp.Push("slot", func(context.Context) error { return m.cfg.Network.Release(slot) })
+	temp.Push("slot", func(context.Context) error { return r.cfg.Network.Release(slot) })
 
 	now := time.Now().UTC()
 	b := newBox(Record{
@@ -307,23 +307,23 @@ func (m *Manager) reserve(ctx context.Context, req CreateRequest, base string, a
 		Template: req.Template, Snapshot: req.snapshot, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
 		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Life: req.Life, AutoResume: req.AutoResume, Base: base,
 		Network: req.Network.clone(), Ingress: req.Ingress.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
-		Slot: slot, HostIP: m.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
+		Slot: slot, HostIP: r.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		TrafficToken: req.Ingress.newTrafficToken(),
 		BootKey:      req.bootKey,
 		CreatedAt:    now, StateAt: now, LastActiveAt: now,
 	})
 	b.setAbort(abort)
-	if err := m.store.save(b.record()); err != nil {
+	if err := r.store.save(b.record()); err != nil {
 		return nil, err
 	}
 	b.tryHold("created")
 	b.actFor(ctx)
-	if err := m.add(b); err != nil { // a shutdown that began does not see this box
+	if err := r.add(b); err != nil { // a shutdown that began does not see this box
 		return nil, err
 	}
 	temp.Keep()
 	if state == Creating {
-		m.tell(b, Event{Time: now, To: Creating, Actor: ActorOf(ctx)})
+		r.tell(b, Event{Time: now, To: Creating, Actor: ActorOf(ctx)})
 	}
 	return b, nil
 }

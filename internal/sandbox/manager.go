@@ -20,12 +20,14 @@ type Manager struct {
 	*work
 	*host
 	*vms
+	*rooms
 	*reconciler
 
 	ledger *ledger
 	disk   *disk
 	fence  *fence
 	pool   *pool
+	keeper keeper
 	owners *owners
 	lock   *dirLock
 	store  store

@@ -172,36 +172,39 @@ func (p *pool) stopMaking(ctx context.Context) (stopped bool, err error) {
 	}
 }
 
+// keeper makes waiting guests, keeps the pool full of them, and makes sandboxes of them.
+type keeper struct{ *rooms }
+
 // createWaiting makes a sandbox of a waiting guest with the same boot key. ok is false
 // if there is none, or none that still answers.
-func (m *Manager) createWaiting(ctx context.Context, req CreateRequest, tmpl template.Template) (_ Created, ok bool, err error) {
-	if m.pool.want == 0 || req.ID != "" {
+func (k keeper) createWaiting(ctx context.Context, req CreateRequest, tmpl template.Template) (_ Created, ok bool, err error) {
+	if k.pool.want == 0 || req.ID != "" {
 		return Created{}, false, nil
 	}
 	ctx, took := withPhases(ctx)
 	end := phase(ctx, "reserve")
 	began := time.Now().UTC()
-	key, err := m.bootKeyOf(ctx, req, tmpl)
+	key, err := k.bootKeyOf(ctx, req, tmpl)
 	if err != nil {
 		return Created{}, false, nil // the create from scratch says why
 	}
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
-	m.pool.stir()
-	defer m.pool.stir()
+	k.pool.stir()
+	defer k.pool.stir()
 	for {
-		b := m.pool.takeOut("created", abort, func(r Record) bool { return r.BootKey == key && r.Template == req.Template })
+		b := k.pool.takeOut("created", abort, func(r Record) bool { return r.BootKey == key && r.Template == req.Template })
 		if b == nil {
 			return Created{}, false, nil
 		}
 		end()
-		if err := m.ledger.assign(b.id, req.Labels.Project, m.quotaOf(req.Labels.Project)); err != nil {
-			m.putBack(ctx, b)
+		if err := k.ledger.assign(b.id, req.Labels.Project, k.quotaOf(req.Labels.Project)); err != nil {
+			k.putBack(ctx, b)
 			return Created{}, false, fmt.Errorf("create sandbox: %w", err)
 		}
-		err := m.handOut(ctx, b, req, began)
+		err := k.handOut(ctx, b, req, began)
 		if err == nil {
-			return m.created(b, source{from: FromWarm}, took), true, nil
+			return k.created(b, source{from: FromWarm}, took), true, nil
 		}
 		if cause := context.Cause(ctx); cause != nil {
 			return Created{}, false, fmt.Errorf("create sandbox: %w", cause)
@@ -209,14 +212,14 @@ func (m *Manager) createWaiting(ctx context.Context, req CreateRequest, tmpl tem
 		if errdefs.ClassOf(err) == errdefs.NotFound { // no guest has that user
 			return Created{}, false, fmt.Errorf("create sandbox: %w", err)
 		}
-		m.log.Warn("waiting guest of no use", "sandbox", b.id, "err", err)
+		k.log.Warn("waiting guest of no use", "sandbox", b.id, "err", err)
 	}
 }
 
 // putBack puts a waiting guest back that takeOut took out. It gives the op lock back.
-func (m *Manager) putBack(ctx context.Context, b *box) {
-	if err := m.pool.put(ctx, b); err != nil {
-		_ = m.release(b, Destroyed, err.Error()) // the janitor tries again
+func (k keeper) putBack(ctx context.Context, b *box) {
+	if err := k.pool.put(ctx, b); err != nil {
+		_ = k.release(b, Destroyed, err.Error()) // the janitor tries again
 	}
 	b.unhold()
 }
@@ -224,10 +227,10 @@ func (m *Manager) putBack(ctx context.Context, b *box) {
 // handOut tells a waiting guest what it is, and makes a sandbox of its
 // record. Until then it is no sandbox, on disk too. Called with the op
 // lock held, which it gives back; on error nothing is left of the guest.
-func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began time.Time) (err error) {
+func (k keeper) handOut(ctx context.Context, b *box, req CreateRequest, began time.Time) (err error) {
 	defer func() {
 		if err != nil {
-			_ = m.release(b, CreateFailed, err.Error()) // the janitor tries again
+			_ = k.release(b, CreateFailed, err.Error()) // the janitor tries again
 		}
 		b.unhold()
 	}()
@@ -238,7 +241,7 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 	rec := b.record()
 	if rec.Network = req.Network.clone(); !rec.Network.IsZero() {
 		end := phase(ctx, "network")
-		if err := m.setNetwork(ctx, rec); err != nil {
+		if err := k.setNetwork(ctx, rec); err != nil {
 			return err
 		}
 		end()
@@ -249,11 +252,11 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 	rec.Login = req.Login
 	end := phase(ctx, "init")
 	if err := b.init(wake, b.op.guest, identity(rec, true)); err != nil {
-		return m.bootFailed(b, "initialise guest", err)
+		return k.bootFailed(b, "initialise guest", err)
 	}
 	end()
 	defer phase(ctx, "commit")()
-	return m.move(b, Running, func(r *Record) {
+	return k.move(b, Running, func(r *Record) {
 		r.BootKey, r.CreatedAt = "", began
 		r.Timeout, r.OnTimeout, r.Network, r.Login = req.Timeout, req.OnTimeout, rec.Network, rec.Login
 		r.EndAt, r.OnEnd, r.Labels = asEnd(req.EndAt), req.OnEnd, req.Labels.clone()
@@ -267,69 +270,69 @@ func (m *Manager) handOut(ctx context.Context, b *box, req CreateRequest, began 
 // makeWay ends a waiting guest, the oldest first, so that a sandbox has
 // the room that it needs; false if there is none, or if all of them together
 // would not do.
-func (m *Manager) makeWay(ctx context.Context, need Resources) bool {
-	m.pool.stir()
+func (r *rooms) makeWay(ctx context.Context, need Resources) bool {
+	r.pool.stir()
 	var waiting []ID
-	for _, b := range m.all() {
+	for _, b := range r.all() {
 		if b.waits() {
 			waiting = append(waiting, b.id)
 		}
 	}
-	fits := m.ledger.fits(need, waiting)
-	if stopped, err := m.pool.stopMaking(ctx); stopped { // it takes room as well
+	fits := r.ledger.fits(need, waiting)
+	if stopped, err := r.pool.stopMaking(ctx); stopped { // it takes room as well
 		return err == nil
 	}
 	if !fits {
 		return false
 	}
-	b := m.pool.takeOut("given up", nil, func(Record) bool { return true })
+	b := r.pool.takeOut("given up", nil, func(Record) bool { return true })
 	if b == nil {
 		return false
 	}
 	defer b.unhold()
-	return m.release(b, Destroyed, "a sandbox needs the room") == nil
+	return r.release(b, Destroyed, "a sandbox needs the room") == nil
 }
 
-// keepPool keeps the pool full until the manager's life ends. It makes one
+// run keeps the pool full until the manager's life ends. It makes one
 // guest at a time, and only while no sandbox is started.
-func (m *Manager) keepPool() {
-	m.pool.wake()
+func (k keeper) run() {
+	k.pool.wake()
 	timer := time.NewTimer(poolLook)
 	defer timer.Stop()
 	failures, retryAt := 0, time.Time{}
 	for {
 		select {
-		case <-m.life.Done():
+		case <-k.life.Done():
 			return
-		case <-m.pool.woken:
+		case <-k.pool.woken:
 		case <-timer.C:
 		}
-		calm := m.pool.untilCalm()
-		if len(m.starts) > 0 { // their ends wake us
+		calm := k.pool.untilCalm()
+		if len(k.starts) > 0 { // their ends wake us
 			calm = poolLook
 		}
 		if wait := max(calm, time.Until(retryAt)); wait > 0 {
 			timer.Reset(wait)
 			continue
 		}
-		made, err := m.refill()
+		made, err := k.refill()
 		again := poolLook
 		switch {
-		case m.Draining():
+		case k.Draining():
 			return
 		case err == nil:
 			failures, retryAt = 0, time.Time{}
 			if made {
-				m.pool.wake() // another may be wanted
+				k.pool.wake() // another may be wanted
 			}
 		case errors.Is(err, errdefs.Exhausted), errors.Is(err, errMakeWay):
 			// Sandboxes need the room: wait until one gives some back, or for the next look.
-			m.log.Debug("no room for a waiting guest", "err", err)
+			k.log.Debug("no room for a waiting guest", "err", err)
 		default:
 			failures++
 			again = backOff(failures)
 			retryAt = time.Now().Add(again)
-			m.log.Warn("waiting guest not made", "failures", failures, "err", err)
+			k.log.Warn("waiting guest not made", "failures", failures, "err", err)
 		}
 		timer.Reset(again)
 	}
@@ -337,77 +340,77 @@ func (m *Manager) keepPool() {
 
 // refill ends the guests in the pool that are out of date, and makes one if there
 // are too few.
-func (m *Manager) refill() (made bool, err error) {
-	ctx, abort := context.WithCancelCause(m.life)
+func (k keeper) refill() (made bool, err error) {
+	ctx, abort := context.WithCancelCause(k.life)
 	defer abort(nil)
-	defer m.pool.begin(abort)()
-	ctx, cancel := context.WithTimeoutCause(ctx, m.cfg.BootTimeout,
-		errdefs.Unavailable.Errorf("the guest was not ready within %s", m.cfg.BootTimeout))
+	defer k.pool.begin(abort)()
+	ctx, cancel := context.WithTimeoutCause(ctx, k.cfg.BootTimeout,
+		errdefs.Unavailable.Errorf("the guest was not ready within %s", k.cfg.BootTimeout))
 	defer cancel()
 	var req CreateRequest
 	if err := req.check(); err != nil {
 		return false, err
 	}
-	tmpl, err := m.cfg.Templates.Get(req.Template)
+	tmpl, err := k.cfg.Templates.Get(req.Template)
 	if err == nil {
-		req.bootKey, err = m.bootKeyOf(ctx, req, tmpl)
+		req.bootKey, err = k.bootKeyOf(ctx, req, tmpl)
 	}
 	if err != nil {
 		return false, err
 	}
 	for {
-		old := m.pool.takeOut("replaced", nil, func(r Record) bool { return r.BootKey != req.bootKey })
+		old := k.pool.takeOut("replaced", nil, func(r Record) bool { return r.BootKey != req.bootKey })
 		if old == nil {
 			break
 		}
-		err := m.release(old, Destroyed, "it is out of date")
+		err := k.release(old, Destroyed, "it is out of date")
 		old.unhold()
 		if err != nil {
 			return false, err
 		}
 	}
-	if m.pool.size() >= m.pool.want {
+	if k.pool.size() >= k.pool.want {
 		return false, nil
 	}
-	ready, err := m.cfg.Templates.Ready(ctx, tmpl.Name, req.bootKey)
+	ready, err := k.cfg.Templates.Ready(ctx, tmpl.Name, req.bootKey)
 	if errors.Is(err, errdefs.NotFound) || errors.Is(err, errdefs.Corrupt) {
 		return false, nil // the first create makes it, and wakes us
 	}
 	if err != nil {
 		return false, err
 	}
-	src := m.fromBootSnapshot(req.bootKey, ready)
+	src := k.fromBootSnapshot(req.bootKey, ready)
 	src.tell, src.boot = tellNothing, nil
-	if err := m.addWaiting(ctx, req, tmpl, src, abort); err != nil {
+	if err := k.addWaiting(ctx, req, tmpl, src, abort); err != nil {
 		return false, errdefs.DiskFull(err)
 	}
 	return true, nil
 }
 
 // addWaiting restores a guest and puts it into the pool.
-func (m *Manager) addWaiting(
+func (k keeper) addWaiting(
 	ctx context.Context, req CreateRequest, tmpl template.Template, src source, abort context.CancelCauseFunc,
 ) error {
 	ctx, took := withPhases(ctx)
 	end := phase(ctx, "reserve")
-	b, err := m.reserve(ctx, req, tmpl.BaseSHA256, abort)
+	b, err := k.reserve(ctx, req, tmpl.BaseSHA256, abort)
 	if err != nil {
 		return err
 	}
 	defer b.unhold()
 	end()
-	if _, err = m.start(ctx, b, tmpl, src); err == nil {
+	if _, err = k.start(ctx, b, tmpl, src); err == nil {
 		ctx, cancel := b.while(ctx)
 		defer cancel()
-		err = m.pool.put(ctx, b)
+		err = k.pool.put(ctx, b)
 	}
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
-		_ = m.release(b, CreateFailed, err.Error()) // the janitor tries again
+		_ = k.release(b, CreateFailed, err.Error()) // the janitor tries again
 		return err
 	}
-	m.log.Info("a guest waits for its sandbox", append([]any{"sandbox", b.id}, took.attrs()...)...)
+	k.log.Info("a guest waits for its sandbox", append([]any{"sandbox", b.id}, took.attrs()...)...)
 	return nil
 }

@@ -59,7 +59,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	m.goes("sampler", sampler{m}.run)
 	m.goes("read ahead", func() { m.readAhead(m.life) })
 	if cfg.Warm > 0 {
-		m.goes("pool", m.keepPool)
+		m.goes("pool", m.keeper.run)
 	}
 	return m, found, nil
 }
@@ -84,8 +84,11 @@ func newManager(cfg Config, lock *dirLock) *Manager {
 	m.disk = newDisk(m.registry, m.work, m.ledger, free, cfg.Capacity)
 	m.vms = &vms{
 		registry: m.registry, work: m.work, host: m.host, disk: m.disk, log: cfg.Log, store: disk,
-		starts: make(chan struct{}, cfg.Capacity.Starts), started: m.pool.stir, ended: m.releaseEnded,
+		starts: make(chan struct{}, cfg.Capacity.Starts), started: m.pool.stir,
 	}
+	m.rooms = &rooms{m.vms, m.ledger, m.pool}
+	m.keeper = keeper{m.rooms}
+	m.vms.ended = m.releaseEnded
 	m.reconciler = &reconciler{vms: m.vms, fence: m.fence, ledger: m.ledger}
 	return m
 }

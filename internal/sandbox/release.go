@@ -17,6 +17,13 @@ const (
 	retryMost  = time.Minute
 )
 
+// rooms gives sandboxes what they take of the host, and takes it back.
+type rooms struct {
+	*vms
+	ledger *ledger
+	pool   *pool
+}
+
 // Destroy ends a sandbox for good, whatever its state; a create in progress is
 // aborted. Any number of callers may destroy the same sandbox: each returns
 // when it is gone. When ctx ends first, the rest is done all the same.
@@ -28,9 +35,9 @@ func (m *Manager) Destroy(ctx context.Context, id ID) error {
 	return m.destroy(ctx, b)
 }
 
-func (m *Manager) destroy(ctx context.Context, b *box) error {
+func (r *rooms) destroy(ctx context.Context, b *box) error {
 	result := make(chan error, 1)
-	if !m.goes("destroy", func() { result <- m.destroyNow(context.WithoutCancel(ctx), b) }) {
+	if !r.goes("destroy", func() { result <- r.destroyNow(context.WithoutCancel(ctx), b) }) {
 		return errdefs.Unavailable.Errorf("the host has shut down")
 	}
 	select {
@@ -42,7 +49,7 @@ func (m *Manager) destroy(ctx context.Context, b *box) error {
 }
 
 // destroyNow waits for the op lock however long an operation takes.
-func (m *Manager) destroyNow(ctx context.Context, b *box) error {
+func (r *rooms) destroyNow(ctx context.Context, b *box) error {
 	b.cancel(destroyed{errDestroyed, ctx})
 	// An aborted operation ends soon; the request need not wait for it.
 	if err := b.hold(ctx, "destroyed"); err != nil {
@@ -50,9 +57,9 @@ func (m *Manager) destroyNow(ctx context.Context, b *box) error {
 	}
 	defer b.unhold()
 	if b.state() == Stopped {
-		return m.forget(b)
+		return r.forget(b)
 	}
-	return m.release(b, Destroyed, "")
+	return r.release(b, Destroyed, "")
 }
 
 // release frees all that a record names, and is the one way to do so: for a
@@ -60,10 +67,10 @@ func (m *Manager) destroyNow(ctx context.Context, b *box) error {
 // What cannot be freed keeps the sandbox in stopping, to be tried again; its
 // slot is not given to another before. A waiting guest stays in waiting until it is
 // forgotten. Called with the op lock held.
-func (m *Manager) release(b *box, reason Reason, detail string) error {
-	m.pool.drop(b)
+func (r *rooms) release(b *box, reason Reason, detail string) error {
+	r.pool.drop(b)
 	if s := b.state(); s != Stopping && s != Waiting {
-		err := m.move(b, Stopping, func(r *Record) { r.Reason, r.Detail = reason, detail })
+		err := r.move(b, Stopping, func(r *Record) { r.Reason, r.Detail = reason, detail })
 		if err != nil {
 			return err
 		}
@@ -74,48 +81,48 @@ func (m *Manager) release(b *box, reason Reason, detail string) error {
 	defer cancel()
 	rec := b.record()
 	waiting := rec.State == Waiting
-	err := m.free(ctx, b)
-	if derr := m.store.dropSnapshots(b.id); derr != nil {
+	err := r.free(ctx, b)
+	if derr := r.store.dropSnapshots(b.id); derr != nil {
 		err = errors.Join(err, derr)
 	}
 	if err == nil && waiting {
-		err = m.forget(b)
+		err = r.forget(b)
 	}
 	if err != nil {
 		b.postpone()
-		m.log.Error("sandbox not freed, will try again", "sandbox", b.id, "state", rec.State, "reason", rec.Reason, "err", err)
+		r.log.Error("sandbox not freed, will try again", "sandbox", b.id, "state", rec.State, "reason", rec.Reason, "err", err)
 		return errdefs.Unavailable.Errorf("sandbox %s is %s but not all of it could be freed yet; the host tries again by itself", b.id, rec.Reason)
 	}
 	if !waiting {
-		if err := m.move(b, Stopped, func(r *Record) { r.VM = nil }); err != nil {
+		if err := r.move(b, Stopped, func(r *Record) { r.VM = nil }); err != nil {
 			return err
 		}
-		m.countEnd(rec.Reason)
+		r.countEnd(rec.Reason)
 	} else {
-		m.log.Info("waiting guest freed", "sandbox", b.id, "reason", reason, "detail", detail)
+		r.log.Info("waiting guest freed", "sandbox", b.id, "reason", reason, "detail", detail)
 	}
 	b.settled()
-	m.releaseSlot(rec)
-	m.ledger.give(b.id)
+	r.releaseSlot(rec)
+	r.ledger.give(b.id)
 	if waiting {
 		return nil
 	}
-	m.pool.wake() // there is room
+	r.pool.wake() // there is room
 	if rec.Reason == Destroyed || reason == Destroyed {
-		return m.forget(b)
+		return r.forget(b)
 	}
 	return nil
 }
 
 // releaseEnded frees a sandbox whose VM has ended, and says how. Called with the op
 // lock held.
-func (m *Manager) releaseEnded(b *box, exit vmm.Exit) {
+func (r *rooms) releaseEnded(b *box, exit vmm.Exit) {
 	reason := VMExited
 	if exit.Cause == vmm.OutOfMemory {
 		reason = OutOfMemory
 	}
-	_ = m.release(b, reason, exit.String()+m.consoleEnd(b.id))
-	m.pool.wake() // it may have been a waiting guest
+	_ = r.release(b, reason, exit.String()+r.consoleEnd(b.id))
+	r.pool.wake() // it may have been a waiting guest
 }
 
 // settled ends a series of failures.

@@ -157,7 +157,7 @@ func (b *sandbox) reasons() (list []string) {
 	}
 	defer stream.Close()
 	for stream.Receive() {
-		if e := stream.Msg().Event; e != nil && e.From == "running" && e.To == "running" {
+		if e := stream.Msg().Event; e != nil && e.Kind == "" && e.From == "running" && e.To == "running" {
 			list = append(list, e.Reason)
 		}
 	}

@@ -185,10 +185,12 @@ func newEvents(c *cli) *cobra.Command {
 	var noFollow, asJSON bool
 	cmd := &cobra.Command{
 		Use:   "events [ID]",
-		Short: "Print changes of state as they happen",
-		Long: `Print each change of state of all sandboxes, or of one: first the changes that the
-agent remembers, then new ones as they happen. Each line begins with a cursor.
---after CURSOR prints only what came after that line.`,
+		Short: "Print changes of sandboxes as they happen",
+		Long: `Print each change of all sandboxes, or of one, of state, timeout, deadline and network
+policy, and each snapshot and fork: first what the agent remembers, which is what
+happened in the last 7 days, then new changes as they happen. Each line begins with a
+cursor. --after CURSOR prints only what came after that line. --json shows also which
+caller asked for a change.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req := &hostagentv1.WatchEventsRequest{After: after, NoFollow: noFollow}
@@ -229,12 +231,15 @@ func printEvent(out io.Writer, e *hostagentv1.Event, asJSON bool) error {
 		_, err = fmt.Fprintln(out, compact.String())
 		return err
 	}
-	reason := ""
-	if e.Reason != "" {
-		reason = " (" + e.Reason + ")"
+	what := e.To
+	switch {
+	case e.Kind != "":
+		what = e.Kind + ", " + e.To
+	case e.Reason != "":
+		what += " (" + e.Reason + ")"
 	}
 	at := time.UnixMilli(e.TimeUnixMs).Format("2006-01-02 15:04:05.000")
-	_, err := fmt.Fprintln(out, printableLine(fmt.Sprintf("%d  %s  %s  %s%s", e.Cursor, at, e.SandboxId, e.To, reason)))
+	_, err := fmt.Fprintln(out, printableLine(fmt.Sprintf("%d  %s  %s  %s", e.Cursor, at, e.SandboxId, what)))
 	return err
 }
 

@@ -129,28 +129,48 @@ func (h ofHost) Logs(id sandbox.ID) ([]LogLine, error) {
 
 func (h ofHost) Events(project string, id sandbox.ID) ([]Event, error) {
 	var events []Event
-	err := h.sandboxes.Events(context.Background(), 0, false, func(e sandbox.Event) error {
-		if kind := eventType(e); kind != "" && e.Project == project && (id == "" || e.ID == id) {
-			events = append(events, Event{ID: e.Cursor, At: e.Time, Type: kind, Sandbox: e.ID})
+	for _, e := range h.sandboxes.History(project, id) {
+		if kind := eventType(e); kind != "" {
+			events = append(events, Event{
+				ID: e.Cursor, At: e.Time, Type: kind, Sandbox: e.ID, Template: templateID(e.Template), Data: eventData(kind, e),
+			})
 		}
-		return nil
-	})
-	return events, err
+	}
+	return events, nil
 }
 
 // eventType is empty for a change that clients do not know.
 func eventType(e sandbox.Event) string {
 	switch {
+	case e.Kind != "":
+		return string(e.Kind)
+	case e.From == e.To: // a mark
+		return ""
 	case e.From == sandbox.Creating && e.To == sandbox.Running:
 		return "created"
-	case e.To == sandbox.Hibernated, e.To == sandbox.Paused:
+	case e.From == sandbox.Running && (e.To == sandbox.Hibernated || e.To == sandbox.Paused):
 		return "paused"
-	case e.To == sandbox.Running:
+	case e.To == sandbox.Running && e.From != sandbox.Unknown:
 		return "resumed"
 	case e.To == sandbox.Stopped:
 		return "killed"
 	}
 	return ""
+}
+
+// eventData is what an event says beside its type.
+func eventData(kind string, e sandbox.Event) map[string]any {
+	switch {
+	case kind == "created" && e.Metadata != nil:
+		return map[string]any{"sandbox_metadata": e.Metadata}
+	case kind == "updated" && !e.EndAt.IsZero():
+		return map[string]any{"set_timeout": e.EndAt}
+	case (kind == "paused" || kind == "killed") && !e.StartedAt.IsZero():
+		return map[string]any{"execution": map[string]any{
+			"started_at": e.StartedAt, "vcpu_count": e.VCPUs, "memory_mb": e.MemMiB, "execution_time": e.Time.Sub(e.StartedAt).Milliseconds(),
+		}}
+	}
+	return nil
 }
 
 // templateID is the id of the host's template of a name.

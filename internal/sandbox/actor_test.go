@@ -57,7 +57,7 @@ func TestEventsSayWhoAsked(t *testing.T) {
 		r.die()
 		r.start()
 		for id, want := range map[ID]string{
-			cold: "creating cold, running cold, paused pause, running resume, hibernated hibernate, running wake, " +
+			cold: "creating cold, running cold, running fork, paused pause, running resume, hibernated hibernate, running wake, " +
 				"stopping destroy, stopped destroy",
 			warm:                   "creating warm, running warm, stopping, stopped",
 			forked.Sandboxes[0].ID: "creating fork, running fork, stopping, stopped",

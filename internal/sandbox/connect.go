@@ -240,7 +240,11 @@ func (r *registry) extend(b *box, l lifetime, resumed bool) error {
 	if end.Equal(rec.EndAt) && l.onEnd == rec.OnEnd {
 		return nil
 	}
-	return r.save(b, func(r *Record) { r.EndAt, r.OnEnd = end, l.onEnd })
+	err := r.save(b, func(r *Record) { r.EndAt, r.OnEnd = end, l.onEnd })
+	if err == nil && !resumed { // which is an event of its own
+		r.note(b, Updated, b.op.actor)
+	}
+	return err
 }
 
 // SetEnd moves the deadline of a running sandbox, at once; with extend, only to a later
@@ -263,7 +267,9 @@ func (m *Manager) SetEnd(ctx context.Context, id ID, at time.Time, extend bool) 
 	if extend && (rec.EndAt.IsZero() || !asEnd(at).After(rec.EndAt)) {
 		return nil
 	}
-	err = m.save(b, func(r *Record) { r.EndAt = asEnd(at) })
+	if err = m.save(b, func(r *Record) { r.EndAt = asEnd(at) }); err == nil {
+		m.note(b, Updated, ActorOf(ctx))
+	}
 	if now := time.Now(); err == nil && passed(at, now) && rec.OnEnd == DestroyOnTimeout {
 		janitor{m}.attend(b, now)
 	}

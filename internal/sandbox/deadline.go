@@ -46,6 +46,9 @@ func (m *Manager) SetDeadline(ctx context.Context, id ID, at time.Time, then OnT
 			r.OnEnd = then
 		}
 	})
+	if err == nil {
+		m.note(b, Updated, ActorOf(ctx))
+	}
 	info := b.info()
 	end()
 	m.wakeJanitor()

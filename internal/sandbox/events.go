@@ -21,32 +21,55 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/sealed"
 )
 
-// Event is one change of state.
+// EventKind says what an event is if not a change of state. The set is closed.
+type EventKind string
+
+const (
+	// Updated: the sandbox got another timeout, deadline or network policy, or was looked
+	// at again.
+	Updated EventKind = "updated"
+	// Checkpointed: a copy of its state was made, as a snapshot or for forks.
+	Checkpointed EventKind = "checkpointed"
+)
+
+// Event is a change of a sandbox, of its state before all.
 type Event struct {
 	// Cursor is the event's place in the log: 1 is the first of all. Later events
 	// have higher ones, not always the next.
 	Cursor uint64    `json:"cursor"`
 	Time   time.Time `json:"time"`
 	ID     ID        `json:"id"`
+	// Kind is empty for a change of state. From and To are the same for others.
+	Kind EventKind `json:"kind,omitempty"`
 	// From is empty for the first state of a sandbox.
 	From   State  `json:"from,omitempty"`
 	To     State  `json:"to"`
 	Reason Reason `json:"reason,omitempty"`
 	// Actor is the caller that asked for the change; zero if the host made it by itself.
 	Actor Actor `json:"actor,omitzero"`
+	// What the record said after the change: what the sandbox comes from, its size, since
+	// when it has run without a break (zero if it stood still), and its deadline. Earlier agents did not note it.
+	Template  string    `json:"template,omitempty"`
+	VCPUs     int       `json:"vcpus,omitempty"`
+	MemMiB    int       `json:"memMiB,omitempty"`
+	StartedAt time.Time `json:"startedAt,omitzero"`
+	EndAt     time.Time `json:"endAt,omitzero"`
 
 	Labels
 }
 
 const (
-	// keptEvents is how many events can be read again.
+	// keptEvents is how many events can be read again at least. Those of the last
+	// eventsFor can, too, but no more than mostEvents.
 	keptEvents = 10_000
+	mostEvents = 100_000
+	eventsFor  = 7 * 24 * time.Hour
 	// maxEventBytes is the size at which the log's file is written anew with
 	// the kept events alone, unless those alone had more than half of it.
 	maxEventBytes = 8 << 20
-	// maxEventLine bounds a line of the file; they have about 200 bytes, and
+	// maxEventLine bounds a line of the file; they have about 400 bytes, and
 	// metadata, each byte of which may be written as six.
-	maxEventLine = 4<<10 + 6*MaxMetadataBytes
+	maxEventLine = 8<<10 + 6*MaxMetadataBytes
 	// cursorBlock is how many cursors are reserved on disk at a time. After half
 	// of them the next are.
 	cursorBlock = 10_000
@@ -66,8 +89,9 @@ type eventLog struct {
 
 	mu sync.Mutex
 	f  *os.File
-	// size is the file's, kept what it was when the file was last written anew.
-	size, kept int
+	// size is the file's, kept what it was when the file was last written anew, with
+	// keptEvents events.
+	size, kept, keptEvents int
 	// labelled are the sandboxes whose labels are in the file: the first line of each
 	// has them, the others do not.
 	labelled map[ID]bool
@@ -167,8 +191,8 @@ func (l *eventLog) read() (whole bool, err error) {
 			labels[line.ID] = line.Labels
 		}
 		lines = append(lines, found{line.Event, sealed.Has(text)})
-		if len(lines) > 4*keptEvents { // which no agent writes
-			lines = slices.Clone(lines[2*keptEvents:])
+		if len(lines) > 4*mostEvents { // which no agent writes
+			lines = slices.Clone(lines[2*mostEvents:])
 		}
 	}
 	// Earlier agents wrote neither checksums nor reservations.
@@ -229,10 +253,20 @@ func (l *eventLog) encode(line eventLine) ([]byte, error) {
 	return append(sealed.Seal(data), '\n'), nil
 }
 
+// toKeep is where the events begin that are kept. Called with mu held.
+func (l *eventLog) toKeep(now time.Time) int {
+	from := max(0, len(l.events)-keptEvents)
+	least := max(0, len(l.events)-mostEvents)
+	for from > least && now.Sub(l.events[from-1].Time) < eventsFor {
+		from--
+	}
+	return from
+}
+
 // rewrite replaces the file by the kept events, and reserves cursors. Called with
 // mu held.
 func (l *eventLog) rewrite() error {
-	l.events = l.events[max(0, len(l.events)-keptEvents):]
+	l.events = slices.Clone(l.events[l.toKeep(time.Now()):])
 	reserved := l.next + cursorBlock
 	lines := []eventLine{{Reserved: reserved}}
 	for _, e := range l.events {
@@ -258,6 +292,7 @@ func (l *eventLog) rewrite() error {
 		return fmt.Errorf("write event log: %w", err)
 	}
 	l.f, l.size, l.kept, l.reserved = f, text.Len(), text.Len(), reserved
+	l.keptEvents = len(l.events)
 	return nil
 }
 
@@ -305,7 +340,7 @@ func (l *eventLog) add(e Event) error {
 	switch {
 	case l.f == nil && time.Now().Before(l.retryAt):
 		err = errors.New("the event log could not be written a moment ago")
-	case l.f == nil || l.size > max(maxEventBytes, 2*l.kept) || len(l.events) > 2*keptEvents:
+	case l.f == nil || l.size > max(maxEventBytes, 2*l.kept) || len(l.events) > l.keptEvents+keptEvents:
 		err = l.rewrite()
 	case l.next+cursorBlock/2 > l.reserved:
 		err = l.reserve()
@@ -355,6 +390,24 @@ func (l *eventLog) close() {
 		l.f.Close()
 		l.f = nil
 	}
+}
+
+// History returns what is remembered of the last seven days of a project's sandboxes,
+// oldest first: of one sandbox, which may be gone, or of all if id is empty.
+func (r *registry) History(project string, id ID) (events []Event) {
+	return r.events.of(project, id, time.Now().Add(-eventsFor))
+}
+
+func (l *eventLog) of(project string, id ID, since time.Time) (events []Event) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, e := range l.events {
+		if e.Project == project && (id == "" || e.ID == id) && e.Time.After(since) {
+			e.Labels = e.Labels.clone()
+			events = append(events, e)
+		}
+	}
+	return events
 }
 
 // Events hands every event beyond a cursor to fn, in order: first those that

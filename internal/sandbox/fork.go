@@ -83,6 +83,7 @@ func (m *Manager) Fork(ctx context.Context, id ID, req ForkRequest) (Forked, err
 	if err != nil {
 		return Forked{}, fmt.Errorf("fork sandbox %s: %w", id, err)
 	}
+	m.note(b, Checkpointed, ActorOf(ctx))
 	return Forked{Paused: was.paused, Sandboxes: sandboxes}, nil
 }
 

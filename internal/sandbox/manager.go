@@ -251,5 +251,8 @@ func (m *Manager) SetTimeout(ctx context.Context, id ID, timeout time.Duration) 
 	}
 	defer end()
 	err = m.save(b, func(r *Record) { r.Timeout, r.LastActiveAt = timeout, time.Now().UTC() })
+	if err == nil {
+		m.note(b, Updated, ActorOf(ctx))
+	}
 	return b.info(), err
 }

@@ -143,6 +143,7 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, e Egress, limits *Ne
 	}
 	rec := b.record()
 	if rec.Slot == 0 {
+		m.note(b, Updated, ActorOf(ctx))
 		return nil // hibernated: it is applied when it wakes
 	}
 	if err := m.setNetwork(ctx, rec); err != nil {
@@ -163,6 +164,7 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, e Egress, limits *Ne
 	if err := m.rewrite(b); err != nil {
 		m.log.Warn("record not written twice", "sandbox", id, "err", err)
 	}
+	m.note(b, Updated, ActorOf(ctx))
 	m.log.Info("network policy changed", "sandbox", id)
 	return nil
 }

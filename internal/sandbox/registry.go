@@ -192,11 +192,21 @@ func (r *registry) mark(b *box, reason Reason, detail string) error {
 func (r *registry) tell(b *box, e Event) {
 	e.ID = b.id
 	if rec := b.record(); rec.State != Unknown {
-		e.Labels = rec.Labels
+		e.Labels, e.Template, e.VCPUs, e.MemMiB = rec.Labels, rec.Template, rec.VCPUs, rec.MemMiB
+		e.EndAt = rec.EndAt
+		if rec.PausedAt.IsZero() || e.From == Running { // it ran until now
+			e.StartedAt = rec.StartedAt
+		}
 	}
 	if err := r.events.add(e); err != nil {
 		r.log.Warn("event not kept", "sandbox", e.ID, "to", e.To, "err", err)
 	}
+}
+
+// note puts something into the log that a caller did to a sandbox, whose state stays.
+func (r *registry) note(b *box, kind EventKind, by Actor) {
+	state := b.state()
+	r.tell(b, Event{Time: time.Now().UTC(), Kind: kind, From: state, To: state, Actor: by})
 }
 
 // forget drops a box of which nothing is left but its files. Called with the op lock

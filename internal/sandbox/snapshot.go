@@ -82,6 +82,7 @@ func (m *Manager) Snapshot(ctx context.Context, id ID, name string) (Snapshotted
 	if err := m.publishSnapshot(ctx, name, stage, was.record); err != nil {
 		return fail(errdefs.DiskFull(err))
 	}
+	m.note(b, Checkpointed, ActorOf(ctx))
 	m.log.Info("snapshot made", "snapshot", name, "sandbox", id,
 		"paused", was.paused.Round(time.Millisecond), "took", time.Since(began).Round(time.Millisecond))
 	made, err := m.cfg.Templates.Snapshot(ctx, name)

@@ -32,6 +32,7 @@ func (m *Manager) Recover(ctx context.Context, id ID) (Info, error) {
 	defer end()
 	err = m.lookInto(ctx, b)
 	if info := b.info(); err == nil {
+		m.note(b, Updated, ActorOf(ctx))
 		return info, nil
 	} else if info.Reason == NotUnderstood {
 		return info, errdefs.Corrupt.Errorf("recover sandbox %s: %s", id, m.detail(err))

@@ -586,7 +586,7 @@ func (s *service) WatchEvents(
 		return stream.Send(&pb.WatchEventsResponse{Event: &pb.Event{
 			Cursor: e.Cursor, TimeUnixMs: e.Time.UnixMilli(), SandboxId: string(e.ID),
 			From: string(e.From), To: string(e.To), Reason: string(e.Reason),
-			Metadata: e.Metadata, OwnerKey: e.OwnerKey, Actor: actor(e.Actor),
+			Metadata: e.Metadata, OwnerKey: e.OwnerKey, Actor: actor(e.Actor), Kind: string(e.Kind), Project: e.Project,
 		}})
 	})
 }

@@ -2571,7 +2571,7 @@ func (x *WatchEventsResponse) GetEvent() *Event {
 	return nil
 }
 
-// Event is one change of state.
+// Event is a change of a sandbox, of its status before all.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Place in the log: later events have higher cursors, across restarts of
@@ -2589,7 +2589,13 @@ type Event struct {
 	Metadata map[string]string `protobuf:"bytes,7,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	OwnerKey string            `protobuf:"bytes,8,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
 	// Who asked for the change; absent if the host made it by itself.
-	Actor         *Actor `protobuf:"bytes,9,opt,name=actor,proto3" json:"actor,omitempty"`
+	Actor *Actor `protobuf:"bytes,9,opt,name=actor,proto3" json:"actor,omitempty"`
+	// Empty for a change of status. Otherwise from and to are the same: "updated" for
+	// another timeout, deadline or network policy, and for a recover; "checkpointed" for a
+	// snapshot or forks of the sandbox.
+	Kind string `protobuf:"bytes,10,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Project that the sandbox belongs to; empty without one.
+	Project       string `protobuf:"bytes,11,opt,name=project,proto3" json:"project,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2685,6 +2691,20 @@ func (x *Event) GetActor() *Actor {
 		return x.Actor
 	}
 	return nil
+}
+
+func (x *Event) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Event) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
 }
 
 // Actor is a caller of this host agent.
@@ -3303,7 +3323,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"sandbox_id\x18\x02 \x01(\tR\tsandboxId\x12\x1b\n" +
 	"\tno_follow\x18\x03 \x01(\bR\bnoFollow\"@\n" +
 	"\x13WatchEventsResponse\x12)\n" +
-	"\x05event\x18\x01 \x01(\v2\x13.hostagent.v1.EventR\x05event\"\xe0\x02\n" +
+	"\x05event\x18\x01 \x01(\v2\x13.hostagent.v1.EventR\x05event\"\x8e\x03\n" +
 	"\x05Event\x12\x16\n" +
 	"\x06cursor\x18\x01 \x01(\x04R\x06cursor\x12 \n" +
 	"\ftime_unix_ms\x18\x02 \x01(\x03R\n" +
@@ -3315,7 +3335,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x06reason\x18\x06 \x01(\tR\x06reason\x12=\n" +
 	"\bmetadata\x18\a \x03(\v2!.hostagent.v1.Event.MetadataEntryR\bmetadata\x12\x1b\n" +
 	"\towner_key\x18\b \x01(\tR\bownerKey\x12)\n" +
-	"\x05actor\x18\t \x01(\v2\x13.hostagent.v1.ActorR\x05actor\x1a;\n" +
+	"\x05actor\x18\t \x01(\v2\x13.hostagent.v1.ActorR\x05actor\x12\x12\n" +
+	"\x04kind\x18\n" +
+	" \x01(\tR\x04kind\x12\x18\n" +
+	"\aproject\x18\v \x01(\tR\aproject\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"f\n" +

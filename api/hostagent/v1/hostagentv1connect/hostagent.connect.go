@@ -132,8 +132,8 @@ type HostAgentServiceClient interface {
 	// SetDeadline sets when a sandbox ends, whatever happens in it; earlier or later
 	// than before.
 	SetDeadline(context.Context, *connect.Request[v1.SetDeadlineRequest]) (*connect.Response[v1.SetDeadlineResponse], error)
-	// WatchEvents streams every change of state of every sandbox: first those
-	// that are remembered, then new ones as they happen.
+	// WatchEvents streams every change of every sandbox: first those that are remembered
+	// (of 7 days, unless there are more than 100,000), then new ones as they happen.
 	WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest]) (*connect.ServerStreamForClient[v1.WatchEventsResponse], error)
 	// GetConsole answers with the end of a sandbox's serial console.
 	GetConsole(context.Context, *connect.Request[v1.GetConsoleRequest]) (*connect.Response[v1.GetConsoleResponse], error)
@@ -431,8 +431,8 @@ type HostAgentServiceHandler interface {
 	// SetDeadline sets when a sandbox ends, whatever happens in it; earlier or later
 	// than before.
 	SetDeadline(context.Context, *connect.Request[v1.SetDeadlineRequest]) (*connect.Response[v1.SetDeadlineResponse], error)
-	// WatchEvents streams every change of state of every sandbox: first those
-	// that are remembered, then new ones as they happen.
+	// WatchEvents streams every change of every sandbox: first those that are remembered
+	// (of 7 days, unless there are more than 100,000), then new ones as they happen.
 	WatchEvents(context.Context, *connect.Request[v1.WatchEventsRequest], *connect.ServerStream[v1.WatchEventsResponse]) error
 	// GetConsole answers with the end of a sandbox's serial console.
 	GetConsole(context.Context, *connect.Request[v1.GetConsoleRequest]) (*connect.Response[v1.GetConsoleResponse], error)

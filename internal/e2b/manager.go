@@ -101,7 +101,7 @@ type Sandbox struct {
 	ID      sandbox.ID
 	Project string
 	State   sandbox.State
-	// Pausing says that a running sandbox is being paused.
+	// Pausing says that a sandbox is being paused, or will be as soon as that can be.
 	Pausing bool
 	// Template is the id of the template that it comes from at last, Alias a name.
 	Template, Alias        string

@@ -201,12 +201,14 @@ func (b *box) infoIf(fits func(*Record) bool) (_ Info, ok bool) {
 		rec.LastActiveAt = time.Now().UTC()
 	}
 	info := rec.info()
-	if rec.State == Running {
+	due := rec.pauseDue(time.Now())
+	info.Pausing = due || rec.State == Running && !b.mu.pausingAt.IsZero()
+	switch {
+	case rec.State != Running:
+	case due:
+		info.PausedAt = rec.EndAt
+	default:
 		info.PausedAt = b.mu.pausingAt
-		if info.PausedAt.IsZero() && rec.ended(time.Now()) && rec.OnEnd.pauses() {
-			info.PausedAt = rec.EndAt
-		}
-		info.Pausing = !info.PausedAt.IsZero()
 	}
 	return info, true
 }

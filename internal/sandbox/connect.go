@@ -142,13 +142,12 @@ func (m *Manager) Wake(ctx context.Context, id ID) error {
 	defer cancel()
 	_, err = m.ensureRuns(ctx, b, patience, func(rec Record, resumed bool) (*resuming, error) {
 		life := lifetime{life: min(max(rec.Life, minWokenLife), m.cfg.maxLife())}
-		pausing := rec.State == Running && rec.ended(time.Now()) && rec.OnEnd != DestroyOnTimeout
-		switch {
-		case rec.State == Running && !pausing:
+		switch due := rec.pauseDue(time.Now()); {
+		case rec.State == Running && !due:
 			return nil, nil
-		case !rec.AutoResume, rec.FilesOnly, rec.OnEnd == HibernateFilesOnTimeout, rec.State == Paused:
+		case !rec.AutoResume, rec.FilesOnly, rec.OnEnd == HibernateFilesOnTimeout, rec.State == Paused && !due:
 			return nil, errdefs.WrongState.Errorf("sandbox %s is %s, and traffic does not resume it", id, rec.State)
-		case pausing: // a pause and a resume would come to the same
+		case rec.State == Running: // a pause and a resume would come to the same
 			return nil, m.extend(b, life, false)
 		}
 		return &resuming{lifetime: life}, nil

@@ -425,6 +425,27 @@ func TestWakeWaits(t *testing.T) {
 	})
 }
 
+// Traffic resumes a sandbox that stands still because it could not be hibernated.
+func TestWakeOfWhatCouldNotHibernate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.made(CreateRequest{Life: 10 * time.Second, AutoResume: true, OnEnd: HibernateOnTimeout}).ID
+		r.faults.on("snapshot", func(context.Context) error { return errFault })
+		pass(10 * time.Second)
+		if info := r.wantState(id, Paused); !info.Pausing {
+			t.Errorf("it is not pausing: %+v", info)
+		}
+		if err := r.Wake(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		info := r.wantState(id, Running)
+		r.endsIn(info, time.Now(), minWokenLife)
+		if info.Pausing || !info.PausedAt.IsZero() {
+			t.Errorf("it is pausing still: %+v", info)
+		}
+	})
+}
+
 // Traffic that comes between the deadline and the pause keeps the sandbox running.
 func TestWakeAtTheDeadline(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

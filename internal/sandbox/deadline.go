@@ -66,6 +66,9 @@ func (r *Record) endsAt() time.Time {
 // ended says whether a running deadline has passed.
 func (r *Record) ended(now time.Time) bool { return passed(r.endsAt(), now) }
 
+// pauseDue says whether a deadline has passed that hibernates the sandbox.
+func (r *Record) pauseDue(now time.Time) bool { return r.ended(now) && r.OnEnd.pauses() }
+
 // idleEnd is when a sandbox ends in which nothing happens, and what happens then; zero
 // is never.
 func (r *Record) idleEnd(keepPaused time.Duration) (at time.Time, then OnTimeout) {

@@ -313,7 +313,7 @@ func (m *Manager) hibernateExpired(b *box, what Hibernation) {
 	}
 	refusals := b.notHibernated(hostsFault(err))
 	rec := b.record()
-	atDeadline := rec.ended(time.Now()) && rec.OnEnd.pauses()
+	atDeadline := rec.pauseDue(time.Now())
 	if refusals >= hibernateTries && !atDeadline {
 		_ = m.release(b, Expired, "it could not be hibernated: "+m.detail(err))
 		return

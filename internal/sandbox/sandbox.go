@@ -327,7 +327,8 @@ type Info struct {
 
 	Life       time.Duration
 	AutoResume bool
-	// Pausing: the sandbox runs, and a pause of it has begun or is due.
+	// Pausing: the sandbox is not hibernated yet, and will be as soon as that can be: a
+	// pause has begun, or its deadline has passed.
 	Pausing bool
 }
 

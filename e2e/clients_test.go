@@ -36,7 +36,7 @@ type clients struct{ dir string }
 func installClients(t testing.TB) clients {
 	t.Helper()
 	testenv.Program(t, "npm")
-	testenv.Program(t, "pip3")
+	testenv.Program(t, "pip3", "python3")
 	return clients{install(t, append(npmPackages, pipPackages...), func(dir string) []*exec.Cmd {
 		npm := exec.Command("npm", append([]string{"install", "--no-audit", "--no-fund", "--no-package-lock"}, npmPackages...)...)
 		return []*exec.Cmd{npm, pip(filepath.Join(dir, "python"), pipPackages)}

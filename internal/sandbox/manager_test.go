@@ -1050,3 +1050,36 @@ func FuzzParseLooseID(f *testing.F) {
 		}
 	})
 }
+
+// TestDestroyWritesOnce: what is destroyed is written as stopping, and then removed. Its
+// address slot is another's only after that.
+func TestDestroyWritesOnce(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	before := len(r.faults.order)
+	if err := r.Destroy(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	var seen []string
+	for _, step := range r.faults.order[before:] {
+		if strings.HasPrefix(step, "record save") || step == "record forget" {
+			seen = append(seen, step)
+		}
+	}
+	if want := []string{"record save stopping", "record saved stopping", "record forget"}; !slices.Equal(seen, want) {
+		t.Errorf("steps %v", seen)
+	}
+	// What cannot be removed keeps its slot, and is tried again.
+	id = r.create()
+	slot := r.lookup(id).record().Slot
+	r.faults.on("record forget", func(context.Context) error { return errFault })
+	wantClass(t, r.Destroy(t.Context(), id), errdefs.Unavailable)
+	if r.wantState(id, Stopping); !r.net.taken[slot] {
+		t.Error("its slot is free")
+	}
+	r.faults.on("record forget", nil)
+	if err := r.Destroy(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	r.wantNothing()
+}

@@ -123,14 +123,25 @@ func (r *registry) save(b *box, change func(*Record)) error {
 // rewrite writes the record again as it is. Called with the op lock held.
 func (r *registry) rewrite(b *box) error { return r.save(b, func(*Record) {}) }
 
-// move is the one place where a state changes. Called with the op lock held.
+// move changes the state of a sandbox. Called with the op lock held.
 func (r *registry) move(b *box, to State, change func(*Record)) error {
+	return r.moveWith(r.save, b, to, change)
+}
+
+// inMemory is a save of a sandbox that has no record on disk any more.
+func inMemory(b *box, change func(*Record)) error {
+	b.set(change)
+	return nil
+}
+
+// moveWith is the one place where a state changes. Called with the op lock held.
+func (r *registry) moveWith(save func(*box, func(*Record)) error, b *box, to State, change func(*Record)) error {
 	from := b.record()
 	if !slices.Contains(moves[from.State], to) {
 		return fmt.Errorf("sandbox %s cannot become %s from %s", b.id, to, from.State)
 	}
 	now := time.Now().UTC()
-	err := r.save(b, func(rec *Record) {
+	err := save(b, func(rec *Record) {
 		rec.State, rec.StateAt = to, now
 		if rec.Reason == "" || rec.Reason.passes() {
 			rec.Reason, rec.Detail = "", ""
@@ -215,6 +226,12 @@ func (r *registry) forget(b *box) error {
 	if err := r.store.forget(b.id); err != nil {
 		return err
 	}
+	r.drop(b)
+	return nil
+}
+
+// drop is forget of a box without files. Called with the op lock held.
+func (r *registry) drop(b *box) {
 	// Who waits for the op lock finds a sandbox that has ended.
 	b.set(func(rec *Record) { rec.State = Stopped })
 	r.mu.Lock()
@@ -222,5 +239,4 @@ func (r *registry) forget(b *box) error {
 	if r.boxes[b.id] == b {
 		delete(r.boxes, b.id)
 	}
-	return nil
 }

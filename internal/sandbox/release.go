@@ -80,38 +80,48 @@ func (r *rooms) release(b *box, reason Reason, detail string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), releaseTimeout)
 	defer cancel()
 	rec := b.record()
-	waiting := rec.State == Waiting
+	waiting, destroyed := rec.State == Waiting, rec.Reason == Destroyed || reason == Destroyed
 	err := r.free(ctx, b)
 	if derr := r.store.dropSnapshots(b.id); derr != nil {
 		err = errors.Join(err, derr)
 	}
-	if err == nil && waiting {
-		err = r.forget(b)
+	if err == nil && (waiting || destroyed) {
+		err = r.store.forget(b.id) // before another sandbox can have its slot
 	}
 	if err != nil {
 		b.postpone()
 		r.log.Error("sandbox not freed, will try again", "sandbox", b.id, "state", rec.State, "reason", rec.Reason, "err", err)
 		return errdefs.Unavailable.Errorf("sandbox %s is %s but not all of it could be freed yet; the host tries again by itself", b.id, rec.Reason)
 	}
-	if !waiting {
-		if err := r.move(b, Stopped, func(r *Record) { r.VM = nil }); err != nil {
-			return err
-		}
-		r.countEnd(rec.Reason)
-	} else {
+	if waiting {
 		r.log.Info("waiting guest freed", "sandbox", b.id, "reason", reason, "detail", detail)
+	} else if err := r.stopped(b, destroyed); err != nil {
+		return err
 	}
 	b.settled()
 	r.releaseSlot(rec)
 	r.ledger.give(b.id)
-	if waiting {
-		return nil
+	if waiting || destroyed {
+		r.drop(b)
 	}
-	r.pool.wake() // there is room
-	if rec.Reason == Destroyed || reason == Destroyed {
-		return r.forget(b)
+	if !waiting {
+		r.pool.wake() // there is room
 	}
 	return nil
+}
+
+// stopped notes that all of a sandbox is freed, and its files, too, if it was destroyed.
+// Called with the op lock held.
+func (r *registry) stopped(b *box, destroyed bool) error {
+	save := r.save
+	if destroyed {
+		save = inMemory
+	}
+	err := r.moveWith(save, b, Stopped, func(r *Record) { r.VM = nil })
+	if err == nil {
+		r.countEnd(b.record().Reason)
+	}
+	return err
 }
 
 // releaseEnded frees a sandbox whose VM has ended, and says how. Called with the op

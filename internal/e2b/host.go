@@ -70,10 +70,8 @@ func (h ofHost) Get(id sandbox.ID) (Sandbox, error) {
 
 func (h ofHost) List(project string) []Sandbox {
 	var list []Sandbox
-	for _, info := range h.sandboxes.List(false) {
-		if info.Labels.Project == project {
-			list = append(list, h.sandbox(info))
-		}
+	for _, info := range h.sandboxes.Select(sandbox.Filter{Project: &project}) {
+		list = append(list, h.sandbox(info))
 	}
 	return list
 }

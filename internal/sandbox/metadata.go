@@ -43,6 +43,8 @@ func checkMetadata(metadata map[string]string) error {
 type Filter struct {
 	// Stopped: those that have ended, too.
 	Stopped bool
+	// Project is whose sandboxes; nil for all, "" for those without a project.
+	Project *string
 	// Metadata is what a sandbox's own must have, pair for pair.
 	Metadata map[string]string
 }
@@ -50,6 +52,9 @@ type Filter struct {
 // matches says whether the filter lets a sandbox through.
 func (f Filter) matches(rec *Record) bool {
 	if rec.State == Waiting || rec.State == Stopped && !f.Stopped {
+		return false
+	}
+	if f.Project != nil && rec.Project != *f.Project {
 		return false
 	}
 	for key, value := range f.Metadata {

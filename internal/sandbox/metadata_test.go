@@ -255,3 +255,29 @@ func TestLabelsOnDisk(t *testing.T) {
 		}
 	}
 }
+
+// A list of a project has the sandboxes of the project alone; no project is one, too.
+func TestListOfAProject(t *testing.T) {
+	r := newRig(t)
+	ids := map[string]ID{}
+	for _, project := range []string{"blue", "red", ""} {
+		made, err := r.Create(t.Context(), CreateRequest{Labels: Labels{Project: project, Metadata: map[string]string{"a": "b"}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids[project] = made.ID
+	}
+	for project, id := range ids {
+		for _, metadata := range []map[string]string{nil, {"a": "b"}} {
+			if got := r.Select(Filter{Project: &project, Metadata: metadata}); len(got) != 1 || got[0].ID != id {
+				t.Errorf("project %q, metadata %v: %+v", project, metadata, got)
+			}
+		}
+		if got := r.Select(Filter{Project: &project, Metadata: map[string]string{"a": "c"}}); len(got) != 0 {
+			t.Errorf("project %q with other metadata: %+v", project, got)
+		}
+	}
+	if got := r.Select(Filter{}); len(got) != 3 {
+		t.Errorf("all: %+v", got)
+	}
+}

@@ -407,15 +407,43 @@ func testModel(t *testing.T, warm int) {
 }
 
 // BenchmarkList5000 is what a full host's listing costs.
-func BenchmarkList5000(b *testing.B) {
+// full is a manager of 5,000 sandboxes, 50 of each project.
+func full() *Manager {
 	m := &Manager{registry: &registry{boxes: map[ID]*box{}}}
-	for range 5000 {
+	for i := range 5000 {
 		rec := Record{ID: newID(), State: Running, CreatedAt: time.Now()}
+		rec.Labels = Labels{Project: fmt.Sprint("p", i%100), Metadata: map[string]string{"user": fmt.Sprint(i % 1000)}}
 		m.boxes[rec.ID] = newBox(rec)
 	}
+	return m
+}
+
+func BenchmarkList5000(b *testing.B) {
+	m := full()
 	for b.Loop() {
 		if n := len(m.List(false)); n != 5000 {
 			b.Fatal(n)
 		}
+	}
+}
+
+// BenchmarkListOwn: what a project with 50 of the host's 5,000 sandboxes waits for, and
+// what a list by metadata does.
+func BenchmarkListOwn(b *testing.B) {
+	m, project := full(), "p7"
+	for name, c := range map[string]struct {
+		filter Filter
+		want   int
+	}{
+		"project":  {Filter{Project: &project}, 50},
+		"metadata": {Filter{Project: &project, Metadata: map[string]string{"user": "107"}}, 5},
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				if n := len(m.Select(c.filter)); n != c.want {
+					b.Fatal(n)
+				}
+			}
+		})
 	}
 }

@@ -440,11 +440,11 @@ func (s *service) addTraffic(ctx context.Context, infos ...*pb.SandboxInfo) {
 
 func (s *service) ListSandboxes(ctx context.Context, req *request[pb.ListSandboxesRequest]) (*response[pb.ListSandboxesResponse], error) {
 	resp := &pb.ListSandboxesResponse{}
-	own, all := project(ctx)
-	for _, info := range s.manager.Select(sandbox.Filter{Stopped: req.Msg.All, Metadata: req.Msg.Metadata}) {
-		if !all && info.Labels.Project != own {
-			continue
-		}
+	filter := sandbox.Filter{Stopped: req.Msg.All, Metadata: req.Msg.Metadata}
+	if own, all := project(ctx); !all {
+		filter.Project = &own
+	}
+	for _, info := range s.manager.Select(filter) {
 		resp.Sandboxes = append(resp.Sandboxes, sandboxInfo(info))
 	}
 	s.addTraffic(ctx, resp.Sandboxes...)

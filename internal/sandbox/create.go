@@ -212,7 +212,7 @@ func (m *Manager) create(ctx context.Context, req CreateRequest, tmpl template.T
 
 // createFailed frees a sandbox whose create failed, and says why. Called with the op
 // lock held.
-func (r *rooms) createFailed(ctx context.Context, b *box, err error) error {
+func (h *holdings) createFailed(ctx context.Context, b *box, err error) error {
 	if cause := context.Cause(ctx); cause != nil {
 		err = cause
 	}
@@ -227,7 +227,7 @@ func (r *rooms) createFailed(ctx context.Context, b *box, err error) error {
 	if errors.Is(err, context.Canceled) {
 		detail = "the caller left while the sandbox was being created"
 	}
-	_ = r.release(b, reason, detail) // the janitor tries again
+	_ = h.release(b, reason, detail) // the janitor tries again
 	return fmt.Errorf("create sandbox %s: %w", b.id, err)
 }
 
@@ -247,13 +247,13 @@ type making func(ctx context.Context, need Resources) bool
 
 // admit admits a sandbox of a project that needs so much more than it takes. Waiting
 // guests make way.
-func (r *rooms) admit(ctx context.Context, id ID, project string, more Resources, makeWay making) error {
+func (h *holdings) admit(ctx context.Context, id ID, project string, more Resources, makeWay making) error {
 	var over overQuota
 	for {
-		if r.Draining() {
+		if h.Draining() {
 			return errShutDown
 		}
-		err := r.ledger.take(id, project, r.quotaOf(project), more)
+		err := h.ledger.take(id, project, h.quotaOf(project), more)
 		if !errors.Is(err, errdefs.Exhausted) || errors.As(err, &over) || !makeWay(ctx, more) {
 			return err
 		}
@@ -261,9 +261,9 @@ func (r *rooms) admit(ctx context.Context, id ID, project string, more Resources
 }
 
 // acquireSlot acquires an address slot. Waiting guests make way.
-func (r *rooms) acquireSlot(ctx context.Context, makeWay making) (network.Slot, error) {
+func (h *holdings) acquireSlot(ctx context.Context, makeWay making) (network.Slot, error) {
 	for {
-		slot, err := r.cfg.Network.Acquire(ctx)
+		slot, err := h.cfg.Network.Acquire(ctx)
 		if !errors.Is(err, errdefs.Exhausted) || !makeWay(ctx, Resources{}) {
 			return slot, err
 		}
@@ -272,34 +272,34 @@ func (r *rooms) acquireSlot(ctx context.Context, makeWay making) (network.Slot, 
 
 // reserve takes capacity, a slot and an ID, and commits to them by writing the
 // record. The box comes back with its op lock held.
-func (r *rooms) reserve(ctx context.Context, req CreateRequest, base string, abort context.CancelCauseFunc) (_ *box, err error) {
+func (h *holdings) reserve(ctx context.Context, req CreateRequest, base string, abort context.CancelCauseFunc) (_ *box, err error) {
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 
-	id, state, makeWay := req.ID, Creating, r.makeWay
+	id, state, makeWay := req.ID, Creating, h.makeWay
 	if id == "" {
-		id = r.NewID()
+		id = h.NewID()
 	}
 	if req.bootKey != "" { // no waiting guest makes way for another
 		state, makeWay = Waiting, func(context.Context, Resources) bool { return false }
 	}
 	diskMiB := req.diskMiB
 	if diskMiB == 0 {
-		diskMiB = r.cfg.OverlayMiB
+		diskMiB = h.cfg.OverlayMiB
 	}
-	if err := r.reserveID(id); err != nil {
+	if err := h.reserveID(id); err != nil {
 		return nil, err
 	}
-	temp.Push("record", func(context.Context) error { return r.store.forget(id) })
-	if err := r.admit(ctx, id, req.Labels.Project, need(req.VCPUs, req.MemMiB, diskMiB), makeWay); err != nil {
+	temp.Push("record", func(context.Context) error { return h.store.forget(id) })
+	if err := h.admit(ctx, id, req.Labels.Project, need(req.VCPUs, req.MemMiB, diskMiB), makeWay); err != nil {
 		return nil, err
 	}
-	temp.Push("admission", func(context.Context) error { r.ledger.give(id); return nil })
-	slot, err := r.acquireSlot(ctx, makeWay)
+	temp.Push("admission", func(context.Context) error { h.ledger.give(id); return nil })
+	slot, err := h.acquireSlot(ctx, makeWay)
 	if err != nil {
 		return nil, err
 	}
-	temp.Push("slot", func(context.Context) error { return r.cfg.Network.Release(slot) })
+	temp.Push("slot", func(context.Context) error { return h.cfg.Network.Release(slot) })
 
 	now := time.Now().UTC()
 	b := newBox(Record{
@@ -307,23 +307,23 @@ func (r *rooms) reserve(ctx context.Context, req CreateRequest, base string, abo
 		Template: req.Template, Snapshot: req.snapshot, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
 		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Life: req.Life, AutoResume: req.AutoResume, Base: base,
 		Network: req.Network.clone(), Ingress: req.Ingress.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
-		Slot: slot, HostIP: r.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
+		Slot: slot, HostIP: h.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		TrafficToken: req.Ingress.newTrafficToken(),
 		BootKey:      req.bootKey,
 		CreatedAt:    now, StateAt: now, LastActiveAt: now,
 	})
 	b.setAbort(abort)
-	if err := r.store.save(b.record()); err != nil {
+	if err := h.store.save(b.record()); err != nil {
 		return nil, err
 	}
 	b.tryHold("created")
 	b.actFor(ctx)
-	if err := r.add(b); err != nil { // a shutdown that began does not see this box
+	if err := h.add(b); err != nil { // a shutdown that began does not see this box
 		return nil, err
 	}
 	temp.Keep()
 	if state == Creating {
-		r.tell(b, Event{Time: now, To: Creating, Actor: ActorOf(ctx)})
+		h.tell(b, Event{Time: now, To: Creating, Actor: ActorOf(ctx)})
 	}
 	return b, nil
 }

@@ -139,9 +139,9 @@ func (m *Manager) keepHibernated(ctx context.Context, b *box, dir string, what H
 // freeHibernated frees what a hibernated sandbox does not need: VM, network, capacity,
 // the disk's copy. What cannot be freed is tried again. Called with the op lock
 // held.
-func (r *rooms) freeHibernated(b *box) error {
+func (h *holdings) freeHibernated(b *box) error {
 	// Without its snapshot, the VM and its disk are what is left of the sandbox.
-	if err := r.store.checkSnapshot(b.id); err != nil {
+	if err := h.store.checkSnapshot(b.id); err != nil {
 		b.postpone()
 		return fmt.Errorf("free hibernated sandbox %s: %w", b.id, err)
 	}
@@ -149,21 +149,21 @@ func (r *rooms) freeHibernated(b *box) error {
 	defer cancel()
 	rec := b.record()
 	b.closeGuest()
-	err := r.free(ctx, b)
+	err := h.free(ctx, b)
 	if err == nil {
-		err = r.save(b, func(r *Record) { r.VM, r.Slot, r.HostIP = nil, 0, netip.Addr{} })
+		err = h.save(b, func(r *Record) { r.VM, r.Slot, r.HostIP = nil, 0, netip.Addr{} })
 	}
 	if err != nil {
 		b.postpone()
-		r.log.Error("hibernated sandbox not freed, will try again", "sandbox", b.id, "err", err)
+		h.log.Error("hibernated sandbox not freed, will try again", "sandbox", b.id, "err", err)
 		return errdefs.Unavailable.Errorf(
 			"sandbox %s is hibernated but not all of it could be freed yet; the host tries again by itself", b.id)
 	}
 	b.op.vm = nil
 	b.renew()
 	b.settled()
-	r.releaseSlot(rec)
-	r.ledger.adopt(b.id, rec.Project, b.record().takes())
+	h.releaseSlot(rec)
+	h.ledger.adopt(b.id, rec.Project, b.record().takes())
 	return nil
 }
 
@@ -236,22 +236,22 @@ func (s store) ownSource(id ID, filesOnly bool) source {
 
 // readmit takes capacity and a slot for a hibernated sandbox and notes them in
 // its record. Called with the op lock held.
-func (r *rooms) readmit(ctx context.Context, b *box) (err error) {
+func (h *holdings) readmit(ctx context.Context, b *box) (err error) {
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 	rec := b.record()
 	more := need(rec.VCPUs, rec.MemMiB, rec.DiskMiB).minus(rec.takes())
-	if err := r.admit(ctx, b.id, rec.Project, more, r.makeWay); err != nil {
+	if err := h.admit(ctx, b.id, rec.Project, more, h.makeWay); err != nil {
 		return err
 	}
-	temp.Push("admission", func(context.Context) error { r.ledger.adopt(b.id, rec.Project, rec.takes()); return nil })
-	slot, err := r.acquireSlot(ctx, r.makeWay)
+	temp.Push("admission", func(context.Context) error { h.ledger.adopt(b.id, rec.Project, rec.takes()); return nil })
+	slot, err := h.acquireSlot(ctx, h.makeWay)
 	if err != nil {
 		return err
 	}
-	temp.Push("slot", func(context.Context) error { return r.cfg.Network.Release(slot) })
-	hostIP := r.cfg.Network.Plan().Addrs(slot).HostIP
-	if err := r.save(b, func(r *Record) {
+	temp.Push("slot", func(context.Context) error { return h.cfg.Network.Release(slot) })
+	hostIP := h.cfg.Network.Plan().Addrs(slot).HostIP
+	if err := h.save(b, func(r *Record) {
 		if r.Slot, r.HostIP = slot, hostIP; passed(r.EndAt, time.Now()) {
 			r.EndAt = time.Time{} // it would end at once
 		}

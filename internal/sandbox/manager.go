@@ -20,7 +20,7 @@ type Manager struct {
 	*work
 	*host
 	*vms
-	*rooms
+	*holdings
 	*reconciler
 
 	ledger *ledger

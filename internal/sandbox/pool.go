@@ -173,7 +173,7 @@ func (p *pool) stopMaking(ctx context.Context) (stopped bool, err error) {
 }
 
 // keeper makes waiting guests, keeps the pool full of them, and makes sandboxes of them.
-type keeper struct{ *rooms }
+type keeper struct{ *holdings }
 
 // createWaiting makes a sandbox of a waiting guest with the same boot key. ok is false
 // if there is none, or none that still answers.
@@ -270,27 +270,27 @@ func (k keeper) handOut(ctx context.Context, b *box, req CreateRequest, began ti
 // makeWay ends a waiting guest, the oldest first, so that a sandbox has
 // the room that it needs; false if there is none, or if all of them together
 // would not do.
-func (r *rooms) makeWay(ctx context.Context, need Resources) bool {
-	r.pool.stir()
+func (h *holdings) makeWay(ctx context.Context, need Resources) bool {
+	h.pool.stir()
 	var waiting []ID
-	for _, b := range r.all() {
+	for _, b := range h.all() {
 		if b.waits() {
 			waiting = append(waiting, b.id)
 		}
 	}
-	fits := r.ledger.fits(need, waiting)
-	if stopped, err := r.pool.stopMaking(ctx); stopped { // it takes room as well
+	fits := h.ledger.fits(need, waiting)
+	if stopped, err := h.pool.stopMaking(ctx); stopped { // it takes room as well
 		return err == nil
 	}
 	if !fits {
 		return false
 	}
-	b := r.pool.takeOut("given up", nil, func(Record) bool { return true })
+	b := h.pool.takeOut("given up", nil, func(Record) bool { return true })
 	if b == nil {
 		return false
 	}
 	defer b.unhold()
-	return r.release(b, Destroyed, "a sandbox needs the room") == nil
+	return h.release(b, Destroyed, "a sandbox needs the room") == nil
 }
 
 // run keeps the pool full until the manager's life ends. It makes one

@@ -86,8 +86,8 @@ func newManager(cfg Config, lock *dirLock) *Manager {
 		registry: m.registry, work: m.work, host: m.host, disk: m.disk, log: cfg.Log, store: disk,
 		starts: make(chan struct{}, cfg.Capacity.Starts), started: m.pool.stir,
 	}
-	m.rooms = &rooms{m.vms, m.ledger, m.pool}
-	m.keeper = keeper{m.rooms}
+	m.holdings = &holdings{m.vms, m.ledger, m.pool}
+	m.keeper = keeper{m.holdings}
 	m.vms.ended = m.releaseEnded
 	m.reconciler = &reconciler{vms: m.vms, fence: m.fence, ledger: m.ledger}
 	return m

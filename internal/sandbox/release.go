@@ -17,8 +17,8 @@ const (
 	retryMost  = time.Minute
 )
 
-// rooms gives sandboxes what they take of the host, and takes it back.
-type rooms struct {
+// holdings gives sandboxes what they take of the host, and takes it back.
+type holdings struct {
 	*vms
 	ledger *ledger
 	pool   *pool
@@ -35,9 +35,9 @@ func (m *Manager) Destroy(ctx context.Context, id ID) error {
 	return m.destroy(ctx, b)
 }
 
-func (r *rooms) destroy(ctx context.Context, b *box) error {
+func (h *holdings) destroy(ctx context.Context, b *box) error {
 	result := make(chan error, 1)
-	if !r.goes("destroy", func() { result <- r.destroyNow(context.WithoutCancel(ctx), b) }) {
+	if !h.goes("destroy", func() { result <- h.destroyNow(context.WithoutCancel(ctx), b) }) {
 		return errdefs.Unavailable.Errorf("the host has shut down")
 	}
 	select {
@@ -49,7 +49,7 @@ func (r *rooms) destroy(ctx context.Context, b *box) error {
 }
 
 // destroyNow waits for the op lock however long an operation takes.
-func (r *rooms) destroyNow(ctx context.Context, b *box) error {
+func (h *holdings) destroyNow(ctx context.Context, b *box) error {
 	b.cancel(destroyed{errDestroyed, ctx})
 	// An aborted operation ends soon; the request need not wait for it.
 	if err := b.hold(ctx, "destroyed"); err != nil {
@@ -57,9 +57,9 @@ func (r *rooms) destroyNow(ctx context.Context, b *box) error {
 	}
 	defer b.unhold()
 	if b.state() == Stopped {
-		return r.forget(b)
+		return h.forget(b)
 	}
-	return r.release(b, Destroyed, "")
+	return h.release(b, Destroyed, "")
 }
 
 // release frees all that a record names, and is the one way to do so: for a
@@ -67,10 +67,10 @@ func (r *rooms) destroyNow(ctx context.Context, b *box) error {
 // What cannot be freed keeps the sandbox in stopping, to be tried again; its
 // slot is not given to another before. A waiting guest stays in waiting until it is
 // forgotten. Called with the op lock held.
-func (r *rooms) release(b *box, reason Reason, detail string) error {
-	r.pool.drop(b)
+func (h *holdings) release(b *box, reason Reason, detail string) error {
+	h.pool.drop(b)
 	if s := b.state(); s != Stopping && s != Waiting {
-		err := r.move(b, Stopping, func(r *Record) { r.Reason, r.Detail = reason, detail })
+		err := h.move(b, Stopping, func(r *Record) { r.Reason, r.Detail = reason, detail })
 		if err != nil {
 			return err
 		}
@@ -81,31 +81,31 @@ func (r *rooms) release(b *box, reason Reason, detail string) error {
 	defer cancel()
 	rec := b.record()
 	waiting, destroyed := rec.State == Waiting, rec.Reason == Destroyed || reason == Destroyed
-	err := r.free(ctx, b)
-	if derr := r.store.dropSnapshots(b.id); derr != nil {
+	err := h.free(ctx, b)
+	if derr := h.store.dropSnapshots(b.id); derr != nil {
 		err = errors.Join(err, derr)
 	}
 	if err == nil && (waiting || destroyed) {
-		err = r.store.forget(b.id) // before another sandbox can have its slot
+		err = h.store.forget(b.id) // before another sandbox can have its slot
 	}
 	if err != nil {
 		b.postpone()
-		r.log.Error("sandbox not freed, will try again", "sandbox", b.id, "state", rec.State, "reason", rec.Reason, "err", err)
+		h.log.Error("sandbox not freed, will try again", "sandbox", b.id, "state", rec.State, "reason", rec.Reason, "err", err)
 		return errdefs.Unavailable.Errorf("sandbox %s is %s but not all of it could be freed yet; the host tries again by itself", b.id, rec.Reason)
 	}
 	if waiting {
-		r.log.Info("waiting guest freed", "sandbox", b.id, "reason", reason, "detail", detail)
-	} else if err := r.stopped(b, destroyed); err != nil {
+		h.log.Info("waiting guest freed", "sandbox", b.id, "reason", reason, "detail", detail)
+	} else if err := h.stopped(b, destroyed); err != nil {
 		return err
 	}
 	b.settled()
-	r.releaseSlot(rec)
-	r.ledger.give(b.id)
+	h.releaseSlot(rec)
+	h.ledger.give(b.id)
 	if waiting || destroyed {
-		r.drop(b)
+		h.drop(b)
 	}
 	if !waiting {
-		r.pool.wake() // there is room
+		h.pool.wake() // there is room
 	}
 	return nil
 }
@@ -126,13 +126,13 @@ func (r *registry) stopped(b *box, destroyed bool) error {
 
 // releaseEnded frees a sandbox whose VM has ended, and says how. Called with the op
 // lock held.
-func (r *rooms) releaseEnded(b *box, exit vmm.Exit) {
+func (h *holdings) releaseEnded(b *box, exit vmm.Exit) {
 	reason := VMExited
 	if exit.Cause == vmm.OutOfMemory {
 		reason = OutOfMemory
 	}
-	_ = r.release(b, reason, exit.String()+r.consoleEnd(b.id))
-	r.pool.wake() // it may have been a waiting guest
+	_ = h.release(b, reason, exit.String()+h.consoleEnd(b.id))
+	h.pool.wake() // it may have been a waiting guest
 }
 
 // settled ends a series of failures.

@@ -1,34 +1,66 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	"git.omukk.dev/wrenn/sandbox/internal/agent"
 	"git.omukk.dev/wrenn/sandbox/internal/client"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
 // cli is what the commands that speak to a host agent share.
 type cli struct {
-	addr string       // --host
-	host *client.Host // set by connect
+	addr     string       // --host; where connect found the agent
+	key      string       // --api-key
+	stateDir string       // --state-dir
+	host     *client.Host // set by connect
 }
+
+// overTCP is where an agent listens of which nothing is said.
+const overTCP = "http://127.0.0.1:50051"
 
 // connect runs before each command that speaks to a host agent.
 func (c *cli) connect(*cobra.Command, []string) (err error) {
-	if c.host, err = client.New(c.addr); err != nil {
+	key := cmp.Or(c.key, os.Getenv("WRENN_API_KEY"))
+	if c.addr == "" && key != "" {
+		c.addr = overTCP // over the socket a key would count for nothing
+	}
+	if c.addr == "" {
+		if c.addr, err = nearby(c.stateDir); err != nil {
+			return err
+		}
+	}
+	if c.host, err = client.New(c.addr, key); err != nil {
 		return fmt.Errorf("--host: %w", err)
 	}
 	return nil
+}
+
+// nearby is the address of the agent of a state directory: its Unix socket, if there is
+// one that this user may open.
+func nearby(stateDir string) (string, error) {
+	dir, err := filepath.Abs(stateDir)
+	if err != nil {
+		return "", fmt.Errorf("--state-dir: %w", err)
+	}
+	socket := agent.SocketPath(dir)
+	if unix.Access(socket, unix.R_OK|unix.W_OK) != nil {
+		return overTCP, nil
+	}
+	return "unix://" + socket, nil
 }
 
 // find returns the sandbox that an argument names.

@@ -38,7 +38,7 @@ func (x *command) find(ctx context.Context, c *cli, ref string) (*client.Sandbox
 	if x.within <= 0 {
 		return c.find(ctx, ref)
 	}
-	late := errdefs.TimedOut.Errorf("host agent %s did not answer within %v", c.host.URL(), x.within)
+	late := errdefs.TimedOut.Errorf("host agent %s did not answer within %v", c.addr, x.within)
 	// A deadline would travel in the request, and the agent's word of it come first.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)

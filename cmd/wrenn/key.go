@@ -11,16 +11,15 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"git.omukk.dev/wrenn/sandbox/internal/agent"
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
 )
 
 // keyring is the store of API keys that a command works on. The agent need not run:
 // what is changed counts for its next request.
-type keyring struct{ stateDir string }
+type keyring struct{ *cli }
 
-func newKey() *cobra.Command {
-	k := &keyring{}
+func newKey(c *cli) *cobra.Command {
+	k := &keyring{c}
 	cmd := &cobra.Command{
 		Use:   "key",
 		Short: "Make, list and revoke API keys",
@@ -33,8 +32,6 @@ It works on the state directory, as root, also while no agent runs. A change
 counts for the next request.`,
 		Args: cobra.NoArgs,
 	}
-	cmd.PersistentFlags().StringVar(&k.stateDir, "state-dir", env("WRENN_STATE_DIR", agent.DefaultStateDir),
-		"state directory of the agent (env WRENN_STATE_DIR)")
 	cmd.AddCommand(newKeyCreate(k), newKeyLs(k), newKeyRm(k), newKeyQuota(k))
 	return cmd
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"git.omukk.dev/wrenn/sandbox/internal/agent"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs/errhttp"
 )
 
@@ -120,6 +121,9 @@ func explain(err error) string {
 	if cerr.Code() == connect.CodeUnavailable && errors.Is(err, syscall.ECONNREFUSED) {
 		return fmt.Sprintf("no host agent answers (%s); start one with `wrenn serve`, or name another with --host", cerr.Message())
 	}
+	if cerr.Code() == connect.CodeUnauthenticated && strings.Contains(cerr.Message(), "key") {
+		return fmt.Sprintf("%s; give it with --api-key or WRENN_API_KEY, or run wrenn as root on the host", cerr.Message())
+	}
 	_, hint, _ := strings.Cut(err.Error(), cerr.Error())
 	return fmt.Sprintf("%s (%s)%s", cerr.Message(), cerr.Code(), hint)
 }
@@ -136,6 +140,8 @@ On the host, as root:
   wrenn setup          install and prepare what the host needs
   wrenn serve          run the host agent
   wrenn doctor         say what is missing, and how to mend it
+  wrenn key create     make an API key for clients over TCP
+  wrenn env            print what E2B's clients need to use this host
 
 Then, as any user who can reach the agent:
   wrenn run -- uname -a          a sandbox for one command
@@ -149,10 +155,14 @@ Then, as any user who can reach the agent:
 	root.SetFlagErrorFunc(flagHint)
 	root.SetOut(printer{os.Stdout})
 	root.SetErr(printer{os.Stderr})
-	root.PersistentFlags().StringVarP(&c.addr, "host", "H", env("WRENN_HOST", "http://127.0.0.1:50051"),
-		"URL of the host agent (env WRENN_HOST)")
+	f := root.PersistentFlags()
+	f.StringVarP(&c.addr, "host", "H", env("WRENN_HOST", ""),
+		"URL of the host agent; empty for the Unix socket of the one on --state-dir, or "+overTCP+" if you may not open that (env WRENN_HOST)")
+	f.StringVar(&c.key, "api-key", "", "API key to show to the agent, over TCP (env WRENN_API_KEY)")
+	f.StringVar(&c.stateDir, "state-dir", env("WRENN_STATE_DIR", agent.DefaultStateDir),
+		"state directory of the agent on this host to speak to (env WRENN_STATE_DIR)")
 	root.AddGroup(&cobra.Group{ID: "host", Title: "On the host:"}, &cobra.Group{ID: "sandbox", Title: "Sandboxes:"})
-	for _, cmd := range []*cobra.Command{newSetup(), newServe(), newDoctor(), newKey()} {
+	for _, cmd := range []*cobra.Command{newSetup(), newServe(), newDoctor(), newKey(c), newEnv(c)} {
 		cmd.GroupID = "host"
 		root.AddCommand(cmd)
 	}

@@ -36,7 +36,7 @@ sandbox's daemon, is reached by HTTP only and is not forwarded.`,
 				return err
 			}
 			if listen != "" && port == guestapi.Port {
-				return fmt.Errorf("port %d is the sandbox's daemon, which is not forwarded; it is served as HTTP at %s", port, s.PortURL(port))
+				return fmt.Errorf("port %d is the sandbox's daemon, which is not forwarded; without --listen its URL is printed", port)
 			}
 			if err := s.Reachable(cmd.Context()); err != nil {
 				return err
@@ -44,13 +44,26 @@ sandbox's daemon, is reached by HTTP only and is not forwarded.`,
 			if listen != "" {
 				return forward(cmd, s, port, listen)
 			}
-			fmt.Fprintf(cmd.OutOrStdout(), "%s\n%s/ with the headers\n  %s: %s\n  %s: %d\n", s.PortURL(port), c.host.URL(),
-				guestapi.HeaderSandboxID, s.ID, guestapi.HeaderSandboxPort, port)
-			return nil
+			return c.printPort(cmd, s, port)
 		},
 	}
 	cmd.Flags().StringVar(&listen, "listen", "", "forward from this address (HOST:PORT; port 0 picks one); without a host it is 127.0.0.1")
 	return cmd
+}
+
+// printPort prints how HTTP reaches a port of a sandbox.
+func (c *cli) printPort(cmd *cobra.Command, s *client.Sandbox, port uint16) error {
+	url, err := s.PortURL(cmd.Context(), port)
+	if err != nil {
+		return err
+	}
+	at, err := c.host.Address(cmd.Context())
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(cmd.OutOrStdout(), "%s\n%s/ with the headers\n  %s: %s\n  %s: %d\n", url, at.URL,
+		guestapi.HeaderSandboxID, s.ID, guestapi.HeaderSandboxPort, port)
+	return nil
 }
 
 // forward carries TCP connections to a port of a sandbox until Ctrl-C or the

@@ -37,7 +37,7 @@ func TestPortThatCannotBeReached(t *testing.T) {
 	for name, c := range map[string]struct {
 		status, port, want string
 	}{
-		"the daemon's":     {"running", "49983", "not forwarded; it is served as HTTP at http://49983-" + clienttest.ID + ".localhost:"},
+		"the daemon's":     {"running", "49983", "not forwarded; without --listen its URL is printed"},
 		"none":             {"running", "0", "not a number"},
 		"too high":         {"running", "65536", "not a number"},
 		"negative":         {"running", "-1", ""},

@@ -118,6 +118,11 @@ adopts those that run.`,
 func (c *serveFlags) apiFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&c.Listen, "listen", env("WRENN_LISTEN", c.Listen), "address of the API (env WRENN_LISTEN)")
+	f.StringVar(&c.TLSCert, "tls-cert", env("WRENN_TLS_CERT", ""),
+		"certificate that --listen shows, with its chain, in PEM; read again when it changes (env WRENN_TLS_CERT)")
+	f.StringVar(&c.TLSKey, "tls-key", env("WRENN_TLS_KEY", ""), "the certificate's key in PEM (env WRENN_TLS_KEY)")
+	f.BoolVar(&c.TLSSelfSigned, "tls-self-signed", false,
+		"speak TLS with a certificate for --domain of an authority that the agent makes; 'wrenn env' tells clients of it")
 	f.StringVar(&c.SocketGroup, "socket-group", env("WRENN_SOCKET_GROUP", ""),
 		"group whose members command this host over the agent's Unix socket, as root does; none when empty (env WRENN_SOCKET_GROUP)")
 	f.StringVar(&c.allowHost, "allow-host", env("WRENN_ALLOW_HOST", ""),

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/certs"
 	"git.omukk.dev/wrenn/sandbox/internal/e2b"
 	"git.omukk.dev/wrenn/sandbox/internal/egress"
 	"git.omukk.dev/wrenn/sandbox/internal/gateway"
@@ -93,6 +95,7 @@ type Agent struct {
 	base      base
 	keys      *auth.Store
 	requests  *idempotency.Store
+	certs     *certs.Source // nil for no TLS
 	listener  net.Listener
 	socket    net.Listener
 	door      *gateway.Gateway
@@ -132,6 +135,12 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if err := cfg.checkKeys(a.keys); err != nil {
 		return nil, err
 	}
+	if a.certs, err = cfg.certificate(); err != nil {
+		return nil, fmt.Errorf("open certificate: %w", err)
+	}
+	if a.certs == nil && !cfg.onLoopback() {
+		a.log.Warn("API keys and all that sandboxes say cross the network in the clear; --tls-cert or --tls-self-signed mends that")
+	}
 	if a.listener, err = net.Listen("tcp", cfg.Listen); err != nil {
 		if errors.Is(err, syscall.EADDRINUSE) {
 			return nil, fmt.Errorf("listen: %w: is it another agent? Name another address with --listen", err)
@@ -154,9 +163,14 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if len(cfg.DNS) == 0 && len(network.HostResolvers()) == 0 {
 		a.log.Warn("the host has no resolver that a guest can reach; guests ask public ones, --dns names others", "dns", cfg.resolvers())
 	}
-	a.door = a.newDoor(server.Version{
+	version := server.Version{
 		Version: cfg.Version, VMM: chosen.Driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")",
-	})
+	}
+	version.URL, version.Domain = cfg.address(a.listener.Addr().(*net.TCPAddr).AddrPort(), a.certs != nil)
+	if cfg.TLSSelfSigned {
+		version.CAFile = certs.CAFile(cfg.tlsDir())
+	}
+	a.door = a.newDoor(version)
 	return a, nil
 }
 
@@ -250,8 +264,8 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	most, each := a.cfg.conns()
 	limiter := auth.NewLimiter(a.cfg.Rates)
 	door := gateway.New(gateway.Config{
-		Sandboxes: a.base.manager, Control: mux, REST: a.newREST(limiter), Names: a.cfg.names(), Panics: &panics, Log: a.log,
-		MaxConns: most, MaxConnsEach: each,
+		Sandboxes: a.base.manager, Control: mux, REST: a.newREST(limiter, version.Domain), Names: a.cfg.names(),
+		Panics: &panics, Log: a.log, MaxConns: most, MaxConnsEach: each, TLS: a.tls(),
 	})
 	server.Register(mux, server.Config{
 		Keys: a.keys, Limiter: limiter, Keyless: a.cfg.onLoopback(),
@@ -263,14 +277,21 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	return door
 }
 
-// newREST returns the handler of the REST API.
-func (a *Agent) newREST(limiter *auth.Limiter) http.Handler {
+// newREST returns the handler of the REST API, which tells clients of a domain.
+func (a *Agent) newREST(limiter *auth.Limiter, domain string) http.Handler {
 	manager, templates := e2b.OfHost(a.base.manager, a.templates, a.cfg.OverlayMiB)
-	_, port, _ := net.SplitHostPort(a.Addr().String()) // of a TCP address
 	return e2b.New(e2b.Config{
 		Manager: manager, Templates: templates, Keys: a.keys, Limiter: limiter, Requests: a.requests,
-		Domain: a.cfg.Domain + ":" + port, DefaultTemplate: template.DefaultName, MaxTimeout: a.cfg.MaxTimeout, Log: a.log,
+		Domain: domain, DefaultTemplate: template.DefaultName, MaxTimeout: a.cfg.MaxTimeout, Log: a.log,
 	})
+}
+
+// tls is what the TCP listener speaks; nil for plain HTTP.
+func (a *Agent) tls() *tls.Config {
+	if a.certs == nil {
+		return nil
+	}
+	return a.certs.TLS()
 }
 
 // Handler answers the API's requests and passes those for sandboxes on. It works

@@ -50,6 +50,11 @@ type Config struct {
 	// Listen is the TCP address of the API. Other machines may reach it only if there is
 	// an API key.
 	Listen string
+	// TLSCert and TLSKey are files in PEM of what Listen shows; they are read again when
+	// they change. TLSSelfSigned has an authority of the agent's own make them, in
+	// StateDir, for Domain. Without any of these Listen speaks no TLS.
+	TLSCert, TLSKey string
+	TLSSelfSigned   bool
 	// SocketGroup is the group, by name or number, whose members may command the host over
 	// the agent's Unix socket, like root. Empty is no group.
 	SocketGroup string
@@ -175,6 +180,12 @@ func (c Config) Check() error {
 func (c Config) checkListen() error {
 	if _, _, err := net.SplitHostPort(c.Listen); err != nil {
 		return fmt.Errorf("--listen: %w", err)
+	}
+	if (c.TLSCert == "") != (c.TLSKey == "") {
+		return errors.New("--tls-cert and --tls-key belong together: give both")
+	}
+	if c.TLSSelfSigned && c.TLSCert != "" {
+		return errors.New("--tls-self-signed makes a certificate: give it or --tls-cert and --tls-key")
 	}
 	return nil
 }

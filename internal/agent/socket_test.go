@@ -175,9 +175,10 @@ func TestSocketAfterAKeyIsMade(t *testing.T) {
 		}
 	}
 	path := socketPath(r.cfg.parts.run, r.cfg.StateDir)
-	local := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", path)
-	}}}
+	}
+	local := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: dial}}
 	ask := func(c *http.Client, base, key string) (int, string) {
 		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost,
 			base+"/hostagent.v1.HostAgentService/ListSandboxes", strings.NewReader("{}"))

@@ -143,6 +143,57 @@ func TestNames(t *testing.T) {
 	}
 }
 
+// The kept key is the same at every call until it is revoked or its file is lost.
+func TestKeptKey(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, keptFile)
+	kept := func() string {
+		t.Helper()
+		secret, err := open(t, dir).KeptKey()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c, err := open(t, dir).Lookup(secret); err != nil || c.Project.Name != DefaultProject {
+			t.Errorf("it is of %+v, %v", c, err)
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode() != 0o600 {
+			t.Errorf("its file: %v, %v", info, err)
+		}
+		if keys, err := open(t, dir).Keys(); err != nil || len(keys) != 1 {
+			t.Errorf("keys are %+v, %v", keys, err)
+		}
+		return secret
+	}
+	var all sync.WaitGroup
+	secrets := make([]string, 8)
+	for i := range secrets {
+		all.Go(func() { secrets[i], _ = open(t, dir).KeptKey() })
+	}
+	all.Wait()
+	first := kept()
+	for _, s := range secrets {
+		if s != first {
+			t.Errorf("at once: %q beside %q", s, first)
+		}
+	}
+	for what, lose := range map[string]func() error{
+		"revoked": func() error { _, err := open(t, dir).RemoveKey(keptName); return err },
+		"lost":    func() error { return os.Remove(path) },
+		"torn":    func() error { return os.WriteFile(path, []byte(strings.Repeat("x", 100)), 0o644) },
+	} {
+		old := kept()
+		if err := lose(); err != nil {
+			t.Fatal(err)
+		}
+		if now := kept(); now == old {
+			t.Errorf("%s: it is the same", what)
+		}
+		if _, err := open(t, dir).Lookup(old); !errors.Is(err, errdefs.Unauthenticated) {
+			t.Errorf("%s: the old one: %v", what, err)
+		}
+	}
+}
+
 // A file that cannot be used gives no access and stays as it is.
 func TestDamagedFile(t *testing.T) {
 	for name, damage := range map[string]func(path string) error{

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -32,6 +33,9 @@ const (
 	keysFile = "keys.json"
 	usedFile = "keys-used.json"
 	lockFile = "keys.lock"
+	// keptFile has the key of KeptKey itself, for its owner alone.
+	keptFile = "env-key"
+	keptName = "wrenn-env"
 )
 
 const (
@@ -184,6 +188,41 @@ func (s *Store) CreateKey(project, name string) (secret string, key Key, err err
 		return "", Key{}, err
 	}
 	return secret, key, nil
+}
+
+// KeptKey returns a key of the default project that can be shown again, for unlike any
+// other it is kept in a file. It is made if it is not there or was revoked.
+func (s *Store) KeptKey() (secret string, err error) {
+	f, err := os.OpenFile(filepath.Join(s.dir, keptFile), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return "", fmt.Errorf("open kept key: %w", err)
+	}
+	defer f.Close() // which gives the lock back
+	if err := errors.Join(flock(f), f.Chmod(0o600)); err != nil {
+		return "", fmt.Errorf("lock kept key: %w", err)
+	}
+	kept, err := io.ReadAll(io.LimitReader(f, 1<<10))
+	if err != nil {
+		return "", fmt.Errorf("read kept key: %w", err)
+	}
+	secret = strings.TrimSpace(string(kept))
+	if _, err := s.Lookup(secret); !errors.Is(err, errdefs.Unauthenticated) {
+		return secret, err
+	}
+	// One that is not in the file cannot be shown again.
+	if _, err := s.RemoveKey(keptName); err != nil && !errors.Is(err, errdefs.NotFound) {
+		return "", err
+	}
+	secret, _, err = s.CreateKey(DefaultProject, keptName)
+	if err != nil {
+		return "", err
+	}
+	// What is torn here is not valid, and is made anew.
+	_, err = f.WriteAt([]byte(secret+"\n"), 0)
+	if err := errors.Join(err, f.Truncate(int64(len(secret)+1)), f.Sync()); err != nil {
+		return "", fmt.Errorf("keep key: %w", err)
+	}
+	return secret, nil
 }
 
 // RemoveKey revokes the key with an ID or name. When it returns nil, the key opens
@@ -389,17 +428,20 @@ func lock(path string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	for {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	if err != nil {
+	if err := flock(f); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return func() { f.Close() }, nil
+}
+
+// flock waits for a file's lock.
+func flock(f *os.File) error {
+	for {
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
 }
 
 func newUUID() string {

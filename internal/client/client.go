@@ -30,6 +30,7 @@ import (
 // Host is a host agent. It is safe for concurrent use.
 type Host struct {
 	base  *url.URL
+	path  string // of the agent's Unix socket; empty for TCP
 	rpc   hostagentv1connect.HostAgentServiceClient
 	guest http.RoundTripper // for what the agent passes on to guests
 	grace time.Duration     // termGrace, except in tests
@@ -38,24 +39,53 @@ type Host struct {
 	kept map[string]tokens // by sandbox; those that were asked for
 }
 
-// New returns the host agent at a URL, such as http://127.0.0.1:50051. It does
-// not connect: an agent that is not there is an error of the first call.
-func New(addr string) (*Host, error) {
+// New returns the host agent at a URL, such as http://127.0.0.1:50051, or
+// unix:///run/wrenn/agent.sock for its Unix socket. key is the API key that the agent's
+// own calls show, unless it is empty; guests do not see it. New does not connect: an
+// agent that is not there is an error of the first call.
+func New(addr, key string) (*Host, error) {
 	base, err := url.Parse(strings.TrimRight(addr, "/"))
 	if err != nil {
 		return nil, err
 	}
-	if base.Scheme != "http" && base.Scheme != "https" || base.Hostname() == "" {
-		return nil, fmt.Errorf("%q is not a URL such as http://127.0.0.1:50051", addr)
-	}
 	h := &Host{base: base, grace: termGrace, kept: make(map[string]tokens)}
+	switch {
+	case base.Scheme == "unix" && base.Host == "" && base.Path != "":
+		h.path, h.base = base.Path, &url.URL{Scheme: "http", Host: "localhost"}
+	case base.Scheme != "http" && base.Scheme != "https" || base.Hostname() == "":
+		return nil, fmt.Errorf("%q is not a URL such as http://127.0.0.1:50051 or unix:///run/wrenn/agent.sock", addr)
+	}
 	h.guest = h.transport(guestPatience)
-	h.rpc = hostagentv1connect.NewHostAgentServiceClient(onlyTo(h.transport(0)), h.URL(), agentOptions())
+	h.rpc = hostagentv1connect.NewHostAgentServiceClient(onlyTo(withKey{key, h.transport(0)}), h.base.String(), agentOptions())
 	return h, nil
 }
 
-// URL is the address of the agent, without a slash at its end.
-func (h *Host) URL() string { return h.base.String() }
+// Address is where clients reach the agent over TCP.
+type Address struct {
+	// URL has no slash at its end.
+	URL string
+	// Domain is what the names of ports end with, with a port if the URL has one.
+	Domain string
+	// CAFile is the file of the agent's own authority, on its host; empty without one.
+	CAFile string
+}
+
+// Address asks the agent where it is.
+func (h *Host) Address(ctx context.Context) (Address, error) {
+	v, err := h.Version(ctx)
+	if err != nil {
+		return Address{}, err
+	}
+	if v.Url != "" {
+		return Address{v.Url, v.Domain, v.CaFile}, nil
+	}
+	// An agent of an earlier version is where it was asked, and has no domain.
+	domain := "localhost"
+	if p := h.base.Port(); p != "" {
+		domain += ":" + p
+	}
+	return Address{URL: h.base.String(), Domain: domain}, nil
+}
 
 // call makes a call that has one answer.
 func call[Req, Resp any](

@@ -27,26 +27,67 @@ func TestNew(t *testing.T) {
 		"http://127.0.0.1:50051": "http://127.0.0.1:50051", "https://host.example": "https://host.example",
 		"http://[::1]:1/": "http://[::1]:1", "http://host.example/wrenn//": "http://host.example/wrenn",
 		"": "", "host.example": "", "host.example:1": "", "127.0.0.1:1": "", "ftp://host.example": "", "http://": "", "http://:1": "",
-		"http://a b": "",
+		"http://a b": "", "unix:///run/wrenn/agent.sock": "http://localhost", "unix://": "", "unix://host/path": "", "unix:path": "",
 	} {
-		h, err := New(addr)
-		if (err != nil) != (want == "") || err == nil && h.URL() != want {
+		h, err := New(addr, "")
+		if (err != nil) != (want == "") || err == nil && h.base.String() != want {
 			t.Errorf("%q: %v, %v; want %q", addr, h, err, want)
 		}
 	}
 }
 
+// The agent says where it is; one of an earlier version is where it was asked.
 func TestPortURL(t *testing.T) {
-	for addr, want := range map[string]string{
-		"http://127.0.0.1:50051": "http://80-sb-1.localhost:50051/", "https://host.example": "https://80-sb-1.localhost/",
+	a := &clienttest.Agent{}
+	url := a.Serve(t)
+	_, port, _ := strings.Cut(strings.TrimPrefix(url, "http://"), ":")
+	s := sandboxOf(t, url)
+	for _, c := range []struct {
+		at   Address
+		want string
+	}{
+		{Address{}, "http://80-" + clienttest.ID + ".localhost:" + port + "/"},
+		{Address{URL: "https://api.a.example", Domain: "a.example"}, "https://80-" + clienttest.ID + ".a.example/"},
+		{Address{URL: "http://127.0.0.1:1", Domain: "localhost:1"}, "http://80-" + clienttest.ID + ".localhost:1/"},
 	} {
-		h, err := New(addr)
-		if err != nil {
-			t.Fatal(err)
+		a.URL, a.Domain = c.at.URL, c.at.Domain
+		if got, err := s.PortURL(t.Context(), 80); err != nil || got != c.want {
+			t.Errorf("%+v: %s, %v", c.at, got, err)
 		}
-		if got := h.Sandbox("sb-1").PortURL(80); got != want {
-			t.Errorf("%s: %s, want %s", addr, got, want)
+	}
+}
+
+// The key goes to the agent and never to a guest.
+func TestKeyIsTheAgentsAlone(t *testing.T) {
+	const key = "e2b_0123"
+	a := &clienttest.Agent{Token: "token"}
+	s := sandboxOf(t, a.Serve(t))
+	h, err := New(s.host.base.String(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = h.Sandbox(clienttest.ID)
+	if _, err := s.Info(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Usage(t.Context()); err != nil {
+		t.Log(err) // what the fake says is not the point
+	}
+	own, guests := 0, 0
+	for _, r := range a.Requests() {
+		switch shown := r.Header.Get("X-Api-Key"); {
+		case strings.HasPrefix(r.URL.Path, "/hostagent.v1."):
+			if own++; shown != key {
+				t.Errorf("%s was shown %q", r.URL.Path, shown)
+			}
+		default:
+			if guests++; shown != "" {
+				t.Errorf("%s was shown the key", r.URL.Path)
+			}
 		}
+	}
+	if own == 0 || guests == 0 {
+		t.Errorf("%d calls of the agent, %d of guests", own, guests)
 	}
 }
 

@@ -270,7 +270,7 @@ func (s *Sandbox) files(ctx context.Context, user, method, path string, body io.
 	if user != "" {
 		query.Set("username", user)
 	}
-	req, err := http.NewRequestWithContext(ctx, method, s.host.URL()+guestapi.PathFiles+"?"+query.Encode(), body)
+	req, err := http.NewRequestWithContext(ctx, method, s.host.base.String()+guestapi.PathFiles+"?"+query.Encode(), body)
 	if err != nil {
 		return nil, err
 	}

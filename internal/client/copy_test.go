@@ -154,7 +154,7 @@ func cp(t *testing.T, agent, from, to string) error {
 // sandboxOf is the sandbox of an agent.
 func sandboxOf(t *testing.T, agent string) *Sandbox {
 	t.Helper()
-	h, err := New(agent)
+	h, err := New(agent, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,12 +36,12 @@ func (h *Host) dataPlane() *http.Client {
 // processes and filesystem are clients of the sandbox's daemon, which act as
 // user.
 func (s *Sandbox) processes(user string) processconnect.ProcessClient {
-	return processconnect.NewProcessClient(s.host.dataPlane(), s.host.URL(),
+	return processconnect.NewProcessClient(s.host.dataPlane(), s.host.base.String(),
 		guest.ClientOptions(), connect.WithInterceptors(guestHeaders{s.ID, user}))
 }
 
 func (s *Sandbox) filesystem(user string) filesystemconnect.FilesystemClient {
-	return filesystemconnect.NewFilesystemClient(s.host.dataPlane(), s.host.URL(),
+	return filesystemconnect.NewFilesystemClient(s.host.dataPlane(), s.host.base.String(),
 		guest.ClientOptions(), connect.WithInterceptors(guestHeaders{s.ID, user}))
 }
 

@@ -3,6 +3,7 @@ package client
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"net"
 	"net/http"
 	"time"
@@ -40,8 +41,42 @@ func (h *Host) transport(patience time.Duration) *http.Transport {
 
 // dial connects to the agent. Every connection of a Host is made here.
 func (h *Host) dial(ctx context.Context) (net.Conn, error) {
+	d := &net.Dialer{Timeout: dialTimeout}
+	if h.path != "" {
+		return d.DialContext(ctx, "unix", h.path)
+	}
 	port := cmp.Or(h.base.Port(), map[string]string{"http": "80", "https": "443"}[h.base.Scheme])
-	return (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp", net.JoinHostPort(h.base.Hostname(), port))
+	return d.DialContext(ctx, "tcp", net.JoinHostPort(h.base.Hostname(), port))
+}
+
+// dialHTTP1 connects to the agent for requests of HTTP/1.1 that are written by hand.
+func (h *Host) dialHTTP1(ctx context.Context) (net.Conn, error) {
+	conn, err := h.dial(ctx)
+	if err != nil || h.base.Scheme != "https" {
+		return conn, err
+	}
+	secure := tls.Client(conn, &tls.Config{ServerName: h.base.Hostname(), NextProtos: []string{"http/1.1"}})
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	if err := secure.HandshakeContext(ctx); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return secure, nil
+}
+
+// withKey shows the API key of the caller.
+type withKey struct {
+	key  string
+	next http.RoundTripper
+}
+
+func (k withKey) RoundTrip(req *http.Request) (*http.Response, error) {
+	if k.key != "" {
+		req = req.Clone(req.Context())
+		req.Header.Set("X-API-KEY", k.key)
+	}
+	return k.next.RoundTrip(req)
 }
 
 // onlyTo is a client that takes a redirect for an answer like any other.

@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 
 	"connectrpc.com/connect"
@@ -37,17 +38,18 @@ func (s *Sandbox) Reachable(ctx context.Context) error {
 	return nil
 }
 
-// PortURL is the URL under which a port of the sandbox answers HTTP, where
-// every name below localhost is this machine and the agent is on it.
-func (s *Sandbox) PortURL(port uint16) string {
-	name := portName(s.ID, port)
-	if p := s.host.base.Port(); p != "" {
-		name += ":" + p
+// PortURL is the URL under which a port of the sandbox answers HTTP where the agent's
+// domain leads to it; every name below localhost is the machine itself.
+func (s *Sandbox) PortURL(ctx context.Context, port uint16) (string, error) {
+	at, err := s.host.Address(ctx)
+	if err != nil {
+		return "", err
 	}
-	return s.host.base.Scheme + "://" + name + "/"
+	scheme, _, _ := strings.Cut(at.URL, "://")
+	return fmt.Sprintf("%s://%d-%s.%s/", scheme, port, s.ID, at.Domain), nil
 }
 
-// portName is the host name by which the agent knows a port of a sandbox.
+// portName is a host name by which the agent knows a port of a sandbox.
 func portName(id string, port uint16) string { return fmt.Sprintf("%d-%s.localhost", port, id) }
 
 // Forward carries each connection that listener accepts to a port of the
@@ -99,14 +101,11 @@ func (s *Sandbox) carry(ctx context.Context, conn net.Conn, port uint16) error {
 // tunnel opens a connection to a port of the sandbox through the agent; the
 // guest's bytes are read from r.
 func (s *Sandbox) tunnel(ctx context.Context, port uint16) (_ net.Conn, r io.Reader, err error) {
-	if s.host.base.Scheme != "http" {
-		return nil, nil, errors.New("ports are forwarded over an http:// agent only")
-	}
 	secrets, err := s.tokens(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	conn, err := s.host.dial(ctx)
+	conn, err := s.host.dialHTTP1(ctx)
 	if err != nil {
 		return nil, nil, err
 	}

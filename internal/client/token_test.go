@@ -31,7 +31,7 @@ func TestClientShowsTheToken(t *testing.T) {
 	if diff := gocmp.Diff(want, a.Calls()); diff != "" {
 		t.Error(diff)
 	}
-	h, err := New(url)
+	h, err := New(url, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +98,7 @@ func TestTokenFollowsNoRedirect(t *testing.T) {
 	if _, err := s.Usage(t.Context()); err == nil {
 		t.Error("a redirect is taken for metrics")
 	}
-	req, err := http.NewRequestWithContext(t.Context(), "GET", s.host.URL()+"/metrics", nil)
+	req, err := http.NewRequestWithContext(t.Context(), "GET", s.host.base.String()+"/metrics", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

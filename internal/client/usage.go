@@ -36,7 +36,7 @@ type Process struct {
 func (s *Sandbox) Usage(ctx context.Context) (*Usage, error) {
 	ctx, cancel := context.WithTimeout(ctx, guestPatience)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.host.URL()+guestapi.PathMetrics, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.host.base.String()+guestapi.PathMetrics, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -47,6 +47,9 @@ const (
 // Version says what this agent is.
 type Version struct {
 	Version, VMM, VMMVersion string
+	// URL is that of the TCP listener, Domain what names of ports end with, CAFile the
+	// agent's own authority, if it has one.
+	URL, Domain, CAFile string
 }
 
 type service struct {
@@ -649,5 +652,6 @@ func (s *service) Verify(ctx context.Context, req *request[pb.VerifyRequest], st
 func (s *service) GetVersion(context.Context, *request[pb.GetVersionRequest]) (*response[pb.GetVersionResponse], error) {
 	return connect.NewResponse(&pb.GetVersionResponse{
 		Version: s.version.Version, Vmm: s.version.VMM, VmmVersion: s.version.VMMVersion,
+		Url: s.version.URL, Domain: s.version.Domain, CaFile: s.version.CAFile,
 	}), nil
 }

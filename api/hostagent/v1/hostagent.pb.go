@@ -3048,8 +3048,16 @@ type GetVersionResponse struct {
 	Version string `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
 	// Driver that new sandboxes get ("qemu", "firecracker") and its VMM's
 	// version and acceleration.
-	Vmm           string `protobuf:"bytes,2,opt,name=vmm,proto3" json:"vmm,omitempty"`
-	VmmVersion    string `protobuf:"bytes,3,opt,name=vmm_version,json=vmmVersion,proto3" json:"vmm_version,omitempty"`
+	Vmm        string `protobuf:"bytes,2,opt,name=vmm,proto3" json:"vmm,omitempty"`
+	VmmVersion string `protobuf:"bytes,3,opt,name=vmm_version,json=vmmVersion,proto3" json:"vmm_version,omitempty"`
+	// URL of the agent's TCP listener, as clients on this host and, where it has a
+	// domain, others reach it.
+	Url string `protobuf:"bytes,4,opt,name=url,proto3" json:"url,omitempty"`
+	// Domain below which ports of sandboxes have names, with the port of the URL:
+	// <port>-<sandbox>.<domain>.
+	Domain string `protobuf:"bytes,5,opt,name=domain,proto3" json:"domain,omitempty"`
+	// File with the certificate of the agent's own authority; empty unless it made one.
+	CaFile        string `protobuf:"bytes,6,opt,name=ca_file,json=caFile,proto3" json:"ca_file,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3101,6 +3109,27 @@ func (x *GetVersionResponse) GetVmm() string {
 func (x *GetVersionResponse) GetVmmVersion() string {
 	if x != nil {
 		return x.VmmVersion
+	}
+	return ""
+}
+
+func (x *GetVersionResponse) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *GetVersionResponse) GetDomain() string {
+	if x != nil {
+		return x.Domain
+	}
+	return ""
+}
+
+func (x *GetVersionResponse) GetCaFile() string {
+	if x != nil {
+		return x.CaFile
 	}
 	return ""
 }
@@ -3364,12 +3393,15 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
 	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x14\n" +
 	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\"\x13\n" +
-	"\x11GetVersionRequest\"a\n" +
+	"\x11GetVersionRequest\"\xa4\x01\n" +
 	"\x12GetVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
 	"\x03vmm\x18\x02 \x01(\tR\x03vmm\x12\x1f\n" +
 	"\vvmm_version\x18\x03 \x01(\tR\n" +
-	"vmmVersion2\xea\f\n" +
+	"vmmVersion\x12\x10\n" +
+	"\x03url\x18\x04 \x01(\tR\x03url\x12\x16\n" +
+	"\x06domain\x18\x05 \x01(\tR\x06domain\x12\x17\n" +
+	"\aca_file\x18\x06 \x01(\tR\x06caFile2\xea\f\n" +
 	"\x10HostAgentService\x12X\n" +
 	"\rCreateSandbox\x12\".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n" +
 	"\x0eRecoverSandbox\x12#.hostagent.v1.RecoverSandboxRequest\x1a$.hostagent.v1.RecoverSandboxResponse\x12[\n" +

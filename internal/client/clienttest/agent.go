@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"path"
@@ -59,12 +60,15 @@ type Agent struct {
 	Absent    bool                  // the data plane finds no sandbox that runs
 	Traffic   string                // what the ports demand, if not empty
 
+	URL, Domain, CAFile string // of GetVersion
+
 	// Received is what was sent to /files, or to a command.
 	Received []byte
 
 	mu       sync.Mutex // guards Status once it serves, and what follows
 	signals  []process.Signal
 	calls    []string
+	requests []*http.Request
 	started  []string
 	Status   string        // of the sandbox; "running" if empty, "gone" if it does not exist
 	fed      chan struct{} // that the end of a command's input has come
@@ -74,6 +78,27 @@ type Agent struct {
 // Serve serves until the test ends and returns the URL.
 func (a *Agent) Serve(t testing.TB) string {
 	t.Helper()
+	server := a.server()
+	server.Start()
+	t.Cleanup(server.Close)
+	return server.URL
+}
+
+// ServeUnix serves on a Unix socket until the test ends.
+func (a *Agent) ServeUnix(t testing.TB, path string) {
+	t.Helper()
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := a.server()
+	server.Listener.Close()
+	server.Listener = l
+	server.Start()
+	t.Cleanup(server.Close)
+}
+
+func (a *Agent) server() *httptest.Server {
 	a.fed, a.signaled = make(chan struct{}, 1), make(chan struct{}, 10)
 	mux := http.NewServeMux()
 	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(a, connect.WithInterceptors(watching{a})))
@@ -98,15 +123,23 @@ func (a *Agent) Serve(t testing.TB) string {
 		}
 		guest.ServeHTTP(w, r)
 	})
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodConnect {
 			a.port(w, r)
 			return
 		}
+		a.mu.Lock()
+		a.requests = append(a.requests, r.Clone(context.Background()))
+		a.mu.Unlock()
 		mux.ServeHTTP(w, r)
 	}))
-	t.Cleanup(server.Close)
-	return server.URL
+}
+
+// Requests are the heads of all requests except CONNECT, in their order.
+func (a *Agent) Requests() []*http.Request {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.requests)
 }
 
 // watching notes every call, and answers it with Agent.Err.
@@ -300,7 +333,9 @@ func (a *Agent) Verify(_ context.Context, _ request[v1.VerifyRequest], s sender[
 }
 
 func (a *Agent) GetVersion(context.Context, request[v1.GetVersionRequest]) (response[v1.GetVersionResponse], error) {
-	return connect.NewResponse(&v1.GetVersionResponse{Version: a.Text, Vmm: a.Text, VmmVersion: a.Text}), nil
+	return connect.NewResponse(&v1.GetVersionResponse{
+		Version: a.Text, Vmm: a.Text, VmmVersion: a.Text, Url: a.URL, Domain: a.Domain, CaFile: a.CAFile,
+	}), nil
 }
 
 func (a *Agent) List(context.Context, request[process.ListRequest]) (response[process.ListResponse], error) {

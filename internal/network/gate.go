@@ -297,11 +297,14 @@ func (v rangePolicy) dialled(allowed bool) rangePolicy {
 
 // names is the policy as the proxy asks it.
 func (v rangePolicy) names(p Policy) egress.Policy {
-	return egress.Policy{
-		Allow: p.AllowNames, Deny: p.DenyNames,
-		Open:    v.mode != None,
+	policy := egress.Policy{
+		Allow:   p.AllowNames,
 		MayDial: func(a netip.Addr, allowed bool) bool { return v.dialled(allowed).permits(a) },
 	}
+	if v.mode != None { // or else all names are denied
+		policy.Open, policy.Deny = true, p.DenyNames
+	}
+	return policy
 }
 
 // turn sends the guest's new connections to the agent. What is not turned meets the egress chain as ever.

@@ -44,6 +44,16 @@ func (b *sandbox) next() int {
 	return n
 }
 
+// blocksOf is what a file takes of the disk, in bytes.
+func blocksOf(t *testing.T, path string) int64 {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		t.Fatal(err)
+	}
+	return st.Blocks * 512
+}
+
 // TestHibernateOutlivesTheHost: memory and disk go on where they were after
 // every process and namespace of ours is gone.
 func TestHibernateOutlivesTheHost(t *testing.T) {
@@ -57,6 +67,9 @@ func TestHibernateOutlivesTheHost(t *testing.T) {
 	}
 	b.sh("head -c 5000000 /dev/urandom >/root/data; sha256sum /root/data >/root/sum; echo $RANDOM-unsynced >/root/late")
 	late := b.sh("cat /root/late")
+	b.sh("head -c 80000000 /dev/urandom >/root/big; sync; rm /root/big")
+	overlay := filepath.Join(a.stateDir, "sandboxes", b.id, "overlay.ext4")
+	before := blocksOf(t, overlay)
 
 	for round := range 2 { // the second time it was restored itself
 		began := time.Now()
@@ -64,6 +77,9 @@ func TestHibernateOutlivesTheHost(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Logf("hibernate took %s", time.Since(began).Round(time.Millisecond))
+		if after := blocksOf(t, filepath.Join(a.stateDir, "sandboxes", b.id, "snapshot", "overlay.ext4")); after > before-60e6 {
+			t.Errorf("the disk has %d bytes, and had %d before 80 MB were deleted", after, before)
+		}
 		info := b.info()
 		if info.Status != "hibernated" || info.HostIp != "" {
 			t.Fatalf("it is %s at %q", info.Status, info.HostIp)

@@ -31,15 +31,16 @@ func main() {
 // guest is PID 1's life. It does not return.
 func guest() {
 	log := newLogger()
-	params, err := envd.Boot(log)
+	params, disk, err := envd.Boot(log)
 	switch {
 	case errors.Is(err, envd.ErrProbe):
 		fmt.Println(guestapi.ProbeSign)
 	case err != nil:
 		log.Error("boot", "err", err)
 	default:
-		server := envd.New(envd.Config{Log: log, Guest: true, CgroupRoot: envd.CgroupRoot, Addr: params.Addr.Addr()})
+		server := envd.New(envd.Config{Log: log, Guest: true, CgroupRoot: envd.CgroupRoot, Disk: disk, Addr: params.Addr.Addr()})
 		go server.ReapOrphans(context.Background())
+		go server.KeepTrimmed(context.Background())
 		log.Info("booted", "hostname", params.Hostname, "uptime", envd.Uptime())
 		failed := make(chan error, 1)
 		go func() { failed <- serve(context.Background(), server, fmt.Sprintf(":%d", guestapi.Port)) }()

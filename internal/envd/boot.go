@@ -40,8 +40,13 @@ var ErrProbe = errors.New("probe guest")
 // guest: modules, root filesystem, mounts, network, names. It must be called
 // by PID 1, once, before anything else. An error means that the guest cannot be
 // used; the failure of a step that a guest can do without is logged.
-func Boot(log *slog.Logger) (guestapi.Boot, error) {
+func Boot(log *slog.Logger) (guestapi.Boot, *Disk, error) {
 	b := &booter{log: log, grouped: make(chan struct{})}
+	p, err := b.boot()
+	return p, b.disk, err
+}
+
+func (b *booter) boot() (guestapi.Boot, error) {
 	unix.Umask(0o022)
 	for _, m := range []mount{
 		{"proc", "/proc", "proc", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
@@ -98,6 +103,7 @@ type booter struct {
 	log *slog.Logger
 	// grouped is closed when the cgroups are made.
 	grouped chan struct{}
+	disk    *Disk
 }
 
 // optional logs the error of a step that a guest can do without.
@@ -135,6 +141,11 @@ func (b *booter) root(d guestapi.Disks) error {
 	if err := errors.Join(errs...); err != nil {
 		return err
 	}
+	dir, err := os.Open(over)
+	if err != nil {
+		return err
+	}
+	b.disk = newDisk(dir, d.Overlay)
 	upper, work := over+"/upper", over+"/work"
 	if err := os.MkdirAll(upper, 0o755); err != nil {
 		return err

@@ -44,6 +44,8 @@ type Config struct {
 	// CgroupRoot is a directory in the cgroup2 hierarchy where each process
 	// gets a cgroup of its own; empty for none.
 	CgroupRoot string
+	// Disk is the guest's, whose free space goes back to the host; nil for none.
+	Disk *Disk
 	// Addr is what the guest's host name resolves to; invalid for none.
 	Addr netip.Addr
 }
@@ -53,6 +55,7 @@ type Config struct {
 type Server struct {
 	log       *slog.Logger
 	guest     bool
+	disk      *Disk
 	addr      netip.Addr
 	processes *processes
 	accounts  accounts
@@ -84,7 +87,7 @@ type initState struct {
 // New returns a server that has not been initialised.
 func New(c Config) *Server {
 	s := &Server{
-		log: c.Log, guest: c.Guest, addr: c.Addr,
+		log: c.Log, guest: c.Guest, disk: c.Disk, addr: c.Addr,
 		processes: newProcesses(c.Log, c.CgroupRoot),
 		accounts:  accounts{etc: "/etc"},
 		state: initState{

@@ -246,7 +246,7 @@ func (s *Server) still(ctx context.Context) (stopped time.Time, err error) {
 		return stopped, errors.New("processes have no cgroups")
 	}
 	// Most is written while the processes run, so that they stand still for less.
-	if !s.sync(ctx) {
+	if !s.sync(ctx, true) {
 		return stopped, errNotSynced
 	}
 	stopped = time.Now()
@@ -256,16 +256,17 @@ func (s *Server) still(ctx context.Context) (stopped time.Time, err error) {
 		return stopped, err
 	}
 	// After ctx the caller no longer reads the answer, so it makes no snapshot.
-	if s.sync(ctx) && ctx.Err() == nil {
+	if s.sync(ctx, false) && ctx.Err() == nil {
 		return stopped, nil
 	}
 	groups.thaw(s.guest, false)
 	return stopped, errNotFrozen
 }
 
-// sync writes what is in memory to the disk. It says whether that ended before
-// ctx: a file system that a process serves may never answer.
-func (s *Server) sync(ctx context.Context) bool {
+// sync writes what is in memory to the disk, and, with trim, gives back to the host some
+// of what is free there. It says whether that ended before ctx: a file system that a process
+// serves may never answer.
+func (s *Server) sync(ctx context.Context, trim bool) bool {
 	if !s.guest {
 		return true
 	}
@@ -273,6 +274,9 @@ func (s *Server) sync(ctx context.Context) bool {
 	go func() {
 		defer close(synced)
 		unix.Sync()
+		if trim {
+			s.trim(trimAtFreeze)
+		}
 	}()
 	select {
 	case <-synced:

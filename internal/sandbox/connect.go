@@ -15,6 +15,9 @@ const (
 	// wakeWait bounds how long traffic waits for an operation in progress, a pause
 	// before all, before the sandbox can be resumed.
 	wakeWait = time.Minute
+	// wakePause is how long traffic does not try again to resume a sandbox that could not
+	// be resumed: each attempt may read all of its memory.
+	wakePause = 5 * time.Second
 	// connectTries is how often a sandbox is resumed for one caller if it is paused again
 	// before the caller has it.
 	connectTries = 3
@@ -82,7 +85,9 @@ func (r resuming) begin(rec *Record) {
 type resumption struct {
 	done      chan struct{}
 	filesOnly bool
-	err       error // set before done is closed
+	// Set before done is closed: what came of it, and when.
+	err   error
+	ended time.Time
 }
 
 func (r *resumption) underWay() bool {
@@ -150,7 +155,7 @@ func (m *Manager) Wake(ctx context.Context, id ID) error {
 		case rec.State == Running: // a pause and a resume would come to the same
 			return nil, m.extend(b, life, false)
 		}
-		return &resuming{lifetime: life}, nil
+		return &resuming{lifetime: life}, b.failedToResume(time.Now().Add(-wakePause))
 	})
 	if err != nil {
 		return fmt.Errorf("wake sandbox %s: %w", id, err)
@@ -202,11 +207,12 @@ func (m *Manager) ensureRuns(
 func (m *Manager) resumeForAll(b *box, want resuming) *resumption {
 	r := &resumption{done: make(chan struct{}), filesOnly: want.filesOnly, err: errShutDown}
 	b.setResumption(r)
+	ctx, end := m.bounded(m.life, b, OpConnect)
 	if !m.goes("resume", func() {
 		defer close(r.done)
-		ctx, end := m.bounded(m.life, b, OpConnect)
 		defer end()
 		err := m.resume(ctx, b, want)
+		r.ended = time.Now()
 		switch {
 		case errors.Is(err, errDestroyed):
 			r.err = check(b.id, OpConnect, Stopping)
@@ -214,7 +220,7 @@ func (m *Manager) resumeForAll(b *box, want resuming) *resumption {
 			r.err = err
 		}
 	}) {
-		b.unhold()
+		end()
 		close(r.done)
 	}
 	return r
@@ -320,6 +326,15 @@ func (b *box) resumption() *resumption {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.mu.resumption
+}
+
+// failedToResume is the error of the last such resume if it failed after a time. Called
+// with the op lock held.
+func (b *box) failedToResume(after time.Time) error {
+	if r := b.resumption(); r != nil && r.ended.After(after) {
+		return r.err
+	}
+	return nil
 }
 
 func (b *box) setResumption(r *resumption) {

@@ -425,6 +425,38 @@ func TestWakeWaits(t *testing.T) {
 	})
 }
 
+// Traffic does not have a sandbox that cannot be resumed read again and again; a connect
+// tries at once.
+func TestWakeAfterAFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.made(CreateRequest{Life: time.Minute, AutoResume: true}).ID
+		r.hibernate(id)
+		r.faults.on("restore", func(context.Context) error { return errFault })
+		before := r.faults.count("restore")
+		for range 50 { // in five seconds
+			if err := r.Wake(t.Context(), id); !errors.Is(err, errFault) {
+				t.Errorf("%v", err)
+			}
+			pass(100 * time.Millisecond)
+		}
+		if n := r.faults.count("restore") - before; n != 1 {
+			t.Errorf("%d resumes", n)
+		}
+		if _, _, err := r.Connect(t.Context(), id, ConnectRequest{}); !errors.Is(err, errFault) {
+			t.Errorf("%v", err)
+		}
+		if n := r.faults.count("restore") - before; n != 2 {
+			t.Errorf("%d resumes", n)
+		}
+		r.faults.on("restore", nil)
+		pass(5 * time.Second)
+		if err := r.Wake(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // Traffic resumes a sandbox that stands still because it could not be hibernated.
 func TestWakeOfWhatCouldNotHibernate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -256,7 +256,7 @@ func (p passing) forward(w http.ResponseWriter, r *http.Request, transport http.
 		Transport: transport,
 		ModifyResponse: func(resp *http.Response) error {
 			p.confine(resp.Header)
-			endWell(resp, p.ended)
+			endWell(resp, p.ended, p.lease.Alive)
 			return nil
 		},
 		BufferPool:   buffers,

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"io"
@@ -30,11 +31,32 @@ type ending struct {
 	rest   []byte // of the last message, which is not the guest's
 }
 
-// endWell puts ending around the guest's answer if it is a Connect stream.
-func endWell(resp *http.Response, why func() string) {
-	if strings.HasPrefix(resp.Header.Get("Content-Type"), "application/connect+") {
+// endWell puts ending around the guest's answer if it is a Connect stream, and
+// untilClosed if it ends where its connection does.
+func endWell(resp *http.Response, why func() string, alive context.Context) {
+	switch {
+	case strings.HasPrefix(resp.Header.Get("Content-Type"), "application/connect+"):
 		resp.Body = &ending{ReadCloser: resp.Body, why: why}
+	case resp.ContentLength < 0 && len(resp.TransferEncoding) == 0 && resp.ProtoMajor == 1 &&
+		resp.StatusCode != http.StatusSwitchingProtocols:
+		resp.Body = untilClosed{resp.Body, alive}
 	}
+}
+
+// untilClosed is the body of an answer without a length. A guest that ends closes its
+// connections: that is not the answer's end.
+type untilClosed struct {
+	io.ReadCloser
+	alive context.Context
+}
+
+// Read implements io.Reader.
+func (u untilClosed) Read(p []byte) (int, error) {
+	n, err := u.ReadCloser.Read(p)
+	if err == io.EOF && u.alive.Err() != nil {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
 }
 
 // Read implements io.Reader.

@@ -111,6 +111,8 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 		"top --json":        {&clienttest.Agent{Text: evil}, []string{"top", clienttest.ID, "--json"}},
 		"version":           {&clienttest.Agent{Text: evil}, []string{"version"}},
 		"version --json":    {&clienttest.Agent{Text: evil}, []string{"version", "--json"}},
+		"host":              {&clienttest.Agent{Text: evil}, []string{"host"}},
+		"host --json":       {&clienttest.Agent{Text: evil}, []string{"host", "--json"}},
 		"verify":            {&clienttest.Agent{Text: evil}, []string{"verify"}},
 		"verify --json":     {&clienttest.Agent{Text: evil}, []string{"verify", "--json"}},
 		"create":            {&clienttest.Agent{Text: evil}, []string{"create", "-v"}},

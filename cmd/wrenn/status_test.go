@@ -28,6 +28,7 @@ func verbs() [][]string {
 		{"top", id}, {"port", id, "80"}, {"ps"}, {"exec", "012", "true"}, {"pause", id}, {"resume", id}, {"recover", id}, {"fork", id},
 		{"snapshot", id}, {"snapshot", "rm", "x"}, {"snapshots"}, {"rm", id}, {"rm", "--all"}, {"timeout", id, "1m"}, {"deadline", id, "1m"},
 		{"network", id}, {"network", id, "--reset"}, {"inspect", id}, {"inspect", "--token", id}, {"logs", id}, {"events"}, {"verify"},
+		{"host"},
 	}
 }
 

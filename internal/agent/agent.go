@@ -165,6 +165,7 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	}
 	version := server.Version{
 		Version: cfg.Version, VMM: chosen.Driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")",
+		Accel: report.Accel, CPU: report.CPU, Isolation: string(report.Isolation), Speed: report.Speed.String(),
 	}
 	version.URL, version.Domain = cfg.address(a.listener.Addr().(*net.TCPAddr).AddrPort(), a.certs != nil)
 	if cfg.TLSSelfSigned {
@@ -269,12 +270,21 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	})
 	server.Register(mux, server.Config{
 		Keys: a.keys, Limiter: limiter, Keyless: a.cfg.onLoopback(),
-		Manager: a.base.manager, Version: version, Panics: &panics, Log: a.log,
+		Manager: a.base.manager, Version: version, Templates: a.templateNames, Panics: &panics, Log: a.log,
 		Slots:   func() map[string]int { return a.base.network.Stats().ByState() },
 		Names:   func() server.NameCounts { return server.NameCounts(a.base.network.NameCounts()) },
 		Refused: door.Refused,
 	})
 	return door
+}
+
+func (a *Agent) templateNames() ([]string, error) {
+	all, err := a.templates.List()
+	var names []string
+	for _, t := range all {
+		names = append(names, t.Name)
+	}
+	return names, err
 }
 
 // newREST returns the handler of the REST API, which tells clients of a domain.

@@ -118,6 +118,11 @@ func messages[Resp any](stream *connect.ServerStreamForClient[Resp], err error) 
 	}
 }
 
+// About returns what the host may give to sandboxes, and what is in use.
+func (h *Host) About(ctx context.Context) (*hostagentv1.GetHostResponse, error) {
+	return call(ctx, h.rpc.GetHost, &hostagentv1.GetHostRequest{})
+}
+
 // Version returns the agent's version and its VMM's.
 func (h *Host) Version(ctx context.Context) (*hostagentv1.GetVersionResponse, error) {
 	return call(ctx, h.rpc.GetVersion, &hostagentv1.GetVersionRequest{})

@@ -117,6 +117,7 @@ var rules = map[string]rule{
 	hostagentv1connect.HostAgentServiceGetConsoleProcedure:      ofSandbox,
 	hostagentv1connect.HostAgentServiceVerifyProcedure:          hostOnly,
 	hostagentv1connect.HostAgentServiceGetVersionProcedure:      anyKey,
+	hostagentv1connect.HostAgentServiceGetHostProcedure:         anyKey,
 }
 
 // starts are the calls that begin a VM, which count as creates.

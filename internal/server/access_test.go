@@ -182,7 +182,7 @@ func TestEveryCallHasARule(t *testing.T) {
 
 // A handler that is reached without a caller refuses every call.
 func TestCallWithoutCaller(t *testing.T) {
-	path, calls := handler(nil, Version{}, new(atomic.Int64), slog.New(slog.DiscardHandler))
+	path, calls := handler(Config{Panics: new(atomic.Int64), Log: slog.New(slog.DiscardHandler)})
 	for _, rpc := range []string{"GetVersion", "ListSandboxes"} {
 		r := httptest.NewRequest(http.MethodPost, path+rpc, strings.NewReader("{}"))
 		r.Header.Set("Content-Type", "application/json")

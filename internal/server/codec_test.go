@@ -28,7 +28,7 @@ func serve(t *testing.T) (url string, panics *atomic.Int64) {
 	t.Helper()
 	panics = new(atomic.Int64)
 	mux := http.NewServeMux()
-	path, calls := handler(nil, Version{Version: "1"}, panics, slog.New(slog.DiscardHandler))
+	path, calls := handler(Config{Version: Version{Version: "1"}, Panics: panics, Log: slog.New(slog.DiscardHandler)})
 	mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 		calls.ServeHTTP(w, r.WithContext(auth.WithCaller(r.Context(), auth.Caller{Host: true})))
 	})

@@ -130,7 +130,8 @@ func newPlane(t *testing.T) *plane {
 	p.mux = http.NewServeMux()
 	p.config = Config{
 		Keys: p.keys, Limiter: auth.NewLimiter(auth.Rates{}), Keyless: true,
-		Manager: p.manager, Version: Version{Version: "1"}, Panics: p.panics, Log: log,
+		Manager: p.manager, Version: Version{Version: "1", VMMVersion: "7 (tcg)", Accel: "tcg", CPU: "v3", Isolation: "emulation", Speed: "slow"},
+		Panics: p.panics, Log: log, Templates: func() ([]string, error) { return []string{"minimal"}, nil },
 		Slots:   func() map[string]int { return p.net.Stats().ByState() },
 		Names:   func() NameCounts { return NameCounts{Open: 1, Accepted: 2, Refused: 3} },
 		Refused: func() int64 { return 4 },

@@ -44,9 +44,11 @@ const (
 	consoleBytes    = 64 << 10
 )
 
-// Version says what this agent is.
+// Version says what this agent is, and what guests run on.
 type Version struct {
 	Version, VMM, VMMVersion string
+	// Accel, CPU, Isolation and Speed are those of vmm.Report.
+	Accel, CPU, Isolation, Speed string
 	// URL is that of the TCP listener, Domain what names of ports end with, CAFile the
 	// agent's own authority, if it has one.
 	URL, Domain, CAFile string
@@ -55,7 +57,9 @@ type Version struct {
 type service struct {
 	manager *sandbox.Manager
 	version Version
-	log     *slog.Logger
+	// templates returns the names of the host's templates.
+	templates func() ([]string, error)
+	log       *slog.Logger
 }
 
 // Of the control plane's calls.
@@ -84,6 +88,8 @@ type Config struct {
 	// for an agent that listens on loopback.
 	Keyless bool
 	Version Version
+	// Templates returns the names of the host's templates.
+	Templates func() ([]string, error)
 	// Slots counts the network's slots by state, Refused the connections that were
 	// closed because there were too many.
 	Slots   func() map[string]int
@@ -102,7 +108,7 @@ type Config struct {
 // /readyz demand a key as soon as there is one.
 func Register(mux *http.ServeMux, c Config) {
 	access := access{c, connect.NewErrorWriter()}
-	path, calls := handler(c.Manager, c.Version, c.Panics, c.Log)
+	path, calls := handler(c)
 	mux.Handle(path, access.demand(calls))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", ready(c.Manager))
@@ -111,14 +117,14 @@ func Register(mux *http.ServeMux, c Config) {
 
 // handler returns the path and the handler of the control plane's calls, which find
 // their caller in the context.
-func handler(manager *sandbox.Manager, version Version, panics *atomic.Int64, log *slog.Logger) (string, http.Handler) {
+func handler(c Config) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
-		&service{manager: manager, version: version, log: log},
+		&service{manager: c.Manager, version: c.Version, templates: c.Templates, log: c.Log},
 		connect.WithReadMaxBytes(maxMessageBytes),
 		withStrictCodecs(),
-		connect.WithInterceptors(mapErrors{log}, projects{manager}, actors{}),
+		connect.WithInterceptors(mapErrors{c.Log}, projects{c.Manager}, actors{}),
 		connect.WithRecover(func(_ context.Context, _ connect.Spec, _ http.Header, p any) error {
-			panics.Add(1)
+			c.Panics.Add(1)
 			return fmt.Errorf("panic: %v\n%s", p, debug.Stack())
 		}),
 	)

@@ -3134,6 +3134,351 @@ func (x *GetVersionResponse) GetCaFile() string {
 	return ""
 }
 
+type GetHostRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetHostRequest) Reset() {
+	*x = GetHostRequest{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetHostRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetHostRequest) ProtoMessage() {}
+
+func (x *GetHostRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetHostRequest.ProtoReflect.Descriptor instead.
+func (*GetHostRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
+}
+
+type GetHostResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Version of the host agent.
+	Version string `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	// What all sandboxes together may take, and take now.
+	Limit *HostResources `protobuf:"bytes,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	Used  *HostResources `protobuf:"bytes,3,opt,name=used,proto3" json:"used,omitempty"`
+	// What is free on the file system of the state directory, and what of it is kept free:
+	// with less, nothing new is made.
+	DiskFreeBytes int64 `protobuf:"varint,4,opt,name=disk_free_bytes,json=diskFreeBytes,proto3" json:"disk_free_bytes,omitempty"`
+	DiskKeptBytes int64 `protobuf:"varint,5,opt,name=disk_kept_bytes,json=diskKeptBytes,proto3" json:"disk_kept_bytes,omitempty"`
+	// How many sandboxes there are, by status.
+	Sandboxes map[string]int32 `protobuf:"bytes,6,rep,name=sandboxes,proto3" json:"sandboxes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// The drivers of this host; new sandboxes get the first.
+	Drivers []*HostDriver `protobuf:"bytes,7,rep,name=drivers,proto3" json:"drivers,omitempty"`
+	// Names of the templates, in their order.
+	Templates []string `protobuf:"bytes,8,rep,name=templates,proto3" json:"templates,omitempty"`
+	// How many guests wait for a sandbox of the default kind, and how many should.
+	Warm       int32 `protobuf:"varint,9,opt,name=warm,proto3" json:"warm,omitempty"`
+	WarmWanted int32 `protobuf:"varint,10,opt,name=warm_wanted,json=warmWanted,proto3" json:"warm_wanted,omitempty"`
+	// Whether the agent takes no more sandboxes, because it shuts down.
+	Draining bool `protobuf:"varint,11,opt,name=draining,proto3" json:"draining,omitempty"`
+	// What is wrong with the host, for a person; empty if nothing is known to be.
+	Fault         string `protobuf:"bytes,12,opt,name=fault,proto3" json:"fault,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetHostResponse) Reset() {
+	*x = GetHostResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetHostResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetHostResponse) ProtoMessage() {}
+
+func (x *GetHostResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetHostResponse.ProtoReflect.Descriptor instead.
+func (*GetHostResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *GetHostResponse) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *GetHostResponse) GetLimit() *HostResources {
+	if x != nil {
+		return x.Limit
+	}
+	return nil
+}
+
+func (x *GetHostResponse) GetUsed() *HostResources {
+	if x != nil {
+		return x.Used
+	}
+	return nil
+}
+
+func (x *GetHostResponse) GetDiskFreeBytes() int64 {
+	if x != nil {
+		return x.DiskFreeBytes
+	}
+	return 0
+}
+
+func (x *GetHostResponse) GetDiskKeptBytes() int64 {
+	if x != nil {
+		return x.DiskKeptBytes
+	}
+	return 0
+}
+
+func (x *GetHostResponse) GetSandboxes() map[string]int32 {
+	if x != nil {
+		return x.Sandboxes
+	}
+	return nil
+}
+
+func (x *GetHostResponse) GetDrivers() []*HostDriver {
+	if x != nil {
+		return x.Drivers
+	}
+	return nil
+}
+
+func (x *GetHostResponse) GetTemplates() []string {
+	if x != nil {
+		return x.Templates
+	}
+	return nil
+}
+
+func (x *GetHostResponse) GetWarm() int32 {
+	if x != nil {
+		return x.Warm
+	}
+	return 0
+}
+
+func (x *GetHostResponse) GetWarmWanted() int32 {
+	if x != nil {
+		return x.WarmWanted
+	}
+	return 0
+}
+
+func (x *GetHostResponse) GetDraining() bool {
+	if x != nil {
+		return x.Draining
+	}
+	return false
+}
+
+func (x *GetHostResponse) GetFault() string {
+	if x != nil {
+		return x.Fault
+	}
+	return ""
+}
+
+// HostResources is what sandboxes take of a host.
+type HostResources struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Sandboxes int32                  `protobuf:"varint,1,opt,name=sandboxes,proto3" json:"sandboxes,omitempty"`
+	Vcpus     int32                  `protobuf:"varint,2,opt,name=vcpus,proto3" json:"vcpus,omitempty"`
+	// Memory of guests, with what their VMMs take, in MiB.
+	MemoryMb int64 `protobuf:"varint,3,opt,name=memory_mb,json=memoryMb,proto3" json:"memory_mb,omitempty"`
+	// Full sizes of disks, in MiB.
+	DiskMb        int64 `protobuf:"varint,4,opt,name=disk_mb,json=diskMb,proto3" json:"disk_mb,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostResources) Reset() {
+	*x = HostResources{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostResources) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostResources) ProtoMessage() {}
+
+func (x *HostResources) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostResources.ProtoReflect.Descriptor instead.
+func (*HostResources) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *HostResources) GetSandboxes() int32 {
+	if x != nil {
+		return x.Sandboxes
+	}
+	return 0
+}
+
+func (x *HostResources) GetVcpus() int32 {
+	if x != nil {
+		return x.Vcpus
+	}
+	return 0
+}
+
+func (x *HostResources) GetMemoryMb() int64 {
+	if x != nil {
+		return x.MemoryMb
+	}
+	return 0
+}
+
+func (x *HostResources) GetDiskMb() int64 {
+	if x != nil {
+		return x.DiskMb
+	}
+	return 0
+}
+
+type HostDriver struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Hosts with the same key restore each other's snapshots of memory; empty if the
+	// driver restores none here. It is of a sandbox of the default size.
+	SnapshotKey string `protobuf:"bytes,2,opt,name=snapshot_key,json=snapshotKey,proto3" json:"snapshot_key,omitempty"`
+	// Of the first driver: version of its VMM, what runs the guests' code ("kvm", "tcg"),
+	// CPU that they see, what is between them and the host, how fast they are.
+	Version       string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
+	Acceleration  string `protobuf:"bytes,4,opt,name=acceleration,proto3" json:"acceleration,omitempty"`
+	Cpu           string `protobuf:"bytes,5,opt,name=cpu,proto3" json:"cpu,omitempty"`
+	Isolation     string `protobuf:"bytes,6,opt,name=isolation,proto3" json:"isolation,omitempty"`
+	Speed         string `protobuf:"bytes,7,opt,name=speed,proto3" json:"speed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HostDriver) Reset() {
+	*x = HostDriver{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HostDriver) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HostDriver) ProtoMessage() {}
+
+func (x *HostDriver) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HostDriver.ProtoReflect.Descriptor instead.
+func (*HostDriver) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *HostDriver) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *HostDriver) GetSnapshotKey() string {
+	if x != nil {
+		return x.SnapshotKey
+	}
+	return ""
+}
+
+func (x *HostDriver) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *HostDriver) GetAcceleration() string {
+	if x != nil {
+		return x.Acceleration
+	}
+	return ""
+}
+
+func (x *HostDriver) GetCpu() string {
+	if x != nil {
+		return x.Cpu
+	}
+	return ""
+}
+
+func (x *HostDriver) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
+	}
+	return ""
+}
+
+func (x *HostDriver) GetSpeed() string {
+	if x != nil {
+		return x.Speed
+	}
+	return ""
+}
+
 var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
 const file_hostagent_v1_hostagent_proto_rawDesc = "" +
@@ -3401,7 +3746,40 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"vmmVersion\x12\x10\n" +
 	"\x03url\x18\x04 \x01(\tR\x03url\x12\x16\n" +
 	"\x06domain\x18\x05 \x01(\tR\x06domain\x12\x17\n" +
-	"\aca_file\x18\x06 \x01(\tR\x06caFile2\xea\f\n" +
+	"\aca_file\x18\x06 \x01(\tR\x06caFile\"\x10\n" +
+	"\x0eGetHostRequest\"\xa2\x04\n" +
+	"\x0fGetHostResponse\x12\x18\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\x121\n" +
+	"\x05limit\x18\x02 \x01(\v2\x1b.hostagent.v1.HostResourcesR\x05limit\x12/\n" +
+	"\x04used\x18\x03 \x01(\v2\x1b.hostagent.v1.HostResourcesR\x04used\x12&\n" +
+	"\x0fdisk_free_bytes\x18\x04 \x01(\x03R\rdiskFreeBytes\x12&\n" +
+	"\x0fdisk_kept_bytes\x18\x05 \x01(\x03R\rdiskKeptBytes\x12J\n" +
+	"\tsandboxes\x18\x06 \x03(\v2,.hostagent.v1.GetHostResponse.SandboxesEntryR\tsandboxes\x122\n" +
+	"\adrivers\x18\a \x03(\v2\x18.hostagent.v1.HostDriverR\adrivers\x12\x1c\n" +
+	"\ttemplates\x18\b \x03(\tR\ttemplates\x12\x12\n" +
+	"\x04warm\x18\t \x01(\x05R\x04warm\x12\x1f\n" +
+	"\vwarm_wanted\x18\n" +
+	" \x01(\x05R\n" +
+	"warmWanted\x12\x1a\n" +
+	"\bdraining\x18\v \x01(\bR\bdraining\x12\x14\n" +
+	"\x05fault\x18\f \x01(\tR\x05fault\x1a<\n" +
+	"\x0eSandboxesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"y\n" +
+	"\rHostResources\x12\x1c\n" +
+	"\tsandboxes\x18\x01 \x01(\x05R\tsandboxes\x12\x14\n" +
+	"\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n" +
+	"\tmemory_mb\x18\x03 \x01(\x03R\bmemoryMb\x12\x17\n" +
+	"\adisk_mb\x18\x04 \x01(\x03R\x06diskMb\"\xc7\x01\n" +
+	"\n" +
+	"HostDriver\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
+	"\fsnapshot_key\x18\x02 \x01(\tR\vsnapshotKey\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\tR\aversion\x12\"\n" +
+	"\facceleration\x18\x04 \x01(\tR\facceleration\x12\x10\n" +
+	"\x03cpu\x18\x05 \x01(\tR\x03cpu\x12\x1c\n" +
+	"\tisolation\x18\x06 \x01(\tR\tisolation\x12\x14\n" +
+	"\x05speed\x18\a \x01(\tR\x05speed2\xb2\r\n" +
 	"\x10HostAgentService\x12X\n" +
 	"\rCreateSandbox\x12\".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n" +
 	"\x0eRecoverSandbox\x12#.hostagent.v1.RecoverSandboxRequest\x1a$.hostagent.v1.RecoverSandboxResponse\x12[\n" +
@@ -3425,7 +3803,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"GetConsole\x12\x1f.hostagent.v1.GetConsoleRequest\x1a .hostagent.v1.GetConsoleResponse\x12E\n" +
 	"\x06Verify\x12\x1b.hostagent.v1.VerifyRequest\x1a\x1c.hostagent.v1.VerifyResponse0\x01\x12O\n" +
 	"\n" +
-	"GetVersion\x12\x1f.hostagent.v1.GetVersionRequest\x1a .hostagent.v1.GetVersionResponseB:Z8git.omukk.dev/wrenn/sandbox/api/hostagent/v1;hostagentv1b\x06proto3"
+	"GetVersion\x12\x1f.hostagent.v1.GetVersionRequest\x1a .hostagent.v1.GetVersionResponse\x12F\n" +
+	"\aGetHost\x12\x1c.hostagent.v1.GetHostRequest\x1a\x1d.hostagent.v1.GetHostResponseB:Z8git.omukk.dev/wrenn/sandbox/api/hostagent/v1;hostagentv1b\x06proto3"
 
 var (
 	file_hostagent_v1_hostagent_proto_rawDescOnce sync.Once
@@ -3439,7 +3818,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 	return file_hostagent_v1_hostagent_proto_rawDescData
 }
 
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 53)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*CreateSandboxRequest)(nil),    // 0: hostagent.v1.CreateSandboxRequest
 	(*CreateSandboxResponse)(nil),   // 1: hostagent.v1.CreateSandboxResponse
@@ -3488,19 +3867,24 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*VerifyResponse)(nil),          // 44: hostagent.v1.VerifyResponse
 	(*GetVersionRequest)(nil),       // 45: hostagent.v1.GetVersionRequest
 	(*GetVersionResponse)(nil),      // 46: hostagent.v1.GetVersionResponse
-	nil,                             // 47: hostagent.v1.CreateSandboxRequest.EnvsEntry
-	nil,                             // 48: hostagent.v1.CreateSandboxRequest.MetadataEntry
-	nil,                             // 49: hostagent.v1.ExecRequest.EnvsEntry
-	nil,                             // 50: hostagent.v1.ListSandboxesRequest.MetadataEntry
-	nil,                             // 51: hostagent.v1.SandboxInfo.MetadataEntry
-	nil,                             // 52: hostagent.v1.Event.MetadataEntry
-	(*timestamppb.Timestamp)(nil),   // 53: google.protobuf.Timestamp
+	(*GetHostRequest)(nil),          // 47: hostagent.v1.GetHostRequest
+	(*GetHostResponse)(nil),         // 48: hostagent.v1.GetHostResponse
+	(*HostResources)(nil),           // 49: hostagent.v1.HostResources
+	(*HostDriver)(nil),              // 50: hostagent.v1.HostDriver
+	nil,                             // 51: hostagent.v1.CreateSandboxRequest.EnvsEntry
+	nil,                             // 52: hostagent.v1.CreateSandboxRequest.MetadataEntry
+	nil,                             // 53: hostagent.v1.ExecRequest.EnvsEntry
+	nil,                             // 54: hostagent.v1.ListSandboxesRequest.MetadataEntry
+	nil,                             // 55: hostagent.v1.SandboxInfo.MetadataEntry
+	nil,                             // 56: hostagent.v1.Event.MetadataEntry
+	nil,                             // 57: hostagent.v1.GetHostResponse.SandboxesEntry
+	(*timestamppb.Timestamp)(nil),   // 58: google.protobuf.Timestamp
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	3,  // 0: hostagent.v1.CreateSandboxRequest.network:type_name -> hostagent.v1.NetworkPolicy
-	47, // 1: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
-	48, // 2: hostagent.v1.CreateSandboxRequest.metadata:type_name -> hostagent.v1.CreateSandboxRequest.MetadataEntry
-	53, // 3: hostagent.v1.CreateSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
+	51, // 1: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
+	52, // 2: hostagent.v1.CreateSandboxRequest.metadata:type_name -> hostagent.v1.CreateSandboxRequest.MetadataEntry
+	58, // 3: hostagent.v1.CreateSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
 	2,  // 4: hostagent.v1.CreateSandboxResponse.phases:type_name -> hostagent.v1.Phase
 	4,  // 5: hostagent.v1.NetworkPolicy.name_servers:type_name -> hostagent.v1.NameServers
 	30, // 6: hostagent.v1.RecoverSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
@@ -3508,64 +3892,70 @@ var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	18, // 8: hostagent.v1.SnapshotSandboxResponse.snapshot:type_name -> hostagent.v1.Snapshot
 	18, // 9: hostagent.v1.ListSnapshotsResponse.snapshots:type_name -> hostagent.v1.Snapshot
 	3,  // 10: hostagent.v1.UpdateNetworkRequest.network:type_name -> hostagent.v1.NetworkPolicy
-	49, // 11: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
-	50, // 12: hostagent.v1.ListSandboxesRequest.metadata:type_name -> hostagent.v1.ListSandboxesRequest.MetadataEntry
+	53, // 11: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
+	54, // 12: hostagent.v1.ListSandboxesRequest.metadata:type_name -> hostagent.v1.ListSandboxesRequest.MetadataEntry
 	30, // 13: hostagent.v1.ListSandboxesResponse.sandboxes:type_name -> hostagent.v1.SandboxInfo
 	3,  // 14: hostagent.v1.SandboxInfo.network:type_name -> hostagent.v1.NetworkPolicy
 	5,  // 15: hostagent.v1.SandboxInfo.traffic:type_name -> hostagent.v1.NetworkTraffic
-	51, // 16: hostagent.v1.SandboxInfo.metadata:type_name -> hostagent.v1.SandboxInfo.MetadataEntry
-	53, // 17: hostagent.v1.SandboxInfo.deadline:type_name -> google.protobuf.Timestamp
-	53, // 18: hostagent.v1.SandboxInfo.started_at:type_name -> google.protobuf.Timestamp
-	53, // 19: hostagent.v1.SandboxInfo.paused_at:type_name -> google.protobuf.Timestamp
+	55, // 16: hostagent.v1.SandboxInfo.metadata:type_name -> hostagent.v1.SandboxInfo.MetadataEntry
+	58, // 17: hostagent.v1.SandboxInfo.deadline:type_name -> google.protobuf.Timestamp
+	58, // 18: hostagent.v1.SandboxInfo.started_at:type_name -> google.protobuf.Timestamp
+	58, // 19: hostagent.v1.SandboxInfo.paused_at:type_name -> google.protobuf.Timestamp
 	30, // 20: hostagent.v1.GetSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
-	53, // 21: hostagent.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
+	58, // 21: hostagent.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
 	30, // 22: hostagent.v1.SetDeadlineResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
 	39, // 23: hostagent.v1.WatchEventsResponse.event:type_name -> hostagent.v1.Event
-	52, // 24: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
+	56, // 24: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
 	40, // 25: hostagent.v1.Event.actor:type_name -> hostagent.v1.Actor
-	0,  // 26: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
-	10, // 27: hostagent.v1.HostAgentService.RecoverSandbox:input_type -> hostagent.v1.RecoverSandboxRequest
-	6,  // 28: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
-	8,  // 29: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
-	12, // 30: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
-	14, // 31: hostagent.v1.HostAgentService.ForkSandbox:input_type -> hostagent.v1.ForkSandboxRequest
-	16, // 32: hostagent.v1.HostAgentService.SnapshotSandbox:input_type -> hostagent.v1.SnapshotSandboxRequest
-	19, // 33: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
-	21, // 34: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
-	23, // 35: hostagent.v1.HostAgentService.UpdateNetwork:input_type -> hostagent.v1.UpdateNetworkRequest
-	25, // 36: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
-	28, // 37: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
-	31, // 38: hostagent.v1.HostAgentService.GetSandbox:input_type -> hostagent.v1.GetSandboxRequest
-	35, // 39: hostagent.v1.HostAgentService.SetTimeout:input_type -> hostagent.v1.SetTimeoutRequest
-	33, // 40: hostagent.v1.HostAgentService.SetDeadline:input_type -> hostagent.v1.SetDeadlineRequest
-	37, // 41: hostagent.v1.HostAgentService.WatchEvents:input_type -> hostagent.v1.WatchEventsRequest
-	41, // 42: hostagent.v1.HostAgentService.GetConsole:input_type -> hostagent.v1.GetConsoleRequest
-	43, // 43: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
-	45, // 44: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
-	1,  // 45: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
-	11, // 46: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
-	7,  // 47: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
-	9,  // 48: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
-	13, // 49: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
-	15, // 50: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
-	17, // 51: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
-	20, // 52: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
-	22, // 53: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
-	24, // 54: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
-	26, // 55: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
-	29, // 56: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
-	32, // 57: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
-	36, // 58: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
-	34, // 59: hostagent.v1.HostAgentService.SetDeadline:output_type -> hostagent.v1.SetDeadlineResponse
-	38, // 60: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
-	42, // 61: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
-	44, // 62: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
-	46, // 63: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
-	45, // [45:64] is the sub-list for method output_type
-	26, // [26:45] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	49, // 26: hostagent.v1.GetHostResponse.limit:type_name -> hostagent.v1.HostResources
+	49, // 27: hostagent.v1.GetHostResponse.used:type_name -> hostagent.v1.HostResources
+	57, // 28: hostagent.v1.GetHostResponse.sandboxes:type_name -> hostagent.v1.GetHostResponse.SandboxesEntry
+	50, // 29: hostagent.v1.GetHostResponse.drivers:type_name -> hostagent.v1.HostDriver
+	0,  // 30: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
+	10, // 31: hostagent.v1.HostAgentService.RecoverSandbox:input_type -> hostagent.v1.RecoverSandboxRequest
+	6,  // 32: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
+	8,  // 33: hostagent.v1.HostAgentService.PauseSandbox:input_type -> hostagent.v1.PauseSandboxRequest
+	12, // 34: hostagent.v1.HostAgentService.ResumeSandbox:input_type -> hostagent.v1.ResumeSandboxRequest
+	14, // 35: hostagent.v1.HostAgentService.ForkSandbox:input_type -> hostagent.v1.ForkSandboxRequest
+	16, // 36: hostagent.v1.HostAgentService.SnapshotSandbox:input_type -> hostagent.v1.SnapshotSandboxRequest
+	19, // 37: hostagent.v1.HostAgentService.ListSnapshots:input_type -> hostagent.v1.ListSnapshotsRequest
+	21, // 38: hostagent.v1.HostAgentService.DeleteSnapshot:input_type -> hostagent.v1.DeleteSnapshotRequest
+	23, // 39: hostagent.v1.HostAgentService.UpdateNetwork:input_type -> hostagent.v1.UpdateNetworkRequest
+	25, // 40: hostagent.v1.HostAgentService.Exec:input_type -> hostagent.v1.ExecRequest
+	28, // 41: hostagent.v1.HostAgentService.ListSandboxes:input_type -> hostagent.v1.ListSandboxesRequest
+	31, // 42: hostagent.v1.HostAgentService.GetSandbox:input_type -> hostagent.v1.GetSandboxRequest
+	35, // 43: hostagent.v1.HostAgentService.SetTimeout:input_type -> hostagent.v1.SetTimeoutRequest
+	33, // 44: hostagent.v1.HostAgentService.SetDeadline:input_type -> hostagent.v1.SetDeadlineRequest
+	37, // 45: hostagent.v1.HostAgentService.WatchEvents:input_type -> hostagent.v1.WatchEventsRequest
+	41, // 46: hostagent.v1.HostAgentService.GetConsole:input_type -> hostagent.v1.GetConsoleRequest
+	43, // 47: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
+	45, // 48: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
+	47, // 49: hostagent.v1.HostAgentService.GetHost:input_type -> hostagent.v1.GetHostRequest
+	1,  // 50: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
+	11, // 51: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
+	7,  // 52: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
+	9,  // 53: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
+	13, // 54: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
+	15, // 55: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
+	17, // 56: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
+	20, // 57: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
+	22, // 58: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
+	24, // 59: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
+	26, // 60: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
+	29, // 61: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
+	32, // 62: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
+	36, // 63: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
+	34, // 64: hostagent.v1.HostAgentService.SetDeadline:output_type -> hostagent.v1.SetDeadlineResponse
+	38, // 65: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
+	42, // 66: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
+	44, // 67: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
+	46, // 68: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
+	48, // 69: hostagent.v1.HostAgentService.GetHost:output_type -> hostagent.v1.GetHostResponse
+	50, // [50:70] is the sub-list for method output_type
+	30, // [30:50] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_hostagent_v1_hostagent_proto_init() }
@@ -3580,7 +3970,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   53,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -90,6 +90,9 @@ const (
 	// HostAgentServiceGetVersionProcedure is the fully-qualified name of the HostAgentService's
 	// GetVersion RPC.
 	HostAgentServiceGetVersionProcedure = "/hostagent.v1.HostAgentService/GetVersion"
+	// HostAgentServiceGetHostProcedure is the fully-qualified name of the HostAgentService's GetHost
+	// RPC.
+	HostAgentServiceGetHostProcedure = "/hostagent.v1.HostAgentService/GetHost"
 )
 
 // HostAgentServiceClient is a client for the hostagent.v1.HostAgentService service.
@@ -143,6 +146,9 @@ type HostAgentServiceClient interface {
 	Verify(context.Context, *connect.Request[v1.VerifyRequest]) (*connect.ServerStreamForClient[v1.VerifyResponse], error)
 	// GetVersion answers with what this host agent is and drives.
 	GetVersion(context.Context, *connect.Request[v1.GetVersionRequest]) (*connect.Response[v1.GetVersionResponse], error)
+	// GetHost answers with what a scheduler needs to know of this host: what it may
+	// give, what of that is in use, and what its guests run on.
+	GetHost(context.Context, *connect.Request[v1.GetHostRequest]) (*connect.Response[v1.GetHostResponse], error)
 }
 
 // NewHostAgentServiceClient constructs a client for the hostagent.v1.HostAgentService service. By
@@ -270,6 +276,12 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("GetVersion")),
 			connect.WithClientOptions(opts...),
 		),
+		getHost: connect.NewClient[v1.GetHostRequest, v1.GetHostResponse](
+			httpClient,
+			baseURL+HostAgentServiceGetHostProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("GetHost")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -294,6 +306,7 @@ type hostAgentServiceClient struct {
 	getConsole      *connect.Client[v1.GetConsoleRequest, v1.GetConsoleResponse]
 	verify          *connect.Client[v1.VerifyRequest, v1.VerifyResponse]
 	getVersion      *connect.Client[v1.GetVersionRequest, v1.GetVersionResponse]
+	getHost         *connect.Client[v1.GetHostRequest, v1.GetHostResponse]
 }
 
 // CreateSandbox calls hostagent.v1.HostAgentService.CreateSandbox.
@@ -391,6 +404,11 @@ func (c *hostAgentServiceClient) GetVersion(ctx context.Context, req *connect.Re
 	return c.getVersion.CallUnary(ctx, req)
 }
 
+// GetHost calls hostagent.v1.HostAgentService.GetHost.
+func (c *hostAgentServiceClient) GetHost(ctx context.Context, req *connect.Request[v1.GetHostRequest]) (*connect.Response[v1.GetHostResponse], error) {
+	return c.getHost.CallUnary(ctx, req)
+}
+
 // HostAgentServiceHandler is an implementation of the hostagent.v1.HostAgentService service.
 type HostAgentServiceHandler interface {
 	// CreateSandbox boots a sandbox and answers when commands can run in it.
@@ -442,6 +460,9 @@ type HostAgentServiceHandler interface {
 	Verify(context.Context, *connect.Request[v1.VerifyRequest], *connect.ServerStream[v1.VerifyResponse]) error
 	// GetVersion answers with what this host agent is and drives.
 	GetVersion(context.Context, *connect.Request[v1.GetVersionRequest]) (*connect.Response[v1.GetVersionResponse], error)
+	// GetHost answers with what a scheduler needs to know of this host: what it may
+	// give, what of that is in use, and what its guests run on.
+	GetHost(context.Context, *connect.Request[v1.GetHostRequest]) (*connect.Response[v1.GetHostResponse], error)
 }
 
 // NewHostAgentServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -565,6 +586,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		connect.WithSchema(hostAgentServiceMethods.ByName("GetVersion")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentServiceGetHostHandler := connect.NewUnaryHandler(
+		HostAgentServiceGetHostProcedure,
+		svc.GetHost,
+		connect.WithSchema(hostAgentServiceMethods.ByName("GetHost")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/hostagent.v1.HostAgentService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case HostAgentServiceCreateSandboxProcedure:
@@ -605,6 +632,8 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServiceVerifyHandler.ServeHTTP(w, r)
 		case HostAgentServiceGetVersionProcedure:
 			hostAgentServiceGetVersionHandler.ServeHTTP(w, r)
+		case HostAgentServiceGetHostProcedure:
+			hostAgentServiceGetHostHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -688,4 +717,8 @@ func (UnimplementedHostAgentServiceHandler) Verify(context.Context, *connect.Req
 
 func (UnimplementedHostAgentServiceHandler) GetVersion(context.Context, *connect.Request[v1.GetVersionRequest]) (*connect.Response[v1.GetVersionResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.GetVersion is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) GetHost(context.Context, *connect.Request[v1.GetHostRequest]) (*connect.Response[v1.GetHostResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.GetHost is not implemented"))
 }

@@ -55,6 +55,7 @@ func (s *server) create(ctx context.Context, body api.NewSandbox, key *string, t
 	if !idempotencyKey.MatchString(*key) {
 		return api.Sandbox{}, refuse(http.StatusBadRequest, "Idempotency-Key must be 1 to 255 of a-z, 0-9 and -")
 	}
+	req.ID = s.Manager.NewID() // to be written down before there is a sandbox
 	claim, done, err := s.Requests.Begin(idempotency.Request{
 		Scope: "create " + req.Project, Key: *key, Digest: digestOf(body, timeout),
 	}, string(req.ID))
@@ -78,7 +79,7 @@ func (s *server) create(ctx context.Context, body api.NewSandbox, key *string, t
 // that may be gone when a request comes again.
 func (s *server) createRequest(ctx context.Context, body api.NewSandbox, timeout int) (req CreateRequest, err error) {
 	req = CreateRequest{
-		ID: s.Manager.NewID(), Project: projectOf(ctx), OnEnd: Kill, Metadata: value(body.Metadata, nil), Env: value(body.EnvVars, nil),
+		Project: projectOf(ctx), OnEnd: Kill, Metadata: value(body.Metadata, nil), Env: value(body.EnvVars, nil),
 		AutoResume: body.AutoResume != nil && body.AutoResume.Enabled,
 	}
 	if req.Timeout, err = s.timeout(value(body.Timeout, timeout), 1); err != nil {

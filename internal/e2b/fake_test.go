@@ -76,6 +76,9 @@ func (f *fake) NewID() sandbox.ID {
 }
 
 func (f *fake) Create(_ context.Context, r CreateRequest) (Sandbox, error) {
+	if r.ID == "" {
+		r.ID = f.NewID()
+	}
 	if f.hold != nil {
 		f.held <- struct{}{}
 		<-f.hold

@@ -74,7 +74,7 @@ const (
 
 // CreateRequest describes a new sandbox.
 type CreateRequest struct {
-	// ID is from NewID.
+	// ID is from NewID; one is made up when empty.
 	ID      sandbox.ID
 	Project string
 	// Template and Build are ids.

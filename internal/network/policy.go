@@ -125,6 +125,11 @@ type Policy struct {
 	OwnDNS bool
 }
 
+// IsZero says whether the policy is the host's.
+func (p Policy) IsZero() bool {
+	return p.Mode == "" && len(p.Allow)+len(p.Deny)+len(p.AllowNames)+len(p.DenyNames) == 0
+}
+
 // ParsePolicy reads what the user of a sandbox said. The range 0.0.0.0/0 is the
 // internet: denied, it means the same as AllowInternet false; allowed, it wins over
 // all that is denied.

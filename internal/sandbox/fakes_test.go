@@ -256,7 +256,7 @@ func (n *fakeNetwork) ParsePolicy(e network.Egress) (network.Policy, error) {
 	if n.strict && len(e.Allow) > 0 {
 		return network.Policy{}, errdefs.Denied.Errorf("this host allows nothing")
 	}
-	p := network.Policy{Mode: network.Public, AllowNames: e.Allow, DenyNames: e.Deny, OwnDNS: e.DNS != nil}
+	p := network.Policy{AllowNames: e.Allow, DenyNames: e.Deny, OwnDNS: e.DNS != nil && len(e.Allow) > 0}
 	if e.AllowInternet != nil && !*e.AllowInternet {
 		p.Mode = network.None
 	}

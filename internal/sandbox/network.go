@@ -84,10 +84,15 @@ func (h *host) openNetwork(ctx context.Context, rec Record) error {
 	if err := h.cfg.Network.Open(ctx, rec.Slot); err != nil {
 		return fmt.Errorf("open network: %w", err)
 	}
-	if rec.Network.IsZero() {
-		return nil // a new slot has the host's policy
+	if h.hasHostPolicy(rec) {
+		return nil // as every new slot
 	}
 	return h.setNetwork(ctx, rec)
+}
+
+// hasHostPolicy says whether what a record says of the network changes nothing.
+func (h *host) hasHostPolicy(rec Record) bool {
+	return rec.Network.Limits == network.Limits{} && h.policyInForce(rec).IsZero()
 }
 
 // setNetwork gives an open slot what its record says. Called with the op lock

@@ -151,6 +151,20 @@ func TestPolicyOfAnEarlierAgent(t *testing.T) {
 	r.wantNetwork(forked.Sandboxes[0].ID, old)
 }
 
+// TestOpenInternetCostsNothing: a policy that changes nothing is not set. Some clients
+// say with each create that the internet is open.
+func TestOpenInternetCostsNothing(t *testing.T) {
+	r := newRig(t)
+	yes := true
+	r.faults.on("network.policy", func(context.Context) error { return errFault })
+	info, err := r.Create(t.Context(), CreateRequest{Network: Policy{Egress: Egress{AllowInternet: &yes}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.faults.on("network.policy", nil)
+	r.wantNetwork(info.ID, Policy{Egress: Egress{AllowInternet: &yes}})
+}
+
 // TestLimitsStayIfNotSaid: what a sandbox may reach is replaced as a whole; the limits,
 // of which the caller did not speak, are what they were.
 func TestLimitsStayIfNotSaid(t *testing.T) {

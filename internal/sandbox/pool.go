@@ -239,7 +239,7 @@ func (k keeper) handOut(ctx context.Context, b *box, req CreateRequest, began ti
 	defer cancel()
 	// The network is in place before the first of the user's code, which comes after Init.
 	rec := b.record()
-	if rec.Network = req.Network.clone(); !rec.Network.IsZero() {
+	if rec.Network = req.Network.clone(); !k.hasHostPolicy(rec) {
 		end := phase(ctx, "network")
 		if err := k.setNetwork(ctx, rec); err != nil {
 			return err

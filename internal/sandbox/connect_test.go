@@ -590,6 +590,26 @@ func TestManyExpireAtOnce(t *testing.T) {
 	}
 }
 
+// Guests that take their time to hibernate keep no other sandbox from its end.
+func TestSlowHibernationsDelayNoEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		for range expireMost + 1 {
+			r.made(CreateRequest{Life: time.Minute, OnEnd: HibernateOnTimeout})
+		}
+		ends := r.made(CreateRequest{Life: time.Minute + time.Second}).ID
+		r.faults.on("guest.freeze", hang)
+		pass(time.Minute + time.Second)
+		if info := r.wantState(ends, Stopped); info.Reason != Expired {
+			t.Errorf("it %s", info.Reason)
+		}
+		pass(5 * time.Minute)
+		if n := r.Stats().States[Hibernated]; n != expireMost+1 {
+			t.Errorf("%d are hibernated", n)
+		}
+	})
+}
+
 // While another operation has the sandbox at its deadline, it reads as pausing.
 func TestPausingBehindAnOperation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -5,7 +5,8 @@ import (
 	"time"
 )
 
-// expireMost is how many sandboxes expire at the same time at most.
+// expireMost is how many sandboxes expire at the same time at most, in each of the two
+// ways: guests that are slow to hibernate keep no other sandbox from its end.
 const expireMost = 20
 
 // sweepEvery is how often the janitor looks around at least. It does so at each
@@ -72,33 +73,34 @@ func (j janitor) sweep(now time.Time) (next time.Time) {
 // dispatch starts what is due of a sandbox, unless its op lock is taken, or as many
 // expire as may at the same time.
 func (j janitor) dispatch(b *box, chore chore) {
-	expires := chore == choreExpire || chore == choreHibernate
-	if expires {
+	turns := j.expiring[chore]
+	if turns != nil {
 		select {
-		case j.expiring <- struct{}{}:
+		case turns <- struct{}{}:
 		default:
 			return
 		}
 	}
 	if !b.tryHold("freed") {
-		if expires {
-			<-j.expiring
+		if turns != nil {
+			<-turns
 		}
 		return
 	}
 	j.goes("sweep", func() {
-		if expires {
-			defer j.expired()
-		}
+		defer j.expired(turns)
 		defer b.unhold()
 		j.attend(b, time.Now())
 	})
 }
 
 // expired lets another sandbox expire, now if one had to wait.
-func (j janitor) expired() {
-	full := len(j.expiring) == cap(j.expiring)
-	<-j.expiring
+func (j janitor) expired(turns chan struct{}) {
+	if turns == nil {
+		return
+	}
+	full := len(turns) == cap(turns)
+	<-turns
 	if full {
 		j.wakeJanitor()
 	}

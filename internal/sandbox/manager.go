@@ -33,8 +33,8 @@ type Manager struct {
 	store  store
 	// woken has an element when the janitor is to look around.
 	woken chan struct{}
-	// expiring has an element for each sandbox that is being expired.
-	expiring chan struct{}
+	// expiring has, for each way to expire, an element for each sandbox that does.
+	expiring map[chore]chan struct{}
 	log      *slog.Logger
 }
 

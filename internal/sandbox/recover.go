@@ -79,7 +79,10 @@ func newManager(cfg Config, lock *dirLock) *Manager {
 		fence:    &fence{net: cfg.Network, slots: map[network.Slot]bool{}},
 		pool:     newPool(cfg.Warm, cfg.poolCalm),
 		owners:   newOwners(),
-		lock:     lock, store: disk, log: cfg.Log, woken: make(chan struct{}, 1), expiring: make(chan struct{}, expireMost),
+		lock:     lock, store: disk, log: cfg.Log, woken: make(chan struct{}, 1),
+		expiring: map[chore]chan struct{}{
+			choreExpire: make(chan struct{}, expireMost), choreHibernate: make(chan struct{}, expireMost),
+		},
 	}
 	m.disk = newDisk(m.registry, m.work, m.ledger, free, cfg.Capacity)
 	m.vms = &vms{

@@ -122,7 +122,7 @@ What --allow says wins over what --deny says.`,
 				return err
 			}
 			if reset && policy != nil {
-				return errors.New("--reset goes with no other flag: it is the host's settings again")
+				return errors.New("--reset goes with no other flag: it is the host's policy again")
 			}
 			s, err := c.find(cmd.Context(), args[0])
 			if err != nil {
@@ -149,7 +149,7 @@ What --allow says wins over what --deny says.`,
 		},
 	}
 	r.flags(cmd)
-	cmd.Flags().BoolVar(&reset, "reset", false, "go back to the host's settings")
+	cmd.Flags().BoolVar(&reset, "reset", false, "go back to the host's policy")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the policy as JSON")
 	return cmd
 }

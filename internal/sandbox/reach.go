@@ -36,7 +36,7 @@ func (m *Manager) reach(ctx context.Context, b *box) error {
 	if errors.Is(attached, errGone) {
 		return attached
 	}
-	// The host's settings may be other ones now, and what an agent did for a
+	// The host's policy may be another one now, and what an agent did for a
 	// policy ended with it.
 	err := errors.Join(attached, m.setNetwork(ctx, rec))
 	if err != nil {

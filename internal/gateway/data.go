@@ -26,9 +26,9 @@ type visit struct {
 	body *body // nil without one
 	// private says that the sandbox's own servers are not public.
 	private bool
-	// owner and guest say that the request shows the token of envd, or of private
-	// traffic.
-	owner, guest bool
+	// owner, signer and guest say that the request shows the token of envd, a signature
+	// that was made with it, or the token of private traffic.
+	owner, signer, guest bool
 }
 
 // serveData answers a request that names a sandbox.
@@ -75,9 +75,9 @@ func (g *Gateway) admit(r *http.Request, v *visit) (_ *visit, no *refusal) {
 		v.written = v.id.Short()
 	}
 	info, tokens, err := g.look(v.id)
-	v.show(r.Header, tokens)
+	v.show(r, tokens)
 	// A page that knows a secret of the sandbox, or has a signature, was given it.
-	if !v.byName && v.signed == nil && !v.owner && !v.guest {
+	if !v.byName && !v.signer && !v.owner && !v.guest && v.signed == nil {
 		if err := g.door.checkOrigin(r); err != nil {
 			return refused(v.refusal(err))
 		}
@@ -116,10 +116,13 @@ func wakes(info sandbox.Info) bool {
 }
 
 // show notes which of the sandbox's secrets a request shows.
-func (v *visit) show(h http.Header, tokens sandbox.Tokens) {
+func (v *visit) show(r *http.Request, tokens sandbox.Tokens) {
 	v.private = tokens.Traffic != ""
-	v.owner = tokens.Envd != "" && equal(tokens.Envd, h.Get(guestapi.HeaderToken))
-	v.guest = v.private && equal(tokens.Traffic, h.Get(guestapi.HeaderTraffic))
+	v.owner = tokens.Envd != "" && equal(tokens.Envd, r.Header.Get(guestapi.HeaderToken))
+	v.guest = v.private && equal(tokens.Traffic, r.Header.Get(guestapi.HeaderTraffic))
+	if s := signedOf(r); s != nil && v.port == guestapi.Port {
+		v.signer = s.by(tokens)
+	}
 }
 
 // kind returns the kind of the request.
@@ -127,7 +130,7 @@ func (v *visit) kind() kind {
 	switch {
 	case v.port != guestapi.Port:
 		return toPort
-	case v.owner:
+	case v.owner || v.signer:
 		return ofOwner
 	default:
 		return ofOthers
@@ -153,8 +156,12 @@ func (g *Gateway) lease(ctx context.Context, v *visit) (_ *sandbox.Lease, mask s
 				return nil, "", no
 			}
 		}
+		take := g.sandboxes.Lease
+		if v.kind() == ofOthers {
+			take = g.sandboxes.Glance
+		}
 		var lease *sandbox.Lease
-		if lease, err = g.sandboxes.Lease(ctx, v.id); err == nil {
+		if lease, err = take(ctx, v.id); err == nil {
 			return lease, info.Ingress.MaskHost, nil
 		}
 		// It may have been paused since.

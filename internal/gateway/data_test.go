@@ -132,7 +132,13 @@ func (s situation) check(t *testing.T, addr netip.Addr, port, shown, header stri
 		t.Errorf("%s, envd %v, by name %v: HTTP %d %s, want %d", shown, envd, byName, status, text, want)
 	}
 	wakes, leases := m.calls(idA)
-	if (leases > 0) != (want == http.StatusOK) || (wakes > 0) != (want == http.StatusOK && (s.state != sandbox.Running || s.pausing)) {
+	stranger := envd && shown != "owner"
+	m.change(idA, func(b *box) {
+		if glanced := want == http.StatusOK && stranger; (b.glances > 0) != glanced {
+			t.Errorf("%s, envd %v: %d glances", shown, envd, b.glances)
+		}
+	})
+	if (leases > 0) != (want == http.StatusOK && !stranger) || (wakes > 0) != (want == http.StatusOK && (s.state != sandbox.Running || s.pausing)) {
 		t.Errorf("%s, envd %v: woken %d times, %d leases", shown, envd, wakes, leases)
 	}
 }

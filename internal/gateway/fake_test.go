@@ -31,8 +31,8 @@ type box struct {
 	wake func(context.Context) error
 	// err is what Tokens, Get and Lease fail with, by name.
 	err map[string]error
-	// wakes and leases count calls.
-	wakes, leases int
+	// wakes, leases and glances count calls.
+	wakes, leases, glances int
 }
 
 // newManager returns a manager with idA and idB, which run until alive ends.
@@ -117,6 +117,14 @@ func (m *manager) Lease(_ context.Context, id sandbox.ID) (*sandbox.Lease, error
 		addr = netip.MustParseAddr("127.0.0.1")
 	}
 	return &sandbox.Lease{Addr: addr, Token: b.tokens.Envd, Alive: b.alive}, nil
+}
+
+func (m *manager) Glance(ctx context.Context, id sandbox.ID) (*sandbox.Lease, error) {
+	lease, err := m.Lease(ctx, id)
+	if err == nil {
+		m.change(id, func(b *box) { b.leases--; b.glances++ })
+	}
+	return lease, err
 }
 
 func (m *manager) Wake(ctx context.Context, id sandbox.ID) error {

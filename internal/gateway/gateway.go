@@ -34,8 +34,8 @@ type kind int
 const (
 	toAgent kind = iota
 	toREST
-	// ofOwner are requests to envd with its token, ofOthers all others to it:
-	// health, questions of browsers, files by signature, and what envd refuses.
+	// ofOwner are requests to envd with its token or a signature, ofOthers all others to
+	// it: health, questions of browsers, and what envd refuses.
 	ofOwner
 	ofOthers
 	// toPort are requests to the ports of users' servers, for which the gateway asks
@@ -62,6 +62,7 @@ type Sandboxes interface {
 	Tokens(id sandbox.ID) (sandbox.Tokens, error)
 	WithTokens(fits func(sandbox.Tokens) bool) (sandbox.ID, bool)
 	Lease(ctx context.Context, id sandbox.ID) (*sandbox.Lease, error)
+	Glance(ctx context.Context, id sandbox.ID) (*sandbox.Lease, error)
 	Wake(ctx context.Context, id sandbox.ID) error
 }
 
@@ -86,7 +87,8 @@ type Config struct {
 
 // Gateway sends requests that name a sandbox to that sandbox's guest, and all
 // others to the control plane or the REST API, if they come from where they may. A
-// request to a sandbox is activity in it until the request ends.
+// request to a sandbox is activity in it until the request ends, except one to envd that
+// shows no secret of the sandbox.
 //
 // Bodies are streamed, both ways at once. The gateway does not limit their size,
 // because the guest keeps what it receives. A client that stops in the middle of

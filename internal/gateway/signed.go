@@ -55,7 +55,14 @@ func (g *Gateway) search(ctx context.Context, s *signed) (sandbox.ID, bool) {
 		return "", false
 	}
 	sign := s.file.Signer()
-	return g.sandboxes.WithTokens(func(t sandbox.Tokens) bool { return t.Envd != "" && equal(sign(t.Envd), s.signature) })
+	return g.sandboxes.WithTokens(func(t sandbox.Tokens) bool { return s.with(sign, t) })
+}
+
+// by reports whether the signature was made with a sandbox's token.
+func (s *signed) by(t sandbox.Tokens) bool { return s.with(s.file.Signer(), t) }
+
+func (s *signed) with(sign func(token string) string, t sandbox.Tokens) bool {
+	return t.Envd != "" && equal(sign(t.Envd), s.signature)
 }
 
 // equal compares a secret with what a caller shows, in a time that does not depend on

@@ -14,7 +14,7 @@ import (
 )
 
 // Lease is the right to call a guest. While one is held the sandbox counts as
-// active.
+// active, unless it is from Glance.
 type Lease struct {
 	// Addr is where the guest is reached from the host.
 	Addr netip.Addr
@@ -62,6 +62,20 @@ func (l *Lease) Release() {
 // Lease takes a lease on a running sandbox. It waits, within ctx, for an
 // operation in progress.
 func (r *registry) Lease(ctx context.Context, id ID) (*Lease, error) {
+	return r.lease(ctx, id, func(b *box) (release func()) {
+		b.beginLease()
+		return sync.OnceFunc(func() { r.endLease(b) })
+	})
+}
+
+// Glance is Lease for a caller that has not shown that it may use the sandbox: its call
+// is no activity and keeps nothing from ending.
+func (r *registry) Glance(ctx context.Context, id ID) (*Lease, error) {
+	return r.lease(ctx, id, func(*box) func() { return nil })
+}
+
+// lease takes a lease. It calls begin with the op lock held.
+func (r *registry) lease(ctx context.Context, id ID, begin func(*box) (release func())) (*Lease, error) {
 	b, err := r.find(id)
 	if err != nil {
 		return nil, err
@@ -84,11 +98,8 @@ func (r *registry) Lease(ctx context.Context, id ID) (*Lease, error) {
 	if rec.Reason == Unreachable {
 		marked = unreached(rec)
 	}
-	b.beginLease()
-	var once sync.Once
 	return &Lease{
-		Addr: rec.HostIP, Token: rec.Token, Alive: b.op.alive, marked: marked, guest: b.op.guest,
-		release: func() { once.Do(func() { r.endLease(b) }) },
+		Addr: rec.HostIP, Token: rec.Token, Alive: b.op.alive, marked: marked, guest: b.op.guest, release: begin(b),
 	}, nil
 }
 

@@ -3,6 +3,7 @@ package sandbox
 import (
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
@@ -60,4 +61,26 @@ func TestTokensAreForLife(t *testing.T) {
 func (r *rig) envdToken(id ID) (string, error) {
 	tokens, err := r.Tokens(id)
 	return tokens.Envd, err
+}
+
+// A call of a stranger does not keep a sandbox that has been idle for too long, however
+// long the call lasts.
+func TestGlanceIsNoActivity(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		id := r.made(CreateRequest{Timeout: time.Minute}).ID
+		pass(30 * time.Second)
+		glance, err := r.Glance(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pass(time.Minute)
+		r.wantState(id, Stopped)
+		if glance.Alive.Err() == nil {
+			t.Error("the call goes on")
+		}
+		glance.Release()
+		_, err = r.Glance(t.Context(), id)
+		wantClass(t, err, errdefs.WrongState)
+	})
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -145,6 +146,36 @@ func (a *agent) prepare(prepared string) error {
 	return nil
 }
 
+// buildDir is where the build of a template or snapshot of the host's is to which its
+// tag "default" leads.
+func (a *agent) buildDir(t testing.TB, name string) string {
+	t.Helper()
+	all, err := filepath.Glob(filepath.Join(a.stateDir, "templates", "*", "template.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range all {
+		var info struct {
+			Names []string
+			Tags  []struct{ Name, Build string }
+		}
+		data, err := os.ReadFile(path)
+		if err == nil {
+			err = json.Unmarshal(data, &info)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, tag := range info.Tags {
+			if slices.Contains(info.Names, name) && tag.Name == "default" {
+				return filepath.Join(filepath.Dir(path), tag.Build)
+			}
+		}
+	}
+	t.Fatalf("there is no template %s", name)
+	return ""
+}
+
 // linkTree makes hard links of the files below from, but of its lock files:
 // each agent has its own.
 func linkTree(from, to string) error {
@@ -156,7 +187,7 @@ func linkTree(from, to string) error {
 		switch {
 		case e.IsDir():
 			return os.MkdirAll(target, 0o700)
-		case e.Name() == "lock":
+		case e.Name() == "lock", e.Name() == "index.lock", e.Name() == "spawned":
 			return nil
 		case e.Type()&fs.ModeSymlink != 0:
 			link, err := os.Readlink(path)

@@ -27,7 +27,7 @@ import (
 func coldAgent(b *testing.B) *agent {
 	b.Helper()
 	a := benchAgent(b)
-	ready := filepath.Join(a.stateDir, "templates", "minimal", "ready")
+	ready := filepath.Join(a.buildDir(b, "minimal"), "ready")
 	err := os.RemoveAll(ready)
 	if err == nil {
 		err = os.WriteFile(ready, nil, 0o444)

@@ -184,11 +184,11 @@ func TestDisk(t *testing.T) {
 // checkBase compares the base image with what setup wrote down of it.
 func checkBase(t *testing.T, a *agent) {
 	t.Helper()
-	dir := filepath.Join(a.stateDir, "templates", "minimal")
+	dir := a.buildDir(t, "minimal")
 	var manifest struct {
 		Files map[string]struct{ SHA256 string }
 	}
-	data, err := os.ReadFile(filepath.Join(dir, "template.json"))
+	data, err := os.ReadFile(filepath.Join(dir, "manifest.json"))
 	if err == nil {
 		err = json.Unmarshal(data, &manifest)
 	}

@@ -178,7 +178,7 @@ func TestDamagedReadySnapshot(t *testing.T) {
 	if err := a.signal(9); err != nil {
 		t.Fatal(err)
 	}
-	found, err := filepath.Glob(filepath.Join(a.stateDir, "templates/minimal/ready/*/mem"))
+	found, err := filepath.Glob(filepath.Join(a.buildDir(t, "minimal"), "ready/*/mem"))
 	if err != nil || len(found) == 0 {
 		t.Fatalf("%q, %v", found, err)
 	}

@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -71,7 +72,7 @@ func TestSnapshot(t *testing.T) {
 		t.Errorf("the source counts %d, want 2", got)
 	}
 	b.sh("echo after >/root/file")
-	manifest, err := os.ReadFile(filepath.Join(a.stateDir, "snapshots", "prepared", "manifest.json"))
+	manifest, err := os.ReadFile(filepath.Join(a.buildDir(t, "prepared"), "manifest.json"))
 	if err != nil || strings.Contains(string(manifest), secret) {
 		t.Errorf("the manifest holds the source's token: %v", err)
 	}
@@ -80,14 +81,14 @@ func TestSnapshot(t *testing.T) {
 	wantCode(t, err, connect.CodeAlreadyExists, "prepared")
 	_, err = b.snapshot("minimal")
 	wantCode(t, err, connect.CodeAlreadyExists, "minimal", "template")
-	for _, name := range []string{"../x", "A", ".x", strings.Repeat("a", 64)} {
+	for _, name := range []string{"../x", "A", ".x", strings.Repeat("a", 129)} {
 		_, err = b.snapshot(name)
 		wantCode(t, err, connect.CodeInvalidArgument, "snapshot name")
 	}
 	_, err = a.CreateSandbox(t.Context(), connect.NewRequest(&hostagentv1.CreateSandboxRequest{Template: "prepared", MemoryMb: 512}))
 	wantCode(t, err, connect.CodeInvalidArgument, "256 MiB")
 	_, err = a.CreateSandbox(t.Context(), connect.NewRequest(&hostagentv1.CreateSandboxRequest{Template: "nothing"}))
-	wantCode(t, err, connect.CodeNotFound, "template", "snapshot", `"nothing"`)
+	wantCode(t, err, connect.CodeNotFound, "template 'nothing' not found")
 
 	if err := b.destroy(); err != nil {
 		t.Fatal(err)
@@ -180,7 +181,7 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	manifest := filepath.Join(a.stateDir, "snapshots", "old", "manifest.json")
+	manifest := filepath.Join(a.buildDir(t, "old"), "manifest.json")
 	data, err := os.ReadFile(manifest)
 	var m map[string]any
 	if err == nil {
@@ -207,7 +208,7 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 		t.Error("it takes itself for its source")
 	}
 
-	mem := filepath.Join(a.stateDir, "snapshots", "damaged", "mem")
+	mem := filepath.Join(a.buildDir(t, "damaged"), "mem")
 	f, err := os.OpenFile(mem, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -223,7 +224,7 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = a.CreateSandbox(t.Context(), connect.NewRequest(&hostagentv1.CreateSandboxRequest{Template: "damaged"}))
-	wantCode(t, err, connect.CodeDataLoss, `snapshot "damaged" is damaged: mem is not what was written`)
+	wantCode(t, err, connect.CodeDataLoss, `snapshot "damaged"`, "damaged: mem is not what was written")
 	if strings.Contains(err.Error(), a.stateDir) {
 		t.Errorf("a client reads a path of the host: %v", err)
 	}
@@ -232,32 +233,65 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 	}
 }
 
+// smallTemplates puts the templates of the agent on a file system of 8 MiB. The build of
+// "minimal" is where it was. restore takes that back.
+func (a *agent) smallTemplates(t *testing.T) (restore func()) {
+	t.Helper()
+	build := a.buildDir(t, "minimal")
+	info, err := os.ReadFile(filepath.Join(filepath.Dir(build), "template.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, aside := filepath.Join(a.stateDir, "templates"), filepath.Join(a.stateDir, "aside")
+	if err := errors.Join(os.Rename(dir, aside), os.Mkdir(dir, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=8m,mode=700"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
+	err = os.MkdirAll(build, 0o755)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(filepath.Dir(build), "template.json"), info, 0o600)
+	}
+	if err == nil {
+		err = syscall.Mount(filepath.Join(aside, strings.TrimPrefix(build, dir)), build, "", syscall.MS_BIND, "")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Unmount(build, syscall.MNT_DETACH) })
+	return func() {
+		t.Helper()
+		err := errors.Join(syscall.Unmount(build, syscall.MNT_DETACH), syscall.Unmount(dir, syscall.MNT_DETACH))
+		err = errors.Join(err, os.Remove(dir), os.Rename(aside, dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestSnapshotOnAFullDisk says so, leaves nothing, and the source goes on.
 func TestSnapshotOnAFullDisk(t *testing.T) {
 	a := startAgent(t)
 	b := a.create(t, nil)
 	b.count()
-	dir := filepath.Join(a.stateDir, "snapshots")
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=8m"); err != nil {
-		t.Fatal(err)
-	}
-	defer syscall.Unmount(dir, syscall.MNT_DETACH)
+	restore := a.smallTemplates(t)
 	for n := range 2 { // with what is left of the first, the second would say more
 		_, err := b.snapshot("big")
 		wantCode(t, err, connect.CodeResourceExhausted, "the host's disk is full")
 		if strings.Contains(err.Error(), a.stateDir) {
 			t.Errorf("a client reads a path of the host: %v", err)
 		}
-		if left, err := os.ReadDir(dir); err != nil || len(left) != 1 || left[0].Name() != "lock" {
-			t.Errorf("left: %v, %v", left, err)
+		left, err := filepath.Glob(filepath.Join(a.stateDir, "templates", ".*"))
+		if all := a.snapshots(t); err != nil || len(left) > 0 || len(all) > 0 {
+			t.Errorf("left: %q, %v, %v", left, all, err)
 		}
 		if got := b.next(); got != n+1 {
 			t.Errorf("the source counts %d, want %d", got, n+1)
 		}
 	}
-	if err := syscall.Unmount(dir, 0); err != nil {
-		t.Fatal(err)
-	}
+	restore()
 	if _, err := b.snapshot("big"); err != nil {
 		t.Error(err)
 	}

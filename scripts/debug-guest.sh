@@ -20,15 +20,19 @@ template=${1:-minimal}
 state=${WRENN_STATE_DIR:-/var/lib/wrenn}
 accel=${ACCEL:-tcg}
 kernel=$state/kernels/default
-base=$state/templates/$template/base.ext4
 
 if [[ $# -gt 1 || $template == -* || ! $template =~ ^[A-Za-z0-9_.-]+$ ]]; then
     echo "usage: scripts/debug-guest.sh [TEMPLATE]" >&2
     exit 2
 fi
+# The newest build of the template with that name.
+base=
+if info=$(grep -ls "\"names\":\[\"$template\"" "$state"/templates/*/template.json); then
+    base=$(ls -t "$(dirname "$info")"/*/base.ext4 | head -n 1)
+fi
 for file in "$kernel/vmlinux" "$kernel/initrd.img" "$base"; do
     if [[ ! -r $file ]]; then
-        echo "$file cannot be read; prepare it with: sudo wrenn setup --state-dir $state" >&2
+        echo "${file:-the template $template} cannot be read; prepare it with: sudo wrenn setup --state-dir $state" >&2
         exit 1
     fi
 done

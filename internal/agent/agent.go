@@ -278,11 +278,14 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	return door
 }
 
+// templateNames returns the names of the host's own templates, without snapshots.
 func (a *Agent) templateNames() ([]string, error) {
 	all, err := a.templates.List()
 	var names []string
 	for _, t := range all {
-		names = append(names, t.Name)
+		if t.Project == "" && t.Source == "" {
+			names = append(names, t.Names...)
+		}
 	}
 	return names, err
 }

@@ -1,10 +1,8 @@
 package e2b
 
 import (
+	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
-	"fmt"
 	"slices"
 	"time"
 
@@ -24,14 +22,15 @@ type ofHost struct {
 
 // hostTemplates is Templates over the templates of this host.
 type hostTemplates struct {
-	store   *template.Store
-	diskMiB int
+	sandboxes *sandbox.Manager
+	store     *template.Store
+	diskMiB   int
 }
 
 // OfHost returns what the handlers need of the sandboxes and templates of this host.
 // diskMiB is the size of a sandbox's disk.
 func OfHost(sandboxes *sandbox.Manager, templates *template.Store, diskMiB int) (Manager, Templates) {
-	t := hostTemplates{templates, diskMiB}
+	t := hostTemplates{sandboxes, templates, diskMiB}
 	return ofHost{sandboxes, t, diskMiB}, t
 }
 
@@ -41,12 +40,8 @@ func notYet(what string) error { return errdefs.Unsupported.Errorf("this host ha
 func (h ofHost) NewID() sandbox.ID { return h.sandboxes.NewID() }
 
 func (h ofHost) Create(ctx context.Context, r CreateRequest) (Sandbox, error) {
-	name, err := h.templates.name(r.Template)
-	if err != nil {
-		return Sandbox{}, err
-	}
 	created, err := h.sandboxes.Create(ctx, sandbox.CreateRequest{
-		ID: r.ID, Template: name, Life: r.Timeout, OnEnd: r.OnEnd, AutoResume: r.AutoResume,
+		ID: r.ID, Template: r.Template + ":" + r.Build, Life: r.Timeout, OnEnd: r.OnEnd, AutoResume: r.AutoResume,
 		Network: sandbox.Policy{Egress: r.Egress}, Ingress: r.Ingress, Login: sandbox.Login{Env: r.Env},
 		Labels: sandbox.Labels{Project: r.Project, Metadata: r.Metadata},
 	})
@@ -56,7 +51,7 @@ func (h ofHost) Create(ctx context.Context, r CreateRequest) (Sandbox, error) {
 // sandbox converts what the host knows of a sandbox.
 func (h ofHost) sandbox(i sandbox.Info) Sandbox {
 	return Sandbox{
-		ID: i.ID, Project: i.Labels.Project, State: i.State, Template: templateID(i.Template), Alias: i.Template,
+		ID: i.ID, Project: i.Labels.Project, State: i.State, Template: i.TemplateID, Alias: i.Template,
 		VCPUs: i.VCPUs, MemMiB: i.MemMiB, DiskMiB: h.diskMiB, EnvdVersion: i.EnvdVersion,
 		StartedAt: i.StartedAt, EndAt: i.EndAt, PausedAt: i.PausedAt, Pausing: i.Pausing, OnEnd: i.OnEnd, AutoResume: i.AutoResume,
 		FilesOnly: i.FilesOnly, Metadata: i.Labels.Metadata, Egress: i.Network.Egress, Ingress: i.Ingress,
@@ -108,8 +103,22 @@ func (h ofHost) Fork(ctx context.Context, id sandbox.ID, count int, timeout time
 	return forks, err
 }
 
-func (h ofHost) Snapshot(context.Context, sandbox.ID, SnapshotRequest) (Template, error) {
-	return Template{}, notYet("snapshots")
+func (h ofHost) Snapshot(ctx context.Context, id sandbox.ID, r SnapshotRequest) (Template, error) {
+	made, err := h.sandboxes.Snapshot(ctx, id, sandbox.SnapshotRequest{
+		Project: r.Project, Name: r.Name, Tag: r.Tag, FilesOnly: r.FilesOnly,
+	})
+	if err != nil {
+		return Template{}, err
+	}
+	all, err := h.templates.List()
+	if err != nil {
+		return Template{}, err
+	}
+	i := slices.IndexFunc(all, func(t Template) bool { return t.ID == made.TemplateID })
+	if i < 0 {
+		return Template{}, errdefs.NotFound.Errorf("the snapshot was deleted when it was made")
+	}
+	return all[i], nil
 }
 
 func (h ofHost) Metrics(id sandbox.ID, start, end time.Time) ([]Metric, error) {
@@ -130,7 +139,7 @@ func (h ofHost) Events(project string, id sandbox.ID) ([]Event, error) {
 	for _, e := range h.sandboxes.History(project, id) {
 		if kind := eventType(e); kind != "" {
 			events = append(events, Event{
-				ID: e.Cursor, At: e.Time, Type: kind, Sandbox: e.ID, Template: templateID(e.Template), Data: eventData(kind, e),
+				ID: e.Cursor, At: e.Time, Type: kind, Sandbox: e.ID, Template: e.TemplateID, Build: e.Build, Data: eventData(kind, e),
 			})
 		}
 	}
@@ -171,50 +180,49 @@ func eventData(kind string, e sandbox.Event) map[string]any {
 	return nil
 }
 
-// templateID is the id of the host's template of a name.
-func templateID(name string) string {
-	sum := sha256.Sum256([]byte(name))
-	return hex.EncodeToString(sum[:10])
-}
-
-// name returns the name of the template of an id.
-func (t hostTemplates) name(id string) (string, error) {
-	all, err := t.store.List()
-	if err != nil {
-		return "", err
-	}
-	i := slices.IndexFunc(all, func(have template.Template) bool { return templateID(have.Name) == id })
-	if i < 0 {
-		return "", errdefs.NotFound.Errorf("template %s does not exist", id)
-	}
-	return all[i].Name, nil
-}
-
 func (t hostTemplates) List() ([]Template, error) {
 	all, err := t.store.List()
 	if err != nil {
-		return nil, fmt.Errorf("list templates: %w", err)
+		return nil, err
 	}
-	var list []Template
+	list := make([]Template, 0, len(all))
 	for _, have := range all {
-		sum := sha256.Sum256([]byte(have.BaseSHA256))
-		x := hex.EncodeToString(sum[:16])
-		build := fmt.Sprintf("%s-%s-4%s-8%s-%s", x[:8], x[8:12], x[13:16], x[17:20], x[20:])
-		list = append(list, Template{
-			ID: templateID(have.Name), Names: []string{have.Name}, VCPUs: max(1, have.Defaults.VCPUs),
-			MemMiB: have.Defaults.MemMiB, DiskMiB: t.diskMiB, EnvdVersion: guestapi.E2BVersion,
-			Builds: []Build{{ID: build, Status: "ready"}}, Tags: []Tag{{Name: defaultTag, Build: build}},
-		})
+		list = append(list, t.template(have))
 	}
 	return list, nil
 }
 
-var errHostTemplate = errdefs.Unsupported.Errorf("the templates of this host cannot be changed yet")
+// template converts what the host knows of a template.
+func (t hostTemplates) template(have template.Info) Template {
+	newest := have.Builds[0]
+	out := Template{
+		ID: have.ID, Project: have.Project, Public: have.Public, Names: have.Names, Source: sandbox.ID(have.Source),
+		VCPUs: max(1, newest.VCPUs), MemMiB: newest.MemMiB, DiskMiB: t.diskMiB, EnvdVersion: cmp.Or(newest.EnvdVersion, guestapi.E2BVersion),
+		Spawned: have.Spawned, SpawnedAt: have.SpawnedAt, CreatedAt: have.CreatedAt, UpdatedAt: have.UpdatedAt,
+	}
+	for _, b := range have.Builds {
+		out.Builds = append(out.Builds, Build{
+			ID: b.ID, Status: b.Status, CreatedAt: b.CreatedAt, UpdatedAt: b.UpdatedAt, FinishedAt: b.FinishedAt,
+		})
+	}
+	for _, tag := range have.Tags {
+		out.Tags = append(out.Tags, Tag(tag))
+	}
+	return out
+}
 
-func (hostTemplates) Delete(context.Context, string, string) error { return errHostTemplate }
+func (t hostTemplates) Delete(ctx context.Context, id, tag string) error {
+	return t.sandboxes.DeleteTemplate(ctx, id, tag)
+}
 
-func (hostTemplates) SetPublic(context.Context, string, bool) error { return errHostTemplate }
+func (t hostTemplates) SetPublic(_ context.Context, id string, public bool) error {
+	return t.store.SetPublic(id, public)
+}
 
-func (hostTemplates) Tag(context.Context, string, string, []string) error { return errHostTemplate }
+func (t hostTemplates) Tag(_ context.Context, id, build string, tags []string) error {
+	return t.store.Tag(id, build, tags)
+}
 
-func (hostTemplates) Untag(context.Context, string, []string) error { return errHostTemplate }
+func (t hostTemplates) Untag(_ context.Context, id string, tags []string) error {
+	return t.store.Untag(id, tags)
+}

@@ -43,7 +43,7 @@ func (v *vms) bootSource(ctx context.Context, rec Record, tmpl template.Template
 		return cold("the snapshot's key is not known", err)
 	}
 	look := func() (source, error) {
-		ready, err := v.cfg.Templates.Ready(ctx, tmpl.Name, key)
+		ready, err := v.cfg.Templates.Ready(ctx, tmpl.ID, tmpl.Build, key)
 		return v.fromBootSnapshot(key, ready), err
 	}
 	src, err := look()
@@ -57,7 +57,7 @@ func (v *vms) bootSource(ctx context.Context, rec Record, tmpl template.Template
 	}
 	wait, cancel := context.WithTimeout(ctx, v.cfg.BootTimeout)
 	defer cancel()
-	stage, err := v.cfg.Templates.StageReady(wait, tmpl.Name)
+	stage, err := v.cfg.Templates.StageReady(wait, tmpl.ID, tmpl.Build)
 	if err != nil {
 		return cold("the snapshot cannot be made", err)
 	}
@@ -191,6 +191,6 @@ func (h *host) readAhead(ctx context.Context) {
 		return // the first create says why
 	}
 	if key, err := h.bootKeyOf(ctx, req, tmpl); err == nil {
-		_, _ = h.cfg.Templates.Ready(ctx, tmpl.Name, key)
+		_, _ = h.cfg.Templates.Ready(ctx, tmpl.ID, tmpl.Build, key)
 	}
 }

@@ -35,15 +35,22 @@ type Network interface {
 // Templates gives sandboxes their disks; *template.Store is one.
 type Templates interface {
 	Get(name string) (template.Template, error)
+	Resolve(project, text string) (template.Info, template.Build, error)
+	Root(template.Info, template.Build) (template.Template, error)
+	RootOf(template, base string) (template.Template, error)
+	Has(id, build string) bool
+	List() ([]template.Info, error)
+	CountSpawn(id string)
+	Delete(ctx context.Context, id, tag string, inUse func(template.Info) error) error
+	Prune(ctx context.Context, needed func(template.Info, template.Build) bool) error
 	NewOverlay(ctx context.Context, path string, sizeMiB int) error
 	CloneOverlay(ctx context.Context, path, from string) error
-	Ready(ctx context.Context, name, key string) (template.Ready, error)
-	StageReady(ctx context.Context, name string) (template.Stage, error)
-	DropReady(name, key string) error
-	Snapshot(ctx context.Context, name string) (template.Snapshot, error)
-	Snapshots() ([]template.Snapshot, error)
-	StageSnapshot(ctx context.Context, name string) (template.Stage, error)
-	DropSnapshot(name string) error
+	Ready(ctx context.Context, id, build, key string) (template.Ready, error)
+	StageReady(ctx context.Context, id, build string) (template.Stage, error)
+	DropReady(id, build, key string) error
+	Snapshot(ctx context.Context, id, build string) (template.Snapshot, error)
+	StageSnapshot(context.Context, template.Naming) (template.SnapshotStage, error)
+	Bytes(id, build string) int64
 	Verify(ctx context.Context, want func(kind template.Kind, name string) bool, fn func(template.Verified) error) error
 }
 

@@ -618,7 +618,7 @@ func TestPausingBehindAnOperation(t *testing.T) {
 		r.faults.on("snapshot.overlay", func(context.Context) error { time.Sleep(15 * time.Second); return nil })
 		snapshot := make(chan error, 1)
 		go func() {
-			_, err := r.Snapshot(t.Context(), id, "snap")
+			_, err := r.Snapshot(t.Context(), id, SnapshotRequest{Name: "snap"})
 			snapshot <- err
 		}()
 		pass(9 * time.Second)

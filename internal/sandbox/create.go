@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -30,11 +31,12 @@ type CreateRequest struct {
 	// ID is from NewID; one is made up when empty. No waiting guest can become a sandbox
 	// whose id is given.
 	ID ID `json:"-"`
-	// Template is "minimal" when empty.
+	// Template is what template.Resolve takes of the project: an id, a name, or either with
+	// a tag or a build's id; "minimal" when empty.
 	Template string `json:",omitzero"`
-	// VCPUs is 1 when zero.
+	// VCPUs is the template's when zero.
 	VCPUs int `json:",omitzero"`
-	// MemMiB is 512 when zero.
+	// MemMiB is the template's when zero.
 	MemMiB int `json:",omitzero"`
 	// Timeout is the inactivity after which the sandbox expires; 0 is never.
 	Timeout time.Duration `json:",omitzero"`
@@ -59,7 +61,7 @@ type CreateRequest struct {
 	// Labels are kept as they are. Those of a snapshot's source are not the sandbox's.
 	Labels Labels `json:",omitzero"`
 
-	// snapshot is the name of the snapshot that the state comes from.
+	// snapshot is what the snapshot is called that the state comes from.
 	snapshot string
 	// diskMiB is a fork's; Config.OverlayMiB when zero.
 	diskMiB int
@@ -166,10 +168,27 @@ func (m *Manager) createNew(ctx context.Context, req CreateRequest) (Created, er
 	if err := m.checkPolicy(req.Network); err != nil {
 		return Created{}, err
 	}
-	tmpl, err := m.cfg.Templates.Get(req.Template)
-	if errors.Is(err, errdefs.NotFound) {
-		return m.createFromSnapshot(ctx, asked)
+	t, build, err := m.cfg.Templates.Resolve(req.Labels.Project, req.Template)
+	if err != nil {
+		return Created{}, err
 	}
+	var created Created
+	if t.Source != "" {
+		created, err = m.createFromSnapshot(ctx, asked, t, build)
+	} else {
+		req.VCPUs = cmp.Or(asked.VCPUs, build.VCPUs, req.VCPUs)
+		req.MemMiB = cmp.Or(asked.MemMiB, build.MemMiB, req.MemMiB)
+		created, err = m.createFromTemplate(ctx, req, t, build)
+	}
+	if err == nil {
+		m.cfg.Templates.CountSpawn(t.ID)
+	}
+	return created, err
+}
+
+// createFromTemplate is Create from a build that no sandbox was.
+func (m *Manager) createFromTemplate(ctx context.Context, req CreateRequest, t template.Info, build template.Build) (Created, error) {
+	tmpl, err := m.cfg.Templates.Root(t, build)
 	if err != nil {
 		return Created{}, err
 	}
@@ -192,12 +211,15 @@ func (m *Manager) create(ctx context.Context, req CreateRequest, tmpl template.T
 	ctx, abort := context.WithCancelCause(ctx)
 	defer abort(nil)
 	end := phase(ctx, "reserve")
-	b, err := m.reserve(ctx, req, tmpl.BaseSHA256, abort)
+	b, err := m.reserve(ctx, req, tmpl, abort)
 	if err != nil {
 		return Created{}, fmt.Errorf("create sandbox: %w", err)
 	}
 	defer b.unhold()
 	end()
+	if !m.cfg.Templates.Has(tmpl.ID, tmpl.Build) { // its delete did not see the record yet
+		return Created{}, m.createFailed(ctx, b, errdefs.NotFound.Errorf("template %q was deleted before the sandbox had started", tmpl.Name))
+	}
 	src := find(ctx, b.record(), tmpl)
 	if req.EndAt.IsZero() { // a fork has both
 		src.life = req.Life
@@ -272,7 +294,9 @@ func (h *holdings) acquireSlot(ctx context.Context, makeWay making) (network.Slo
 
 // reserve takes capacity, a slot and an ID, and commits to them by writing the
 // record. The box comes back with its op lock held.
-func (h *holdings) reserve(ctx context.Context, req CreateRequest, base string, abort context.CancelCauseFunc) (_ *box, err error) {
+func (h *holdings) reserve(
+	ctx context.Context, req CreateRequest, tmpl template.Template, abort context.CancelCauseFunc,
+) (_ *box, err error) {
 	var temp undo.Stack
 	defer func() { err = errors.Join(err, temp.Unwind(ctx)) }()
 
@@ -304,8 +328,9 @@ func (h *holdings) reserve(ctx context.Context, req CreateRequest, base string, 
 	now := time.Now().UTC()
 	b := newBox(Record{
 		Version: recordVersion, ID: id, State: state,
-		Template: req.Template, Snapshot: req.snapshot, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Life: req.Life, AutoResume: req.AutoResume, Base: base,
+		Template: tmpl.Name, TemplateID: tmpl.ID, Build: tmpl.Build, Snapshot: req.snapshot,
+		VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
+		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Life: req.Life, AutoResume: req.AutoResume, Base: tmpl.BaseSHA256,
 		Network: req.Network.clone(), Ingress: req.Ingress.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
 		Slot: slot, HostIP: h.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		TrafficToken: req.Ingress.newTrafficToken(),

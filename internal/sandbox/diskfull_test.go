@@ -46,7 +46,7 @@ func (r *rig) wantFull(id ID) {
 	_, lease := r.Lease(r.t.Context(), id)
 	_, exec := r.Exec(r.t.Context(), id, Command{Cmd: "true"})
 	_, fork := r.Fork(r.t.Context(), id, ForkRequest{Count: 1})
-	_, snapshot := r.Snapshot(r.t.Context(), id, "")
+	_, snapshot := r.Snapshot(r.t.Context(), id, SnapshotRequest{})
 	for what, err := range map[string]error{
 		"lease": lease, "exec": exec, "fork": fork, "snapshot": snapshot, "hibernate": r.Hibernate(r.t.Context(), id, Hibernation{}),
 	} {

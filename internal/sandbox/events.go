@@ -49,11 +49,13 @@ type Event struct {
 	Actor Actor `json:"actor,omitzero"`
 	// What the record said after the change: what the sandbox comes from, its size, since
 	// when it has run without a break (zero if it stood still), and its deadline. Earlier agents did not note it.
-	Template  string    `json:"template,omitempty"`
-	VCPUs     int       `json:"vcpus,omitempty"`
-	MemMiB    int       `json:"memMiB,omitempty"`
-	StartedAt time.Time `json:"startedAt,omitzero"`
-	EndAt     time.Time `json:"endAt,omitzero"`
+	Template   string    `json:"template,omitempty"`
+	TemplateID string    `json:"templateID,omitempty"`
+	Build      string    `json:"build,omitempty"`
+	VCPUs      int       `json:"vcpus,omitempty"`
+	MemMiB     int       `json:"memMiB,omitempty"`
+	StartedAt  time.Time `json:"startedAt,omitzero"`
+	EndAt      time.Time `json:"endAt,omitzero"`
 
 	Labels
 }

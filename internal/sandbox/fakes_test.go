@@ -392,47 +392,85 @@ type fakeTemplates struct {
 
 func newFakeTemplates(f *faults, dir string) *fakeTemplates {
 	state := filepath.Join(filepath.Dir(dir), "templates")
-	os.Remove(filepath.Join(state, "snapshots", "lock")) // the kernel drops that of the dead
+	os.Remove(filepath.Join(state, "templates", "lock")) // the kernel drops that of the dead
 	store, err := template.Open(state, slog.New(slog.DiscardHandler))
-	if err == nil {
-		err = os.MkdirAll(filepath.Join(state, "templates", "minimal"), 0o700)
-	}
 	if err != nil {
 		panic(err)
 	}
 	return &fakeTemplates{faults: f, dir: dir, making: make(chan struct{}, 1), Store: store}
 }
 
-func (t *fakeTemplates) StageSnapshot(ctx context.Context, name string) (template.Stage, error) {
-	if err := t.called(ctx, "snapshot.stage"); err != nil {
-		return template.Stage{}, err
+// minimal is the fake template, which is not in the store.
+var minimal = template.Info{
+	ID: template.HostID("minimal"), Names: []string{"minimal"},
+	Builds: []template.Build{{ID: "00000000-0000-4000-8000-000000000000", Status: template.StatusReady, VCPUs: 1, MemMiB: 512}},
+	Tags:   []template.Tag{{Name: template.DefaultTag, Build: "00000000-0000-4000-8000-000000000000"}},
+}
+
+func (t *fakeTemplates) List() ([]template.Info, error) {
+	all, err := t.Store.List()
+	return append(all, minimal), err
+}
+
+func (t *fakeTemplates) Resolve(project, text string) (template.Info, template.Build, error) {
+	if info, b, err := template.Resolve([]template.Info{minimal}, project, text); err == nil {
+		return info, b, nil
 	}
-	stage, err := t.Store.StageSnapshot(ctx, name)
+	return t.Store.Resolve(project, text)
+}
+
+func (t *fakeTemplates) Root(info template.Info, b template.Build) (template.Template, error) {
+	return template.Template{
+		ID: info.ID, Build: b.ID, Name: info.Name(),
+		Boot: template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"}, Base: "/base.ext4", BaseSHA256: t.base,
+	}, nil
+}
+
+func (t *fakeTemplates) Get(name string) (template.Template, error) {
+	info, b, err := t.Resolve("", name)
+	if err != nil {
+		return template.Template{}, err
+	}
+	return t.Root(info, b)
+}
+
+func (t *fakeTemplates) RootOf(name, _ string) (template.Template, error) { return t.Get(name) }
+
+func (t *fakeTemplates) Has(id, build string) bool { return id == minimal.ID || t.Store.Has(id, build) }
+
+func (t *fakeTemplates) StageSnapshot(ctx context.Context, n template.Naming) (template.SnapshotStage, error) {
+	if err := t.called(ctx, "snapshot.stage"); err != nil {
+		return template.SnapshotStage{}, err
+	}
+	if n.Name == "minimal" {
+		return template.SnapshotStage{}, errdefs.AlreadyExists.Errorf("%q is the name of a template", n.Name)
+	}
+	stage, err := t.Store.StageSnapshot(ctx, n)
 	add, publish := stage.AddOverlay, stage.Publish
 	stage.AddOverlay = func(ctx context.Context, disk string) error {
 		return t.do(ctx, "snapshot.overlay", func() error { return add(ctx, disk) })
 	}
-	stage.Publish = func(ctx context.Context, m template.Meta) error {
+	stage.Publish = func(ctx context.Context, m template.Meta, b template.Build) (info template.Info, _ template.Build, err error) {
 		shown := false
-		err := t.do(ctx, "snapshot.publish", func() error {
-			err := publish(ctx, m)
+		err = t.do(ctx, "snapshot.publish", func() error {
+			info, b, err = publish(ctx, m, b)
 			shown = err == nil
 			return err
 		})
 		if err != nil && shown { // the store promises that it is there or not
-			err = errors.Join(err, t.DropSnapshot(name))
+			err = errors.Join(err, t.Store.Delete(context.WithoutCancel(ctx), info.ID, "", nil))
 		}
-		return err
+		return info, b, err
 	}
 	return stage, err
 }
 
-func (t *fakeTemplates) Snapshot(ctx context.Context, name string) (s template.Snapshot, err error) {
-	err = t.do(ctx, "snapshot.read", func() error { s, err = t.Store.Snapshot(ctx, name); return err })
+func (t *fakeTemplates) Snapshot(ctx context.Context, id, build string) (s template.Snapshot, err error) {
+	err = t.do(ctx, "snapshot.read", func() error { s, err = t.Store.Snapshot(ctx, id, build); return err })
 	return s, err
 }
 
-func (t *fakeTemplates) Ready(_ context.Context, _, key string) (template.Ready, error) {
+func (t *fakeTemplates) Ready(_ context.Context, _, _, key string) (template.Ready, error) {
 	dir := filepath.Join(t.dir, key)
 	if _, err := os.Stat(dir); err != nil {
 		return template.Ready{}, errdefs.NotFound.Errorf("no ready snapshot")
@@ -441,11 +479,11 @@ func (t *fakeTemplates) Ready(_ context.Context, _, key string) (template.Ready,
 	return template.Ready{Dir: dir, Overlay: filepath.Join(dir, "overlay.ext4")}, nil
 }
 
-func (t *fakeTemplates) DropReady(_, key string) error {
+func (t *fakeTemplates) DropReady(_, _, key string) error {
 	return os.RemoveAll(filepath.Join(t.dir, key))
 }
 
-func (t *fakeTemplates) StageReady(ctx context.Context, _ string) (template.Stage, error) {
+func (t *fakeTemplates) StageReady(ctx context.Context, _, _ string) (template.Stage, error) {
 	select {
 	case t.making <- struct{}{}:
 	case <-ctx.Done():
@@ -455,19 +493,20 @@ func (t *fakeTemplates) StageReady(ctx context.Context, _ string) (template.Stag
 		return template.Stage{}, err
 	}
 	tmp, err := os.MkdirTemp(t.dir, ".ready-")
-	return template.Stage{
+	stage := template.Stage{Parts: template.Parts{
 		Dir: tmp,
 		AddOverlay: func(ctx context.Context, disk string) error {
 			return t.do(ctx, "ready.overlay", func() error { return os.Link(disk, filepath.Join(tmp, "overlay.ext4")) })
-		},
-		Publish: func(ctx context.Context, m template.Meta) error {
-			return t.do(ctx, "ready.publish", func() error { return os.Rename(tmp, filepath.Join(t.dir, m.Key)) })
 		},
 		Discard: func() {
 			os.RemoveAll(tmp)
 			<-t.making
 		},
-	}, err
+	}}
+	stage.Publish = func(ctx context.Context, m template.Meta) error {
+		return t.do(ctx, "ready.publish", func() error { return os.Rename(tmp, filepath.Join(t.dir, m.Key)) })
+	}
+	return stage, err
 }
 
 func (t *fakeTemplates) CloneOverlay(ctx context.Context, path, from string) error {
@@ -476,13 +515,6 @@ func (t *fakeTemplates) CloneOverlay(ctx context.Context, path, from string) err
 		os.Remove(path)
 	}
 	return err
-}
-
-func (t *fakeTemplates) Get(name string) (template.Template, error) {
-	if name != "minimal" {
-		return template.Template{}, errdefs.NotFound.Errorf("template %q does not exist", name)
-	}
-	return template.Template{Name: name, Boot: template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"}, Base: "/base.ext4", BaseSHA256: t.base}, nil
 }
 
 func (t *fakeTemplates) NewOverlay(ctx context.Context, path string, _ int) error {

@@ -127,15 +127,12 @@ func (m *Manager) forkAll(ctx context.Context, of Record, req ForkRequest, src s
 // fork makes one sandbox from a copy of another, with the life given or the deadline of
 // the other.
 func (m *Manager) fork(ctx context.Context, of Record, life time.Duration, src source) (Info, error) {
-	tmpl, err := m.cfg.Templates.Get(of.Template)
+	tmpl, err := m.rootOf(of)
 	if err != nil {
 		return Info{}, err
 	}
-	if tmpl.BaseSHA256 != of.Base {
-		return Info{}, errdefs.Unsupported.Errorf("template %q has another base image than when the sandbox was made", of.Template)
-	}
 	req := CreateRequest{
-		Template: of.Template, snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, diskMiB: of.DiskMiB,
+		snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, diskMiB: of.DiskMiB,
 		Timeout: of.Timeout, OnTimeout: of.OnTimeout, EndAt: of.EndAt, OnEnd: of.OnEnd,
 		Life: of.Life, AutoResume: of.AutoResume,
 		Network: of.Network, Ingress: of.Ingress, Login: of.Login, Labels: of.Labels.clone(),

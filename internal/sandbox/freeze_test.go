@@ -18,7 +18,7 @@ import (
 func TestProgramsAreFrozenInCopies(t *testing.T) {
 	copies := map[string]func(r *rig, id ID) error{
 		"fork":     func(r *rig, id ID) error { _, err := r.Fork(r.t.Context(), id, ForkRequest{Count: 1}); return err },
-		"snapshot": func(r *rig, id ID) error { _, err := r.Snapshot(r.t.Context(), id, ""); return err },
+		"snapshot": func(r *rig, id ID) error { _, err := r.Snapshot(r.t.Context(), id, SnapshotRequest{}); return err },
 	}
 	steps := []string{"guest.freeze", "pause", "resume", "snapshot", "guest.init"}
 	for name, doCopy := range copies {
@@ -124,7 +124,7 @@ func TestLogin(t *testing.T) {
 		want("ready", ready.ID, FromReady, ready, err, "user", login.Env)
 		forked, err := r.Fork(t.Context(), ready.ID, ForkRequest{Count: 1})
 		want("fork", forked.Sandboxes[0].ID, "", Created{}, err, "user", login.Env)
-		if _, err := r.Snapshot(t.Context(), ready.ID, "snap"); err != nil {
+		if _, err := r.Snapshot(t.Context(), ready.ID, SnapshotRequest{Name: "snap", New: true}); err != nil {
 			t.Fatal(err)
 		}
 		snap, err := r.Create(t.Context(), CreateRequest{Template: "snap"})

@@ -178,16 +178,9 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box, how resuming) erro
 			return err
 		}
 	}
-	tmpl, err := m.cfg.Templates.Get(rec.Template)
-	if errdefs.ClassOf(err) == errdefs.NotFound {
-		err = errdefs.Unsupported.Errorf("it needs the template %q, which is gone", rec.Template)
-	}
+	tmpl, err := m.rootOf(rec)
 	if err != nil {
 		return fail(err)
-	}
-	if tmpl.BaseSHA256 != rec.Base {
-		return errdefs.Unsupported.Errorf(
-			"resume sandbox %s: template %q has another base image than when the sandbox was made", b.id, rec.Template)
 	}
 	if err := m.store.checkSnapshot(b.id); err != nil {
 		return fail(err)

@@ -55,7 +55,7 @@ func TestHistory(t *testing.T) {
 		_, _, cerr := r.Connect(as(t.Context(), "connect"), id, ConnectRequest{Timeout: 3 * time.Hour})
 		_, _, shorter := r.Connect(as(t.Context(), "shorter"), id, ConnectRequest{Timeout: time.Minute})
 		_, ferr := r.Fork(as(t.Context(), "fork"), id, ForkRequest{Count: 1})
-		_, serr := r.Snapshot(as(t.Context(), "snapshot"), id, "one")
+		_, serr := r.Snapshot(as(t.Context(), "snapshot"), id, SnapshotRequest{Name: "one", New: true})
 		if err := errors.Join(terr, derr, cerr, shorter, ferr, serr,
 			r.SetEnd(as(t.Context(), "end"), id, time.Now().Add(time.Hour), false),
 			r.UpdateNetwork(as(t.Context(), "network"), id, Egress{AllowInternet: &no}, nil),
@@ -66,7 +66,7 @@ func TestHistory(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = r.SetTimeout(as(t.Context(), "bad"), id, -1)
-		_, serr = r.Snapshot(as(t.Context(), "bad"), id, "one")
+		_, serr = r.Snapshot(as(t.Context(), "bad"), id, SnapshotRequest{Name: "one", New: true})
 		if err == nil || serr == nil {
 			t.Errorf("%v, %v", err, serr)
 		}

@@ -200,7 +200,7 @@ var scenarios = map[string]scenario{
 	"snapshot": {
 		prepare: func(r *rig) ID { return r.create() },
 		run: func(ctx context.Context, r *rig, id ID) error {
-			_, err := r.Snapshot(ctx, id, "snap")
+			_, err := r.Snapshot(ctx, id, SnapshotRequest{Name: "snap", New: true})
 			return err
 		},
 		keeps: true,
@@ -214,7 +214,7 @@ var scenarios = map[string]scenario{
 			return id
 		},
 		run: func(ctx context.Context, r *rig, id ID) error {
-			_, err := r.Snapshot(ctx, id, "snap")
+			_, err := r.Snapshot(ctx, id, SnapshotRequest{Name: "snap", New: true})
 			return err
 		},
 		keeps: true,
@@ -222,7 +222,7 @@ var scenarios = map[string]scenario{
 	"create from a snapshot": {
 		prepare: func(r *rig) ID {
 			id := r.create()
-			if _, err := r.Snapshot(r.t.Context(), id, "snap"); err != nil {
+			if _, err := r.Snapshot(r.t.Context(), id, SnapshotRequest{Name: "snap", New: true}); err != nil {
 				r.t.Fatal(err)
 			}
 			return id
@@ -540,12 +540,12 @@ func (s scenario) under(t *testing.T, step, kind string) {
 		r.wantConsistent()
 	}
 	// A snapshot is whole and of use, or not there.
-	snapshots, err := r.Snapshots()
+	snapshots, err := r.Snapshots("")
 	for _, s := range snapshots {
 		_, cerr := r.Create(t.Context(), CreateRequest{Template: s.Name})
 		err = errors.Join(err, cerr)
 		r.wantConsistent()
-		err = errors.Join(err, r.DeleteSnapshot(s.Name))
+		err = errors.Join(err, r.DeleteSnapshot(r.t.Context(), "", s.Name))
 	}
 	if err != nil {
 		t.Errorf("snapshots afterwards: %v", err)

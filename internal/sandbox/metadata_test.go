@@ -95,7 +95,7 @@ func testLabels(t *testing.T, labels Labels) {
 	for _, fork := range forked.Sandboxes {
 		r.wantLabels("the fork", fork.ID, labels)
 	}
-	_, err = r.Snapshot(t.Context(), id, "snap")
+	_, err = r.Snapshot(t.Context(), id, SnapshotRequest{Name: "snap", New: true})
 	step("snapshot", err)
 	made, err := r.Create(t.Context(), CreateRequest{Template: "snap"})
 	if err != nil {

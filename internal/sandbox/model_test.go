@@ -103,13 +103,13 @@ func testManyAtOnce(t *testing.T, warm int) {
 					}
 				case 10:
 					what = "snapshot"
-					_, err = r.Snapshot(ctx, any(), name)
+					_, err = r.Snapshot(ctx, any(), SnapshotRequest{Name: name, New: true})
 				case 11:
 					what = "create from a snapshot"
 					_, err = r.Create(ctx, CreateRequest{Template: name})
 				case 12:
 					what = "delete a snapshot"
-					err = r.DeleteSnapshot(name)
+					err = r.DeleteSnapshot(r.t.Context(), "", name)
 				}
 				cancel()
 				if !isExpected(err) {
@@ -301,7 +301,7 @@ func testModel(t *testing.T, warm int) {
 				},
 				"snapshot": func(rt *rapid.T) {
 					id, name := pick(rt), rapid.SampledFrom([]string{"red", "green"}).Draw(rt, "name")
-					_, err := r.Snapshot(t.Context(), id, name)
+					_, err := r.Snapshot(t.Context(), id, SnapshotRequest{Name: name, New: true})
 					if state, known := model[id]; known && state != Unknown && snapshots[name] {
 						if !errors.Is(err, errdefs.AlreadyExists) {
 							rt.Fatalf("snapshot under a name that is taken: %v", err)
@@ -329,7 +329,7 @@ func testModel(t *testing.T, warm int) {
 				},
 				"delete a snapshot": func(rt *rapid.T) {
 					name := rapid.SampledFrom([]string{"red", "green"}).Draw(rt, "name")
-					if err := r.DeleteSnapshot(name); (err == nil) != snapshots[name] {
+					if err := r.DeleteSnapshot(r.t.Context(), "", name); (err == nil) != snapshots[name] {
 						rt.Fatalf("delete a snapshot: %v", err)
 					}
 					delete(snapshots, name)
@@ -392,7 +392,7 @@ func testModel(t *testing.T, warm int) {
 							rt.Fatalf("sandbox %s is %s, the model says %s", info.ID, info.State, model[info.ID])
 						}
 					}
-					if list, err := r.Snapshots(); err != nil || len(list) != len(snapshots) {
+					if list, err := r.Snapshots(""); err != nil || len(list) != len(snapshots) {
 						rt.Fatalf("snapshots are %v, %v; the model has %v", list, err, snapshots)
 					}
 					r.wantConsistent()

@@ -193,7 +193,7 @@ func (k keeper) createWaiting(ctx context.Context, req CreateRequest, tmpl templ
 	k.pool.stir()
 	defer k.pool.stir()
 	for {
-		b := k.pool.takeOut("created", abort, func(r Record) bool { return r.BootKey == key && r.Template == req.Template })
+		b := k.pool.takeOut("created", abort, func(r Record) bool { return r.BootKey == key && r.TemplateID == tmpl.ID })
 		if b == nil {
 			return Created{}, false, nil
 		}
@@ -372,7 +372,7 @@ func (k keeper) refill() (made bool, err error) {
 	if k.pool.size() >= k.pool.want {
 		return false, nil
 	}
-	ready, err := k.cfg.Templates.Ready(ctx, tmpl.Name, req.bootKey)
+	ready, err := k.cfg.Templates.Ready(ctx, tmpl.ID, tmpl.Build, req.bootKey)
 	if errors.Is(err, errdefs.NotFound) || errors.Is(err, errdefs.Corrupt) {
 		return false, nil // the first create makes it, and wakes us
 	}
@@ -393,7 +393,7 @@ func (k keeper) addWaiting(
 ) error {
 	ctx, took := withPhases(ctx)
 	end := phase(ctx, "reserve")
-	b, err := k.reserve(ctx, req, tmpl.BaseSHA256, abort)
+	b, err := k.reserve(ctx, req, tmpl, abort)
 	if err != nil {
 		return err
 	}

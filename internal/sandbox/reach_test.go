@@ -227,7 +227,10 @@ func TestOperationsOnAHungVM(t *testing.T) {
 			_, err := r.Fork(context.Background(), id, ForkRequest{Count: 1})
 			return err
 		}},
-		"snapshot": {false, func(r *rig, id ID) error { _, err := r.Snapshot(context.Background(), id, ""); return err }},
+		"snapshot": {false, func(r *rig, id ID) error {
+			_, err := r.Snapshot(context.Background(), id, SnapshotRequest{})
+			return err
+		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

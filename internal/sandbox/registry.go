@@ -203,7 +203,8 @@ func (r *registry) mark(b *box, reason Reason, detail string) error {
 func (r *registry) tell(b *box, e Event) {
 	e.ID = b.id
 	if rec := b.record(); rec.State != Unknown {
-		e.Labels, e.Template, e.VCPUs, e.MemMiB = rec.Labels, rec.Template, rec.VCPUs, rec.MemMiB
+		e.Labels, e.Template, e.TemplateID, e.Build = rec.Labels, rec.Template, rec.templateID(), rec.Build
+		e.VCPUs, e.MemMiB = rec.VCPUs, rec.MemMiB
 		e.EndAt = rec.EndAt
 		if rec.PausedAt.IsZero() || e.From == Running { // it ran until now
 			e.StartedAt = rec.StartedAt

@@ -17,6 +17,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
@@ -195,8 +196,13 @@ type Record struct {
 	// Detail says more about the reason: the error, the console's last lines.
 	Detail string `json:"detail,omitempty"`
 
-	Template string `json:"template"`
-	// Snapshot is the name of the snapshot that the sandbox, or the one that it is
+	// Template is the name of the template that the disk is laid over, or its id if it has
+	// none. TemplateID and Build are its ids, empty if an earlier version made the sandbox.
+	// Forks have their source's, sandboxes from a snapshot those of the snapshot's source.
+	Template   string `json:"template"`
+	TemplateID string `json:"templateID,omitempty"`
+	Build      string `json:"build,omitempty"`
+	// Snapshot is what the snapshot is called that the sandbox, or the one that it is
 	// a fork of, was made from. It may be deleted by now.
 	Snapshot string `json:"snapshot,omitempty"`
 	VCPUs    int    `json:"vcpus"`
@@ -295,24 +301,28 @@ func (r Record) validate() error {
 
 // Info is a copy of what callers may know of a sandbox.
 type Info struct {
-	ID        ID
-	State     State
-	Reason    Reason
-	Detail    string
-	Template  string
-	Snapshot  string
-	VCPUs     int
-	MemMiB    int
-	CPU       string // as vmm.Handle has it; empty without a VM
-	Timeout   time.Duration
-	OnTimeout OnTimeout
-	EndAt     time.Time
-	OnEnd     OnTimeout
-	Network   Policy
-	Ingress   Ingress
-	User      string
-	HostIP    netip.Addr
-	FilesOnly bool // hibernated without memory
+	ID       ID
+	State    State
+	Reason   Reason
+	Detail   string
+	Template string
+	// TemplateID and Build are of the template; the build is empty if an earlier version
+	// made the sandbox.
+	TemplateID string
+	Build      string
+	Snapshot   string
+	VCPUs      int
+	MemMiB     int
+	CPU        string // as vmm.Handle has it; empty without a VM
+	Timeout    time.Duration
+	OnTimeout  OnTimeout
+	EndAt      time.Time
+	OnEnd      OnTimeout
+	Network    Policy
+	Ingress    Ingress
+	User       string
+	HostIP     netip.Addr
+	FilesOnly  bool // hibernated without memory
 	// EnvdVersion is that of the guest that runs, or ran last; this host's if the guest
 	// did not say.
 	EnvdVersion  string
@@ -351,10 +361,14 @@ func (r Record) paused() time.Time {
 	return r.PausedAt
 }
 
+// templateID is the id of the template. Earlier versions had only the host's own.
+func (r Record) templateID() string { return cmp.Or(r.TemplateID, template.HostID(r.Template)) }
+
 func (r Record) info() Info {
 	info := Info{
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
-		Template: r.Template, Snapshot: r.Snapshot, VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
+		Template: r.Template, TemplateID: r.templateID(), Build: r.Build, Snapshot: r.Snapshot,
+		VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
 		EndAt: r.EndAt, OnEnd: r.OnEnd, Life: r.Life, AutoResume: r.AutoResume,
 		Network: r.Network.clone(), Ingress: r.Ingress.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
 		FilesOnly: r.FilesOnly, EnvdVersion: cmp.Or(r.EnvdVersion, guestapi.E2BVersion),

@@ -24,7 +24,7 @@ func snapshotted(r *rig, req CreateRequest, name string) (ID, Snapshotted) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
-	made, err := r.Snapshot(r.t.Context(), source.ID, name)
+	made, err := r.Snapshot(r.t.Context(), source.ID, SnapshotRequest{Name: name, New: true})
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -48,7 +48,7 @@ func TestNamedSnapshot(t *testing.T) {
 		r.host.Reboot()
 		clear(r.net.open)
 		r.start()
-		list, err := r.Snapshots()
+		list, err := r.Snapshots("")
 		if err != nil || len(list) != 1 || list[0] != made.Snapshot {
 			t.Fatalf("list: %+v, %v; want %+v", list, err, made.Snapshot)
 		}
@@ -86,7 +86,7 @@ func TestNamedSnapshot(t *testing.T) {
 		}
 		r.told = nil
 
-		if err := r.DeleteSnapshot("snap"); err != nil {
+		if err := r.DeleteSnapshot(r.t.Context(), "", "snap"); err != nil {
 			t.Fatal(err)
 		}
 		for _, id := range ids {
@@ -97,7 +97,7 @@ func TestNamedSnapshot(t *testing.T) {
 			if _, err := r.Fork(t.Context(), id, ForkRequest{Count: 1}); err != nil {
 				t.Error(err)
 			}
-			if _, err := r.Snapshot(t.Context(), id, "of-a-clone-"+string(id)); err != nil {
+			if _, err := r.Snapshot(t.Context(), id, SnapshotRequest{Name: "of-a-clone-" + string(id), New: true}); err != nil {
 				t.Error(err)
 			}
 		}
@@ -125,7 +125,7 @@ func TestSandboxNamesItsSnapshot(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := r.DeleteSnapshot("snap"); err != nil {
+		if err := r.DeleteSnapshot(r.t.Context(), "", "snap"); err != nil {
 			t.Fatal(err)
 		}
 		forked, err := r.Fork(t.Context(), created.ID, ForkRequest{Count: 1})
@@ -150,22 +150,22 @@ func TestSnapshotNames(t *testing.T) {
 			"snap": errdefs.AlreadyExists, "minimal": errdefs.AlreadyExists,
 			"../x": errdefs.InvalidArgument, "A": errdefs.InvalidArgument, ".x": errdefs.InvalidArgument,
 		} {
-			_, err := r.Snapshot(t.Context(), id, name)
+			_, err := r.Snapshot(t.Context(), id, SnapshotRequest{Name: name, New: true})
 			wantClass(t, err, want)
 			r.wantState(id, Running)
 		}
-		made, err := r.Snapshot(t.Context(), id, "")
-		if err != nil || !strings.HasPrefix(made.Name, "snap-") {
-			t.Errorf("a name is made up: %q, %v", made.Name, err)
+		made, err := r.Snapshot(t.Context(), id, SnapshotRequest{})
+		if err != nil || made.Name != made.TemplateID || made.Tag != "default" {
+			t.Errorf("without a name: %+v, %v", made, err)
 		}
-		_, err = r.Snapshot(t.Context(), "sb-0123456789abcdef", "other")
+		_, err = r.Snapshot(t.Context(), "sb-0123456789abcdef", SnapshotRequest{Name: "other", New: true})
 		wantClass(t, err, errdefs.NotFound)
 		_, err = r.Create(t.Context(), CreateRequest{Template: "none"})
 		wantClass(t, err, errdefs.NotFound)
-		if text := err.Error(); !strings.Contains(text, "template") || !strings.Contains(text, "snapshot") || !strings.Contains(text, `"none"`) {
+		if text := err.Error(); text != "template 'none' not found" {
 			t.Errorf("it says %q", text)
 		}
-		wantClass(t, r.DeleteSnapshot("none"), errdefs.NotFound)
+		wantClass(t, r.DeleteSnapshot(r.t.Context(), "", "none"), errdefs.NotFound)
 		// Of an agent that did not know of snapshots.
 		b, err := r.find(r.create())
 		if err == nil {
@@ -174,9 +174,9 @@ func TestSnapshotNames(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		_, err = r.Snapshot(t.Context(), b.id, "other")
+		_, err = r.Snapshot(t.Context(), b.id, SnapshotRequest{Name: "other", New: true})
 		wantClass(t, err, errdefs.Unsupported)
-		wantClass(t, r.DeleteSnapshot("../sandboxes"), errdefs.InvalidArgument)
+		wantClass(t, r.DeleteSnapshot(r.t.Context(), "", "../sandboxes"), errdefs.InvalidArgument)
 		// Its size is its own.
 		for _, req := range []CreateRequest{{VCPUs: 2}, {MemMiB: 1024}, {MemMiB: 1}} {
 			req.Template = "snap"
@@ -201,6 +201,16 @@ func TestReadAhead(t *testing.T) {
 			t.Errorf("it looked at %d ready snapshots", n)
 		}
 	})
+}
+
+// snapshotDir is where the files of a snapshot are.
+func (r *rig) snapshotDir(name string) string {
+	r.t.Helper()
+	t, b, err := r.tmpl.Resolve("", name)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return filepath.Join(r.tmpl.Dir(), "templates", t.ID, b.ID)
 }
 
 // doctor changes what a snapshot's manifest says.
@@ -230,11 +240,11 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t)
 		id, _ := snapshotted(r, CreateRequest{}, "snap")
-		if _, err := r.Snapshot(t.Context(), id, "unsynced"); err != nil {
+		if _, err := r.Snapshot(t.Context(), id, SnapshotRequest{Name: "unsynced", New: true}); err != nil {
 			t.Fatal(err)
 		}
 		// Of a sandbox that was paused, as older agents made them.
-		doctor(t, filepath.Join(r.tmpl.Dir(), "snapshots", "unsynced"), func(m map[string]any) {
+		doctor(t, r.snapshotDir("unsynced"), func(m map[string]any) {
 			m["source"].(map[string]any)["synced"] = false
 		})
 		create := func(name string) (Created, error) {
@@ -267,7 +277,7 @@ func TestSnapshotThatDoesNotFit(t *testing.T) {
 			"driver":  func(m map[string]any) { m["shape"].(map[string]any)["driver"] = "other" },
 		} {
 			for _, snap := range []string{"snap", "unsynced"} {
-				dir := filepath.Join(r.tmpl.Dir(), "snapshots", snap)
+				dir := r.snapshotDir(snap)
 				data, err := os.ReadFile(filepath.Join(dir, "manifest.json"))
 				if err != nil {
 					t.Fatal(err)
@@ -312,7 +322,7 @@ func TestSnapshotDeletedMeanwhile(t *testing.T) {
 				t.Fatal(err)
 			}
 			r.faults.on(step, func(context.Context) error {
-				if err := r.DeleteSnapshot("snap"); err != nil {
+				if err := r.DeleteSnapshot(r.t.Context(), "", "snap"); err != nil {
 					t.Error(err)
 				}
 				r.faults.on(step, nil)
@@ -335,7 +345,7 @@ func TestSnapshotNeedsRoom(t *testing.T) {
 		r, free := diskRig(t)
 		id := r.create()
 		free.Store((testKeepMiB + 1) << 20)
-		_, err := r.Snapshot(t.Context(), id, "snap")
+		_, err := r.Snapshot(t.Context(), id, SnapshotRequest{Name: "snap", New: true})
 		wantClass(t, err, errdefs.Exhausted)
 		r.wantState(id, Running)
 		// And on the way.
@@ -343,7 +353,7 @@ func TestSnapshotNeedsRoom(t *testing.T) {
 		full := &os.PathError{Op: "write", Path: "mem", Err: syscall.ENOSPC}
 		for _, step := range []string{"snapshot", "snapshot.overlay"} {
 			r.faults.on(step, func(context.Context) error { return full })
-			_, err = r.Snapshot(t.Context(), id, "snap")
+			_, err = r.Snapshot(t.Context(), id, SnapshotRequest{Name: "snap", New: true})
 			wantClass(t, err, errdefs.Exhausted)
 			if err != nil && strings.Contains(err.Error(), "mem") {
 				t.Errorf("a client would read a path of the host: %v", err)
@@ -352,10 +362,10 @@ func TestSnapshotNeedsRoom(t *testing.T) {
 			r.wantState(id, Running)
 			r.wantConsistent()
 		}
-		if list, err := r.Snapshots(); err != nil || len(list) != 0 {
+		if list, err := r.Snapshots(""); err != nil || len(list) != 0 {
 			t.Errorf("listed: %v, %v", list, err)
 		}
-		if _, err := r.Snapshot(t.Context(), id, "snap"); err != nil {
+		if _, err := r.Snapshot(t.Context(), id, SnapshotRequest{Name: "snap", New: true}); err != nil {
 			t.Error(err)
 		}
 	})

@@ -427,7 +427,7 @@ func (v *vms) fallBack(ctx context.Context, b *box, tmpl template.Template, src 
 	v.log.Warn("not restored, the sandbox boots", "sandbox", b.id, "from", src.from, "key", src.bootKey, "err", cause)
 	blamed := []*errdefs.Class{errdefs.Corrupt, errdefs.Unsupported, errdefs.InvalidArgument, errdefs.Unavailable}
 	if src.bootKey != "" && slices.Contains(blamed, errdefs.ClassOf(cause)) {
-		if err := v.cfg.Templates.DropReady(tmpl.Name, src.bootKey); err != nil {
+		if err := v.cfg.Templates.DropReady(tmpl.ID, tmpl.Build, src.bootKey); err != nil {
 			v.log.Error("boot snapshot not removed", "template", tmpl.Name, "key", src.bootKey, "err", err)
 		}
 	}

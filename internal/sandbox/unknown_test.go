@@ -283,7 +283,7 @@ func TestPreviousRecord(t *testing.T) {
 func ruin(t *testing.T, file string, damage func([]byte) []byte) (files []string) {
 	r := newRig(t)
 	running, paused, asleep := r.create(), r.create(), r.create()
-	_, err := r.Snapshot(t.Context(), running, "snap")
+	_, err := r.Snapshot(t.Context(), running, SnapshotRequest{Name: "snap", New: true})
 	if err := errors.Join(err, r.Pause(t.Context(), paused), r.Hibernate(t.Context(), asleep, Hibernation{})); err != nil {
 		t.Fatal(err)
 	}
@@ -318,7 +318,7 @@ func ruin(t *testing.T, file string, damage func([]byte) []byte) (files []string
 		}
 		if info, err := e.Info(); err == nil && info.Size() > 0 {
 			name := roles.Replace(strings.TrimPrefix(at, r.dir+"/"))
-			if name = readyKeys.ReplaceAllString(name, "ready/key/"); name == file {
+			if name = sameEachTime(name); name == file {
 				path = at
 			}
 			files = append(files, name)
@@ -388,7 +388,18 @@ func ruin(t *testing.T, file string, damage func([]byte) []byte) (files []string
 	return files
 }
 
-var readyKeys = regexp.MustCompile(`^ready/[^/]+/`)
+// sameEachTime replaces what is another at each time in the name of a file.
+func sameEachTime(name string) string {
+	name = templateIDs.ReplaceAllString(readyKeys.ReplaceAllString(name, "ready/key/"), "templates/id/")
+	return buildIDs.ReplaceAllString(name, "/build/")
+}
+
+// What is another at each time, in the names of files.
+var (
+	readyKeys   = regexp.MustCompile(`^ready/[^/]+/`)
+	templateIDs = regexp.MustCompile(`templates/[a-z0-9]{20}/`)
+	buildIDs    = regexp.MustCompile(`/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/`)
+)
 
 // TestDamageAnywhere flips and cuts every file of the state directory at random,
 // starts an agent on it, and demands of every sandbox that it is what it was, an

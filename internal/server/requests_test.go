@@ -42,19 +42,11 @@ import (
 // noDisks are templates whose disks have no content, and no snapshots.
 type noDisks struct{ *template.Store }
 
-func (noDisks) Get(name string) (template.Template, error) {
-	name, err := template.ParseName(name)
-	if err == nil && name != "minimal" {
-		err = errdefs.NotFound.Errorf("template %q does not exist", name)
-	}
-	return template.Template{Name: name, Boot: template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"}, Base: "/base.ext4"}, err
-}
-
 func (noDisks) NewOverlay(_ context.Context, path string, _ int) error {
 	return os.WriteFile(path, nil, 0o600)
 }
 
-func (noDisks) StageReady(context.Context, string) (template.Stage, error) {
+func (noDisks) StageReady(context.Context, string, string) (template.Stage, error) {
 	return template.Stage{}, errdefs.Unavailable.Errorf("there is no room for a boot snapshot")
 }
 
@@ -98,6 +90,30 @@ type plane struct {
 	secret  string // the key that call shows
 }
 
+// setUp makes a guest kernel and the template "minimal", all of them empty.
+func (p *plane) setUp(store *template.Store) {
+	p.Helper()
+	kernel, err := store.StageKernel(p.Context(), nil)
+	if err != nil {
+		p.Fatal(err)
+	}
+	defer kernel.Discard()
+	tmpl, err := store.StageTemplate(p.Context(), template.DefaultName, nil)
+	if err != nil {
+		p.Fatal(err)
+	}
+	defer tmpl.Discard()
+	for _, path := range []string{kernel.Dir + "/vmlinux", kernel.Dir + "/initrd.img", tmpl.Dir + "/base.ext4"} {
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			p.Fatal(err)
+		}
+	}
+	about := template.Making{Recipe: "empty", Defaults: template.Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: 4096}}
+	if err := errors.Join(kernel.Publish(template.Kernel{}), tmpl.Publish(p.Context(), about)); err != nil {
+		p.Fatal(err)
+	}
+}
+
 func newPlane(t *testing.T) *plane {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
@@ -107,6 +123,7 @@ func newPlane(t *testing.T) *plane {
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.setUp(store)
 	driver := vmmtest.NewFake(p.vms)
 	driver.Lenient = true
 	p.manager, _, err = sandbox.Open(t.Context(), sandbox.Config{
@@ -301,7 +318,7 @@ func TestWrongAndUnknownFields(t *testing.T) {
 // answer has about each. ID stands for the sandbox.
 var limits = []struct{ rpc, request, word string }{
 	{"CreateSandbox", `{"template":"../minimal"}`, "template"},
-	{"CreateSandbox", `{"template":"` + strings.Repeat("a", 64) + `"}`, "template"},
+	{"CreateSandbox", `{"template":"` + strings.Repeat("a", 129) + `"}`, "template"},
 	{"CreateSandbox", `{"vcpus":-1}`, "vcpus"},
 	{"CreateSandbox", `{"vcpus":33}`, "vcpus"},
 	{"CreateSandbox", `{"memory_mb":127}`, "memory"},
@@ -341,7 +358,7 @@ var limits = []struct{ rpc, request, word string }{
 	{"SnapshotSandbox", `{"sandbox_id":"ID","name":"../x"}`, "name"},
 	{"SnapshotSandbox", `{"sandbox_id":"ID","name":".x"}`, "name"},
 	{"DeleteSnapshot", `{}`, "name"},
-	{"DeleteSnapshot", `{"name":"a/b"}`, "name"},
+	{"DeleteSnapshot", `{"name":"a b"}`, "name"},
 	{"Exec", `{"sandbox_id":"ID"}`, "cmd"},
 	{"Exec", `{"sandbox_id":"ID","cmd":"a\u0000b"}`, "NUL"},
 	{"Exec", `{"sandbox_id":"ID","cmd":"a","args":["\u0000"]}`, "NUL"},

@@ -263,7 +263,12 @@ func (s *service) SnapshotSandbox(
 		return nil, err
 	}
 	began := time.Now()
-	made, err := s.manager.Snapshot(ctx, id, req.Msg.Name)
+	name, tag, _ := strings.Cut(req.Msg.Name, ":")
+	if req.Msg.Name == "" {
+		name = sandbox.SnapshotName()
+	}
+	owner, _ := project(ctx)
+	made, err := s.manager.Snapshot(ctx, id, sandbox.SnapshotRequest{Project: owner, Name: name, Tag: tag, New: true})
 	if err != nil {
 		return nil, err
 	}
@@ -272,8 +277,9 @@ func (s *service) SnapshotSandbox(
 	}), nil
 }
 
-func (s *service) ListSnapshots(context.Context, *request[pb.ListSnapshotsRequest]) (*response[pb.ListSnapshotsResponse], error) {
-	snapshots, err := s.manager.Snapshots()
+func (s *service) ListSnapshots(ctx context.Context, _ *request[pb.ListSnapshotsRequest]) (*response[pb.ListSnapshotsResponse], error) {
+	owner, _ := project(ctx)
+	snapshots, err := s.manager.Snapshots(owner)
 	if err != nil {
 		return nil, err
 	}
@@ -284,8 +290,11 @@ func (s *service) ListSnapshots(context.Context, *request[pb.ListSnapshotsReques
 	return connect.NewResponse(resp), nil
 }
 
-func (s *service) DeleteSnapshot(_ context.Context, req *request[pb.DeleteSnapshotRequest]) (*response[pb.DeleteSnapshotResponse], error) {
-	return connect.NewResponse(&pb.DeleteSnapshotResponse{}), s.manager.DeleteSnapshot(req.Msg.Name)
+func (s *service) DeleteSnapshot(
+	ctx context.Context, req *request[pb.DeleteSnapshotRequest],
+) (*response[pb.DeleteSnapshotResponse], error) {
+	owner, _ := project(ctx)
+	return connect.NewResponse(&pb.DeleteSnapshotResponse{}), s.manager.DeleteSnapshot(ctx, owner, req.Msg.Name)
 }
 
 func snapshotInfo(s sandbox.Snapshot) *pb.Snapshot {

@@ -87,7 +87,7 @@ func setupMinimal(ctx context.Context, s *template.Store, report progress.Func) 
 	if err != nil {
 		return err
 	}
-	err = stage.Publish(template.Making{
+	err = stage.Publish(ctx, template.Making{
 		Recipe: minimalRecipe(),
 		Defaults: template.Defaults{
 			VCPUs: 1, MemMiB: 512, OverlayMiB: template.DefaultOverlayMiB, Login: template.Login{User: "root"},

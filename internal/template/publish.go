@@ -29,10 +29,13 @@ type lock struct{ f *os.File }
 
 func (l *lock) unlock() { l.f.Close() }
 
-func tryLock(dir string) (*lock, error) { return tryFlock(dir, unix.LOCK_EX) }
+func tryLock(dir string) (*lock, error) { return tryFlock(lockOf(dir), unix.LOCK_EX) }
 
-func tryFlock(dir string, how int) (*lock, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+// lockOf is a directory's lock file.
+func lockOf(dir string) string { return filepath.Join(dir, "lock") }
+
+func tryFlock(path string, how int) (*lock, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -49,23 +52,23 @@ func tryFlock(dir string, how int) (*lock, error) {
 	if err == unix.EWOULDBLOCK {
 		return nil, errLocked
 	}
-	return nil, fmt.Errorf("lock %s: %w", dir, err)
+	return nil, fmt.Errorf("lock %s: %w", path, err)
 }
 
 // waitLock takes dir's lock, waiting within ctx. onWait, if not nil, is called
 // once when there is something to wait for.
 func waitLock(ctx context.Context, dir string, onWait func()) (*lock, error) {
-	return waitFlock(ctx, dir, unix.LOCK_EX, onWait)
+	return waitFlock(ctx, lockOf(dir), unix.LOCK_EX, onWait)
 }
 
 // shareLock takes dir's lock together with others that share it.
 func shareLock(ctx context.Context, dir string) (*lock, error) {
-	return waitFlock(ctx, dir, unix.LOCK_SH, nil)
+	return waitFlock(ctx, lockOf(dir), unix.LOCK_SH, nil)
 }
 
-func waitFlock(ctx context.Context, dir string, how int, onWait func()) (*lock, error) {
+func waitFlock(ctx context.Context, path string, how int, onWait func()) (*lock, error) {
 	for {
-		l, err := tryFlock(dir, how)
+		l, err := tryFlock(path, how)
 		if !errors.Is(err, errLocked) {
 			return l, err
 		}
@@ -75,7 +78,7 @@ func waitFlock(ctx context.Context, dir string, how int, onWait func()) (*lock, 
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for %s: %w", dir, context.Cause(ctx))
+			return nil, fmt.Errorf("wait for %s: %w", filepath.Dir(path), context.Cause(ctx))
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
@@ -167,7 +170,7 @@ func sealFiles(tmp, manifestName string, v any, m *manifest, hash func(path stri
 // modes of the files stay, for a disk in it may have another name.
 func SealState(ctx context.Context, dir string) error {
 	var m manifest
-	err := sealFiles(dir, readyManifest, &m, &m, func(path string) (File, error) { return digestState(ctx, path) })
+	err := sealFiles(dir, manifestFile, &m, &m, func(path string) (File, error) { return digestState(ctx, path) })
 	return noSpace("seal state", err)
 }
 
@@ -191,7 +194,7 @@ func CheckState(dir string) error {
 
 func readState(dir string) (manifest, error) {
 	var m manifest
-	err := readManifest(dir, readyManifest, &m, &m)
+	err := readManifest(dir, manifestFile, &m, &m)
 	return m, damage(err)
 }
 

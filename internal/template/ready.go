@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -18,11 +20,8 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
-// The files of a boot snapshot beside those that the VMM's driver wrote.
-const (
-	readyOverlay  = "overlay.ext4"
-	readyManifest = "manifest.json"
-)
+// readyOverlay is the disk in a boot snapshot.
+const readyOverlay = "overlay.ext4"
 
 // maxReady is how many boot snapshots a template keeps: those used last. Without it
 // creates of many sizes fill the disk with them.
@@ -72,25 +71,29 @@ type check struct {
 	manifest os.FileInfo
 }
 
-func (s *Store) readyDir(name string) string { return filepath.Join(s.templates(), name, "ready") }
+// readyDir is where the boot snapshots of a build are.
+func (s *Store) readyDir(id, build string) (string, error) {
+	dir, err := s.buildDir(id, build)
+	return filepath.Join(dir, "ready"), err
+}
 
-// Ready returns the boot snapshot of a template with that key:
+// Ready returns the boot snapshot of a template's build with that key:
 // errdefs.NotFound if there is none, errdefs.Corrupt if it is not what was
 // published. Its contents are read and checked the first time that this Store
 // is asked, later its sizes alone.
-func (s *Store) Ready(ctx context.Context, name, key string) (Ready, error) {
-	name, err := ParseName(name)
+func (s *Store) Ready(ctx context.Context, id, build, key string) (Ready, error) {
+	parent, err := s.readyDir(id, build)
 	if err != nil {
 		return Ready{}, err
 	}
 	if !readyKey.MatchString(key) {
 		return Ready{}, errdefs.InvalidArgument.Errorf("boot snapshot key %.80q is malformed", key)
 	}
-	dir := filepath.Join(s.readyDir(name), key)
+	dir := filepath.Join(parent, key)
 	m, err := readSnapshot(dir)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return Ready{}, errdefs.NotFound.Errorf("template %q has no boot snapshot of this kind", name)
+		return Ready{}, errdefs.NotFound.Errorf("template %s has no boot snapshot of this kind", id)
 	case err == nil && m.Key != key:
 		err = errors.New("it was made for another key")
 	}
@@ -104,7 +107,7 @@ func (s *Store) Ready(ctx context.Context, name, key string) (Ready, error) {
 		return Ready{}, unreadable("a boot snapshot", err)
 	}
 	if err != nil {
-		return Ready{}, errdefs.Corrupt.Errorf("a boot snapshot of template %q is damaged: %w", name, err)
+		return Ready{}, errdefs.Corrupt.Errorf("a boot snapshot of template %s is damaged: %w", id, err)
 	}
 	now := time.Now()
 	_ = os.Chtimes(dir, now, now) // for removeOldReady; a guess is as good
@@ -114,7 +117,7 @@ func (s *Store) Ready(ctx context.Context, name, key string) (Ready, error) {
 // readSnapshot reads a snapshot's manifest and checks that its files are there.
 func readSnapshot(dir string) (snapshotManifest, error) {
 	var m snapshotManifest
-	err := readManifest(dir, readyManifest, &m, &m.manifest)
+	err := readManifest(dir, manifestFile, &m, &m.manifest)
 	return m, err
 }
 
@@ -138,7 +141,7 @@ func (s *Store) verify(ctx context.Context, dir string, m snapshotManifest) erro
 	c := s.checkOf(dir)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	info, err := os.Stat(filepath.Join(dir, readyManifest))
+	info, err := os.Stat(filepath.Join(dir, manifestFile))
 	if err != nil {
 		return err
 	}
@@ -154,12 +157,19 @@ func (s *Store) verify(ctx context.Context, dir string, m snapshotManifest) erro
 
 // DropReady removes a boot snapshot that cannot be used. VMs that
 // run from it go on.
-func (s *Store) DropReady(name, key string) error {
-	name, err := ParseName(name)
+func (s *Store) DropReady(id, build, key string) error {
+	parent, err := s.readyDir(id, build)
 	if err != nil || !readyKey.MatchString(key) {
-		return errors.Join(err, errors.New("drop boot snapshot: malformed name"))
+		return errors.Join(err, errors.New("drop boot snapshot: malformed key"))
 	}
-	return s.dropSnapshot(filepath.Join(s.readyDir(name), key))
+	return s.dropSnapshot(filepath.Join(parent, key))
+}
+
+// forgetChecks forgets what is known of the files below a directory that is gone.
+func (s *Store) forgetChecks(below string) {
+	s.checksMu.Lock()
+	defer s.checksMu.Unlock()
+	maps.DeleteFunc(s.checks, func(dir string, _ *check) bool { return strings.HasPrefix(dir, below+"/") })
 }
 
 // dropSnapshot removes a snapshot's directory, and what is known of it.
@@ -187,31 +197,37 @@ func dropDir(dir string) error {
 	return errors.Join(err, os.RemoveAll(garbage))
 }
 
-// Stage is a snapshot in the making.
-type Stage struct {
+// Parts are what the makings of all snapshots have in common.
+type Parts struct {
 	// Dir is for what the VMM's driver writes.
 	Dir string
 	// AddOverlay adds a copy of the disk, a file that must not change until
 	// AddOverlay returns.
 	AddOverlay func(ctx context.Context, disk string) error
-	// Publish makes the snapshot visible. A boot snapshot gets the name of its
-	// key, and those of the same shape with other keys are removed. A named
-	// snapshot gets its name, unless that is taken (errdefs.AlreadyExists).
-	Publish func(ctx context.Context, m Meta) error
 	// Discard removes what was not published and lets the next one begin. It
 	// must be called, after Publish too.
 	Discard func()
+
+	// disk has the digest of the overlay that was added, if the copy of it computed one.
+	disk *File
 }
 
-// StageReady begins a boot snapshot of a template. One caller of one process makes
+// Stage is a boot snapshot in the making.
+type Stage struct {
+	Parts
+	// Publish shows the boot snapshot under its key, and removes those of the same shape
+	// with other keys.
+	Publish func(ctx context.Context, m Meta) error
+}
+
+// StageReady begins a boot snapshot of a template's build. One caller of one process makes
 // one of a template at a time; StageReady waits for its turn within ctx. The caller
 // must then look for the snapshot again, for another may have made it.
-func (s *Store) StageReady(ctx context.Context, name string) (Stage, error) {
-	name, err := ParseName(name)
+func (s *Store) StageReady(ctx context.Context, id, build string) (Stage, error) {
+	parent, err := s.readyDir(id, build)
 	if err != nil {
 		return Stage{}, err
 	}
-	parent := s.readyDir(name)
 	if err := os.Mkdir(parent, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 		return Stage{}, fmt.Errorf("begin boot snapshot: %w", err)
 	}
@@ -228,30 +244,34 @@ func (s *Store) StageReady(ctx context.Context, name string) (Stage, error) {
 		l.unlock()
 		return Stage{}, fmt.Errorf("begin boot snapshot: %w", err)
 	}
-	return s.stage(tmp, l, func(ctx context.Context, m Meta, disk File) error {
+	parts := newParts(tmp, l)
+	return Stage{parts, func(ctx context.Context, m Meta) error {
 		if !readyKey.MatchString(m.Key) {
 			return fmt.Errorf("key %.80q is malformed", m.Key)
 		}
-		// A snapshot with this key is damaged, otherwise none would be made.
-		if err := s.publishSnapshot(ctx, tmp, filepath.Join(parent, m.Key), m, disk, replace); err != nil {
-			return err
+		dst := filepath.Join(parent, m.Key)
+		err := parts.seal(ctx, m)
+		if err == nil {
+			// A snapshot with this key is damaged, otherwise none would be made.
+			err = replace(tmp, dst)
 		}
-		return s.removeOldReady(parent, m.Key, m.Shape)
-	}), nil
+		if err == nil {
+			s.hasRead(dst)
+			err = s.removeOldReady(parent, m.Key, m.Shape)
+		}
+		return noSpace("publish snapshot", err)
+	}}, nil
 }
 
-// stage is the part that all stages have in common: they are made in tmp, as
-// long as l is held. disk has the digest of the overlay that was added, if the
-// copy of it computed one.
-func (s *Store) stage(tmp string, l *lock, publish func(ctx context.Context, m Meta, disk File) error) Stage {
-	var disk File
-	return Stage{
-		Dir: tmp,
+// newParts is of a snapshot that is made in tmp, as long as l is held.
+func newParts(tmp string, l *lock) Parts {
+	disk := new(File)
+	return Parts{
+		Dir: tmp, disk: disk,
 		AddOverlay: func(ctx context.Context, from string) (err error) {
-			disk, err = snapfile.CopyToKeep(ctx, filepath.Join(tmp, readyOverlay), from)
+			*disk, err = snapfile.CopyToKeep(ctx, filepath.Join(tmp, readyOverlay), from)
 			return noSpace("clone overlay", err)
 		},
-		Publish: func(ctx context.Context, m Meta) error { return noSpace("publish snapshot", publish(ctx, m, disk)) },
 		Discard: func() {
 			os.RemoveAll(tmp) // or it is garbage for the next one
 			l.unlock()
@@ -259,27 +279,23 @@ func (s *Store) stage(tmp string, l *lock, publish func(ctx context.Context, m M
 	}
 }
 
-// publishSnapshot seals a snapshot and shows it as dst.
-func (s *Store) publishSnapshot(ctx context.Context, tmp, dst string, meta Meta, disk File, show func(tmp, dst string) error) error {
+// seal brings a snapshot to the disk as it is to be published.
+func (p Parts) seal(ctx context.Context, meta Meta) error {
 	m := snapshotManifest{Meta: meta}
-	err := seal(tmp, readyManifest, &m, &m.manifest, func(path string) (File, error) {
-		if disk.Pieces != "" && filepath.Base(path) == readyOverlay {
-			return disk, nil
+	return seal(p.Dir, manifestFile, &m, &m.manifest, func(path string) (File, error) {
+		if p.disk.Pieces != "" && filepath.Base(path) == readyOverlay {
+			return *p.disk, nil
 		}
 		return digestState(ctx, path)
 	})
-	if err != nil {
-		return err
-	}
-	if err := show(tmp, dst); err != nil {
-		return err
-	}
-	// All of it has just been read.
-	c := s.checkOf(dst)
+}
+
+// hasRead notes that all of a published snapshot has just been read.
+func (s *Store) hasRead(dir string) {
+	c := s.checkOf(dir)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.manifest, _ = os.Stat(filepath.Join(dst, readyManifest)) // or it is read again
-	return nil
+	c.manifest, _ = os.Stat(filepath.Join(dir, manifestFile)) // or it is read again
 }
 
 // removeOldReady removes the snapshots of a shape that the one with key

@@ -21,16 +21,43 @@ func readyStore(t *testing.T) *Store {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Mkdir(filepath.Join(s.templates(), "minimal"), 0o755); err != nil {
+	build(t, s, "minimal", "image")
+	return s
+}
+
+// minimalOf returns the ids of the template "minimal" and of its build.
+func minimalOf(t *testing.T, s *Store) (id, build string) {
+	t.Helper()
+	info, b, err := s.Resolve("", "minimal")
+	if err != nil {
 		t.Fatal(err)
 	}
-	return s
+	return info.ID, b.ID
+}
+
+// readyDirOf is where the boot snapshots of "minimal" are.
+func readyDirOf(t *testing.T, s *Store) string {
+	t.Helper()
+	id, build := minimalOf(t, s)
+	dir, err := s.readyDir(id, build)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// bootSnapshot is Ready of "minimal".
+func bootSnapshot(t *testing.T, s *Store, key string) (Ready, error) {
+	t.Helper()
+	id, build := minimalOf(t, s)
+	return s.Ready(t.Context(), id, build, key)
 }
 
 func makeReady(t *testing.T, s *Store, key string, shape Shape) {
 	t.Helper()
 	ctx := t.Context()
-	stage, err := s.StageReady(ctx, "minimal")
+	id, build := minimalOf(t, s)
+	stage, err := s.StageReady(ctx, id, build)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -63,11 +90,11 @@ const keyA, keyB = "00112233445566778899aabbccddeeff", "ffeeddccbbaa998877665544
 func TestReadySnapshots(t *testing.T) {
 	s := readyStore(t)
 	small, large := Shape{"qemu", 1, 512, 4096}, Shape{"qemu", 2, 1024, 4096}
-	if _, err := s.Ready(t.Context(), "minimal", keyA); errdefs.ClassOf(err) != errdefs.NotFound {
+	if _, err := bootSnapshot(t, s, keyA); errdefs.ClassOf(err) != errdefs.NotFound {
 		t.Errorf("none is there: %v", err)
 	}
 	makeReady(t, s, keyA, small)
-	r, err := s.Ready(t.Context(), "minimal", keyA)
+	r, err := bootSnapshot(t, s, keyA)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,21 +103,22 @@ func TestReadySnapshots(t *testing.T) {
 	}
 	// Another of the same shape supersedes it, one of another shape does not.
 	makeReady(t, s, keyB, large)
-	if _, err := s.Ready(t.Context(), "minimal", keyA); err != nil {
+	if _, err := bootSnapshot(t, s, keyA); err != nil {
 		t.Errorf("one of another shape came: %v", err)
 	}
 	makeReady(t, s, "0123456789abcdef", small)
-	if _, err := s.Ready(t.Context(), "minimal", keyA); errdefs.ClassOf(err) != errdefs.NotFound {
+	if _, err := bootSnapshot(t, s, keyA); errdefs.ClassOf(err) != errdefs.NotFound {
 		t.Errorf("superseded: %v", err)
 	}
-	if err := s.DropReady("minimal", keyB); err != nil {
+	id, build := minimalOf(t, s)
+	if err := s.DropReady(id, build, keyB); err != nil {
 		t.Error(err)
 	}
-	if _, err := s.Ready(t.Context(), "minimal", keyB); errdefs.ClassOf(err) != errdefs.NotFound {
+	if _, err := bootSnapshot(t, s, keyB); errdefs.ClassOf(err) != errdefs.NotFound {
 		t.Errorf("dropped: %v", err)
 	}
 	for _, key := range []string{"", "..", "../x", "ABCDEF0123456789", "0123456789abcdef/.."} {
-		if _, err := s.Ready(t.Context(), "minimal", key); errdefs.ClassOf(err) != errdefs.InvalidArgument {
+		if _, err := bootSnapshot(t, s, key); errdefs.ClassOf(err) != errdefs.InvalidArgument {
 			t.Errorf("key %q: %v", key, err)
 		}
 	}
@@ -109,22 +137,22 @@ func TestDamagedReadySnapshot(t *testing.T) {
 		},
 		"a shorter disk": func(dir string) error { return os.Truncate(filepath.Join(dir, readyOverlay), 1) },
 		"no memory":      func(dir string) error { return os.Remove(filepath.Join(dir, "mem")) },
-		"no manifest":    func(dir string) error { return os.Remove(filepath.Join(dir, readyManifest)) },
+		"no manifest":    func(dir string) error { return os.Remove(filepath.Join(dir, manifestFile)) },
 		"half a manifest": func(dir string) error {
-			return os.Truncate(filepath.Join(dir, readyManifest), 100)
+			return os.Truncate(filepath.Join(dir, manifestFile), 100)
 		},
 	} {
 		s := readyStore(t)
 		makeReady(t, s, keyA, Shape{})
-		if err := damage(filepath.Join(s.readyDir("minimal"), keyA)); err != nil {
+		if err := damage(filepath.Join(readyDirOf(t, s), keyA)); err != nil {
 			t.Fatal(err)
 		}
 		// Who made it has just read it; the next agent has not.
-		if _, err := View(s.Dir(), s.log).Ready(t.Context(), "minimal", keyA); errdefs.ClassOf(err) != errdefs.Corrupt {
+		if _, err := bootSnapshot(t, View(s.Dir(), s.log), keyA); errdefs.ClassOf(err) != errdefs.Corrupt {
 			t.Errorf("%s: %v", name, err)
 		}
 		makeReady(t, s, keyA, Shape{})
-		if _, err := s.Ready(t.Context(), "minimal", keyA); err != nil {
+		if _, err := bootSnapshot(t, s, keyA); err != nil {
 			t.Errorf("%s, made again: %v", name, err)
 		}
 	}
@@ -136,14 +164,14 @@ func TestFewReadySnapshots(t *testing.T) {
 	for i := range maxReady + 3 {
 		makeReady(t, s, key(i), Shape{MemMiB: i})
 		old := time.Now().Add(time.Duration(i-100) * time.Second)
-		if err := os.Chtimes(filepath.Join(s.readyDir("minimal"), key(i)), old, old); err != nil {
+		if err := os.Chtimes(filepath.Join(readyDirOf(t, s), key(i)), old, old); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := s.Ready(t.Context(), "minimal", key(0)); err != nil {
+		if _, err := bootSnapshot(t, s, key(0)); err != nil {
 			t.Fatalf("the one in use went: %v", err)
 		}
 	}
-	found, err := filepath.Glob(filepath.Join(s.readyDir("minimal"), "*", readyManifest))
+	found, err := filepath.Glob(filepath.Join(readyDirOf(t, s), "*", manifestFile))
 	if err != nil || len(found) != maxReady {
 		t.Errorf("%d are kept, want %d (%v)", len(found), maxReady, err)
 	}
@@ -151,23 +179,24 @@ func TestFewReadySnapshots(t *testing.T) {
 
 func TestOneMakesTheReadySnapshot(t *testing.T) {
 	s := readyStore(t)
-	stage, err := s.StageReady(t.Context(), "minimal")
+	id, build := minimalOf(t, s)
+	stage, err := s.StageReady(t.Context(), id, build)
 	if err != nil {
 		t.Fatal(err)
 	}
 	other := View(s.Dir(), s.log) // another process
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := other.StageReady(ctx, "minimal"); err == nil {
+	if _, err := other.StageReady(ctx, id, build); err == nil {
 		t.Error("two make it at once")
 	}
 	stage.Discard()
-	next, err := other.StageReady(t.Context(), "minimal")
+	next, err := other.StageReady(t.Context(), id, build)
 	if err != nil {
 		t.Fatal(err)
 	}
 	next.Discard()
-	if left, err := filepath.Glob(filepath.Join(s.readyDir("minimal"), ".*")); err != nil || len(left) > 0 {
+	if left, err := filepath.Glob(filepath.Join(readyDirOf(t, s), ".*")); err != nil || len(left) > 0 {
 		t.Errorf("left: %q, %v", left, err)
 	}
 }
@@ -179,14 +208,16 @@ func TestWithoutDescriptorsNothingIsDamaged(t *testing.T) {
 	put(t, s, "box", "image")
 	makeReady(t, s, keyA, Shape{VCPUs: 1})
 	stage := stageNamed(t, s, "snap")
-	if err := stage.Publish(t.Context(), namedMeta(time.Now())); err != nil {
+	made, b, err := stage.Publish(t.Context(), namedMeta(time.Now()), Build{})
+	if err != nil {
 		t.Fatal(err)
 	}
 	stage.Discard()
+	id, minimal := minimalOf(t, s)
 	looks := map[string]func() error{
 		"template":       func() error { _, err := s.Get("box"); return err },
-		"ready snapshot": func() error { _, err := s.Ready(t.Context(), "minimal", keyA); return err },
-		"snapshot":       func() error { _, err := s.Snapshot(t.Context(), "snap"); return err },
+		"ready snapshot": func() error { _, err := s.Ready(t.Context(), id, minimal, keyA); return err },
+		"snapshot":       func() error { _, err := s.Snapshot(t.Context(), made.ID, b.ID); return err },
 	}
 	var was unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {

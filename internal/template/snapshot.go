@@ -1,14 +1,13 @@
 package template
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -24,6 +23,11 @@ type Source struct {
 	// over which the disk is mounted.
 	Template string `json:"template"`
 	Base     string `json:"base"`
+	// TemplateID and Build are the template's ids; empty in snapshots of earlier versions.
+	TemplateID string `json:"template_id,omitempty"`
+	Build      string `json:"build,omitempty"`
+	// FilesOnly says that there is a disk and no memory.
+	FilesOnly bool `json:"files_only,omitempty"`
 	// CloneKey opens a restored guest once. It is secret.
 	CloneKey string `json:"clone_key"`
 	// Synced says that the guest had written all its data to the disk before the
@@ -34,161 +38,154 @@ type Source struct {
 	CreatedAt time.Time `json:"created_at"`
 }
 
-// Snapshot is a named snapshot: memory and disk of a sandbox at one moment, from
-// which others start. Paths are absolute. The files never change; they may be
-// removed, and open ones stay readable.
+// Snapshot is a build of a template that is the state of a sandbox at one moment:
+// memory and disk, from which others start. Paths are absolute. The files never change;
+// they may be removed, and open ones stay readable.
 type Snapshot struct {
-	Name string
 	Ready
 	Meta
-	// Bytes is what it takes on the disk.
-	Bytes int64
 }
-
-func (s *Store) snapshotDir(name string) string { return filepath.Join(s.snapshots(), name) }
 
 // ParseSnapshotName checks a snapshot's name, for which ParseName's rule holds.
 func ParseSnapshotName(name string) (string, error) { return parseName("snapshot", name) }
 
-// Snapshot returns the snapshot of that name: errdefs.NotFound if there is none,
+// Snapshot returns a build that is a snapshot: errdefs.NotFound if there is none,
 // errdefs.Corrupt if it is not what was published. As with Ready, its contents
 // are read and checked once.
-func (s *Store) Snapshot(ctx context.Context, name string) (Snapshot, error) {
-	name, err := ParseSnapshotName(name)
+func (s *Store) Snapshot(ctx context.Context, id, build string) (Snapshot, error) {
+	dir, err := s.buildDir(id, build)
 	if err != nil {
 		return Snapshot{}, err
 	}
-	for {
-		was, err := os.Lstat(s.snapshotDir(name))
-		if errors.Is(err, fs.ErrNotExist) {
-			return Snapshot{}, errdefs.NotFound.Errorf("snapshot %q does not exist", name)
-		}
-		if err != nil {
-			return Snapshot{}, fmt.Errorf("look at snapshot %q: %w", name, err)
-		}
-		snap, m, err := s.readNamed(name)
-		if err == nil {
-			err = s.verify(ctx, snap.Dir, m)
-		}
-		if ctx.Err() != nil {
-			return Snapshot{}, context.Cause(ctx)
-		}
-		if err == nil {
-			return snap, nil
-		}
-		if errdefs.CannotRead(err) {
-			return Snapshot{}, unreadable(fmt.Sprintf("snapshot %q", name), err)
-		}
-		if now, _ := os.Lstat(s.snapshotDir(name)); now != nil && os.SameFile(was, now) {
-			return Snapshot{}, errdefs.Corrupt.Errorf("snapshot %q is damaged: %w", name, err)
-		}
-		// It was deleted while it was read; another may have its name now.
-	}
-}
-
-// readNamed reads what is known of a named snapshot without its contents.
-func (s *Store) readNamed(name string) (Snapshot, snapshotManifest, error) {
-	dir := s.snapshotDir(name)
 	m, err := readSnapshot(dir)
 	if err == nil && m.Source == nil {
 		err = errors.New("its manifest names no source")
 	}
-	if err != nil {
-		return Snapshot{}, m, err
+	if err == nil {
+		err = s.verify(ctx, dir, m)
 	}
-	snap := Snapshot{Name: name, Meta: m.Meta, Ready: Ready{Dir: dir, Overlay: filepath.Join(dir, readyOverlay)}}
-	for file := range m.Files {
-		var st unix.Stat_t
-		if err := unix.Lstat(filepath.Join(dir, file), &st); err == nil {
-			snap.Bytes += st.Blocks * 512
-		}
+	switch {
+	case ctx.Err() != nil:
+		return Snapshot{}, context.Cause(ctx)
+	case err == nil:
+		return Snapshot{Meta: m.Meta, Ready: Ready{Dir: dir, Overlay: filepath.Join(dir, readyOverlay)}}, nil
+	case errdefs.CannotRead(err):
+		return Snapshot{}, unreadable("the snapshot", err)
+	case missing(dir):
+		return Snapshot{}, errdefs.NotFound.Errorf("the snapshot was deleted")
 	}
-	return snap, m, nil
+	return Snapshot{}, errdefs.Corrupt.Errorf("the snapshot is damaged: %w", err)
 }
 
-// Snapshots returns the named snapshots, newest first. A damaged one is left out
-// and logged.
-func (s *Store) Snapshots() ([]Snapshot, error) {
-	entries, err := os.ReadDir(s.snapshots())
+// Bytes is what a build takes on the disk, without its boot snapshots.
+func (s *Store) Bytes(id, build string) (bytes int64) {
+	dir, err := s.buildDir(id, build)
 	if err != nil {
-		return nil, fmt.Errorf("list snapshots: %w", err)
+		return 0
 	}
-	var list []Snapshot
+	entries, _ := os.ReadDir(dir)
 	for _, e := range entries {
-		if _, err := ParseSnapshotName(e.Name()); err != nil || !e.IsDir() {
-			continue
+		var st unix.Stat_t
+		if e.Type().IsRegular() && unix.Lstat(filepath.Join(dir, e.Name()), &st) == nil {
+			bytes += st.Blocks * 512
 		}
-		snap, _, err := s.readNamed(e.Name())
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // it was removed
-		}
-		if err != nil {
-			s.log.Warn("snapshot is not usable", "snapshot", e.Name(), "error", err)
-			continue
-		}
-		list = append(list, snap)
 	}
-	slices.SortFunc(list, func(a, b Snapshot) int {
-		if c := b.Source.CreatedAt.Compare(a.Source.CreatedAt); c != 0 {
-			return c
-		}
-		return strings.Compare(a.Name, b.Name)
-	})
-	return list, nil
+	return bytes
 }
 
-// DropSnapshot removes a named snapshot, also a damaged one: errdefs.NotFound if
-// there is none. VMs that run from it go on.
-func (s *Store) DropSnapshot(name string) error {
-	name, err := ParseSnapshotName(name)
-	if err != nil {
-		return err
-	}
-	dir := s.snapshotDir(name)
-	if info, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() {
-		return errdefs.NotFound.Errorf("snapshot %q does not exist", name)
-	}
-	if err := s.dropSnapshot(dir); err != nil {
-		return fmt.Errorf("delete snapshot: %w", err)
-	}
-	return flush(s.snapshots())
+// Naming is what a snapshot is to be called: a name of its project's, or none, and a tag.
+type Naming struct {
+	Project, Name, Tag string
+	// New refuses a name and tag that a snapshot has. Otherwise the tag moves.
+	New bool
 }
 
-// StageSnapshot begins a named snapshot: errdefs.AlreadyExists if the name is
-// that of a template or another snapshot. Any number may be made at a time.
-func (s *Store) StageSnapshot(ctx context.Context, name string) (Stage, error) {
-	name, err := ParseSnapshotName(name)
-	if err != nil {
-		return Stage{}, err
+// SnapshotStage is a snapshot in the making.
+type SnapshotStage struct {
+	Parts
+	// Publish makes the snapshot a build of the template that has the name, or of a new
+	// one, and makes the tag lead to it. b says what is not in the manifest.
+	Publish func(ctx context.Context, m Meta, b Build) (Info, Build, error)
+}
+
+// StageSnapshot begins a snapshot: errdefs.AlreadyExists if the name is that of a
+// template, or an id. Any number may be made at a time.
+func (s *Store) StageSnapshot(ctx context.Context, n Naming) (SnapshotStage, error) {
+	if n.Name != "" {
+		if _, err := ParseSnapshotName(n.Name); err != nil {
+			return SnapshotStage{}, err
+		}
 	}
-	taken := errdefs.AlreadyExists.Errorf("snapshot %q exists already", name)
-	dir := s.snapshotDir(name)
-	if info, err := os.Lstat(dir); err == nil && info.IsDir() {
-		return Stage{}, taken
-	} else if err == nil {
-		return Stage{}, errdefs.InvalidArgument.Errorf("snapshot name %q is reserved", name)
+	if n.Tag = cmp.Or(n.Tag, DefaultTag); n.Tag != DefaultTag {
+		if _, err := ParseTag(n.Tag); err != nil {
+			return SnapshotStage{}, err
+		}
 	}
-	if _, err := os.Lstat(filepath.Join(s.templates(), name)); err == nil {
-		return Stage{}, errdefs.AlreadyExists.Errorf("%q is the name of a template", name)
+	if _, err := s.place(n); err != nil {
+		return SnapshotStage{}, err
 	}
 	// As long as this lock is shared, Open removes no garbage from there.
-	l, err := shareLock(ctx, s.snapshots())
+	l, err := shareLock(ctx, s.templates())
 	if err != nil {
-		return Stage{}, fmt.Errorf("begin snapshot: %w", err)
+		return SnapshotStage{}, fmt.Errorf("begin snapshot: %w", err)
 	}
-	tmp, err := tempDir(s.snapshots(), "snapshot")
+	tmp, err := tempDir(s.templates(), "snapshot")
 	if err != nil {
 		l.unlock()
-		return Stage{}, noSpace("begin snapshot", err)
+		return SnapshotStage{}, noSpace("begin snapshot", err)
 	}
-	return s.stage(tmp, l, func(ctx context.Context, m Meta, disk File) error {
+	parts := newParts(tmp, l)
+	return SnapshotStage{parts, func(ctx context.Context, m Meta, b Build) (t Info, _ Build, err error) {
 		if m.Source == nil {
-			return errors.New("the snapshot has no source")
+			return t, b, errors.New("the snapshot has no source")
 		}
-		err := s.publishSnapshot(ctx, tmp, dir, m, disk, add)
-		if errors.Is(err, fs.ErrExist) {
-			return taken
+		if err := parts.seal(ctx, m); err != nil {
+			return t, b, noSpace("publish snapshot", err)
 		}
-		return err
-	}), nil
+		err = s.change(ctx, func() error {
+			if err := context.Cause(ctx); err != nil { // nothing is to be seen of it
+				return err
+			}
+			if t, err = s.place(n); err != nil {
+				return err
+			}
+			t.Source, b.ID, b.CreatedAt = m.Source.Sandbox, newUUID(), m.Source.CreatedAt
+			t, err = s.publishBuild(tmp, t, b, n.Tag)
+			return err
+		})
+		if err != nil {
+			return t, b, noSpace("publish snapshot", err)
+		}
+		s.hasRead(filepath.Join(s.templateDir(t.ID), b.ID))
+		return t, t.Builds[0], nil
+	}}, nil
+}
+
+// place returns the template that a snapshot with that name becomes a build of, which
+// may not be there yet.
+func (s *Store) place(n Naming) (Info, error) {
+	all, _, err := s.load()
+	if err != nil {
+		return Info{}, err
+	}
+	fresh := Info{ID: newTemplateID(), Project: n.Project}
+	if n.Name == "" {
+		return fresh, nil
+	}
+	fresh.Names = []string{n.Name}
+	for _, t := range all {
+		mine := t.Project == n.Project
+		switch named := slices.Contains(t.Names, n.Name); {
+		case t.ID == n.Name:
+			return t, errdefs.AlreadyExists.Errorf("%q is the id of a template", n.Name)
+		case named && t.Source == "" && (mine || t.Project == ""):
+			return t, errdefs.AlreadyExists.Errorf("%q is the name of a template", n.Name)
+		case named && mine:
+			if _, taken := t.BuildOf(n.Tag); taken && n.New {
+				return t, errdefs.AlreadyExists.Errorf("snapshot %q exists already", n.Name)
+			}
+			return t, nil
+		}
+	}
+	return fresh, nil
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
@@ -117,7 +118,8 @@ type TemplateStage struct {
 	Have      *Making
 	HaveBytes int64
 
-	dst    string
+	store  *Store
+	name   string
 	making string // the directory that Dir is in
 	shared *lock  // of all templates
 	own    *lock  // of this name
@@ -125,23 +127,20 @@ type TemplateStage struct {
 
 // StageTemplate begins a template. Templates of different names can be made at
 // the same time; for another one of this name it waits, within ctx, and onWait,
-// if not nil, is called once before. A name that a snapshot has is
-// errdefs.AlreadyExists. Discard must be called, after Publish too.
+// if not nil, is called once before. It is one of the host's own. A name that a
+// snapshot has is errdefs.AlreadyExists. Discard must be called, after Publish too.
 func (s *Store) StageTemplate(ctx context.Context, name string, onWait func()) (*TemplateStage, error) {
 	name, err := ParseName(name)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := os.Lstat(s.snapshotDir(name)); err == nil {
-		return nil, errdefs.AlreadyExists.Errorf("%q is the name of a snapshot", name)
-	}
-	t := &TemplateStage{dst: filepath.Join(s.templates(), name), making: filepath.Join(s.templates(), ".making-"+name)}
+	t := &TemplateStage{store: s, name: name, making: filepath.Join(s.templates(), ".making-"+name)}
 	// As long as this lock is shared, Open removes no garbage from there.
 	if t.shared, err = shareLock(ctx, s.templates()); err != nil {
 		return nil, fmt.Errorf("begin template: %w", err)
 	}
 	if t.own, err = lockNew(ctx, t.making, onWait); err == nil {
-		err = s.beginTemplate(t, name)
+		err = s.beginTemplate(t)
 	}
 	if err != nil {
 		t.unlock()
@@ -150,32 +149,53 @@ func (s *Store) StageTemplate(ctx context.Context, name string, onWait func()) (
 	return t, nil
 }
 
-func (s *Store) beginTemplate(t *TemplateStage, name string) error {
-	var m templateManifest
-	switch err := readManifest(t.dst, templateManifestFile, &m, &m.manifest); {
+func (s *Store) beginTemplate(t *TemplateStage) error {
+	all, _, err := s.load()
+	if err != nil {
+		return fmt.Errorf("begin template: %w", err)
+	}
+	switch have, b, err := Resolve(all, "", t.name); {
+	case err == nil && have.Source != "":
+		return errdefs.AlreadyExists.Errorf("%q is the name of a snapshot", t.name)
 	case err == nil:
-		t.Have, t.HaveBytes = &m.Making, m.Files[baseImage].Size
-	case errdefs.CannotRead(err):
-		// Sandboxes may have been made from it.
-		return unreadable(fmt.Sprintf("template %q", name), err)
-	case !errors.Is(err, fs.ErrNotExist):
-		s.log.Warn("template is made again", "template", name, "error", err)
+		if err := t.look(have, b); err != nil {
+			return err
+		}
 	}
 	t.Dir = filepath.Join(t.making, "new")
-	err := removeTree(t.Dir) // an interrupted making left it
+	err = removeTree(t.Dir) // an interrupted making left it
 	if err == nil {
 		err = os.Mkdir(t.Dir, 0o700)
 	}
 	return noSpace("begin template", err)
 }
 
+// look finds out whether the present build can be used.
+func (t *TemplateStage) look(have Info, b Build) error {
+	dir, err := t.store.buildDir(have.ID, b.ID)
+	if err != nil {
+		return err
+	}
+	var m buildManifest
+	switch err := readManifest(dir, manifestFile, &m, &m.manifest); {
+	case err == nil:
+		t.Have, t.HaveBytes = &m.Making, m.Files[baseImage].Size
+	case errdefs.CannotRead(err):
+		// Sandboxes may have been made from it.
+		return unreadable(fmt.Sprintf("template %q", t.name), err)
+	default:
+		t.store.log.Warn("template is made again", "template", t.name, "error", err)
+	}
+	return nil
+}
+
 // Remove removes a directory in Dir with everything below it. What is mounted
 // there is unmounted first.
 func (t *TemplateStage) Remove(name string) error { return removeTree(filepath.Join(t.Dir, name)) }
 
-// Publish makes Dir the template, in the place of one of that name. Sandboxes
-// that run from the previous one go on.
-func (t *TemplateStage) Publish(about Making) error {
+// Publish makes Dir a build of the template, to which DefaultTag leads. Sandboxes of the
+// build before need that one, until Prune removes it.
+func (t *TemplateStage) Publish(ctx context.Context, about Making) error {
 	if _, err := os.Lstat(filepath.Join(t.Dir, baseImage)); err != nil {
 		return fmt.Errorf("publish template: %w", err)
 	}
@@ -183,8 +203,16 @@ func (t *TemplateStage) Publish(about Making) error {
 		return errdefs.InvalidArgument.Errorf("publish template: defaults of %d vCPUs, %d MiB of memory and %d MiB of disk",
 			d.VCPUs, d.MemMiB, d.OverlayMiB)
 	}
-	m := templateManifest{Making: about}
-	return noSpace("publish template", publish(t.Dir, t.dst, templateManifestFile, &m, &m.manifest))
+	m := buildManifest{Making: about}
+	err := seal(t.Dir, manifestFile, &m, &m.manifest, hashFile)
+	if err == nil {
+		err = t.store.change(ctx, func() error {
+			b := m.build(newUUID(), time.Now().UTC())
+			_, err := t.store.publishBuild(t.Dir, Info{ID: HostID(t.name), Names: []string{t.name}}, b, DefaultTag)
+			return err
+		})
+	}
+	return noSpace("publish template", err)
 }
 
 // Discard removes what was not published and lets the next one of that name

@@ -5,6 +5,7 @@ package template
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,23 +14,22 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"regexp"
+	"slices"
 	"sync"
 	"syscall"
+	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
-// DefaultName is the template that a sandbox gets when none is named.
-const DefaultName = "minimal"
-
 const (
 	// kernelName is the one guest kernel that templates boot with.
 	kernelName = "default"
-	// baseImage and templateManifestFile are the files of a template.
-	baseImage            = "base.ext4"
-	templateManifestFile = "template.json"
+	// baseImage is the root file system of a build.
+	baseImage = "base.ext4"
+	// manifestFile names the other files of a build, or of a boot snapshot.
+	manifestFile = "manifest.json"
 )
 
 // Store is the directory of kernels, templates and overlay seeds. What is in
@@ -38,6 +38,10 @@ const (
 type Store struct {
 	dir string
 	log *slog.Logger
+
+	index index
+	// changeMu is held within change.
+	changeMu sync.Mutex
 
 	checksMu sync.Mutex
 	// checks are the directories of snapshots whose files were read.
@@ -52,7 +56,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		return nil, fmt.Errorf("open template store: %w", err)
 	}
 	s := &Store{dir: dir, log: log}
-	for _, d := range []string{dir, s.kernels(), s.templates(), s.seeds(), s.snapshots()} {
+	for _, d := range []string{dir, s.kernels(), s.templates(), s.seeds()} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, fmt.Errorf("open template store: %w", err)
 		}
@@ -61,7 +65,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	if err := os.Chmod(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open template store: %w", err)
 	}
-	for _, d := range []string{s.kernels(), s.templates(), s.seeds(), s.snapshots()} {
+	for _, d := range []string{s.kernels(), s.templates(), s.seeds()} {
 		l, err := tryLock(d)
 		if errors.Is(err, errLocked) {
 			continue
@@ -74,6 +78,10 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		if err != nil {
 			return nil, fmt.Errorf("open template store: %w", err)
 		}
+	}
+	err = s.change(context.Background(), func() error { s.migrate(); return s.removeUnlisted() })
+	if err != nil {
+		return nil, fmt.Errorf("open template store: %w", err)
 	}
 	return s, nil
 }
@@ -88,7 +96,6 @@ func (s *Store) Dir() string { return s.dir }
 func (s *Store) kernels() string   { return filepath.Join(s.dir, "kernels") }
 func (s *Store) templates() string { return filepath.Join(s.dir, "templates") }
 func (s *Store) seeds() string     { return filepath.Join(s.dir, "seeds") }
-func (s *Store) snapshots() string { return filepath.Join(s.dir, "snapshots") }
 
 // Boot is what a guest boots: a kernel with the initrd that carries envd.
 // Paths are absolute; the files never change, a newer kernel or initrd is a
@@ -112,7 +119,8 @@ type Boot struct {
 
 // Template is what a sandbox starts from. Paths are absolute.
 type Template struct {
-	Name string
+	// ID and Build say which it is, Name is its first name, or the id if it has none.
+	ID, Build, Name string
 	Boot
 	// Base is the read-only ext4 image.
 	Base       string
@@ -149,55 +157,68 @@ func (l Login) Over(below Login) Login {
 	return Login{User: cmp.Or(l.User, below.User), Workdir: cmp.Or(l.Workdir, below.Workdir), Env: env}
 }
 
-var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
-var twoDots = regexp.MustCompile(`\.\.`)
-
-// ParseName checks a template's name: 1 to 63 of a-z, 0-9, dot, underscore
-// and dash, the first a letter or digit, no two dots in a row. Any other name
-// is errdefs.InvalidArgument.
-func ParseName(name string) (string, error) { return parseName("template", name) }
-
-func parseName(what, name string) (string, error) {
-	if !namePattern.MatchString(name) || twoDots.MatchString(name) {
-		shown := name
-		if len(shown) > 80 {
-			shown = shown[:80] + "…"
-		}
-		return "", errdefs.InvalidArgument.Errorf(
-			"%s name %q: want 1 to 63 of a-z, 0-9, '.', '_', '-', beginning with a letter or digit, without '..'", what, shown)
-	}
-	return name, nil
-}
-
-// Get returns the template of that name: errdefs.NotFound if there is none,
-// errdefs.Corrupt if its files are not what was published, and
+// Get returns the template that a text names to the host: errdefs.NotFound if there is
+// none, errdefs.Corrupt if its files are not what was published, and
 // errdefs.Unavailable if there is no guest kernel to boot it with.
-func (s *Store) Get(name string) (Template, error) {
-	name, err := ParseName(name)
+func (s *Store) Get(text string) (Template, error) {
+	t, b, err := s.Resolve("", text)
 	if err != nil {
 		return Template{}, err
 	}
-	dir := filepath.Join(s.templates(), name)
-	var m templateManifest
-	switch err := readManifest(dir, templateManifestFile, &m, &m.manifest); {
-	case errors.Is(err, fs.ErrNotExist):
-		return Template{}, errdefs.NotFound.Errorf("template %q does not exist", name)
+	return s.Root(t, b)
+}
+
+// Root returns a build to start sandboxes from; the errors are those of Get.
+func (s *Store) Root(t Info, b Build) (Template, error) {
+	dir, err := s.buildDir(t.ID, b.ID)
+	if err != nil {
+		return Template{}, err
+	}
+	var m buildManifest
+	switch err := readManifest(dir, manifestFile, &m, &m.manifest); {
+	case errors.Is(err, fs.ErrNotExist) && missing(s.templateDir(t.ID)):
+		return Template{}, notFound(t.Name())
 	case errdefs.CannotRead(err):
-		return Template{}, unreadable(fmt.Sprintf("template %q", name), err)
+		return Template{}, unreadable(fmt.Sprintf("template %q", t.Name()), err)
 	case err != nil:
-		return Template{}, errdefs.Corrupt.Errorf("template %q is damaged, run wrenn setup: %w", name, err)
+		return Template{}, errdefs.Corrupt.Errorf("template %q is damaged, run wrenn setup: %w", t.Name(), err)
 	}
 	boot, err := s.Boot()
 	if err != nil {
 		return Template{}, err
 	}
 	return Template{
-		Name:       name,
+		ID: t.ID, Build: b.ID, Name: t.Name(),
 		Boot:       boot,
 		Base:       filepath.Join(dir, baseImage),
 		BaseSHA256: m.Files[baseImage].SHA256,
 		Defaults:   m.Defaults,
 	}, nil
+}
+
+// RootOf returns what an existing disk is mounted over: the build of a template, by its
+// id or one of the host's names, that has the base image with this digest, or the one of
+// DefaultTag if none has. The errors are those of Get.
+func (s *Store) RootOf(template, base string) (Template, error) {
+	all, _, err := s.load()
+	if err != nil {
+		return Template{}, err
+	}
+	for _, t := range all {
+		if t.ID != template && (t.Project != "" || !slices.Contains(t.Names, template)) {
+			continue
+		}
+		if i := slices.IndexFunc(t.Builds, func(b Build) bool { return b.Base == base && t.Source == "" }); i >= 0 {
+			return s.Root(t, t.Builds[i])
+		}
+	}
+	return s.Get(template)
+}
+
+// Has says whether a build is still there.
+func (s *Store) Has(id, build string) bool {
+	dir, err := s.buildDir(id, build)
+	return err == nil && !missing(dir)
 }
 
 // Boot returns the guest kernel and its initrd: errdefs.Unavailable if setup has not made
@@ -224,28 +245,6 @@ func (s *Store) Boot() (Boot, error) {
 	}, nil
 }
 
-// List returns the usable templates, ordered by name. A damaged one is left
-// out and logged.
-func (s *Store) List() ([]Template, error) {
-	entries, err := os.ReadDir(s.templates())
-	if err != nil {
-		return nil, fmt.Errorf("list templates: %w", err)
-	}
-	var list []Template
-	for _, e := range entries {
-		if _, err := ParseName(e.Name()); err != nil || !e.IsDir() {
-			continue
-		}
-		t, err := s.Get(e.Name())
-		if err != nil {
-			s.log.Warn("template is not usable", "template", e.Name(), "error", err)
-			continue
-		}
-		list = append(list, t)
-	}
-	return list, nil
-}
-
 // File is what a manifest says about one published file. That of a snapshot has
 // the digest of the file's pieces, every other one that of the whole contents.
 type File = snapfile.File
@@ -263,9 +262,18 @@ type kernelManifest struct {
 	Kernel
 }
 
-type templateManifest struct {
+// buildManifest is that of a build with a base image.
+type buildManifest struct {
 	manifest
 	Making
+}
+
+// build is what a template lists of the build.
+func (m buildManifest) build(id string, at time.Time) Build {
+	return Build{
+		ID: id, Status: StatusReady, CreatedAt: at, UpdatedAt: at, FinishedAt: at,
+		VCPUs: m.Defaults.VCPUs, MemMiB: m.Defaults.MemMiB, DiskMiB: m.Defaults.OverlayMiB, Base: m.Files[baseImage].SHA256,
+	}
 }
 
 func (s *Store) kernelManifest() (kernelManifest, error) {

@@ -62,42 +62,77 @@ func (s *Store) Verify(ctx context.Context, want func(Kind, string) bool, fn fun
 	if err != nil {
 		return err
 	}
-	templates, err := directories(s.templates())
+	all, bad, err := s.load()
 	if err != nil {
 		return err
 	}
-	for _, name := range templates {
-		dir := filepath.Join(s.templates(), name)
-		err := look(KindTemplate, name, dir, func() (manifest, error) {
-			var m templateManifest
-			err := readManifest(dir, templateManifestFile, &m, &m.manifest)
-			return m.manifest, firstOf(damage(err), func() error { return m.verify(ctx, dir, plain) })
+	for _, id := range bad {
+		err := look(KindTemplate, id, s.templateDir(id), func() (manifest, error) {
+			_, err := s.readInfo(id)
+			return manifest{}, damage(err)
 		})
 		if err != nil {
 			return err
 		}
-		keys, err := directories(s.readyDir(name))
-		if err != nil {
-			return err
-		}
-		for _, key := range keys {
-			dir := filepath.Join(s.readyDir(name), key)
-			if err := look(KindBootSnapshot, name+"/"+key, dir, func() (manifest, error) { return s.verifyAgain(ctx, dir) }); err != nil {
+	}
+	for _, t := range all {
+		for _, b := range t.Builds {
+			if err := s.verifyBuild(ctx, t, b, look, plain); err != nil {
 				return err
 			}
 		}
 	}
-	snapshots, err := directories(s.snapshots())
+	return nil
+}
+
+// verifyBuild is Verify of one build and its boot snapshots.
+func (s *Store) verifyBuild(
+	ctx context.Context, t Info, b Build, look func(Kind, string, string, func() (manifest, error)) error,
+	plain func(context.Context, string) (File, error),
+) error {
+	dir := filepath.Join(s.templateDir(t.ID), b.ID)
+	name := t.Reference(b)
+	if t.Source != "" {
+		return look(KindSnapshot, name, dir, func() (manifest, error) { return s.verifyAgain(ctx, dir) })
+	}
+	err := look(KindTemplate, name, dir, func() (manifest, error) {
+		var m buildManifest
+		err := readManifest(dir, manifestFile, &m, &m.manifest)
+		return m.manifest, firstOf(damage(err), func() error { return m.verify(ctx, dir, plain) })
+	})
 	if err != nil {
 		return err
 	}
-	for _, name := range snapshots {
-		dir := s.snapshotDir(name)
-		if err := look(KindSnapshot, name, dir, func() (manifest, error) { return s.verifyAgain(ctx, dir) }); err != nil {
+	keys, err := directories(filepath.Join(dir, "ready"))
+	if err != nil {
+		return err
+	}
+	for _, key := range keys {
+		dir := filepath.Join(dir, "ready", key)
+		if err := look(KindBootSnapshot, name+"/"+key, dir, func() (manifest, error) { return s.verifyAgain(ctx, dir) }); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// Reference is how users name a build.
+func (t Info) Reference(b Build) string {
+	name := t.Name()
+	if t.Project != "" {
+		name = t.Project + "/" + name
+	}
+	for _, tag := range t.Tags {
+		if tag.Build == b.ID && tag.Name == DefaultTag {
+			return name
+		}
+	}
+	for _, tag := range t.Tags {
+		if tag.Build == b.ID {
+			return name + ":" + tag.Name
+		}
+	}
+	return name + ":" + b.ID
 }
 
 // verifyAgain reads a snapshot whether or not it was read before.

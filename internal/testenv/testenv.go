@@ -40,8 +40,8 @@ func StateDir(t testing.TB) string {
 	if dir == "" {
 		missing(t, "a prepared state directory", "run `make test`, or `wrenn setup --state-dir DIR` and set "+StateDirEnv+"=DIR")
 	}
-	if _, err := os.Stat(filepath.Join(dir, "templates", "minimal", "template.json")); err != nil {
-		t.Fatalf("%s is not prepared: %v", StateDirEnv, err)
+	if found, err := filepath.Glob(filepath.Join(dir, "templates", "*", "template.json")); err != nil || len(found) == 0 {
+		t.Fatalf("%s is not prepared: there is no template, %v", StateDirEnv, err)
 	}
 	return dir
 }

@@ -26,7 +26,8 @@ const (
 
 type CreateSandboxRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Name of the template or of a snapshot; "minimal" when empty.
+	// Name or id of the template or of a snapshot, as in "name", "name:tag" or
+	// "name:<id of a build>"; "minimal" when empty.
 	Template string `protobuf:"bytes,1,opt,name=template,proto3" json:"template,omitempty"`
 	// Number of virtual CPUs; 1 when zero. A snapshot has its own, which zero
 	// takes and nothing else may contradict.
@@ -1069,8 +1070,8 @@ type SnapshotSandboxRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// A running or paused sandbox.
 	SandboxId string `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
-	// Name of the snapshot; one is made up when empty. It must not be a
-	// template's or another snapshot's.
+	// Name of the snapshot, as in "name" or "name:tag"; one is made up when empty. It
+	// must not be a template's or another snapshot's. Each project has its own names.
 	Name          string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -1,0 +1,69 @@
+package sandbox
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+)
+
+// rootOf returns what the disk of a sandbox is mounted over: errdefs.Unsupported if that
+// is not there any more.
+func (h *host) rootOf(rec Record) (template.Template, error) {
+	tmpl, err := h.cfg.Templates.RootOf(cmp.Or(rec.TemplateID, rec.Template), rec.Base)
+	switch {
+	case errors.Is(err, errdefs.NotFound):
+		err = errdefs.Unsupported.Errorf("it needs the template %q, which is gone", rec.Template)
+	case err == nil && tmpl.BaseSHA256 != rec.Base:
+		err = errdefs.Unsupported.Errorf("template %q has another base image than when the sandbox was made", rec.Template)
+	}
+	return tmpl, err
+}
+
+// DeleteTemplate removes a template, or with a tag that of a snapshot, and the build to
+// which no other leads. It is errdefs.WrongState while sandboxes need the template;
+// sandboxes that were made from a snapshot go on without it.
+func (m *Manager) DeleteTemplate(ctx context.Context, id, tag string) error {
+	return m.cfg.Templates.Delete(ctx, id, tag, m.usersOf)
+}
+
+// usersOf says why a template may not be removed.
+func (r *registry) usersOf(t template.Info) error {
+	if t.Source != "" {
+		return nil // its sandboxes have a disk of their own, and the memory open
+	}
+	for _, b := range r.all() {
+		rec := b.record()
+		how := "running"
+		switch {
+		case rec.State == Stopped:
+			continue
+		case rec.State == Unknown:
+			return errdefs.WrongState.Errorf("cannot delete template '%s' because sandbox %s is unknown and may be using it", t.ID, rec.ID)
+		case rec.templateID() != t.ID:
+			continue
+		case rec.State == Paused || rec.State == Hibernated:
+			how = "paused"
+		}
+		return errdefs.WrongState.Errorf("cannot delete template '%s' because there are %s sandboxes using it", t.ID, how)
+	}
+	return nil
+}
+
+// pruneTemplates removes the builds of templates that were replaced and that no sandbox
+// needs any more.
+func (m *Manager) pruneTemplates(ctx context.Context) {
+	unknown := slices.ContainsFunc(m.all(), func(b *box) bool { return b.state() == Unknown })
+	err := m.cfg.Templates.Prune(ctx, func(t template.Info, build template.Build) bool {
+		return unknown || slices.ContainsFunc(m.all(), func(b *box) bool {
+			rec := b.record()
+			return rec.State != Stopped && rec.templateID() == t.ID && rec.Base == build.Base
+		})
+	})
+	if err != nil {
+		m.log.Warn("old builds of templates not removed", "err", err)
+	}
+}

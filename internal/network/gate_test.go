@@ -1078,7 +1078,7 @@ func TestParsePolicy(t *testing.T) {
 			class: errdefs.InvalidArgument, text: "513 ranges"},
 		{host: Public, e: Egress{Allow: []string{"10.1.0.0/16"}}, class: errdefs.Denied, text: "10.1.0.0/16"},
 		{host: Public, e: Egress{Allow: []string{"8.0.0.0/5"}}, class: errdefs.Denied, text: "private"},
-		{host: None, e: Egress{AllowInternet: &yes}, class: errdefs.Denied, text: "--egress none"},
+		{host: None, e: Egress{AllowInternet: &yes}},
 		{host: None, e: Egress{Allow: []string{"example.com"}}, class: errdefs.Denied, text: "--egress none"},
 		{host: Public, e: Egress{Allow: []string{"::1"}}, class: errdefs.InvalidArgument, text: "IPv4 only"},
 		{host: Public, e: Egress{Allow: []string{"2001:db8::/32"}}, class: errdefs.InvalidArgument, text: "IPv4 only"},

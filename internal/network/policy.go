@@ -50,8 +50,8 @@ const maxDNS = 10
 // Egress is what a sandbox may reach, as its user said it. A nil field was not said,
 // an empty list was.
 type Egress struct {
-	// AllowInternet says whether it reaches what no list names. False is the same as
-	// 0.0.0.0/0 in Deny.
+	// AllowInternet says whether it reaches what no list names, as far as the host lets
+	// it. False is the same as 0.0.0.0/0 in Deny.
 	AllowInternet *bool `json:"allowInternet,omitzero"`
 	// Allow and Deny are IPv4 addresses, ranges and domain names. Allow wins.
 	Allow []string `json:"allow,omitzero"`
@@ -135,9 +135,10 @@ func (p Policy) IsZero() bool {
 // all that is denied.
 //
 // A sandbox may not be more open than the host lets it, whose mode is the
-// first argument: Denied for AllowInternet or anything allowed on a host with
-// None, and for private ranges on one with Public. Everything else that is
-// wrong is InvalidArgument. Problems are reported at once, not one by one.
+// first argument: Denied for anything in Allow on a host with None, and for private
+// ranges on one with Public. Everything else that is wrong is InvalidArgument. Problems
+// are reported at once, not one by one. AllowInternet is never refused: some clients
+// say it without being asked.
 func ParsePolicy(host Mode, e Egress) (Policy, error) {
 	if host == "" {
 		host = Public
@@ -160,7 +161,7 @@ func ParsePolicy(host Mode, e Egress) (Policy, error) {
 		p.Allow = append(p.Allow, dns...)
 	}
 	errs := []error{allowErr, denyErr, dnsErr, p.Validate()}
-	if host == None && (e.AllowInternet != nil && *e.AllowInternet || len(e.Allow) > 0) {
+	if host == None && len(e.Allow) > 0 {
 		errs = append(errs, errdefs.Denied.Errorf("this host lets its sandboxes reach nothing (--egress none): "+
 			"a sandbox's policy cannot allow anything"))
 	}

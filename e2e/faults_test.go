@@ -78,6 +78,16 @@ func TestAgentKilledAtAnyMoment(t *testing.T) {
 			_, err := a.ResumeSandbox(ctx, connect.NewRequest(&hostagentv1.ResumeSandboxRequest{SandboxId: id}))
 			return err
 		}},
+		{"pause without memory", 150 * time.Millisecond, true, func(ctx context.Context, id string) error {
+			_, err := a.PauseSandbox(ctx, connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: id, FilesOnly: true}))
+			return err
+		}},
+		{"boot", 6 * time.Second, true, func(ctx context.Context, id string) error {
+			// It runs if the agent was killed before it was paused.
+			_, _ = a.PauseSandbox(ctx, connect.NewRequest(&hostagentv1.PauseSandboxRequest{SandboxId: id, FilesOnly: true}))
+			_, err := a.ResumeSandbox(ctx, connect.NewRequest(&hostagentv1.ResumeSandboxRequest{SandboxId: id, FilesOnly: true}))
+			return err
+		}},
 		{"destroy", 80 * time.Millisecond, false, func(ctx context.Context, id string) error {
 			_, err := a.DestroySandbox(ctx, connect.NewRequest(&hostagentv1.DestroySandboxRequest{SandboxId: id}))
 			return err

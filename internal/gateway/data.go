@@ -41,7 +41,7 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 	}
 	v, no := g.admit(r, &visit{place: place, body: b})
 	if no != nil {
-		refuse(w, r, *no)
+		place.turnAway(w, r, *no)
 		return
 	}
 	this := load{v.id, v.kind()}
@@ -54,7 +54,7 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 	defer g.leave(this)
 	lease, mask, no := g.lease(r.Context(), v)
 	if no != nil {
-		refuse(w, r, *no)
+		place.turnAway(w, r, *no)
 		return
 	}
 	defer lease.Release()

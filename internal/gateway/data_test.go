@@ -56,7 +56,8 @@ func situations() []situation {
 		}
 		all = append(all, situation{name: string(state), state: state, userPort: none, envdPort: none})
 		if state != sandbox.Hibernated {
-			all = append(all, situation{name: string(state) + " with auto-resume", state: state, resumes: true, userPort: none, envdPort: none})
+			name := string(state) + " with auto-resume"
+			all = append(all, situation{name: name, state: state, resumes: true, userPort: none, envdPort: none})
 		}
 	}
 	for _, state := range []sandbox.State{sandbox.Hibernated, sandbox.Running} {
@@ -138,7 +139,8 @@ func (s situation) check(t *testing.T, addr netip.Addr, port, shown, header stri
 			t.Errorf("%s, envd %v: %d glances", shown, envd, b.glances)
 		}
 	})
-	if (leases > 0) != (want == http.StatusOK && !stranger) || (wakes > 0) != (want == http.StatusOK && (s.state != sandbox.Running || s.pausing)) {
+	woken := want == http.StatusOK && (s.state != sandbox.Running || s.pausing)
+	if (leases > 0) != (want == http.StatusOK && !stranger) || (wakes > 0) != woken {
 		t.Errorf("%s, envd %v: woken %d times, %d leases", shown, envd, wakes, leases)
 	}
 }

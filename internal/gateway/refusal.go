@@ -65,10 +65,28 @@ func (g *Gateway) unasked(p *place, err error) refusal {
 	}
 }
 
+// turnAway answers a request that does not reach a guest. A browser asks before it sends
+// what a page wants, and shows no secret then: it may send that, and the page reads the
+// answer.
+func (p *place) turnAway(w http.ResponseWriter, r *http.Request, no refusal) {
+	asked := r.Header.Get("Access-Control-Request-Method")
+	if !p.byName || r.Method != http.MethodOptions || asked == "" {
+		refuse(w, r, no)
+		return
+	}
+	h := w.Header()
+	h.Set("Access-Control-Allow-Origin", "*")
+	h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE")
+	h.Set("Access-Control-Allow-Headers", r.Header.Get("Access-Control-Request-Headers"))
+	h.Set("Access-Control-Max-Age", "0") // a guest that runs later answers itself
+	w.WriteHeader(http.StatusNoContent)
+}
+
 // refuse answers with a refusal: a person who follows a link gets a page, all others
 // JSON.
 func refuse(w http.ResponseWriter, r *http.Request, no refusal) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
+	w.Header().Set("Access-Control-Allow-Origin", "*") // it has no secret
 	if !isNavigation(r) {
 		writeJSON(w, no.Code, no)
 		return

@@ -1,10 +1,14 @@
 package gateway
 
 import (
+	"bufio"
 	"fmt"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
+
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 // A web page may use the REST API with a key that it was given, and nothing else of the
@@ -98,5 +102,55 @@ func TestPagesAndTheDataPlane(t *testing.T) {
 		if status != c.want || !strings.Contains(body, c.word) {
 			t.Errorf("%s, %q: HTTP %d %s, want %d %s", c.id, c.headers, status, body, c.want, c.word)
 		}
+	}
+}
+
+// A browser's question, which shows no secret, does not keep a page with one out: from a
+// private port, or from a paused sandbox that it may wake. The page reads why it is
+// refused.
+func TestPagesAskFirst(t *testing.T) {
+	var asked atomic.Int64
+	answer := func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodOptions {
+			asked.Add(1)
+		}
+		fmt.Fprint(w, "guest")
+	}
+	addr, port := envd(t, answer), guest(t, answer)
+	const question = "Origin: https://app.example\r\nAccess-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: x-access-token\r\n"
+	for _, c := range []struct {
+		port    string
+		change  func(*box)
+		reaches bool // the guest
+	}{
+		{port, func(*box) {}, true},
+		{port, func(b *box) { b.tokens.Traffic = trafficA }, false},
+		{"49983", func(b *box) { b.addr = addr }, true},
+		{"49983", func(b *box) { b.info.State, b.info.AutoResume = sandbox.Hibernated, true }, false},
+		{"49983", func(b *box) { b.info.State = sandbox.Hibernated }, false},
+		{port, func(b *box) { b.info.State = sandbox.Stopped }, false},
+	} {
+		m := newManager(t.Context())
+		m.change(idA, c.change)
+		e := serve(t, func(c *Config) { c.Sandboxes = m })
+		before := asked.Load()
+		conn := e.dial(t)
+		fmt.Fprintf(conn, "OPTIONS /x HTTP/1.1\r\nHost: %s-%s.x\r\n%s\r\n", c.port, idA, question)
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h := resp.Header
+		if reached := asked.Load() > before; reached != c.reaches || !c.reaches && (resp.StatusCode != http.StatusNoContent ||
+			h.Get("Access-Control-Allow-Origin") != "*" || h.Get("Access-Control-Allow-Headers") != "x-access-token") {
+			t.Errorf("port %s: reached %v, HTTP %d, %v", c.port, reached, resp.StatusCode, h)
+		}
+		if wakes, _ := m.calls(idA); wakes > 0 {
+			t.Errorf("port %s: a question wakes the sandbox", c.port)
+		}
+	}
+	w := ask(refusing(t, &manager{}), "GET", "80-"+idA+".x", "/")
+	if w.Result().Header.Get("Access-Control-Allow-Origin") != "*" {
+		t.Error("a page cannot read why it is refused")
 	}
 }

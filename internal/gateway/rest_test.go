@@ -117,7 +117,8 @@ func TestPagesAskFirst(t *testing.T) {
 		fmt.Fprint(w, "guest")
 	}
 	addr, port := envd(t, answer), guest(t, answer)
-	const question = "Origin: https://app.example\r\nAccess-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: x-access-token\r\n"
+	const question = "Origin: https://app.example\r\nAccess-Control-Request-Method: POST\r\n" +
+		"Access-Control-Request-Headers: x-access-token\r\n"
 	for _, c := range []struct {
 		port    string
 		change  func(*box)

@@ -311,19 +311,20 @@ func (v rangePolicy) names(p Policy) egress.Policy {
 func (v rangePolicy) turn(p Policy, ports gatePorts) []rule {
 	to := func(port uint16) term { return dnatTo(netip.AddrPortFrom(GuestGateway, port)) }
 	var rules []rule
+	leave := func(list []addrRange) {
+		if len(list) > 0 {
+			rules = append(rules, rule{ipv4.daddrIn(list), back()})
+		}
+	}
+	leave(v.allow)
 	if !p.OwnDNS {
 		rules = append(rules,
 			rule{dport(unix.IPPROTO_UDP, 53), to(ports.dnsPacket)},
 			rule{dport(unix.IPPROTO_TCP, 53), to(ports.dnsConns)})
 	}
-	lists := [][]addrRange{v.never, v.allow}
+	leave(v.never)
 	if len(p.AllowNames) == 0 { // no name leads to what is denied
-		lists = append(lists, v.deny)
-	}
-	for _, l := range lists {
-		if len(l) > 0 {
-			rules = append(rules, rule{ipv4.daddrIn(l), back()})
-		}
+		leave(v.deny)
 	}
 	if p.OwnDNS {
 		rules = append(rules, rule{dport(unix.IPPROTO_TCP, 53), back()})

@@ -575,10 +575,15 @@ func TestOwnDNS(t *testing.T) {
 		t.Error("a connection to the agent's name server goes on")
 	}
 	check("by none", nil)
-	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: names, OwnDNS: true, Allow: prefixes(privateAddr.String() + "/32")}))
+	own := Policy{Mode: None, AllowNames: names, OwnDNS: true, Allow: prefixes(privateAddr.String() + "/32")}
+	must(t, w.SetPolicy(t.Context(), s, own))
 	check("by its own", map[netip.Addr]dnsmessage.RCode{privateAddr: dnsmessage.RCodeSuccess})
 	must(t, w.SetPolicy(t.Context(), s, Policy{Mode: None, AllowNames: names}))
 	check("by the agent again", agent)
+	// An allowed address is reached directly, its name server, too.
+	own.OwnDNS, agent[privateAddr] = false, dnsmessage.RCodeSuccess
+	must(t, w.SetPolicy(t.Context(), s, own))
+	check("by the agent and an allowed one", agent)
 }
 
 // asks says whether a question on a connection is answered.

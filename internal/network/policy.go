@@ -101,9 +101,9 @@ func (e Egress) IsZero() bool {
 //     decides. No name leads to what 1 refuses, and to private addresses only with 2
 //     or the mode All. To what 3 refuses lead only names in AllowNames. Refused
 //     connections are reset.
-//   - Questions to port 53, wherever they are sent, are answered by the agent:
-//     names that are not let through do not exist. With OwnDNS the agent answers
-//     none, and they are decided like all else.
+//   - Questions to port 53 of all others, wherever they are sent, are answered by the
+//     agent: names that are not let through do not exist. With OwnDNS the agent answers
+//     none.
 //   - Everything else is refused: QUIC, and HTTP/2 that begins without TLS.
 //
 // A denied name without a * also denies the addresses that it has, except to names

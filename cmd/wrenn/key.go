@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strconv"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 )
 
 // keyring is the store of API keys that a command works on. The agent need not run:
@@ -139,18 +141,44 @@ func newKeyQuota(k *keyring) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "quota PROJECT",
 		Short:   "Bound what the sandboxes of a project take together",
-		Long:    "Bound what the sandboxes of a project take together. What the project has already stays.",
+		Long:    "Bound what the sandboxes of a project take together, or print the bounds if none is\nnamed. What the project has already stays.",
 		Example: "  wrenn key quota blue --quota-sandboxes 50 --quota-memory 65536",
 		Args:    cobra.ExactArgs(1),
 	}
 	quota := quotaFlags(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		if !quotaNamed(cmd) {
-			return errors.New("name a quota: --quota-sandboxes, --quota-vcpus, --quota-memory or --quota-disk")
-		}
-		return k.use(func(store *auth.Store) error { return setQuota(cmd, store, args[0], *quota) })
+		return k.use(func(store *auth.Store) error {
+			if quotaNamed(cmd) {
+				return setQuota(cmd, store, args[0], *quota)
+			}
+			return printQuota(cmd, store, args[0])
+		})
 	}
 	return cmd
+}
+
+// printQuota prints the bounds of a project.
+func printQuota(cmd *cobra.Command, store *auth.Store, project string) error {
+	projects, err := store.Projects()
+	if err != nil {
+		return err
+	}
+	for _, p := range projects {
+		if p.Name != project {
+			continue
+		}
+		bound := func(n int, unit string) string {
+			if n == 0 {
+				return "no bound"
+			}
+			return strconv.Itoa(n) + unit
+		}
+		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 0, 3, ' ', 0)
+		row(w, "SANDBOXES", "VCPUS", "MEMORY", "DISK")
+		row(w, bound(p.Quota.Sandboxes, ""), bound(p.Quota.VCPUs, ""), bound(p.Quota.MemMiB, " MiB"), bound(p.Quota.DiskMiB, " MiB"))
+		return w.Flush()
+	}
+	return errdefs.NotFound.Errorf("project %.70q does not exist: `wrenn key create --project NAME` makes one", project)
 }
 
 func newKeyLs(k *keyring) *cobra.Command {

@@ -34,6 +34,9 @@ func TestKey(t *testing.T) {
 		t.Error(err)
 	}
 	check(auth.Quota{Sandboxes: 7})
+	if printed, err := key("quota", "blue"); err != nil || !strings.Contains(printed, "7           no bound") {
+		t.Errorf("quota: %q, %v", printed, err)
+	}
 	if printed, err := key("ls"); err != nil || !strings.Contains(printed, "ci     blue") || strings.Contains(printed, secret[4:]) {
 		t.Errorf("ls: %q, %v", printed, err)
 	}
@@ -52,7 +55,7 @@ func TestKey(t *testing.T) {
 		"rm ci":                            "does not exist",
 		"create --project Blue":            "project \"Blue\"",
 		"create --quota-vcpus -1":          "quota of vcpus",
-		"quota blue":                       "name a quota",
+		"quota green":                      "project \"green\" does not exist",
 		"create a b":                       "accepts at most 1 arg(s)",
 		"ls --state-dir " + dir + "/other": "wrenn setup",
 	} {

@@ -67,9 +67,15 @@ func (a access) demand(next http.Handler) http.Handler {
 			_ = a.errors.Write(w, r, connect.NewError(row.Code, told))
 			return
 		}
-		next.ServeHTTP(w, r.WithContext(sandbox.WithActor(auth.WithCaller(r.Context(), caller), actorOf(r, caller))))
+		ctx := sandbox.WithActor(auth.WithCaller(r.Context(), caller), actorOf(r, caller))
+		still := func() error { _, err := a.callerOf(r); return err }
+		next.ServeHTTP(w, r.WithContext(context.WithValue(ctx, stillKey{}, still)))
 	})
 }
+
+// stillKey is the key of a func() error in the context of a request, which says why its
+// caller would not be let in any more.
+type stillKey struct{}
 
 // actorOf is what the events of a call say of its caller.
 func actorOf(r *http.Request, caller auth.Caller) sandbox.Actor {
@@ -192,8 +198,25 @@ func (p projects) WrapStreamingHandler(next connect.StreamingHandlerFunc) connec
 		if err := p.check(ctx, conn.Spec(), nil); err != nil {
 			return err
 		}
+		if still, ok := ctx.Value(stillKey{}).(func() error); ok {
+			conn = letIn{conn, still}
+		}
 		return next(ctx, conn)
 	}
+}
+
+// letIn is a stream that ends with the next message once its caller's key is revoked, or
+// a key is made where there was none.
+type letIn struct {
+	connect.StreamingHandlerConn
+	still func() error
+}
+
+func (l letIn) Send(msg any) error {
+	if err := l.still(); err != nil {
+		return err
+	}
+	return l.StreamingHandlerConn.Send(msg)
 }
 
 func (p projects) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {

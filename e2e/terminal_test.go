@@ -29,15 +29,21 @@ type screen struct {
 
 func openScreen(t *testing.T, a *agent, args ...string) *screen {
 	t.Helper()
-	s := &screen{t: t, drained: make(chan struct{})}
+	cmd := exec.Command(filepath.Join(a.bin, "wrenn"), args...)
+	cmd.Env = append(os.Environ(), "WRENN_HOST="+a.url)
+	return openTerminal(t, cmd)
+}
+
+// openTerminal starts any command in a terminal.
+func openTerminal(t *testing.T, cmd *exec.Cmd) *screen {
+	t.Helper()
+	s := &screen{t: t, cmd: cmd, drained: make(chan struct{})}
 	var err error
 	if s.file, s.tty, err = pty.Open(); err != nil {
 		t.Fatal(err)
 	}
 	s.before = s.settings()
 	s.resize(100, 30)
-	s.cmd = exec.Command(filepath.Join(a.bin, "wrenn"), args...)
-	s.cmd.Env = append(os.Environ(), "WRENN_HOST="+a.url)
 	s.cmd.Stdin, s.cmd.Stdout, s.cmd.Stderr = s.tty, s.tty, s.tty
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := s.cmd.Start(); err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -51,11 +52,56 @@ func (h *e2bHost) showRaw(seen *showcase) {
 		show func(id, token string) error
 	}{
 		{15, h.showNever}, {16, h.showSpellings}, {17, h.showAfterTheEnd}, {21, h.showRefreshes},
-		{41, h.showToken}, {41, h.showSignatures}, {42, h.showClosedPort},
+		{51, h.showLogs}, {51, h.showEvents}, {41, h.showToken}, {41, h.showSignatures}, {42, h.showClosedPort},
 	} {
 		seen.add(b.n, "HTTP", text(b.show(id, token)))
 	}
 	seen.add(15, "HTTP", text(h.kill(id)))
+}
+
+// showLogs wants what a guest prints in both lists of its lines, with time and level.
+func (h *e2bHost) showLogs(id, _ string) error {
+	mark, began := "mark-of-"+id, time.Now().Add(-time.Second)
+	req := &hostagentv1.ExecRequest{SandboxId: "sb-" + id[2:], Cmd: "sh", Args: []string{"-c", "echo " + mark + " >/dev/ttyS0"}, User: "root"}
+	if _, err := h.Exec(context.Background(), connect.NewRequest(req)); err != nil {
+		return err
+	}
+	var entry struct {
+		Logs []struct {
+			Timestamp      time.Time
+			Message, Level string
+		}
+	}
+	for deadline := time.Now().Add(patience); len(entry.Logs) == 0; time.Sleep(pollEvery) {
+		a, err := h.want("GET", "/v2/sandboxes/"+id+"/logs?search="+mark, "", 200)
+		if err == nil {
+			err = json.Unmarshal([]byte(a.text), &entry)
+		}
+		if err == nil && time.Now().After(deadline) {
+			err = errors.New("the line is not there")
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if l := entry.Logs[0]; !strings.Contains(l.Message, mark) || l.Level != "info" || l.Timestamp.Before(began) || l.Timestamp.After(time.Now()) {
+		return fmt.Errorf("the line is %+v", l)
+	}
+	_, err := h.want("GET", fmt.Sprintf("/sandboxes/%s/logs?start=%d", id, began.UnixMilli()), "", 200, mark, `\"level\":\"info\"`)
+	return err
+}
+
+// showEvents wants a sandbox's create and another timeout among its events.
+func (h *e2bHost) showEvents(id, _ string) error {
+	_, err := h.want("POST", "/sandboxes/"+id+"/timeout", `{"timeout":900}`, 204)
+	if err == nil {
+		_, err = h.want("GET", "/events/sandboxes/"+id+"?limit=100&orderAsc=true", "", 200, id,
+			`"sandbox.lifecycle.created"`, `"sandbox.lifecycle.updated"`, `"set_timeout"`)
+	}
+	if err == nil {
+		_, err = h.want("GET", "/events/sandboxes?limit=100&types=sandbox.lifecycle.updated", "", 200, id)
+	}
+	return err
 }
 
 func (h *e2bHost) showCreate() (id, token string, err error) {

@@ -16,7 +16,7 @@ import (
 )
 
 // behaviours are what E2B's clients expect of a host, by number.
-var behaviours = [51]string{
+var behaviours = [52]string{
 	1:  "create answers with all that clients require",
 	2:  "create by the older call lives 15 seconds",
 	3:  "the CLI's create",
@@ -67,6 +67,7 @@ var behaviours = [51]string{
 	48: "start command of a build",
 	49: "names and tags of templates",
 	50: "templates in use, lists of templates",
+	51: "metrics, logs and events",
 }
 
 // shown is what a client had to say of a behaviour.

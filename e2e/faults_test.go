@@ -296,8 +296,8 @@ func TestSoak(t *testing.T) {
 	for _, name := range []string{"descriptors", "goroutines", "memory KiB", "traces", "routes", "disk KiB"} {
 		t.Logf("%-12s before %7d  after %7d", name, before[name], after[name])
 	}
-	// The event log grows by a few hundred bytes a sandbox until it is cut.
-	if grown := after["disk KiB"] - before["disk KiB"]; grown > 64+cycles {
+	// The event log grows by some 1.5 KiB a sandbox until it is cut.
+	if grown := after["disk KiB"] - before["disk KiB"]; grown > 64+2*cycles {
 		t.Errorf("the state directory grew by %d KiB", grown)
 	}
 	if after["traces"] != before["traces"] || after["routes"] != before["routes"] {

@@ -139,6 +139,14 @@ async function life() {
     assert.equal(await box.files.read('/home/user/uploaded'), 'up')
     await assert.rejects(box.files.read('/no/such/file'), NotFoundError)
   })
+  await show(51, async () => {
+    await until('a sample', async () => (await box.getMetrics()).length > 0)
+    const sample = (await box.getMetrics())[0]
+    assert.ok(sample.memUsed > 0 && sample.memUsed <= sample.memTotal && sample.diskTotal > 0 && sample.cpuUsedPct >= 0, JSON.stringify(sample))
+    assert.equal(sample.cpuCount, 1)
+    assert.ok(sample.timestamp <= new Date())
+    assert.deepEqual(await box.getMetrics({ end: new Date(Date.now() - minutes(60)) }), [])
+  })
   await show(15, async () => {
     assert.equal(await box.kill(), true)
     assert.equal(await box.kill(), false)

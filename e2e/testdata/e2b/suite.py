@@ -103,6 +103,10 @@ def life():
         assert status == 403 and "is missing" in text, (status, text)
         status, text = get("wrong")
         assert status == 403 and "is invalid" in text, (status, text)
+    with show(51):
+        until("a sample", box.get_metrics)
+        sample = box.get_metrics()[0]
+        assert 0 < sample.mem_used <= sample.mem_total and sample.disk_total > 0 and sample.cpu_count == 1, sample
     with show(18):
         before = box.get_info().end_at
         Sandbox.connect(box.sandbox_id, timeout=60)

@@ -98,6 +98,8 @@ type eventLog struct {
 	// has them, the others do not.
 	labelled map[ID]bool
 	events   []Event // in order
+	// states are those of sandboxes that have not stopped, by the newest event of each.
+	states map[ID]State
 	// next is the cursor of the event to come; those up to reserved may be given.
 	next, reserved uint64
 	// retryAt is when a file that could not be written is tried again: all of it
@@ -118,7 +120,7 @@ type eventLine struct {
 // openEvents reads the log of an earlier agent. What is torn is skipped. A file
 // that cannot be read is set aside.
 func openEvents(path string, log *slog.Logger) (*eventLog, error) {
-	l := &eventLog{path: path, more: make(chan struct{}), next: 1}
+	l := &eventLog{path: path, more: make(chan struct{}), next: 1, states: map[ID]State{}}
 	whole, err := l.read()
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -132,6 +134,9 @@ func openEvents(path string, log *slog.Logger) (*eventLog, error) {
 	case !whole:
 		log.Warn("event log is damaged or of an earlier agent, what can be read of it is kept", "events", len(l.events))
 		l.jump()
+	}
+	for i := range l.events {
+		l.follow(&l.events[i])
 	}
 	if err := l.rewrite(); err != nil {
 		// Nothing is told until there is room: see add.
@@ -350,6 +355,7 @@ func (l *eventLog) add(e Event) error {
 	if l.next > l.reserved {
 		return fmt.Errorf("no cursor is left: %w", err)
 	}
+	l.follow(&e)
 	e.Cursor = l.next
 	l.next++
 	l.events = append(l.events, e)
@@ -359,6 +365,22 @@ func (l *eventLog) add(e Event) error {
 		return err
 	}
 	return errors.Join(err, l.write(eventLine{Event: e}))
+}
+
+// follow notes the state that an event leads to. An event that is no change of state has
+// the state of the one before: operations end in another order than their events come.
+// Called with mu held.
+func (l *eventLog) follow(e *Event) {
+	state, known := l.states[e.ID]
+	switch {
+	case e.Kind != "" && known:
+		e.From, e.To = state, state
+	case e.Kind != "":
+	case e.To == Stopped:
+		delete(l.states, e.ID)
+	default:
+		l.states[e.ID] = e.To
+	}
 }
 
 // after returns the events beyond a cursor, and what is closed when there are

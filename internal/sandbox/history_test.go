@@ -137,3 +137,36 @@ func TestEventsAreKeptForAWeek(t *testing.T) {
 		t.Errorf("%d are kept of many", n)
 	}
 }
+
+// An event that is no change of state has the state that the log says, whatever its
+// writer saw.
+func TestStateOfANote(t *testing.T) {
+	dir := t.TempDir()
+	l := openLog(t, dir)
+	note := func(want State) {
+		t.Helper()
+		if err := l.add(Event{ID: "a", Kind: Updated, From: Paused, To: Paused}); err != nil {
+			t.Fatal(err)
+		}
+		events, _, err := l.after(l.last() - 1)
+		if err != nil || len(events) != 1 || events[0].From != want || events[0].To != want {
+			t.Errorf("the event is %+v, %v; want %s", events, err, want)
+		}
+	}
+	note(Paused) // nothing is known
+	for _, e := range []Event{{ID: "a", To: Creating}, {ID: "a", From: Creating, To: Running}, {ID: "b", To: Creating}} {
+		if err := l.add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	note(Running)
+	l.shut()
+	l = openLog(t, dir)
+	note(Running)
+	if err := l.add(Event{ID: "a", From: Stopping, To: Stopped}); err != nil {
+		t.Fatal(err)
+	}
+	if len(l.states) != 1 {
+		t.Errorf("states of stopped sandboxes are kept: %v", l.states)
+	}
+}

@@ -11,7 +11,7 @@ import (
 )
 
 func newSnapshot(c *cli) *cobra.Command {
-	var asJSON bool
+	var asJSON, filesOnly bool
 	cmd := &cobra.Command{
 		Use:   "snapshot ID [NAME]",
 		Short: "Keep the present state of a sandbox under a name",
@@ -21,7 +21,8 @@ long that took is printed on stderr.
 
 'wrenn create NAME' and 'wrenn run --template NAME' make sandboxes that go on with
 the memory, the processes and the disk of the snapshot, any number of times, even
-after the sandbox is destroyed. Each has its own id, network and token.
+after the sandbox is destroyed. Each has its own id, network and token. With
+--files-only the disk alone is kept, and they boot from it.
 
 All that is in the memory of the sandbox or on its disk is in the snapshot, secrets
 too.`,
@@ -39,7 +40,7 @@ too.`,
 				}
 			}
 			done := spin("copying the sandbox")
-			resp, err := s.Snapshot(cmd.Context(), name)
+			resp, err := s.Snapshot(cmd.Context(), name, filesOnly)
 			done()
 			if err != nil {
 				return err
@@ -53,6 +54,7 @@ too.`,
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
+	cmd.Flags().BoolVar(&filesOnly, "files-only", false, "keep the disk and not the memory")
 	list := newSnapshots(c)
 	list.Use, list.Aliases = "ls", []string{"list"}
 	cmd.AddCommand(newSnapshotRm(c), list)

@@ -97,10 +97,11 @@ func (s *Sandbox) Fork(ctx context.Context, count int32) (*hostagentv1.ForkSandb
 	return call(ctx, s.host.rpc.ForkSandbox, &hostagentv1.ForkSandboxRequest{SandboxId: s.ID, Count: count})
 }
 
-// Snapshot keeps the present state under a name; the agent makes one up where
-// it is empty.
-func (s *Sandbox) Snapshot(ctx context.Context, name string) (*hostagentv1.SnapshotSandboxResponse, error) {
-	return call(ctx, s.host.rpc.SnapshotSandbox, &hostagentv1.SnapshotSandboxRequest{SandboxId: s.ID, Name: name})
+// Snapshot keeps the present state under a name, or with filesOnly the disk alone; the
+// agent makes a name up where it is empty.
+func (s *Sandbox) Snapshot(ctx context.Context, name string, filesOnly bool) (*hostagentv1.SnapshotSandboxResponse, error) {
+	req := &hostagentv1.SnapshotSandboxRequest{SandboxId: s.ID, Name: name, FilesOnly: filesOnly}
+	return call(ctx, s.host.rpc.SnapshotSandbox, req)
 }
 
 // SetTimeout sets the idle timeout in seconds; 0 is never.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -493,4 +494,65 @@ func TestSlowColdBoot(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestSnapshotWithoutMemory: its source goes on with all that it has, and sandboxes from
+// it boot from its disk as new ones, when the source and the agent are gone, too.
+func TestSnapshotWithoutMemory(t *testing.T) {
+	for _, state := range []State{Running, Paused} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newRig(t)
+			source := r.until(time.Hour, CreateRequest{Login: Login{User: "user", Env: map[string]string{"A": "1"}}})
+			if state == Paused {
+				if err := r.Pause(t.Context(), source); err != nil {
+					t.Fatal(err)
+				}
+			}
+			before := r.lookup(source).record()
+			r.writeDisk(source, "what the guest wrote")
+			written := r.driver.Calls(vmmtest.OpSnapshot)
+			made, err := r.Snapshot(t.Context(), source, SnapshotRequest{Name: "snap", New: true, FilesOnly: true})
+			if err != nil || made.Bytes == 0 || made.Bytes > 1<<20 || r.driver.Calls(vmmtest.OpSnapshot) != written {
+				t.Errorf("it takes %d bytes, %v, or has memory", made.Bytes, err)
+			}
+			if info := r.wantState(source, state); !info.EndAt.Equal(before.EndAt) {
+				t.Errorf("its source is %+v", info)
+			}
+			r.wantConsistent()
+			if err := r.Destroy(t.Context(), source); err != nil {
+				t.Fatal(err)
+			}
+			r.die()
+			r.start()
+			if err := r.Verify(t.Context(), []string{"snap"}, func(v Verified) error { return v.Err }); err != nil {
+				t.Error(err)
+			}
+			r.wantBootedFrom("snap", "what the guest wrote", before)
+		})
+	}
+}
+
+// wantBootedFrom makes a sandbox from a snapshot without memory, whose source had a
+// record, and ends both.
+func (r *rig) wantBootedFrom(name, disk string, source Record) {
+	r.t.Helper()
+	var last guest.Init
+	var shown string
+	r.told = func(token string, in guest.Init) { last, shown = in, token }
+	made, err := r.Create(r.t.Context(), CreateRequest{Template: name})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	if made.From != FromBoot || made.Why == "" || made.User != source.user() || !made.EndAt.IsZero() {
+		r.t.Errorf("created %+v", made)
+	}
+	r.wantDisk(made.ID, disk)
+	if last.SandboxID != string(made.ID) || last.Restored || !maps.Equal(last.Env, source.Login.Env) ||
+		last.AccessToken == source.Token || shown != last.AccessToken {
+		r.t.Errorf("its guest was told %+v", last)
+	}
+	if err := errors.Join(r.DeleteSnapshot(r.t.Context(), "", name), r.Destroy(r.t.Context(), made.ID)); err != nil {
+		r.t.Error(err)
+	}
+	r.wantNothing()
 }

@@ -219,6 +219,28 @@ var scenarios = map[string]scenario{
 		},
 		keeps: true,
 	},
+	"snapshot without memory": {
+		prepare: func(r *rig) ID { return r.create() },
+		run: func(ctx context.Context, r *rig, id ID) error {
+			_, err := r.Snapshot(ctx, id, SnapshotRequest{Name: "snap", New: true, FilesOnly: true})
+			return err
+		},
+		keeps: true,
+	},
+	"create from a snapshot without memory": {
+		prepare: func(r *rig) ID {
+			id := r.create()
+			if _, err := r.Snapshot(r.t.Context(), id, SnapshotRequest{Name: "snap", New: true, FilesOnly: true}); err != nil {
+				r.t.Fatal(err)
+			}
+			return id
+		},
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			_, err := r.Create(ctx, CreateRequest{Template: "snap"})
+			return err
+		},
+		keeps: true,
+	},
 	"create from a snapshot": {
 		prepare: func(r *rig) ID {
 			id := r.create()

@@ -268,7 +268,9 @@ func (s *service) SnapshotSandbox(
 		name = sandbox.SnapshotName()
 	}
 	owner, _ := project(ctx)
-	made, err := s.manager.Snapshot(ctx, id, sandbox.SnapshotRequest{Project: owner, Name: name, Tag: tag, New: true})
+	made, err := s.manager.Snapshot(ctx, id, sandbox.SnapshotRequest{
+		Project: owner, Name: name, Tag: tag, New: true, FilesOnly: req.Msg.FilesOnly,
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -1072,7 +1072,9 @@ type SnapshotSandboxRequest struct {
 	SandboxId string `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// Name of the snapshot, as in "name" or "name:tag"; one is made up when empty. It
 	// must not be a template's or another snapshot's. Each project has its own names.
-	Name          string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Whether to keep the disk and not the memory: sandboxes from the snapshot boot.
+	FilesOnly     bool `protobuf:"varint,10,opt,name=files_only,json=filesOnly,proto3" json:"files_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1119,6 +1121,13 @@ func (x *SnapshotSandboxRequest) GetName() string {
 		return x.Name
 	}
 	return ""
+}
+
+func (x *SnapshotSandboxRequest) GetFilesOnly() bool {
+	if x != nil {
+		return x.FilesOnly
+	}
+	return false
 }
 
 type SnapshotSandboxResponse struct {
@@ -3570,11 +3579,14 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x13ForkSandboxResponse\x127\n" +
 	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\x12\x1b\n" +
 	"\tpaused_ms\x18\x02 \x01(\x03R\bpausedMs\x12\x17\n" +
-	"\atook_ms\x18\x03 \x01(\x03R\x06tookMs\"K\n" +
+	"\atook_ms\x18\x03 \x01(\x03R\x06tookMs\"j\n" +
 	"\x16SnapshotSandboxRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n" +
-	"\x04name\x18\x02 \x01(\tR\x04name\"\x83\x01\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"files_only\x18\n" +
+	" \x01(\bR\tfilesOnly\"\x83\x01\n" +
 	"\x17SnapshotSandboxResponse\x122\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x16.hostagent.v1.SnapshotR\bsnapshot\x12\x1b\n" +
 	"\tpaused_ms\x18\x02 \x01(\x03R\bpausedMs\x12\x17\n" +

@@ -146,24 +146,21 @@ func (m *Manager) UpdateNetwork(ctx context.Context, id ID, e Egress, limits *Ne
 	if err := m.save(b, func(r *Record) { r.Network = next }); err != nil {
 		return err
 	}
-	rec := b.record()
-	if rec.Slot == 0 {
-		m.note(b, Updated, ActorOf(ctx))
-		return nil // hibernated: it is applied when it wakes
-	}
-	if err := m.setNetwork(ctx, rec); err != nil {
-		if cause := context.Cause(b.op.alive); cause != nil {
-			err = cause
+	if rec := b.record(); rec.Slot != 0 { // or else it hibernates, and gets it when it wakes
+		if err := m.setNetwork(ctx, rec); err != nil {
+			if cause := context.Cause(b.op.alive); cause != nil {
+				err = cause
+			}
+			back, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
+			defer cancel()
+			if berr := errors.Join(
+				m.save(b, func(r *Record) { r.Network = was }),
+				m.cfg.Network.SetLimits(back, rec.Slot, was.Limits),
+			); berr != nil {
+				m.log.Error("network policy not taken back", "sandbox", id, "err", berr)
+			}
+			return fmt.Errorf("update network of sandbox %s: %w", id, err)
 		}
-		back, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
-		defer cancel()
-		if berr := errors.Join(
-			m.save(b, func(r *Record) { r.Network = was }),
-			m.cfg.Network.SetLimits(back, rec.Slot, was.Limits),
-		); berr != nil {
-			m.log.Error("network policy not taken back", "sandbox", id, "err", berr)
-		}
-		return fmt.Errorf("update network of sandbox %s: %w", id, err)
 	}
 	// Twice: the record before the last must not allow more than this one does.
 	if err := m.rewrite(b); err != nil {

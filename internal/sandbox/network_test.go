@@ -151,6 +151,37 @@ func TestPolicyOfAnEarlierAgent(t *testing.T) {
 	r.wantNetwork(forked.Sandboxes[0].ID, old)
 }
 
+// TestRecordBeforeTheLast: an agent that cannot use the last record takes the one before,
+// which must not allow what a later policy denies.
+func TestRecordBeforeTheLast(t *testing.T) {
+	r := newRig(t)
+	id := r.create()
+	for _, hibernated := range []bool{false, true} {
+		if hibernated {
+			if err := r.Hibernate(t.Context(), id, Hibernation{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := r.updateNetwork(t.Context(), id, Policy{}); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.updateNetwork(t.Context(), id, closed()); err != nil {
+			t.Fatal(err)
+		}
+		data, _, err := readRecord(r.store.previous(id))
+		if err != nil {
+			t.Fatal(err)
+		}
+		rec, err := decodeRecord(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(closed(), rec.Network); d != "" {
+			t.Errorf("hibernated %v: the record before the last has another policy (-want +got):\n%s", hibernated, d)
+		}
+	}
+}
+
 // TestOpenInternetCostsNothing: a policy that changes nothing is not set. Some clients
 // say with each create that the internet is open.
 func TestOpenInternetCostsNothing(t *testing.T) {

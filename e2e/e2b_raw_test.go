@@ -84,7 +84,8 @@ func (h *e2bHost) showLogs(id, _ string) error {
 			return err
 		}
 	}
-	if l := entry.Logs[0]; !strings.Contains(l.Message, mark) || l.Level != "info" || l.Timestamp.Before(began) || l.Timestamp.After(time.Now()) {
+	l := entry.Logs[0]
+	if !strings.Contains(l.Message, mark) || l.Level != "info" || l.Timestamp.Before(began) || l.Timestamp.After(time.Now()) {
 		return fmt.Errorf("the line is %+v", l)
 	}
 	_, err := h.want("GET", fmt.Sprintf("/sandboxes/%s/logs?start=%d", id, began.UnixMilli()), "", 200, mark, `\"level\":\"info\"`)

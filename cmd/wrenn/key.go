@@ -41,7 +41,8 @@ counts for the next request.`,
 // use opens the store for do, and closes it.
 func (k *keyring) use(do func(*auth.Store) error) error {
 	if _, err := os.Stat(k.stateDir); errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("there is no %s: prepare this host with `wrenn setup --state-dir %[1]s`, or name another with --state-dir", k.stateDir)
+		return fmt.Errorf("there is no %s: prepare this host with `wrenn setup --state-dir %[1]s`, or name another with --state-dir",
+			k.stateDir)
 	}
 	store, err := auth.Open(k.stateDir)
 	if err == nil {
@@ -139,9 +140,10 @@ func setQuota(cmd *cobra.Command, store *auth.Store, project string, q auth.Quot
 
 func newKeyQuota(k *keyring) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:     "quota PROJECT",
-		Short:   "Bound what the sandboxes of a project take together",
-		Long:    "Bound what the sandboxes of a project take together, or print the bounds if none is\nnamed. What the project has already stays.",
+		Use:   "quota PROJECT",
+		Short: "Bound what the sandboxes of a project take together",
+		Long: `Bound what the sandboxes of a project take together, or print the bounds if none is
+named. What the project has already stays.`,
 		Example: "  wrenn key quota blue --quota-sandboxes 50 --quota-memory 65536",
 		Args:    cobra.ExactArgs(1),
 	}

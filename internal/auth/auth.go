@@ -58,6 +58,9 @@ type Caller struct {
 	Key string
 }
 
+// String leaves the key out.
+func (c Caller) String() string { return c.KeyID + " of project " + c.Project.Name }
+
 var (
 	namePattern    = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._ -]{0,62}$`)
 	projectPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)

@@ -55,6 +55,9 @@ func TestKeyIsKeptAsDigestAlone(t *testing.T) {
 	if err != nil || caller.KeyID != key.ID || caller.Project.Name != DefaultProject || len(caller.Project.ID) != 36 {
 		t.Errorf("caller is %+v, %v", caller, err)
 	}
+	if text := fmt.Sprintf("%v %+v %s", caller, caller, &caller); strings.Contains(text, secret[4:]) {
+		t.Errorf("a caller is printed as %s", text)
+	}
 	files, err := os.ReadDir(dir)
 	if err != nil {
 		t.Fatal(err)

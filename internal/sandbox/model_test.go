@@ -71,10 +71,12 @@ func testManyAtOnce(t *testing.T, warm int) {
 				var err error
 				what := ""
 				name := []string{"red", "green", "blue"}[rand.IntN(3)]
-				switch rand.IntN(13) {
+				switch rand.IntN(17) {
 				case 0, 1:
 					what = "create"
-					_, err = r.Create(ctx, CreateRequest{})
+					then := []OnTimeout{DestroyOnTimeout, HibernateOnTimeout}[rand.IntN(2)]
+					life := time.Duration(rand.IntN(2)) * time.Hour
+					_, err = r.Create(ctx, CreateRequest{Life: life, OnEnd: then, AutoResume: rand.IntN(2) == 0})
 				case 2, 3:
 					what = "exec"
 					_, err = r.Exec(ctx, any(), Command{Cmd: "x"})
@@ -110,6 +112,18 @@ func testManyAtOnce(t *testing.T, warm int) {
 				case 12:
 					what = "delete a snapshot"
 					err = r.DeleteSnapshot(r.t.Context(), "", name)
+				case 13:
+					what = "connect"
+					_, _, err = r.Connect(ctx, any(), ConnectRequest{Timeout: time.Duration(rand.IntN(3600)) * time.Second})
+				case 14:
+					what = "another end"
+					err = r.SetEnd(ctx, any(), time.Now().Add(time.Duration(rand.IntN(20)-2)*time.Millisecond), rand.IntN(2) == 0)
+				case 15:
+					what = "wake"
+					err = r.Wake(ctx, any())
+				case 16:
+					what = "hibernate"
+					err = r.Hibernate(ctx, any(), Hibernation{FilesOnly: rand.IntN(2) == 0})
 				}
 				cancel()
 				if !isExpected(err) {
@@ -140,7 +154,7 @@ func (r *rig) wantInvariants(t *testing.T) {
 	t.Helper()
 	seen := map[string]ID{}
 	for _, info := range r.List(false) {
-		if info.State == Stopping || info.State == Stopped {
+		if info.State == Stopping || info.State == Stopped || !info.HostIP.IsValid() {
 			continue
 		}
 		key := info.HostIP.String()
@@ -148,7 +162,8 @@ func (r *rig) wantInvariants(t *testing.T) {
 			// The list is no single moment: look again before crying.
 			a, errA := r.Get(other)
 			b, errB := r.Get(info.ID)
-			if errA == nil && errB == nil && a.State != Stopping && a.State != Stopped && b.State != Stopping && b.State != Stopped {
+			if errA == nil && errB == nil && a.HostIP == b.HostIP && a.HostIP.IsValid() &&
+				a.State != Stopping && a.State != Stopped && b.State != Stopping && b.State != Stopped {
 				t.Errorf("sandboxes %s and %s share %s", other, info.ID, key)
 			}
 		}
@@ -182,6 +197,9 @@ func (r *rig) wantLegalHistory(t *testing.T) {
 			t.Errorf("cursor %d follows %d", e.Cursor, events[i-1].Cursor)
 		}
 		from, known := last[e.ID]
+		if e.Kind != "" && from == Stopped { // its copy was made, and it has ended since
+			continue
+		}
 		legal := !known && e.To == Creating && e.From == "" ||
 			known && e.From == from && (e.To == Unknown || from == Unknown || e.To == from && (e.Reason == "" || e.Reason.passes()))
 		for _, to := range moves[from] {

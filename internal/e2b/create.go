@@ -149,11 +149,11 @@ func (s *server) timeout(seconds, least int) (time.Duration, error) {
 }
 
 func (s *server) createNow(ctx context.Context, req CreateRequest, templateID string) (api.Sandbox, error) {
-	template, build, err := s.resolve(ctx, templateID)
+	t, build, err := s.resolve(ctx, templateID)
 	if err != nil {
 		return api.Sandbox{}, err
 	}
-	req.Template, req.Build = template.ID, build
+	req.Template, req.Build = t.ID, build
 	sb, err := s.Manager.Create(ctx, req)
 	if err != nil {
 		return api.Sandbox{}, s.notCreated(err)

@@ -247,7 +247,7 @@ func TestCreateRefuses(t *testing.T) {
 		"DNS by IPv6":           {with(`"network":{"dnsServers":["2001:db8::1"]}`), 400, "DNS"},
 		"mask":                  {with(`"network":{"maskRequestHost":"ü"}`), 400, "maskRequestHost"},
 		"template's text":       {`{"templateID":"../x y"}`, 400, "namespace"},
-		"template with a dot":   {`{"templateID":"a.b"}`, 400, "name has"},
+		"template with a dot":   {`{"templateID":"a..b"}`, 400, "template name"},
 		"unknown template":      {`{"templateID":"nope"}`, 404, "template 'nope' not found"},
 		"unknown tag":           {`{"templateID":"base:v1"}`, 404, "tag 'v1' does not exist for template 'base:v1'"},
 		"unknown build":         {`{"templateID":"base:` + otherBuild + `"}`, 404, "does not exist"},

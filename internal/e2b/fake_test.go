@@ -45,9 +45,11 @@ func newFake() *fake {
 	return &fake{
 		boxes: map[sandbox.ID]*Sandbox{}, requests: map[sandbox.ID]CreateRequest{}, fail: map[string]error{},
 		templates: []Template{{
-			ID: baseID, Names: []string{"minimal"}, VCPUs: 1, MemMiB: 512, DiskMiB: 4096, EnvdVersion: "0.6.4",
-			CreatedAt: time.Unix(1000, 0), UpdatedAt: time.Unix(1000, 0),
-			Builds: []Build{{ID: baseBuild, Status: "ready", CreatedAt: time.Unix(1000, 0), UpdatedAt: time.Unix(1000, 0)}},
+			ID: baseID, Names: []string{"minimal"}, CreatedAt: time.Unix(1000, 0), UpdatedAt: time.Unix(1000, 0),
+			Builds: []Build{{
+				ID: baseBuild, Status: "ready", CreatedAt: time.Unix(1000, 0), UpdatedAt: time.Unix(1000, 0),
+				VCPUs: 1, MemMiB: 512, DiskMiB: 4096, EnvdVersion: "0.6.4",
+			}},
 		}},
 	}
 }
@@ -99,10 +101,11 @@ func (f *fake) Create(_ context.Context, r CreateRequest) (Sandbox, error) {
 	}
 	i := slices.IndexFunc(f.templates, func(t Template) bool { return t.ID == r.Template })
 	t := f.templates[i]
+	b := t.Builds[0]
 	now := time.Now()
 	sb := Sandbox{
-		ID: r.ID, Project: r.Project, State: sandbox.Running, Template: t.ID, VCPUs: t.VCPUs,
-		Alias: strings.Join(t.Names[:min(1, len(t.Names))], ""), MemMiB: t.MemMiB, DiskMiB: t.DiskMiB, EnvdVersion: t.EnvdVersion,
+		ID: r.ID, Project: r.Project, State: sandbox.Running, Template: t.ID, VCPUs: b.VCPUs,
+		Alias: strings.Join(t.Names[:min(1, len(t.Names))], ""), MemMiB: b.MemMiB, DiskMiB: b.DiskMiB, EnvdVersion: b.EnvdVersion,
 		StartedAt: now, EndAt: now.Add(r.Timeout), OnEnd: r.OnEnd,
 		AutoResume: r.AutoResume, Metadata: maps.Clone(r.Metadata), Egress: r.Egress, Ingress: r.Ingress,
 	}
@@ -234,7 +237,7 @@ func (f *fake) Snapshot(_ context.Context, id sandbox.ID, r SnapshotRequest) (Te
 	f.ids++
 	build := fmt.Sprintf("33333333-3333-4333-8333-%012x", f.ids)
 	at := time.Unix(int64(2000+f.ids), 0)
-	t := Template{ID: fmt.Sprintf("snapshot%012x", f.ids), Project: r.Project, Source: id, VCPUs: sb.VCPUs, CreatedAt: at}
+	t := Template{ID: fmt.Sprintf("snapshot%012x", f.ids), Project: r.Project, Source: string(id), CreatedAt: at}
 	if r.Name != "" {
 		t.Names = []string{r.Name}
 	}
@@ -246,7 +249,7 @@ func (f *fake) Snapshot(_ context.Context, id sandbox.ID, r SnapshotRequest) (Te
 		f.templates = append(f.templates, t)
 	}
 	have := &f.templates[i]
-	have.Builds = append([]Build{{ID: build, Status: "ready", CreatedAt: at}}, have.Builds...)
+	have.Builds = append([]Build{{ID: build, Status: "ready", CreatedAt: at, VCPUs: sb.VCPUs}}, have.Builds...)
 	have.Tags = slices.DeleteFunc(have.Tags, func(tag Tag) bool { return tag.Name == r.Tag })
 	have.Tags = append(have.Tags, Tag{Name: r.Tag, Build: build, CreatedAt: at})
 	return *have, nil

@@ -180,35 +180,21 @@ func eventData(kind string, e sandbox.Event) map[string]any {
 	return nil
 }
 
+// List fills in what depends on the host: its sandboxes' disk, and the guest daemon that
+// what boots will have.
 func (t hostTemplates) List() ([]Template, error) {
 	all, err := t.store.List()
-	if err != nil {
-		return nil, err
+	for i, have := range all {
+		all[i].Builds = slices.Clone(have.Builds)
+		for n := range all[i].Builds {
+			b := &all[i].Builds[n]
+			b.VCPUs, b.EnvdVersion = max(1, b.VCPUs), cmp.Or(b.EnvdVersion, guestapi.E2BVersion)
+			if have.Source == "" {
+				b.DiskMiB = t.diskMiB
+			}
+		}
 	}
-	list := make([]Template, 0, len(all))
-	for _, have := range all {
-		list = append(list, t.template(have))
-	}
-	return list, nil
-}
-
-// template converts what the host knows of a template.
-func (t hostTemplates) template(have template.Info) Template {
-	newest := have.Builds[0]
-	out := Template{
-		ID: have.ID, Project: have.Project, Public: have.Public, Names: have.Names, Source: sandbox.ID(have.Source),
-		VCPUs: max(1, newest.VCPUs), MemMiB: newest.MemMiB, DiskMiB: t.diskMiB, EnvdVersion: cmp.Or(newest.EnvdVersion, guestapi.E2BVersion),
-		Spawned: have.Spawned, SpawnedAt: have.SpawnedAt, CreatedAt: have.CreatedAt, UpdatedAt: have.UpdatedAt,
-	}
-	for _, b := range have.Builds {
-		out.Builds = append(out.Builds, Build{
-			ID: b.ID, Status: b.Status, CreatedAt: b.CreatedAt, UpdatedAt: b.UpdatedAt, FinishedAt: b.FinishedAt,
-		})
-	}
-	for _, tag := range have.Tags {
-		out.Tags = append(out.Tags, Tag(tag))
-	}
-	return out
+	return all, err
 }
 
 func (t hostTemplates) Delete(ctx context.Context, id, tag string) error {

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
 
 // Manager is what the handlers need of the sandboxes of this host. Calls by id are
@@ -134,40 +135,13 @@ type SnapshotRequest struct {
 }
 
 // Template is what sandboxes are made from.
-type Template struct {
-	// ID is 20 of a-z and 0-9.
-	ID string
-	// Project is empty for the host's own templates, which every project may use.
-	Project string
-	Public  bool
-	// Names are without a namespace; a snapshot may have none.
-	Names []string
-	// Source is the sandbox that a snapshot was made of; empty for other templates.
-	Source                 sandbox.ID
-	VCPUs, MemMiB, DiskMiB int
-	EnvdVersion            string
-	Spawned                int64
-	SpawnedAt              time.Time
-	CreatedAt, UpdatedAt   time.Time
-	// Builds are newest first, at least one.
-	Builds []Build
-	Tags   []Tag
-}
+type Template = template.Info
 
 // Build is one content of a template.
-type Build struct {
-	// ID is a UUID.
-	ID string
-	// Status is building, waiting, ready or error.
-	Status                           string
-	CreatedAt, UpdatedAt, FinishedAt time.Time
-}
+type Build = template.Build
 
 // Tag leads to a build of its template.
-type Tag struct {
-	Name, Build string
-	CreatedAt   time.Time
-}
+type Tag = template.Tag
 
 // Metric is a sample of what a sandbox uses, in bytes.
 type Metric = sandbox.Metric

@@ -1,6 +1,7 @@
 package e2b
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/http"
@@ -10,45 +11,16 @@ import (
 	"time"
 
 	api "git.omukk.dev/wrenn/sandbox/api/e2b"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
 
 // defaultTag is the tag of a reference that has none.
-const defaultTag = "default"
+const defaultTag = template.DefaultTag
 
-// baseName is the template that clients ask for if they are told none.
-const baseName = "base"
-
-var (
-	templateName = regexp.MustCompile(`^[a-z0-9_-]{1,128}$`)
-	tagName      = regexp.MustCompile(`^[a-z0-9_.-]{1,128}$`)
-	uuid         = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
-)
-
-// reference is what a caller writes for a template: [namespace/]name[:tag].
-type reference struct {
-	namespace, name, tag string
-}
-
-func parseReference(text string) (reference, error) {
-	rest := strings.ToLower(strings.TrimSpace(text))
-	var r reference
-	if namespace, name, ok := strings.Cut(rest, "/"); ok {
-		r.namespace, rest = namespace, name
-		if !templateName.MatchString(namespace) {
-			return r, refuse(http.StatusBadRequest, "template %.140q: a namespace has a-z, 0-9, _ and -", text)
-		}
-	}
-	name, tag, hasTag := strings.Cut(rest, ":")
-	r.name, r.tag = name, tag
-	if !templateName.MatchString(name) {
-		return r, refuse(http.StatusBadRequest, "template %.140q: a name has up to 128 of a-z, 0-9, _ and -", text)
-	}
-	if hasTag && !tagName.MatchString(tag) {
-		return r, refuse(http.StatusBadRequest, "template %.140q: a tag has up to 128 of a-z, 0-9, _, . and -", text)
-	}
-	return r, nil
-}
+// snapshotName is what clients may call a snapshot.
+var snapshotName = regexp.MustCompile(`^[a-z0-9_-]{1,128}$`)
 
 func noTemplate(text string) error {
 	return refuse(http.StatusNotFound, "template '%.140s' not found", text)
@@ -61,88 +33,28 @@ func (s *server) visible(ctx context.Context) ([]Template, error) {
 		return nil, err
 	}
 	project := projectOf(ctx)
-	return slices.DeleteFunc(slices.Clone(all), func(t Template) bool {
-		return t.Project != project && t.Project != "" && !t.Public
-	}), nil
+	return slices.DeleteFunc(slices.Clone(all), func(t Template) bool { return !t.Visible(project) }), nil
 }
 
-// lookup returns the template of a reference: by id, by a name of the caller's
-// project, by a name of the host's, in this order. A namespace names the project.
-func (s *server) lookup(ctx context.Context, text string) (Template, reference, error) {
-	ref, err := parseReference(text)
+// lookup returns the template that a text names to the caller.
+func (s *server) lookup(ctx context.Context, text string) (Template, template.Reference, error) {
+	all, err := s.Templates.List()
 	if err != nil {
-		return Template{}, ref, err
+		return Template{}, template.Reference{}, err
 	}
-	all, err := s.visible(ctx)
-	if err != nil {
-		return Template{}, ref, err
-	}
-	project := projectOf(ctx)
-	named := func(namespace, name string) func(Template) bool {
-		return func(t Template) bool { return t.Project == namespace && slices.Contains(t.Names, name) }
-	}
-	var ways []func(Template) bool
-	if ref.namespace != "" {
-		ways = append(ways, named(ref.namespace, ref.name))
-	} else {
-		ways = append(ways, func(t Template) bool { return t.ID == ref.name }, named(project, ref.name), named("", ref.name))
-	}
-	// The host's own templates have no namespace; callers may write their own.
-	if ref.namespace == project {
-		ways = append(ways, named("", ref.name))
-	}
-	if ref.name == baseName && (ref.namespace == "" || ref.namespace == project) {
-		ways = append(ways, named("", s.DefaultTemplate))
-	}
-	for _, way := range ways {
-		if i := slices.IndexFunc(all, way); i >= 0 {
-			return all[i], ref, nil
-		}
-	}
-	return Template{}, ref, noTemplate(text)
+	return template.Lookup(all, projectOf(ctx), text)
 }
 
-// build returns the build of a template that a tag or a build's id leads to.
-func (t Template) build(tag string) (Build, bool) {
-	id := tag
-	if !uuid.MatchString(tag) {
-		i := slices.IndexFunc(t.Tags, func(have Tag) bool { return have.Name == orDefault(tag) })
-		if i < 0 {
-			return Build{}, false
-		}
-		id = t.Tags[i].Build
-	}
-	i := slices.IndexFunc(t.Builds, func(b Build) bool { return b.ID == id })
-	if i < 0 {
-		return Build{}, false
-	}
-	return t.Builds[i], true
-}
-
-func orDefault(tag string) string {
-	if tag == "" {
-		return defaultTag
-	}
-	return tag
-}
+func orDefault(tag string) string { return cmp.Or(tag, defaultTag) }
 
 // resolve returns the template and the build that a sandbox is made from.
 func (s *server) resolve(ctx context.Context, text string) (Template, string, error) {
-	t, ref, err := s.lookup(ctx, text)
+	all, err := s.Templates.List()
 	if err != nil {
-		return t, "", err
+		return Template{}, "", err
 	}
-	b, ok := t.build(ref.tag)
-	switch {
-	case !ok && ref.tag == "" && len(t.Tags) == 0 && len(t.Builds) > 0:
-		b = t.Builds[0] // a template that was never tagged
-	case !ok:
-		return t, "", refuse(http.StatusNotFound, "tag '%s' does not exist for template '%.140s'", orDefault(ref.tag), text)
-	}
-	if b.Status != string(api.BuildStateReady) {
-		return t, "", refuse(http.StatusBadRequest, "build %s of template '%.140s' is %s, not ready", b.ID, text, b.Status)
-	}
-	return t, b.ID, nil
+	t, b, err := template.Resolve(all, projectOf(ctx), text)
+	return t, b.ID, wrongStateAs(http.StatusBadRequest, err)
 }
 
 // templateFilter returns the id of the template that a list is restricted to, which
@@ -160,11 +72,11 @@ func (s *server) templateFilter(ctx context.Context, text string) (string, error
 
 func isNotFound(err error) bool {
 	var own *refusal
-	return errors.As(err, &own) && own.status == http.StatusNotFound
+	return errors.Is(err, errdefs.NotFound) || errors.As(err, &own) && own.status == http.StatusNotFound
 }
 
 // own returns a template that the caller may change.
-func (s *server) own(ctx context.Context, text string) (Template, reference, error) {
+func (s *server) own(ctx context.Context, text string) (Template, template.Reference, error) {
 	t, ref, err := s.lookup(ctx, text)
 	if err == nil && t.Project != projectOf(ctx) {
 		err = refuse(http.StatusForbidden, "template '%.140s' is not of your project", text)
@@ -185,14 +97,12 @@ func names(t Template) []string {
 
 func (s *server) template(t Template) api.Template {
 	isDefault := t.Project == "" && slices.Contains(t.Names, s.DefaultTemplate)
+	newest := t.Builds[0]
 	out := api.Template{
-		TemplateID: t.ID, CpuCount: t.VCPUs, MemoryMB: t.MemMiB, DiskSizeMB: t.DiskMiB, Public: t.Public || t.Project == "",
+		TemplateID: t.ID, CpuCount: newest.VCPUs, MemoryMB: newest.MemMiB, DiskSizeMB: newest.DiskMiB, Public: t.Public || t.Project == "",
 		Aliases: append([]string{}, t.Names...), Names: names(t), CreatedAt: api.At(t.CreatedAt), UpdatedAt: api.At(t.UpdatedAt),
-		SpawnCount: t.Spawned, BuildCount: len(t.Builds), EnvdVersion: t.EnvdVersion, BuildStatus: api.BuildStateWaiting,
-		IsDefault: some(isDefault),
-	}
-	if len(t.Builds) > 0 {
-		out.BuildID, out.BuildStatus = t.Builds[0].ID, api.BuildState(t.Builds[0].Status)
+		SpawnCount: t.Spawned, BuildCount: len(t.Builds), EnvdVersion: newest.EnvdVersion,
+		BuildID: newest.ID, BuildStatus: api.BuildState(newest.Status), IsDefault: some(isDefault),
 	}
 	if !t.SpawnedAt.IsZero() {
 		at := api.At(t.SpawnedAt)
@@ -266,7 +176,7 @@ func (s *server) GetTemplate(ctx context.Context, r api.GetTemplateRequestObject
 	for _, b := range onPage {
 		out := api.Build{
 			BuildID: b.ID, Status: api.BuildState(b.Status), CreatedAt: api.At(b.CreatedAt), UpdatedAt: api.At(b.UpdatedAt),
-			CpuCount: t.VCPUs, MemoryMB: t.MemMiB, DiskSizeMB: some(t.DiskMiB), EnvdVersion: some(t.EnvdVersion),
+			CpuCount: b.VCPUs, MemoryMB: b.MemMiB, DiskSizeMB: some(b.DiskMiB), EnvdVersion: some(b.EnvdVersion),
 		}
 		if !b.FinishedAt.IsZero() {
 			at := api.At(b.FinishedAt)
@@ -292,8 +202,8 @@ func (s *server) GetTemplateAlias(ctx context.Context, r api.GetTemplateAliasReq
 	if err != nil {
 		return nil, err
 	}
-	if _, ok := t.build(ref.tag); !ok && ref.tag != "" {
-		return nil, refuse(http.StatusNotFound, "tag '%s' does not exist for template '%.140s'", ref.tag, r.Alias)
+	if _, ok := t.BuildOf(ref.Tag); !ok && ref.Tag != "" {
+		return nil, refuse(http.StatusNotFound, "tag '%s' does not exist for template '%.140s'", ref.Tag, r.Alias)
 	}
 	return api.GetTemplateAlias200JSONResponse{TemplateID: t.ID, Public: t.Public || t.Project == ""}, nil
 }
@@ -304,15 +214,15 @@ func (s *server) DeleteTemplate(ctx context.Context, r api.DeleteTemplateRequest
 	if err != nil {
 		return nil, err
 	}
-	if ref.tag != "" {
-		if _, ok := t.build(ref.tag); !ok {
+	if ref.Tag != "" {
+		if _, ok := t.BuildOf(ref.Tag); !ok {
 			return nil, noTemplate(r.TemplateID)
 		}
 		if t.Source == "" {
 			return nil, refuse(http.StatusBadRequest, "template '%.140s' has a tag; DELETE /templates/tags removes tags", r.TemplateID)
 		}
 	}
-	err = s.Templates.Delete(ctx, t.ID, ref.tag)
+	err = s.Templates.Delete(ctx, t.ID, ref.Tag)
 	return api.DeleteTemplate204Response{}, wrongStateAs(http.StatusBadRequest, err)
 }
 
@@ -344,9 +254,9 @@ func checkTags(tags []string) ([]string, error) {
 	}
 	var clean []string
 	for _, tag := range tags {
-		tag = strings.ToLower(strings.TrimSpace(tag))
-		if !tagName.MatchString(tag) || uuid.MatchString(tag) {
-			return nil, refuse(http.StatusBadRequest, "tag %.140q: want up to 128 of a-z, 0-9, _, . and -, and no UUID", tag)
+		tag, err := template.ParseTag(strings.ToLower(strings.TrimSpace(tag)))
+		if err != nil {
+			return nil, err
 		}
 		clean = append(clean, tag)
 	}
@@ -362,9 +272,9 @@ func (s *server) AssignTags(ctx context.Context, r api.AssignTagsRequestObject) 
 	if err != nil {
 		return nil, err
 	}
-	b, ok := t.build(ref.tag)
+	b, ok := t.BuildOf(ref.Tag)
 	if !ok {
-		return nil, refuse(http.StatusNotFound, "tag '%s' does not exist for template '%.140s'", orDefault(ref.tag), r.Body.Target)
+		return nil, refuse(http.StatusNotFound, "tag '%s' does not exist for template '%.140s'", orDefault(ref.Tag), r.Body.Target)
 	}
 	err = s.Templates.Tag(ctx, t.ID, b.ID, tags)
 	return api.AssignTags201JSONResponse{Tags: tags, BuildID: b.ID}, err
@@ -443,17 +353,20 @@ func (s *server) CreateSnapshot(ctx context.Context, r api.CreateSnapshotRequest
 	project := projectOf(ctx)
 	req := SnapshotRequest{Project: project, Tag: defaultTag, FilesOnly: !value(body.Memory, true)}
 	if name := value(body.Name, ""); name != "" {
-		ref, err := parseReference(name)
+		ref, err := template.ParseReference(name)
 		if err != nil {
 			return nil, err
 		}
-		if ref.namespace != "" && ref.namespace != project {
+		if ref.Project != "" && ref.Project != project {
 			return nil, refuse(http.StatusBadRequest, "snapshot %.140q: the namespace of your names is %s", name, project)
 		}
-		if uuid.MatchString(ref.tag) {
-			return nil, refuse(http.StatusBadRequest, "snapshot %.140q: a tag is no UUID", name)
+		if !snapshotName.MatchString(ref.Name) {
+			return nil, refuse(http.StatusBadRequest, "snapshot %.140q: a name has up to 128 of a-z, 0-9, _ and -", name)
 		}
-		req.Name, req.Tag = ref.name, orDefault(ref.tag)
+		if _, err := template.ParseTag(orDefault(ref.Tag)); err != nil {
+			return nil, err
+		}
+		req.Name, req.Tag = ref.Name, orDefault(ref.Tag)
 	}
 	sb, err := s.find(ctx, r.SandboxID)
 	if err != nil {
@@ -498,9 +411,9 @@ func (s *server) snapshots(ctx context.Context, source, name string) ([]snapshot
 	if err != nil {
 		return nil, err
 	}
-	var ref reference
+	var ref template.Reference
 	if name != "" {
-		if ref, err = parseReference(name); err != nil {
+		if ref, err = template.ParseReference(name); err != nil {
 			return nil, err
 		}
 	}
@@ -508,12 +421,12 @@ func (s *server) snapshots(ctx context.Context, source, name string) ([]snapshot
 	project := projectOf(ctx)
 	var entries []snapshot
 	for _, t := range all {
-		foreign := t.Project != project || t.Source == "" || source != "" && (!known || t.Source != from)
-		if foreign || name != "" && (ref.namespace != "" && ref.namespace != project || !slices.Contains(t.Names, ref.name)) {
+		foreign := t.Project != project || t.Source == "" || source != "" && (!known || t.Source != string(from))
+		if foreign || name != "" && (ref.Project != "" && ref.Project != project || !slices.Contains(t.Names, ref.Name)) {
 			continue
 		}
 		for _, tag := range t.Tags {
-			if ref.tag == "" || ref.tag == tag.Name {
+			if ref.Tag == "" || ref.Tag == tag.Name {
 				entries = append(entries, snapshot{api.SnapshotInfo{SnapshotID: snapshotID(t, tag.Name), Names: names(t)}, tag.CreatedAt})
 			}
 		}

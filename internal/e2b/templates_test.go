@@ -13,14 +13,16 @@ import (
 // tagged gives the fake a template of project p with two builds and tags.
 func (h *host) tagged() {
 	h.fake.templates = append(h.fake.templates, Template{
-		ID: "app00000000000000000", Project: "p", Names: []string{"app", "app-2"}, VCPUs: 2, MemMiB: 1024, DiskMiB: 4096,
-		EnvdVersion: "0.6.4", CreatedAt: time.Unix(2000, 0), UpdatedAt: time.Unix(2000, 0),
+		ID: "app00000000000000000", Project: "p", Names: []string{"app", "app-2"},
+		CreatedAt: time.Unix(2000, 0), UpdatedAt: time.Unix(2000, 0),
 		Builds: []Build{
-			{ID: otherBuild, Status: "building", CreatedAt: time.Unix(2001, 0)},
-			{ID: baseBuild, Status: "ready", CreatedAt: time.Unix(2000, 0), FinishedAt: time.Unix(2001, 0)},
+			{ID: otherBuild, Status: "building", CreatedAt: time.Unix(2001, 0), VCPUs: 2, MemMiB: 1024, DiskMiB: 4096, EnvdVersion: "0.6.4"},
+			{ID: baseBuild, Status: "ready", CreatedAt: time.Unix(2000, 0), FinishedAt: time.Unix(2001, 0), VCPUs: 1},
 		},
 		Tags: []Tag{
-			{"default", baseBuild, time.Unix(2000, 0)}, {"v1.0", baseBuild, time.Unix(2000, 0)}, {"next", otherBuild, time.Unix(2000, 0)},
+			{Name: "default", Build: baseBuild, CreatedAt: time.Unix(2000, 0)},
+			{Name: "v1.0", Build: baseBuild, CreatedAt: time.Unix(2000, 0)},
+			{Name: "next", Build: otherBuild, CreatedAt: time.Unix(2000, 0)},
 		},
 	})
 }
@@ -83,7 +85,7 @@ func TestTemplates(t *testing.T) {
 	h.want(h.call("GET", "/templates/app/builds/nope/status", ""), 400, "does not exist")
 	h.want(h.call("GET", "/templates/app/builds/"+baseBuild+"/logs", ""), 200, `{"logs":[]}`)
 	for path, status := range map[string]int{
-		"app": 200, "app:v1.0": 200, "app:v2": 404, "nope": 404, "p%2Fapp": 200, "q%2Fapp": 404, "tags": 404, "a.b": 400, "base": 200,
+		"app": 200, "app:v1.0": 200, "app:v2": 404, "nope": 404, "p%2Fapp": 200, "q%2Fapp": 404, "tags": 404, "a..b": 400, "base": 200,
 	} {
 		h.want(h.call("GET", "/templates/aliases/"+path, ""), status, "")
 	}

@@ -130,6 +130,8 @@ while True:
 		return strings.Fields(b.sh("rm -f /root/drawn; echo >/root/ask; until cat /root/drawn 2>/dev/null; do sleep 0.05; done"))
 	}
 	draw(source)
+	source.sh(`mkdir -p /etc/wrenn/on-resume.d && cd /etc/wrenn/on-resume.d &&
+		printf '#!/bin/sh\necho $WRENN_GENERATION >>/root/told\n' >10-tell && chmod +x 10-tell`)
 	resp, err := a.ForkSandbox(t.Context(), connect.NewRequest(&hostagentv1.ForkSandboxRequest{SandboxId: source.id}))
 	if err != nil {
 		t.Fatal(err)
@@ -143,5 +145,13 @@ while True:
 	one, two := draw(source), draw(fork)
 	if len(one) != 3 || len(two) != 3 || one[0] != two[0] || one[1] == two[1] || one[2] == two[2] {
 		t.Errorf("the source drew %v, its fork %v", one, two)
+	}
+	// A program of the guest learns of it.
+	if told := fork.sh("until cat /root/told 2>/dev/null; do sleep 0.1; done; cat /run/wrenn/generation"); len(strings.Fields(told)) != 2 ||
+		strings.Fields(told)[0] != strings.Fields(told)[1] {
+		t.Errorf("the fork is told %q", told)
+	}
+	if told := source.sh("cat /root/told /run/wrenn/generation 2>&1 | grep -v 'No such file' || true"); told != "" {
+		t.Errorf("the source is told %q", told)
 	}
 }

@@ -64,10 +64,11 @@ type Server struct {
 	conns     openConns
 	handler   http.Handler
 
-	// initMu serialises initialisations.
-	initMu sync.Mutex
-	mu     sync.Mutex
-	state  initState
+	// initMu serialises initialisations and guards generation.
+	initMu     sync.Mutex
+	generation string
+	mu         sync.Mutex
+	state      initState
 }
 
 // initState is what the last initialisations said. Its maps are replaced and never

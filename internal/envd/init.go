@@ -75,13 +75,23 @@ func (s *Server) init(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
+	generation := ""
 	if req.Restored {
 		s.conns.closeOthers(r)
+		if s.guest {
+			var err error
+			if generation, err = s.newGeneration(req.Entropy); err != nil {
+				s.log.Warn("name the generation", "err", err)
+			}
+		}
 	}
 	s.mu.Lock()
 	s.state = req.merge(state)
 	s.mu.Unlock()
 	s.thaw(req.Restored)
+	if generation != "" {
+		go s.runHooks(hookDir, generation)
+	}
 	// Nothing is logged: the console is slow, and the host knows.
 	w.Header().Set(guestapi.HeaderClock, strconv.FormatInt(time.Now().UnixNano(), 10))
 	w.WriteHeader(http.StatusNoContent)

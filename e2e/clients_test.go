@@ -1,18 +1,11 @@
 package e2e_test
 
 import (
-	"context"
-	"crypto/sha256"
 	"errors"
-	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
@@ -24,9 +17,6 @@ var (
 	pipPackages = []string{"e2b==2.63.0"}
 )
 
-// installLimit bounds one installation.
-const installLimit = 5 * time.Minute
-
 // clients is where the published clients are.
 type clients struct{ dir string }
 
@@ -35,50 +25,10 @@ func installClients(t testing.TB) clients {
 	t.Helper()
 	testenv.Program(t, "npm")
 	testenv.Program(t, "pip3", "python3")
-	return clients{install(t, append(npmPackages, pipPackages...), func(dir string) []*exec.Cmd {
+	return clients{testenv.Install(t, append(npmPackages, pipPackages...), func(dir string) []*exec.Cmd {
 		npm := exec.Command("npm", append([]string{"install", "--no-audit", "--no-fund", "--no-package-lock"}, npmPackages...)...)
-		return []*exec.Cmd{npm, pip(filepath.Join(dir, "python"), pipPackages)}
+		return []*exec.Cmd{npm, testenv.Pip(filepath.Join(dir, "python"), pipPackages...)}
 	})}
-}
-
-func pip(dir string, packages []string) *exec.Cmd {
-	return exec.Command("pip3", append([]string{"install", "--quiet", "--disable-pip-version-check", "--no-warn-script-location",
-		"--root-user-action=ignore", "--target", dir}, packages...)...)
-}
-
-// install has commands fill a directory outside the repository that is named after
-// what is in it, and returns the directory. It is there completely or not at all.
-func install(t testing.TB, packages []string, commands func(dir string) []*exec.Cmd) string {
-	t.Helper()
-	sum := sha256.Sum256([]byte(strings.Join(packages, " ")))
-	dir := fmt.Sprintf("%s/wrenn-test-clients-%x", filepath.Dir(testenv.StateDir(t)), sum[:6])
-	if _, err := os.Stat(dir); err == nil {
-		return dir
-	}
-	stage, err := os.MkdirTemp(filepath.Dir(dir), ".wrenn-test-clients-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(stage)
-	if err := os.WriteFile(filepath.Join(stage, "package.json"), []byte("{}"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	for _, cmd := range commands(stage) {
-		ctx, cancel := context.WithTimeout(t.Context(), installLimit)
-		defer cancel()
-		bounded := exec.CommandContext(ctx, cmd.Path, cmd.Args[1:]...)
-		bounded.Dir = stage
-		if out, err := bounded.CombinedOutput(); err != nil {
-			t.Fatalf("%q: %v\n%s", cmd.Args, err, out)
-		}
-	}
-	if err := os.Chmod(stage, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Rename(stage, dir); err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, syscall.ENOTEMPTY) {
-		t.Fatal(err)
-	}
-	return dir
 }
 
 // env is the environment of a program that uses the clients.

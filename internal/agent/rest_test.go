@@ -1,0 +1,84 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+)
+
+// fuzzer is the program that makes requests of the OpenAPI document, and the library by
+// which it chooses them: another version chooses others.
+var fuzzer = []string{"schemathesis==4.32.5", "hypothesis==6.170.17"}
+
+// Whatever requests the OpenAPI document lets through, and some that it does not: no
+// answer is an error of the host, none is late, and nothing is left behind.
+func TestRESTWithRequestsOfTheDocument(t *testing.T) {
+	testenv.Program(t, "pip3", "python3")
+	packages := testenv.Install(t, fuzzer, func(dir string) []*exec.Cmd {
+		return []*exec.Cmd{testenv.Pip(dir, fuzzer...)}
+	})
+	r := newRig(t)
+	r.cfg.Rates = auth.Rates{}
+	keys, err := auth.Open(r.cfg.StateDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer keys.Close()
+	key, _, err := keys.CreateKey(auth.DefaultProject, "fuzz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.start()
+	run := func(args ...string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+		defer cancel()
+		args = append([]string{"-m", "schemathesis.cli"}, args...)
+		cmd := exec.CommandContext(ctx, "python3", append(args, "run", "../../api/e2b/openapi.yaml",
+			"--url", "http://"+r.agent.Addr().String(), "-H", "X-API-KEY:"+key, "--checks", "not_a_server_error",
+			"--phases", "examples,fuzzing", "--max-examples", "8", "--seed", "1", "--generation-database", "none", "--no-shrink",
+			"--request-timeout", "60", "--workers", "2", "--no-color", "--warnings", "off", "--suppress-health-check", "all",
+			"--exclude-operation-id", "killSandbox")...)
+		cmd.Env = append(os.Environ(), "PYTHONPATH="+packages, "PYTHONDONTWRITEBYTECODE=1")
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		if lines := strings.Split(strings.TrimSpace(string(out)), "\n"); len(lines) > 8 {
+			t.Logf("%s", strings.Join(lines[len(lines)-8:], "\n"))
+		}
+	}
+	run()
+	// And once for a sandbox that is there.
+	created, err := r.agent.base.manager.Create(t.Context(), sandbox.CreateRequest{Labels: sandbox.Labels{Project: auth.DefaultProject}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := filepath.Join(t.TempDir(), "schemathesis.toml")
+	text := fmt.Sprintf("[parameters]\n%q = %q\n", "path.sandboxID", created.ID.Short())
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run("--config-file", config)
+	for _, info := range r.agent.base.manager.List(true) {
+		if err := r.agent.base.manager.Destroy(t.Context(), info.ID); err != nil {
+			t.Errorf("destroy %s: %v", info.ID, err)
+		}
+	}
+	if err := r.ended(); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	r.wantNothing()
+	if strings.Contains(r.log.String(), "level=ERROR") {
+		t.Error("the agent logged an error")
+	}
+}

@@ -74,9 +74,7 @@ func testManyAtOnce(t *testing.T, warm int) {
 				switch rand.IntN(17) {
 				case 0, 1:
 					what = "create"
-					then := []OnTimeout{DestroyOnTimeout, HibernateOnTimeout}[rand.IntN(2)]
-					life := time.Duration(rand.IntN(2)) * time.Hour
-					_, err = r.Create(ctx, CreateRequest{Life: life, OnEnd: then, AutoResume: rand.IntN(2) == 0})
+					_, err = r.Create(ctx, anyLife())
 				case 2, 3:
 					what = "exec"
 					_, err = r.Exec(ctx, any(), Command{Cmd: "x"})
@@ -112,18 +110,8 @@ func testManyAtOnce(t *testing.T, warm int) {
 				case 12:
 					what = "delete a snapshot"
 					err = r.DeleteSnapshot(r.t.Context(), "", name)
-				case 13:
-					what = "connect"
-					_, _, err = r.Connect(ctx, any(), ConnectRequest{Timeout: time.Duration(rand.IntN(3600)) * time.Second})
-				case 14:
-					what = "another end"
-					err = r.SetEnd(ctx, any(), time.Now().Add(time.Duration(rand.IntN(20)-2)*time.Millisecond), rand.IntN(2) == 0)
-				case 15:
-					what = "wake"
-					err = r.Wake(ctx, any())
-				case 16:
-					what = "hibernate"
-					err = r.Hibernate(ctx, any(), Hibernation{FilesOnly: rand.IntN(2) == 0})
+				default:
+					what, err = r.comeAndGo(ctx, any())
 				}
 				cancel()
 				if !isExpected(err) {
@@ -146,6 +134,28 @@ func testManyAtOnce(t *testing.T, warm int) {
 	}
 	r.wantNothing()
 	r.wantLegalHistory(t)
+}
+
+// anyLife asks for a sandbox that lives for an hour or for ever.
+func anyLife() CreateRequest {
+	then := []OnTimeout{DestroyOnTimeout, HibernateOnTimeout}[rand.IntN(2)]
+	return CreateRequest{Life: time.Duration(rand.IntN(2)) * time.Hour, OnEnd: then, AutoResume: rand.IntN(2) == 0}
+}
+
+// comeAndGo does one of the things by which a sandbox goes to sleep, wakes up or ends.
+func (r *rig) comeAndGo(ctx context.Context, id ID) (what string, err error) {
+	switch rand.IntN(4) {
+	case 0:
+		_, _, err = r.Connect(ctx, id, ConnectRequest{Timeout: time.Duration(rand.IntN(3600)) * time.Second})
+		return "connect", err
+	case 1:
+		at := time.Now().Add(time.Duration(rand.IntN(20)-2) * time.Millisecond)
+		return "another end", r.SetEnd(ctx, id, at, rand.IntN(2) == 0)
+	case 2:
+		return "wake", r.Wake(ctx, id)
+	default:
+		return "hibernate", r.Hibernate(ctx, id, Hibernation{FilesOnly: rand.IntN(2) == 0})
+	}
 }
 
 // wantInvariants holds at any moment: no two sandboxes share an address, and

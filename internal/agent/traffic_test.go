@@ -64,6 +64,15 @@ func (r *rig) traffic(id sandbox.ID, token string) (status int, body string) {
 	return resp.StatusCode, string(text[:n])
 }
 
+// wantNotFound fails the test unless traffic finds no such sandbox.
+func (r *rig) wantNotFound(id sandbox.ID, token string) {
+	r.Helper()
+	status, body := r.traffic(id, token)
+	if status != http.StatusBadGateway || !strings.Contains(body, guestapi.SandboxNotFound) {
+		r.Errorf("%s: HTTP %d %s", id, status, body)
+	}
+}
+
 // resumes is how often a sandbox was resumed from disk.
 func (r *rig) resumes(id sandbox.ID) (n int) {
 	for _, e := range r.agent.base.manager.History("", id) {
@@ -103,9 +112,7 @@ func TestTrafficWakesASandbox(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if status, body := r.traffic(asleep.ID, tokens.Envd); status != http.StatusBadGateway || !strings.Contains(body, guestapi.SandboxNotFound) {
-		t.Errorf("not to be woken: HTTP %d %s", status, body)
-	}
+	r.wantNotFound(asleep.ID, tokens.Envd)
 	for _, token := range []string{"", "wrong", tokens.Envd + "x"} {
 		if status, body := r.traffic(id, token); status != http.StatusForbidden || !strings.Contains(body, "can't be resumed") {
 			t.Errorf("the token %q: HTTP %d %s", token, status, body)
@@ -136,7 +143,5 @@ func TestTrafficWakesASandbox(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if status, body := r.traffic(id, tokens.Envd); status != http.StatusBadGateway || !strings.Contains(body, guestapi.SandboxNotFound) {
-		t.Errorf("destroyed: HTTP %d %s", status, body)
-	}
+	r.wantNotFound(id, tokens.Envd)
 }

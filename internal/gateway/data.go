@@ -23,7 +23,8 @@ const wakeTries = 3
 // visit is a request to a place, and what it shows of the sandbox's secrets.
 type visit struct {
 	*place
-	body *body // nil without one
+	body *body        // nil without one
+	info sandbox.Info // as it was when it was last looked at
 	// private says that the sandbox's own servers are not public.
 	private bool
 	// owner, signer and guest say that the request shows the token of envd, a signature
@@ -52,13 +53,13 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 		return
 	}
 	defer g.leave(this)
-	lease, mask, no := g.lease(r.Context(), v)
+	lease, no := g.lease(r.Context(), v)
 	if no != nil {
 		place.turnAway(w, r, *no)
 		return
 	}
 	defer lease.Release()
-	g.serveGuest(w, r, passing{g, r, lease, v, mask})
+	g.serveGuest(w, r, passing{g, r, lease, v})
 }
 
 // admit finds the sandbox that a request is for, and says whether the request may go
@@ -75,6 +76,7 @@ func (g *Gateway) admit(r *http.Request, v *visit) (_ *visit, no *refusal) {
 		v.written = v.id.Short()
 	}
 	info, tokens, err := g.look(v.id)
+	v.info = info
 	v.show(r, tokens)
 	// A page that knows a secret of the sandbox, or has a signature, was given it.
 	if !v.byName && !v.signer && !v.owner && !v.guest && v.signed == nil {
@@ -142,43 +144,39 @@ func (v *visit) kind() kind {
 func (v *visit) mayWake() bool { return v.owner || v.port != guestapi.Port }
 
 // lease takes a lease on the sandbox, and resumes it first if it is paused and the
-// request may do that. mask is the Host that its own servers see; empty for the
-// caller's.
-func (g *Gateway) lease(ctx context.Context, v *visit) (_ *sandbox.Lease, mask string, no *refusal) {
+// request may do that.
+func (g *Gateway) lease(ctx context.Context, v *visit) (*sandbox.Lease, *refusal) {
+	take := g.sandboxes.Lease
+	if v.kind() == ofOthers {
+		take = g.sandboxes.Glance
+	}
 	var err error
 	for range wakeTries {
-		var info sandbox.Info
-		if info, err = g.sandboxes.Get(v.id); err != nil {
-			break
-		}
-		if !runs(info) {
-			if no := g.wake(ctx, v, info); no != nil {
-				return nil, "", no
+		if !runs(v.info) {
+			if no := g.wake(ctx, v); no != nil {
+				return nil, no
 			}
-		}
-		take := g.sandboxes.Lease
-		if v.kind() == ofOthers {
-			take = g.sandboxes.Glance
 		}
 		var lease *sandbox.Lease
 		if lease, err = take(ctx, v.id); err == nil {
-			return lease, info.Ingress.MaskHost, nil
+			return lease, nil
 		}
-		// It may have been paused since.
-		if errdefs.ClassOf(err) != errdefs.WrongState {
+		info, gone := g.sandboxes.Get(v.id)
+		if errdefs.ClassOf(err) != errdefs.WrongState || gone != nil {
 			break
 		}
+		v.info = info // it may have been paused since
 	}
 	refused := g.unasked(v.place, err)
-	return nil, "", &refused
+	return nil, &refused
 }
 
 // wake resumes a sandbox that does not run; it returns the answer for a request that
 // does not get that.
-func (g *Gateway) wake(ctx context.Context, v *visit, info sandbox.Info) *refusal {
+func (g *Gateway) wake(ctx context.Context, v *visit) *refusal {
 	var no refusal
 	switch {
-	case !wakes(info):
+	case !wakes(v.info):
 		no = v.notFound()
 	case !v.mayWake():
 		no = v.refuse(http.StatusForbidden, textNotToBeWoken)
@@ -198,7 +196,6 @@ type passing struct {
 	caller *http.Request
 	lease  *sandbox.Lease
 	*visit
-	mask string // the Host that users' servers see; empty for the caller's
 }
 
 // serveGuest lets the guest that a request is for answer it.
@@ -290,8 +287,9 @@ func (p passing) confine(h http.Header) {
 
 // hostFor returns the Host that the guest's server sees of one that a client sent.
 func (p passing) hostFor(sent string) string {
-	if p.mask == "" || p.port == guestapi.Port {
+	mask := p.info.Ingress.MaskHost
+	if mask == "" || p.port == guestapi.Port {
 		return sent
 	}
-	return strings.ReplaceAll(p.mask, "${PORT}", strconv.Itoa(int(p.port)))
+	return strings.ReplaceAll(mask, "${PORT}", strconv.Itoa(int(p.port)))
 }

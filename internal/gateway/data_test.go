@@ -220,7 +220,7 @@ func TestRequestsWaitForTheResume(t *testing.T) {
 // A sandbox that is paused between the look at it and the lease is woken; one that is
 // paused again and again is not for ever.
 func TestPausedOnTheWay(t *testing.T) {
-	for again, want := range map[int]int{1: http.StatusOK, 1000: http.StatusBadGateway} {
+	for again, want := range map[int]int{1: http.StatusOK, 2: http.StatusOK, 1000: http.StatusBadGateway} {
 		port := guest(t, func(http.ResponseWriter, *http.Request) {})
 		m := newManager(t.Context())
 		e := serve(t, func(c *Config) { c.Sandboxes = &flipping{manager: m, left: again} })
@@ -265,7 +265,7 @@ func TestMaskHost(t *testing.T) {
 			t.Errorf("%q: HTTP %d %s, the guest saw %q", mask, status, text, got.Load())
 		}
 	}
-	p := passing{mask: "masked", visit: &visit{place: &place{port: guestapi.Port}}}
+	p := passing{visit: &visit{place: &place{port: guestapi.Port}, info: sandbox.Info{Ingress: sandbox.Ingress{MaskHost: "masked"}}}}
 	if host := p.hostFor("sent"); host != "sent" {
 		t.Errorf("envd sees %q", host)
 	}

@@ -182,7 +182,8 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box, how resuming) erro
 	if err != nil {
 		return fail(err)
 	}
-	if err := m.store.checkSnapshot(b.id); err != nil {
+	kept, err := m.store.openSnapshot(b.id)
+	if err != nil {
 		return fail(err)
 	}
 	ctx, took := withPhases(ctx)
@@ -191,7 +192,7 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box, how resuming) erro
 		return fail(err)
 	}
 	end()
-	src := m.store.ownSource(b.id, how.filesOnly || rec.FilesOnly)
+	src := m.store.ownSource(b.id, kept, how.filesOnly || rec.FilesOnly)
 	src.lifetime = how.lifetime
 	_, err = m.start(ctx, b, tmpl, src)
 	if err != nil {
@@ -213,10 +214,10 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box, how resuming) erro
 
 // ownSource returns what a hibernated sandbox starts from: its snapshot, or the disk in it
 // alone.
-func (s store) ownSource(id ID, filesOnly bool) source {
+func (s store) ownSource(id ID, kept saved, filesOnly bool) source {
 	dir := s.snapshot(id)
 	src := source{
-		disk: filepath.Join(dir, snapshotOverlay), verify: true,
+		disk: filepath.Join(dir, snapshotOverlay), verify: &kept,
 		gone: errdefs.Corrupt.Errorf("the snapshot has no disk"), // an empty one would be worse than none
 	}
 	if filesOnly {

@@ -68,44 +68,56 @@ type sizesManifest struct {
 	Sizes   map[string]int64 `json:"sizes"`
 }
 
-// checkSnapshot says whether a sandbox's snapshot is there and complete.
-func (s store) checkSnapshot(id ID) error {
+// saved is a sandbox's snapshot, as its manifest describes it.
+type saved struct {
+	// state is zero for a snapshot that has no digests.
+	state     template.State
+	sizesOnly bool
+}
+
+// openSnapshot reads what a sandbox's snapshot consists of: errdefs.Corrupt if it is not
+// there or not complete.
+func (s store) openSnapshot(id ID) (saved, error) {
+	state, err := template.OpenState(s.snapshot(id))
+	if err == nil {
+		return saved{state: state}, nil
+	}
+	if errdefs.ClassOf(err) == errdefs.Unavailable {
+		return saved{}, fmt.Errorf("the snapshot: %w", err)
+	}
 	if sizes, ok := s.oldManifest(id); ok {
-		for name, size := range sizes {
-			info, err := os.Lstat(filepath.Join(s.snapshot(id), name))
-			if errdefs.CannotRead(err) {
-				return errdefs.Unavailable.Errorf("the snapshot cannot be read at this moment: %s", pathless(err))
-			}
-			if err != nil || info.Size() != size {
-				return errdefs.Corrupt.Errorf("the snapshot is damaged: its %s is not %d bytes long", name, size)
-			}
+		return saved{sizesOnly: true}, s.checkSizes(id, sizes)
+	}
+	return saved{}, fmt.Errorf("the snapshot is damaged: %w", err)
+}
+
+// checkSizes is openSnapshot of a snapshot that has no digests.
+func (s store) checkSizes(id ID, sizes map[string]int64) error {
+	for name, size := range sizes {
+		info, err := os.Lstat(filepath.Join(s.snapshot(id), name))
+		if errdefs.CannotRead(err) {
+			return errdefs.Unavailable.Errorf("the snapshot cannot be read at this moment: %s", pathless(err))
 		}
-		return nil
-	}
-	err := template.CheckState(s.snapshot(id))
-	if errors.Is(err, errdefs.Unavailable) {
-		return fmt.Errorf("the snapshot: %w", err)
-	}
-	if err != nil {
-		return fmt.Errorf("the snapshot is damaged: %w", err)
+		if err != nil || info.Size() != size {
+			return errdefs.Corrupt.Errorf("the snapshot is damaged: its %s is not %d bytes long", name, size)
+		}
 	}
 	return nil
 }
 
-// verifySnapshot reads all of a sandbox's snapshot: errdefs.Corrupt if it is not
-// what was written.
-func (s store) verifySnapshot(ctx context.Context, id ID) error { return s.verifyFiles(ctx, id) }
-
-// verifySnapshotDisk is verifySnapshot of the disk alone.
-func (s store) verifySnapshotDisk(ctx context.Context, id ID) error {
-	return s.verifyFiles(ctx, id, snapshotOverlay)
+// checkSnapshot is openSnapshot for its error alone.
+func (s store) checkSnapshot(id ID) error {
+	_, err := s.openSnapshot(id)
+	return err
 }
 
-func (s store) verifyFiles(ctx context.Context, id ID, names ...string) error {
-	if _, ok := s.oldManifest(id); ok {
-		return s.checkSnapshot(id)
+// verify reads the files with these names, or all: errdefs.Corrupt if one is not what was
+// written.
+func (s saved) verify(ctx context.Context, names ...string) error {
+	if s.sizesOnly {
+		return nil // openSnapshot has seen them
 	}
-	if err := template.VerifyState(ctx, s.snapshot(id), names...); err != nil {
+	if err := s.state.Verify(ctx, names...); err != nil {
 		return fmt.Errorf("the snapshot is damaged: %w", err)
 	}
 	return nil

@@ -67,9 +67,9 @@ type source struct {
 	memory string
 	// token is what the guest in the memory takes; empty for the sandbox's own.
 	token string
-	// verify: what the VM starts from of the sandbox's own snapshot is read in full while
-	// disk, network and VM are prepared. The VM runs only when all of it is what was written.
-	verify bool
+	// verify, if not nil, is the sandbox's own snapshot. What the VM starts from of it is read
+	// in full while disk, network and VM are prepared. The VM runs only when all of it is what was written.
+	verify *saved
 	// gone is the error if the snapshot is not there any more.
 	gone error
 
@@ -152,12 +152,12 @@ func (v *vms) start(ctx context.Context, b *box, tmpl template.Template, src sou
 		end()
 	}
 	limit := v.cfg.BootTimeout
-	if src.verify {
+	if src.verify != nil {
 		limit += perGiB(perGiBMove, b.record().MemMiB)
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the guest was not ready within %s", limit))
 	defer cancel()
-	whole := v.verifying(ctx, b, src)
+	whole := verifying(ctx, src)
 	defer whole()
 	defer cancel()
 
@@ -195,16 +195,16 @@ func perGiB(each time.Duration, memMiB int) time.Duration {
 
 // verifying reads a snapshot that must be verified, beside what start does. The
 // function that it returns waits for that and returns the result.
-func (v *vms) verifying(ctx context.Context, b *box, src source) func() error {
-	if !src.verify {
+func verifying(ctx context.Context, src source) func() error {
+	if src.verify == nil {
 		return func() error { return nil }
 	}
 	result := make(chan error, 1)
-	verify := v.store.verifySnapshot
+	var names []string
 	if src.memory == "" {
-		verify = v.store.verifySnapshotDisk
+		names = []string{snapshotOverlay}
 	}
-	go func() { result <- verify(ctx, b.id) }()
+	go func() { result <- src.verify.verify(ctx, names...) }()
 	return sync.OnceValue(func() error { return <-result })
 }
 
@@ -307,7 +307,7 @@ func (v *vms) load(ctx context.Context, b *box, tmpl template.Template, src sour
 		return err
 	}
 	end()
-	if src.verify {
+	if src.verify != nil {
 		end := phase(ctx, "check")
 		if err := whole(); err != nil {
 			return err

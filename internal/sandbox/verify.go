@@ -69,7 +69,10 @@ func (m *Manager) verifyHibernated(ctx context.Context, id ID, fn func(Verified)
 	if b.state() != Hibernated {
 		return nil
 	}
-	err = m.store.verifySnapshot(ctx, id)
+	kept, err := m.store.openSnapshot(id)
+	if err == nil {
+		err = kept.verify(ctx)
+	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}

@@ -185,38 +185,35 @@ func digestState(ctx context.Context, path string) (File, error) {
 	return snapfile.Dig(ctx, path)
 }
 
-// CheckState says whether the directory that SealState sealed has all its files
-// with their sizes: errdefs.Corrupt if not. Contents are VerifyState's.
-func CheckState(dir string) error {
-	_, err := readState(dir)
-	return err
+// State is a directory that SealState sealed, as its manifest describes it.
+type State struct {
+	dir      string
+	manifest manifest
 }
 
-func readState(dir string) (manifest, error) {
-	var m manifest
-	err := readManifest(dir, manifestFile, &m, &m)
-	return m, damage(err)
+// OpenState reads the manifest of a directory and looks whether all files are there with
+// their sizes: errdefs.Corrupt if not. Contents are Verify's.
+func OpenState(dir string) (State, error) {
+	s := State{dir: dir}
+	err := readManifest(dir, manifestFile, &s.manifest, &s.manifest)
+	return s, damage(err)
 }
 
-// VerifyState reads the whole directory that SealState sealed, or the files with these
-// names: errdefs.Corrupt if one is not what was written, or is none of the directory's.
-func VerifyState(ctx context.Context, dir string, names ...string) error {
-	m, err := readState(dir)
-	if err != nil {
-		return err
-	}
+// Verify reads all files, or those with these names: errdefs.Corrupt if one is not what was
+// written, or is none of the directory's.
+func (s State) Verify(ctx context.Context, names ...string) error {
+	m := s.manifest
 	if len(names) > 0 {
-		all := m.Files
 		m.Files = map[string]File{}
-		for _, name := range names {
-			file, ok := all[name]
-			if !ok {
-				return errdefs.Corrupt.Errorf("it has no digest of %s", name)
-			}
-			m.Files[name] = file
-		}
 	}
-	return m.verify(ctx, dir, snapfile.Digest)
+	for _, name := range names {
+		file, ok := s.manifest.Files[name]
+		if !ok {
+			return errdefs.Corrupt.Errorf("it has no digest of %s", name)
+		}
+		m.Files[name] = file
+	}
+	return m.verify(ctx, s.dir, snapfile.Digest)
 }
 
 // damage is the class of an error of readManifest. What cannot be read now may

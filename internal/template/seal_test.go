@@ -2,7 +2,6 @@ package template
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -54,7 +53,7 @@ func TestSealDigs(t *testing.T) {
 	if after := digestOf(); after != before {
 		t.Errorf("the digest was %+v and is %+v", before, after)
 	}
-	if err := VerifyState(t.Context(), dir); err != nil {
+	if err := verifyState(t, dir); err != nil {
 		t.Error(err)
 	}
 }
@@ -83,7 +82,7 @@ func TestStateIsVerified(t *testing.T) {
 	if err := SealState(t.Context(), dir); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(CheckState(dir), VerifyState(t.Context(), dir)); err != nil {
+	if err := verifyState(t, dir); err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range append(names, manifestFile) {
@@ -101,30 +100,66 @@ func TestStateIsVerified(t *testing.T) {
 		wantDamage(t, dir, path, before[:len(before)-1], before, name+" cut short")
 		wantDamage(t, dir, path, append(bytes.Clone(before), 'x'), before, name+" longer")
 	}
-	if err := VerifyState(t.Context(), dir); err != nil {
+	if err := verifyState(t, dir); err != nil {
 		t.Errorf("all is back: %v", err)
 	}
 	if err := os.Remove(filepath.Join(dir, manifestFile)); err != nil {
 		t.Fatal(err)
 	}
-	if err := CheckState(dir); errdefs.ClassOf(err) != errdefs.Corrupt {
+	if _, err := OpenState(dir); errdefs.ClassOf(err) != errdefs.Corrupt {
 		t.Errorf("no manifest: %v", err)
 	}
 }
 
-// wantDamage puts damaged in place of a file for as long as VerifyState looks. A
+// wantDamage puts damaged in place of a file for as long as it is looked at. A
 // manifest may be damaged without harm: a name that nothing reads, a space.
 func wantDamage(t *testing.T, dir, path string, damaged, before []byte, what string) {
 	t.Helper()
 	if err := os.WriteFile(path, damaged, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	err := VerifyState(t.Context(), dir)
+	err := verifyState(t, dir)
 	harmless := filepath.Base(path) == manifestFile && err == nil
 	if errdefs.ClassOf(err) != errdefs.Corrupt && !harmless {
 		t.Errorf("%s: %v", what, err)
 	}
 	if err := os.WriteFile(path, before, 0o600); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func verifyState(t *testing.T, dir string) error {
+	state, err := OpenState(dir)
+	if err != nil {
+		return err
+	}
+	return state.Verify(t.Context())
+}
+
+// TestStateIsVerifiedInPart: damage is told by those that read the damaged file.
+func TestStateIsVerifiedInPart(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"mem", "disk"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("something"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := SealState(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "mem"), []byte("some-hing"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	state, err := OpenState(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := state.Verify(t.Context(), "disk"); err != nil {
+		t.Error(err)
+	}
+	for _, names := range [][]string{nil, {"mem"}, {"disk", "mem"}, {"other"}, {manifestFile}} {
+		if err := state.Verify(t.Context(), names...); errdefs.ClassOf(err) != errdefs.Corrupt {
+			t.Errorf("%q: %v", names, err)
+		}
 	}
 }

@@ -38,16 +38,22 @@ func TestRESTWithRequestsOfTheDocument(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.start()
+	document, err := filepath.Abs("../../api/e2b/openapi.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir() // it leaves a cache where it runs
 	run := func(args ...string) {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 		defer cancel()
 		args = append([]string{"-m", "schemathesis.cli"}, args...)
-		cmd := exec.CommandContext(ctx, "python3", append(args, "run", "../../api/e2b/openapi.yaml",
+		cmd := exec.CommandContext(ctx, "python3", append(args, "run", document,
 			"--url", "http://"+r.agent.Addr().String(), "-H", "X-API-KEY:"+key, "--checks", "not_a_server_error",
 			"--phases", "examples,fuzzing", "--max-examples", "8", "--seed", "1", "--generation-database", "none", "--no-shrink",
 			"--request-timeout", "60", "--workers", "2", "--no-color", "--warnings", "off", "--suppress-health-check", "all",
 			"--exclude-operation-id", "killSandbox")...)
+		cmd.Dir = dir
 		cmd.Env = append(os.Environ(), "PYTHONPATH="+packages, "PYTHONDONTWRITEBYTECODE=1")
 		out, err := cmd.CombinedOutput()
 		if err != nil {
@@ -63,7 +69,7 @@ func TestRESTWithRequestsOfTheDocument(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	config := filepath.Join(t.TempDir(), "schemathesis.toml")
+	config := filepath.Join(dir, "settings.toml")
 	text := fmt.Sprintf("[parameters]\n%q = %q\n", "path.sandboxID", created.ID.Short())
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)

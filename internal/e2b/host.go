@@ -34,9 +34,6 @@ func OfHost(sandboxes *sandbox.Manager, templates *template.Store, diskMiB int) 
 	return ofHost{sandboxes, t, diskMiB}, t
 }
 
-// notYet is the error of what this host cannot do yet.
-func notYet(what string) error { return errdefs.Unsupported.Errorf("this host has no %s yet", what) }
-
 func (h ofHost) NewID() sandbox.ID { return h.sandboxes.NewID() }
 
 func (h ofHost) Create(ctx context.Context, r CreateRequest) (Sandbox, error) {

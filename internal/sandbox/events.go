@@ -230,6 +230,11 @@ func (l *eventLog) last() uint64 {
 func (l *eventLog) lastOf(id ID) (Event, bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	return l.newestOf(id)
+}
+
+// newestOf is lastOf with mu held.
+func (l *eventLog) newestOf(id ID) (Event, bool) {
 	for _, e := range slices.Backward(l.events) {
 		if e.ID == id {
 			return e, true
@@ -375,7 +380,10 @@ func (l *eventLog) follow(e *Event) {
 	switch {
 	case e.Kind != "" && known:
 		e.From, e.To = state, state
-	case e.Kind != "":
+	case e.Kind != "": // the sandbox may have stopped
+		if last, ok := l.newestOf(e.ID); ok {
+			e.From, e.To = last.To, last.To
+		}
 	case e.To == Stopped:
 		delete(l.states, e.ID)
 	default:

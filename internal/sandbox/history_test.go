@@ -166,6 +166,7 @@ func TestStateOfANote(t *testing.T) {
 	if err := l.add(Event{ID: "a", From: Stopping, To: Stopped}); err != nil {
 		t.Fatal(err)
 	}
+	note(Stopped)
 	if len(l.states) != 1 {
 		t.Errorf("states of stopped sandboxes are kept: %v", l.states)
 	}

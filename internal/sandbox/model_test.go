@@ -81,9 +81,6 @@ func testManyAtOnce(t *testing.T, warm int) {
 				case 4:
 					what = "pause"
 					err = r.Pause(ctx, any())
-				case 5:
-					what = "resume"
-					err = r.Resume(ctx, any())
 				case 6:
 					what = "destroy"
 					err = r.Destroy(ctx, any())
@@ -144,7 +141,7 @@ func anyLife() CreateRequest {
 
 // comeAndGo does one of the things by which a sandbox goes to sleep, wakes up or ends.
 func (r *rig) comeAndGo(ctx context.Context, id ID) (what string, err error) {
-	switch rand.IntN(4) {
+	switch rand.IntN(5) {
 	case 0:
 		_, _, err = r.Connect(ctx, id, ConnectRequest{Timeout: time.Duration(rand.IntN(3600)) * time.Second})
 		return "connect", err
@@ -153,6 +150,8 @@ func (r *rig) comeAndGo(ctx context.Context, id ID) (what string, err error) {
 		return "another end", r.SetEnd(ctx, id, at, rand.IntN(2) == 0)
 	case 2:
 		return "wake", r.Wake(ctx, id)
+	case 3:
+		return "resume", r.Resume(ctx, id)
 	default:
 		return "hibernate", r.Hibernate(ctx, id, Hibernation{FilesOnly: rand.IntN(2) == 0})
 	}

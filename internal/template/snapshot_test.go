@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -492,5 +494,48 @@ func TestDamagedSnapshot(t *testing.T) {
 				t.Errorf("it cannot be deleted: %v", err)
 			}
 		})
+	}
+}
+
+// TestChangesAtOnce: what several processes change at the same time is all there, and
+// each sees it.
+func TestChangesAtOnce(t *testing.T) {
+	s := readyStore(t)
+	const each = 6
+	stores := []*Store{s, open(t, s.Dir()), open(t, s.Dir())}
+	id, b := minimalOf(t, s)
+	var all sync.WaitGroup
+	for i, store := range stores {
+		all.Go(func() {
+			for n := range each {
+				if err := store.Tag(id, b, []string{fmt.Sprintf("v%d-%d", i, n)}); err != nil {
+					t.Error(err)
+				}
+				if _, _, err := store.Resolve("", fmt.Sprintf("minimal:v%d-%d", i, n)); err != nil {
+					t.Errorf("its own change: %v", err)
+				}
+			}
+		})
+		stage := stageNamed(t, store, "snap")
+		all.Go(func() {
+			if _, _, err := stage.Publish(t.Context(), namedMeta(time.Now()), Build{}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	for _, store := range append(stores, View(s.Dir(), s.log)) {
+		list, err := store.List()
+		if err != nil || len(list) != 2 {
+			t.Fatalf("list: %+v, %v", list, err)
+		}
+		for _, info := range list {
+			if want := 1 + each*len(stores); info.ID == id && len(info.Tags) != want {
+				t.Errorf("%d tags, want %d", len(info.Tags), want)
+			}
+			if info.ID != id && (len(info.Builds) != 1 || len(info.Tags) != 1) {
+				t.Errorf("the snapshot is %+v", info)
+			}
+		}
 	}
 }

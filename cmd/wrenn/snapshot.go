@@ -22,7 +22,8 @@ long that took is printed on stderr.
 'wrenn create NAME' and 'wrenn run --template NAME' make sandboxes that go on with
 the memory, the processes and the disk of the snapshot, any number of times, even
 after the sandbox is destroyed. Each has its own id, network and token. With
---files-only the disk alone is kept, and they boot from it.
+--files-only the disk alone is kept, and they boot from it. A NAME may have a tag, as
+in prepared:v2; each tag is a snapshot of its own.
 
 All that is in the memory of the sandbox or on its disk is in the snapshot, secrets
 too.`,

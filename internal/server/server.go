@@ -303,6 +303,7 @@ func snapshotInfo(s sandbox.Snapshot) *pb.Snapshot {
 	return &pb.Snapshot{
 		Name: s.Name, SandboxId: string(s.Source), Template: s.Template,
 		Vcpus: int32(s.VCPUs), MemoryMb: int32(s.MemMiB), CreatedAtUnix: s.CreatedAt.Unix(), SizeBytes: s.Bytes,
+		TemplateId: s.TemplateID, Build: s.Build,
 	}
 }
 
@@ -492,7 +493,7 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
 		User: info.User, Metadata: info.Labels.Metadata, OnDeadline: string(info.OnEnd),
 		OwnerKey: info.Labels.OwnerKey, AutoResume: info.AutoResume, HostIp: addrText(info.HostIP),
-		FilesOnly: info.FilesOnly, EnvdVersion: info.EnvdVersion,
+		FilesOnly: info.FilesOnly, EnvdVersion: info.EnvdVersion, TemplateId: info.TemplateID, Build: info.Build,
 	}
 	if !info.StartedAt.IsZero() {
 		out.StartedAt = timestamppb.New(info.StartedAt)

@@ -1195,7 +1195,8 @@ func (x *SnapshotSandboxResponse) GetTookMs() int64 {
 // Snapshot is the state of a sandbox at one moment: memory and disk.
 type Snapshot struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The name, with its tag unless that is "default"; the id of a template if it has none.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// The sandbox that it was made of, which may be gone.
 	SandboxId string `protobuf:"bytes,2,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// The template that this one began with.
@@ -1205,7 +1206,10 @@ type Snapshot struct {
 	MemoryMb      int32 `protobuf:"varint,5,opt,name=memory_mb,json=memoryMb,proto3" json:"memory_mb,omitempty"`
 	CreatedAtUnix int64 `protobuf:"varint,6,opt,name=created_at_unix,json=createdAtUnix,proto3" json:"created_at_unix,omitempty"`
 	// What it takes on the host's disk.
-	SizeBytes     int64 `protobuf:"varint,7,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	SizeBytes int64 `protobuf:"varint,7,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// The ids of the template that the snapshot is, and of its build.
+	TemplateId    string `protobuf:"bytes,8,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
+	Build         string `protobuf:"bytes,9,opt,name=build,proto3" json:"build,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1287,6 +1291,20 @@ func (x *Snapshot) GetSizeBytes() int64 {
 		return x.SizeBytes
 	}
 	return 0
+}
+
+func (x *Snapshot) GetTemplateId() string {
+	if x != nil {
+		return x.TemplateId
+	}
+	return ""
+}
+
+func (x *Snapshot) GetBuild() string {
+	if x != nil {
+		return x.Build
+	}
+	return ""
 }
 
 type ListSnapshotsRequest struct {
@@ -1921,6 +1939,10 @@ type SandboxInfo struct {
 	// The snapshot that it was made from, or the sandbox of which it is a fork; empty
 	// for none. It may be deleted by now.
 	Snapshot string `protobuf:"bytes,21,opt,name=snapshot,proto3" json:"snapshot,omitempty"`
+	// The ids of the template that its disk is laid over, and of that one's build. The
+	// build is empty if an earlier agent made the sandbox.
+	TemplateId string `protobuf:"bytes,50,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
+	Build      string `protobuf:"bytes,51,opt,name=build,proto3" json:"build,omitempty"`
 	// CPU that the guest sees: host, x86-64-v3 and the like. Empty while it has no VM,
 	// and if an earlier agent started that.
 	Cpu string `protobuf:"bytes,22,opt,name=cpu,proto3" json:"cpu,omitempty"`
@@ -2113,6 +2135,20 @@ func (x *SandboxInfo) GetOwnerKey() string {
 func (x *SandboxInfo) GetSnapshot() string {
 	if x != nil {
 		return x.Snapshot
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetTemplateId() string {
+	if x != nil {
+		return x.TemplateId
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetBuild() string {
+	if x != nil {
+		return x.Build
 	}
 	return ""
 }
@@ -3590,7 +3626,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x17SnapshotSandboxResponse\x122\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x16.hostagent.v1.SnapshotR\bsnapshot\x12\x1b\n" +
 	"\tpaused_ms\x18\x02 \x01(\x03R\bpausedMs\x12\x17\n" +
-	"\atook_ms\x18\x03 \x01(\x03R\x06tookMs\"\xd3\x01\n" +
+	"\atook_ms\x18\x03 \x01(\x03R\x06tookMs\"\x8a\x02\n" +
 	"\bSnapshot\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -3600,7 +3636,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\tmemory_mb\x18\x05 \x01(\x05R\bmemoryMb\x12&\n" +
 	"\x0fcreated_at_unix\x18\x06 \x01(\x03R\rcreatedAtUnix\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\a \x01(\x03R\tsizeBytes\"\x16\n" +
+	"size_bytes\x18\a \x01(\x03R\tsizeBytes\x12\x1f\n" +
+	"\vtemplate_id\x18\b \x01(\tR\n" +
+	"templateId\x12\x14\n" +
+	"\x05build\x18\t \x01(\tR\x05build\"\x16\n" +
 	"\x14ListSnapshotsRequest\"M\n" +
 	"\x15ListSnapshotsResponse\x124\n" +
 	"\tsnapshots\x18\x01 \x03(\v2\x16.hostagent.v1.SnapshotR\tsnapshots\"+\n" +
@@ -3642,7 +3681,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\x9b\b\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xd2\b\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -3669,7 +3708,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\von_deadline\x18\x13 \x01(\tR\n" +
 	"onDeadline\x12\x1b\n" +
 	"\towner_key\x18\x14 \x01(\tR\bownerKey\x12\x1a\n" +
-	"\bsnapshot\x18\x15 \x01(\tR\bsnapshot\x12\x10\n" +
+	"\bsnapshot\x18\x15 \x01(\tR\bsnapshot\x12\x1f\n" +
+	"\vtemplate_id\x182 \x01(\tR\n" +
+	"templateId\x12\x14\n" +
+	"\x05build\x183 \x01(\tR\x05build\x12\x10\n" +
 	"\x03cpu\x18\x16 \x01(\tR\x03cpu\x129\n" +
 	"\n" +
 	"started_at\x18\x17 \x01(\v2\x1a.google.protobuf.TimestampR\tstartedAt\x127\n" +

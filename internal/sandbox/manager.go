@@ -54,7 +54,10 @@ func (r *registry) List(stopped bool) []Info { return r.Select(Filter{Stopped: s
 // Select is List with a filter.
 func (r *registry) Select(f Filter) []Info {
 	boxes := r.all()
-	infos := make([]Info, 0, len(boxes))
+	infos := []Info{}
+	if f.Project == nil && f.Metadata == nil {
+		infos = make([]Info, 0, len(boxes))
+	}
 	for _, b := range boxes {
 		if info, ok := b.infoIf(f.matches); ok {
 			infos = append(infos, info)

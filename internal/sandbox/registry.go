@@ -47,7 +47,7 @@ func (r *registry) lookup(id ID) *box {
 func (r *registry) all() []*box {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.Collect(maps.Values(r.boxes))
+	return slices.AppendSeq(make([]*box, 0, len(r.boxes)), maps.Values(r.boxes))
 }
 
 // add makes a new box known, unless the manager shuts down.

@@ -78,6 +78,9 @@ func (r *rig) resumes(id sandbox.ID) (n int) {
 	for _, e := range r.agent.base.manager.History("", id) {
 		if e.From == sandbox.Hibernated && e.To == sandbox.Running {
 			n++
+			if e.Actor.What != "traffic" || !strings.HasPrefix(e.Actor.Address, "127.0.0.1") {
+				r.Errorf("it was resumed by %+v", e.Actor)
+			}
 		}
 	}
 	return n

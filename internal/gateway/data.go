@@ -48,18 +48,26 @@ func (g *Gateway) serveData(w http.ResponseWriter, r *http.Request, place *place
 	this := load{v.id, v.kind()}
 	if !g.enter(this) {
 		w.Header().Set("Retry-After", "1")
-		refuse(w, r, v.refusal(errdefs.Exhausted.Errorf(
+		place.turnAway(w, r, v.refusal(errdefs.Exhausted.Errorf(
 			"sandbox %s has %d requests of this kind under way, which is the most", v.id, maxPerSandbox)))
 		return
 	}
 	defer g.leave(this)
-	lease, no := g.lease(r.Context(), v)
+	lease, no := g.lease(sandbox.WithActor(r.Context(), actor(r)), v)
 	if no != nil {
 		place.turnAway(w, r, *no)
 		return
 	}
 	defer lease.Release()
 	g.serveGuest(w, r, passing{g, r, lease, v})
+}
+
+// actor is the caller as the event of a sandbox that it wakes has it.
+func actor(r *http.Request) sandbox.Actor {
+	if _, err := netip.ParseAddrPort(r.RemoteAddr); err != nil {
+		return sandbox.Actor{KeyID: "socket", What: "traffic"}
+	}
+	return sandbox.Actor{Address: r.RemoteAddr, What: "traffic"}
 }
 
 // admit finds the sandbox that a request is for, and says whether the request may go
@@ -241,7 +249,7 @@ func (p passing) fail(w http.ResponseWriter, err error) {
 	default:
 		no = p.refuse(http.StatusBadGateway, fmt.Sprintf("port %d of sandbox %s gave no answer that can be passed on", p.port, p.written))
 	}
-	refuse(w, p.caller, no)
+	p.turnAway(w, p.caller, no)
 }
 
 // forward passes a request on to an address in the guest. The client sends the token

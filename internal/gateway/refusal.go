@@ -65,17 +65,18 @@ func (g *Gateway) unasked(p *place, err error) refusal {
 	}
 }
 
-// turnAway answers a request that does not reach a guest. A browser asks before it sends
-// what a page wants, and shows no secret then: it may send that, and the page reads the
-// answer.
+// turnAway answers a request that does not reach a guest. Every page may read the answer
+// to one by host name; to one by headers, which the door judges, none may. A browser asks
+// before it sends what a page wants, and shows no secret then: it may send that.
 func (p *place) turnAway(w http.ResponseWriter, r *http.Request, no refusal) {
-	asked := r.Header.Get("Access-Control-Request-Method")
-	if !p.byName || r.Method != http.MethodOptions || asked == "" {
+	h := w.Header()
+	if p.byName {
+		h.Set("Access-Control-Allow-Origin", "*")
+	}
+	if !p.byName || r.Method != http.MethodOptions || r.Header.Get("Access-Control-Request-Method") == "" {
 		refuse(w, r, no)
 		return
 	}
-	h := w.Header()
-	h.Set("Access-Control-Allow-Origin", "*")
 	h.Set("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE")
 	h.Set("Access-Control-Allow-Headers", r.Header.Get("Access-Control-Request-Headers"))
 	h.Set("Access-Control-Max-Age", "0") // a guest that runs later answers itself
@@ -86,7 +87,6 @@ func (p *place) turnAway(w http.ResponseWriter, r *http.Request, no refusal) {
 // JSON.
 func refuse(w http.ResponseWriter, r *http.Request, no refusal) {
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	w.Header().Set("Access-Control-Allow-Origin", "*") // it has no secret
 	if !isNavigation(r) {
 		writeJSON(w, no.Code, no)
 		return

@@ -154,4 +154,8 @@ func TestPagesAskFirst(t *testing.T) {
 	if w.Result().Header.Get("Access-Control-Allow-Origin") != "*" {
 		t.Error("a page cannot read why it is refused")
 	}
+	w = ask(refusing(t, &manager{}), "GET", ourHost, "/", "E2b-Sandbox-Id: "+idA, "Origin: http://evil.example")
+	if w.Code != http.StatusForbidden || w.Result().Header.Get("Access-Control-Allow-Origin") != "" {
+		t.Error("a page reads what the door says to it")
+	}
 }

@@ -135,10 +135,14 @@ func (s *Sandbox) Console(ctx context.Context, tail int32, timestamps bool) ([]b
 	return resp.GetConsole(), err
 }
 
-// StatusText is the state of a sandbox, with the reason if it has one.
+// StatusText is the state of a sandbox, with the reason if it has one, or with what was
+// kept of it if that is not all.
 func StatusText(s *hostagentv1.SandboxInfo) string {
-	if s.GetReason() == "" {
-		return s.GetStatus()
+	switch {
+	case s.GetReason() != "":
+		return s.GetStatus() + " (" + s.GetReason() + ")"
+	case s.GetFilesOnly():
+		return s.GetStatus() + " (files only)"
 	}
-	return s.GetStatus() + " (" + s.GetReason() + ")"
+	return s.GetStatus()
 }

@@ -242,5 +242,7 @@ func (c *cli) isTemplate(ctx context.Context, name string) bool {
 		return true
 	}
 	snapshots, err := c.host.Snapshots(ctx)
-	return err == nil && slices.ContainsFunc(snapshots.Snapshots, func(s *hostagentv1.Snapshot) bool { return s.Name == name })
+	return err == nil && slices.ContainsFunc(snapshots.Snapshots, func(s *hostagentv1.Snapshot) bool {
+		return s.Name == name && s.Project == ""
+	})
 }

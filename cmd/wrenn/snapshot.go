@@ -1,13 +1,17 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"slices"
 	"text/tabwriter"
 	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 )
 
 func newSnapshot(c *cli) *cobra.Command {
@@ -64,6 +68,7 @@ too.`,
 
 func newSnapshotRm(c *cli) *cobra.Command {
 	var force bool
+	var project string
 	cmd := &cobra.Command{
 		Use:     "rm NAME...",
 		Aliases: []string{"delete"},
@@ -72,7 +77,7 @@ func newSnapshotRm(c *cli) *cobra.Command {
 		RunE: func(cmd *cobra.Command, names []string) error {
 			var errs []error
 			for _, name := range names {
-				err := c.host.DeleteSnapshot(cmd.Context(), name)
+				err := c.host.DeleteSnapshot(cmd.Context(), project, name)
 				if err != nil && !(force && connect.CodeOf(err) == connect.CodeNotFound) {
 					errs = append(errs, err)
 					continue
@@ -82,6 +87,7 @@ func newSnapshotRm(c *cli) *cobra.Command {
 			return all(errs)
 		},
 	}
+	cmd.Flags().StringVar(&project, "project", "", "project of the snapshots, for who commands the host; your own when empty")
 	cmd.Flags().BoolVarP(&force, "force", "f", false, "do not fail for a snapshot that does not exist")
 	return cmd
 }
@@ -115,20 +121,31 @@ func newSnapshots(c *cli) *cobra.Command {
 				return printJSON(out, resp)
 			case quiet:
 				for _, s := range resp.Snapshots {
-					fmt.Fprintln(out, s.Name)
+					if s.Project == "" {
+						fmt.Fprintln(out, s.Name)
+					}
 				}
 				return nil
 			}
 			w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-			row(w, "NAME", "SANDBOX ID", "TEMPLATE", "VCPUS", "MEMORY", "SIZE", "CREATED")
+			head := []any{"NAME", "SANDBOX ID", "TEMPLATE", "VCPUS", "MEMORY", "SIZE", "CREATED"}
+			others := slices.ContainsFunc(resp.Snapshots, func(s *hostagentv1.Snapshot) bool { return s.Project != "" })
+			if others {
+				head = append(head, "PROJECT")
+			}
+			row(w, head...)
 			for _, s := range resp.Snapshots {
-				row(w, s.Name, s.SandboxId, s.Template, s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb),
-					fmt.Sprintf("%d MiB", (s.SizeBytes+1<<20-1)>>20), rough(time.Since(time.Unix(s.CreatedAtUnix, 0)))+" ago")
+				cells := []any{s.Name, s.SandboxId, s.Template, s.Vcpus, fmt.Sprintf("%d MiB", s.MemoryMb),
+					fmt.Sprintf("%d MiB", (s.SizeBytes+1<<20-1)>>20), rough(time.Since(time.Unix(s.CreatedAtUnix, 0))) + " ago"}
+				if others {
+					cells = append(cells, cmp.Or(s.Project, "-"))
+				}
+				row(w, cells...)
 			}
 			return w.Flush()
 		},
 	}
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only names")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only names, without those of other projects")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
 }

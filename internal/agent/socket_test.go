@@ -1,9 +1,10 @@
 package agent
 
 import (
-	"bufio"
 	"context"
+	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -157,6 +159,38 @@ func TestSocketOfTheAgent(t *testing.T) {
 	r.wantNothing()
 }
 
+// localClient is a client of a Unix socket.
+func localClient(path string) *http.Client {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}
+	return &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: dial}}
+}
+
+// askAs makes a call of the control plane with a key, unless that is empty.
+func askAs(t *testing.T, c *http.Client, base, key, rpc, request string) (status int, answer string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost,
+		base+"/hostagent.v1.HostAgentService/"+rpc, strings.NewReader(request))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	if key != "" {
+		req.Header.Set("X-API-KEY", key)
+	}
+	resp, err := c.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	all, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(all)
+}
+
 // Over the socket everything goes on when there is a key, over TCP nothing does without.
 func TestSocketAfterAKeyIsMade(t *testing.T) {
 	r := newRig(t)
@@ -174,33 +208,11 @@ func TestSocketAfterAKeyIsMade(t *testing.T) {
 			t.Errorf("%s: HTTP %d, want %d", path, status, want)
 		}
 	}
-	path := socketPath(r.cfg.parts.run, r.cfg.StateDir)
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", path)
-	}
-	local := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: dial}}
-	ask := func(c *http.Client, base, key string) (int, string) {
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost,
-			base+"/hostagent.v1.HostAgentService/ListSandboxes", strings.NewReader("{}"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		req.Header.Set("Content-Type", "application/json")
-		if key != "" {
-			req.Header.Set("X-API-KEY", key)
-		}
-		resp, err := c.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer resp.Body.Close()
-		line, _ := bufio.NewReader(resp.Body).ReadString(0)
-		return resp.StatusCode, line
-	}
-	if status, list := ask(local, "http://localhost", ""); status != http.StatusOK || !strings.Contains(list, id) {
+	local := localClient(socketPath(r.cfg.parts.run, r.cfg.StateDir))
+	if status, list := askAs(t, local, "http://localhost", "", "ListSandboxes", "{}"); status != http.StatusOK || !strings.Contains(list, id) {
 		t.Errorf("over the socket: HTTP %d, %s", status, list)
 	}
-	status, list := ask(http.DefaultClient, "http://"+r.agent.Addr().String(), secret)
+	status, list := askAs(t, http.DefaultClient, "http://"+r.agent.Addr().String(), secret, "ListSandboxes", "{}")
 	if status != http.StatusOK || strings.Contains(list, id) {
 		t.Errorf("TCP with a key: HTTP %d, %s", status, list)
 	}
@@ -224,5 +236,64 @@ func TestListenUnixFails(t *testing.T) {
 	defer s.Close()
 	if info, err := os.Stat(path); err != nil || info.Mode() != fs.ModeSocket|0o600 {
 		t.Errorf("%v, %v", info.Mode(), err)
+	}
+}
+
+// The host sees and deletes the snapshots of all projects; a project those of its own.
+func TestSnapshotsOfProjects(t *testing.T) {
+	testenv.Root(t) // publishing reads the files of a snapshot, which only root may
+	r := newRig(t)
+	r.start()
+	local := localClient(socketPath(r.cfg.parts.run, r.cfg.StateDir))
+	secrets := map[string]string{}
+	for _, project := range []string{"blue", "red"} {
+		secret, _, err := r.agent.keys.CreateKey(project, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		secrets[project] = secret
+		_, answer := askAs(t, http.DefaultClient, "http://"+r.agent.Addr().String(), secret, "CreateSandbox", "{}")
+		var made struct{ SandboxID string }
+		if err := json.Unmarshal([]byte(answer), &made); err != nil {
+			t.Fatal(err)
+		}
+		status, answer := askAs(t, http.DefaultClient, "http://"+r.agent.Addr().String(), secret, "SnapshotSandbox",
+			`{"sandbox_id":"`+made.SandboxID+`","name":"same"}`)
+		if status != http.StatusOK {
+			t.Fatalf("snapshot: HTTP %d, %s", status, answer)
+		}
+	}
+	list := func(c *http.Client, base, secret string) (projects []string) {
+		t.Helper()
+		_, answer := askAs(t, c, base, secret, "ListSnapshots", "{}")
+		var all struct {
+			Snapshots []struct{ Name, Project string }
+		}
+		if err := json.Unmarshal([]byte(answer), &all); err != nil {
+			t.Fatalf("%s: %v", answer, err)
+		}
+		for _, s := range all.Snapshots {
+			projects = append(projects, s.Name+" of "+s.Project)
+		}
+		return projects
+	}
+	tcp := "http://" + r.agent.Addr().String()
+	if got := list(local, "http://localhost", ""); !slices.Equal(got, []string{"same of blue", "same of red"}) {
+		t.Errorf("the host lists %q", got)
+	}
+	if got := list(http.DefaultClient, tcp, secrets["blue"]); !slices.Equal(got, []string{"same of "}) {
+		t.Errorf("blue lists %q", got)
+	}
+	status, _ := askAs(t, http.DefaultClient, tcp, secrets["blue"], "DeleteSnapshot", `{"name":"same","project":"red"}`)
+	if status != http.StatusNotFound {
+		t.Errorf("blue deletes red's: HTTP %d", status)
+	}
+	for request, want := range map[string]int{`{"name":"same"}`: 404, `{"name":"same","project":"red"}`: 200} {
+		if status, answer := askAs(t, local, "http://localhost", "", "DeleteSnapshot", request); status != want {
+			t.Errorf("the host deletes %s: HTTP %d, %s", request, status, answer)
+		}
+	}
+	if got := list(local, "http://localhost", ""); !slices.Equal(got, []string{"same of blue"}) {
+		t.Errorf("after the deletion the host lists %q", got)
 	}
 }

@@ -183,10 +183,11 @@ func (h *Host) Snapshots(ctx context.Context) (*hostagentv1.ListSnapshotsRespons
 	return call(ctx, h.rpc.ListSnapshots, &hostagentv1.ListSnapshotsRequest{})
 }
 
-// DeleteSnapshot deletes a named snapshot. Sandboxes that were made from it
+// DeleteSnapshot deletes a named snapshot of a project; of the caller's own if that is
+// empty. Sandboxes that were made from it
 // go on.
-func (h *Host) DeleteSnapshot(ctx context.Context, name string) error {
-	_, err := call(ctx, h.rpc.DeleteSnapshot, &hostagentv1.DeleteSnapshotRequest{Name: name})
+func (h *Host) DeleteSnapshot(ctx context.Context, project, name string) error {
+	_, err := call(ctx, h.rpc.DeleteSnapshot, &hostagentv1.DeleteSnapshotRequest{Project: project, Name: name})
 	return err
 }
 

@@ -56,6 +56,7 @@ type Version struct {
 
 type service struct {
 	manager *sandbox.Manager
+	keys    *auth.Store
 	version Version
 	// templates returns the names of the host's templates.
 	templates func() ([]string, error)
@@ -119,7 +120,7 @@ func Register(mux *http.ServeMux, c Config) {
 // their caller in the context.
 func handler(c Config) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
-		&service{manager: c.Manager, version: c.Version, templates: c.Templates, log: c.Log},
+		&service{manager: c.Manager, keys: c.Keys, version: c.Version, templates: c.Templates, log: c.Log},
 		connect.WithReadMaxBytes(maxMessageBytes),
 		withStrictCodecs(),
 		connect.WithInterceptors(mapErrors{c.Log}, projects{c.Manager}, actors{}),
@@ -280,14 +281,30 @@ func (s *service) SnapshotSandbox(
 }
 
 func (s *service) ListSnapshots(ctx context.Context, _ *request[pb.ListSnapshotsRequest]) (*response[pb.ListSnapshotsResponse], error) {
-	owner, _ := project(ctx)
-	snapshots, err := s.manager.Snapshots(owner)
-	if err != nil {
-		return nil, err
+	own, all := project(ctx)
+	owners := []string{own}
+	if all {
+		projects, err := s.keys.Projects()
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range projects {
+			owners = append(owners, p.Name)
+		}
 	}
 	resp := &pb.ListSnapshotsResponse{}
-	for _, snapshot := range snapshots {
-		resp.Snapshots = append(resp.Snapshots, snapshotInfo(snapshot))
+	for _, owner := range owners {
+		snapshots, err := s.manager.Snapshots(owner)
+		if err != nil {
+			return nil, err
+		}
+		for _, snapshot := range snapshots {
+			info := snapshotInfo(snapshot)
+			if all {
+				info.Project = owner
+			}
+			resp.Snapshots = append(resp.Snapshots, info)
+		}
 	}
 	return connect.NewResponse(resp), nil
 }
@@ -295,7 +312,13 @@ func (s *service) ListSnapshots(ctx context.Context, _ *request[pb.ListSnapshots
 func (s *service) DeleteSnapshot(
 	ctx context.Context, req *request[pb.DeleteSnapshotRequest],
 ) (*response[pb.DeleteSnapshotResponse], error) {
-	owner, _ := project(ctx)
+	owner, all := project(ctx)
+	if other := req.Msg.Project; other != "" && other != owner {
+		if !all {
+			return nil, errdefs.NotFound.Errorf("snapshot %.70q does not exist", req.Msg.Name)
+		}
+		owner = other
+	}
 	return connect.NewResponse(&pb.DeleteSnapshotResponse{}), s.manager.DeleteSnapshot(ctx, owner, req.Msg.Name)
 }
 

@@ -1208,8 +1208,10 @@ type Snapshot struct {
 	// What it takes on the host's disk.
 	SizeBytes int64 `protobuf:"varint,7,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	// The ids of the template that the snapshot is, and of its build.
-	TemplateId    string `protobuf:"bytes,8,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
-	Build         string `protobuf:"bytes,9,opt,name=build,proto3" json:"build,omitempty"`
+	TemplateId string `protobuf:"bytes,8,opt,name=template_id,json=templateId,proto3" json:"template_id,omitempty"`
+	Build      string `protobuf:"bytes,9,opt,name=build,proto3" json:"build,omitempty"`
+	// The project that it belongs to; empty for the caller's own.
+	Project       string `protobuf:"bytes,10,opt,name=project,proto3" json:"project,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1307,6 +1309,13 @@ func (x *Snapshot) GetBuild() string {
 	return ""
 }
 
+func (x *Snapshot) GetProject() string {
+	if x != nil {
+		return x.Project
+	}
+	return ""
+}
+
 type ListSnapshotsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1388,8 +1397,11 @@ func (x *ListSnapshotsResponse) GetSnapshots() []*Snapshot {
 }
 
 type DeleteSnapshotRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The project that it belongs to; the caller's own when empty. Only a caller that
+	// commands the host may name another.
+	Project       string `protobuf:"bytes,2,opt,name=project,proto3" json:"project,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1427,6 +1439,13 @@ func (*DeleteSnapshotRequest) Descriptor() ([]byte, []int) {
 func (x *DeleteSnapshotRequest) GetName() string {
 	if x != nil {
 		return x.Name
+	}
+	return ""
+}
+
+func (x *DeleteSnapshotRequest) GetProject() string {
+	if x != nil {
+		return x.Project
 	}
 	return ""
 }
@@ -3626,7 +3645,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x17SnapshotSandboxResponse\x122\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x16.hostagent.v1.SnapshotR\bsnapshot\x12\x1b\n" +
 	"\tpaused_ms\x18\x02 \x01(\x03R\bpausedMs\x12\x17\n" +
-	"\atook_ms\x18\x03 \x01(\x03R\x06tookMs\"\x8a\x02\n" +
+	"\atook_ms\x18\x03 \x01(\x03R\x06tookMs\"\xa4\x02\n" +
 	"\bSnapshot\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -3639,12 +3658,15 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"size_bytes\x18\a \x01(\x03R\tsizeBytes\x12\x1f\n" +
 	"\vtemplate_id\x18\b \x01(\tR\n" +
 	"templateId\x12\x14\n" +
-	"\x05build\x18\t \x01(\tR\x05build\"\x16\n" +
+	"\x05build\x18\t \x01(\tR\x05build\x12\x18\n" +
+	"\aproject\x18\n" +
+	" \x01(\tR\aproject\"\x16\n" +
 	"\x14ListSnapshotsRequest\"M\n" +
 	"\x15ListSnapshotsResponse\x124\n" +
-	"\tsnapshots\x18\x01 \x03(\v2\x16.hostagent.v1.SnapshotR\tsnapshots\"+\n" +
+	"\tsnapshots\x18\x01 \x03(\v2\x16.hostagent.v1.SnapshotR\tsnapshots\"E\n" +
 	"\x15DeleteSnapshotRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\x18\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\aproject\x18\x02 \x01(\tR\aproject\"\x18\n" +
 	"\x16DeleteSnapshotResponse\"l\n" +
 	"\x14UpdateNetworkRequest\x12\x1d\n" +
 	"\n" +

@@ -114,7 +114,8 @@ type HostAgentServiceClient interface {
 	// SnapshotSandbox keeps the present state of a sandbox, which goes on, under
 	// a name that CreateSandbox takes as a template.
 	SnapshotSandbox(context.Context, *connect.Request[v1.SnapshotSandboxRequest]) (*connect.Response[v1.SnapshotSandboxResponse], error)
-	// ListSnapshots answers with every named snapshot of this host, newest first.
+	// ListSnapshots answers with every named snapshot of the caller's project, newest
+	// first; of all projects, one after the other, for a caller that commands the host.
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
 	// DeleteSnapshot removes a named snapshot. Sandboxes made from it go on.
 	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error)
@@ -428,7 +429,8 @@ type HostAgentServiceHandler interface {
 	// SnapshotSandbox keeps the present state of a sandbox, which goes on, under
 	// a name that CreateSandbox takes as a template.
 	SnapshotSandbox(context.Context, *connect.Request[v1.SnapshotSandboxRequest]) (*connect.Response[v1.SnapshotSandboxResponse], error)
-	// ListSnapshots answers with every named snapshot of this host, newest first.
+	// ListSnapshots answers with every named snapshot of the caller's project, newest
+	// first; of all projects, one after the other, for a caller that commands the host.
 	ListSnapshots(context.Context, *connect.Request[v1.ListSnapshotsRequest]) (*connect.Response[v1.ListSnapshotsResponse], error)
 	// DeleteSnapshot removes a named snapshot. Sandboxes made from it go on.
 	DeleteSnapshot(context.Context, *connect.Request[v1.DeleteSnapshotRequest]) (*connect.Response[v1.DeleteSnapshotResponse], error)

@@ -324,3 +324,49 @@ func TestProjectsAreApart(t *testing.T) {
 		t.Errorf("the host lists %+v, %v", all, err)
 	}
 }
+
+// TestSnapshotsOfProjects: a key's snapshots are its project's own. Others do not list,
+// use or delete them, and may have the same name.
+func TestSnapshotsOfProjects(t *testing.T) {
+	p := newPlane(t)
+	ids := map[string]string{}
+	secrets := map[string]string{}
+	for _, name := range []string{"blue", "red"} {
+		secret, _, err := p.keys.CreateKey(name, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		secrets[name] = secret
+		c := hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: withKey{secret, http.DefaultTransport}}, p.url)
+		created, err := c.CreateSandbox(t.Context(), connect.NewRequest(&pb.CreateSandboxRequest{}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req := &pb.SnapshotSandboxRequest{SandboxId: created.Msg.SandboxId, Name: "snap"}
+		made, err := c.SnapshotSandbox(t.Context(), connect.NewRequest(req))
+		if err != nil || made.Msg.Snapshot.Name != "snap" || made.Msg.Snapshot.TemplateId == "" || made.Msg.Snapshot.Build == "" {
+			t.Fatalf("%s snapshots %v, %v", name, made, err)
+		}
+		ids[name] = made.Msg.Snapshot.TemplateId
+		list, err := c.ListSnapshots(t.Context(), connect.NewRequest(&pb.ListSnapshotsRequest{}))
+		if err != nil || len(list.Msg.Snapshots) != 1 || list.Msg.Snapshots[0].TemplateId != ids[name] {
+			t.Errorf("%s lists %v, %v", name, list, err)
+		}
+	}
+	for _, text := range []string{ids["red"], "red/snap", ids["red"] + ":default"} {
+		for rpc, request := range map[string]string{"CreateSandbox": `{"template":%q}`, "DeleteSnapshot": `{"name":%q}`} {
+			if code, message := p.callAs(secrets["blue"], rpc, fmt.Sprintf(request, text)); code != "not_found" {
+				t.Errorf("%s of another's %s: %s, %s", rpc, text, code, message)
+			}
+		}
+	}
+	if code, message := p.callAs(secrets["blue"], "CreateSandbox", `{"template":"snap"}`); code != "" {
+		t.Errorf("from its own: %s, %s", code, message)
+	}
+	if code, message := p.callAs(secrets["blue"], "DeleteSnapshot", `{"name":"snap"}`); code != "" {
+		t.Errorf("delete its own: %s, %s", code, message)
+	}
+	if code, message := p.callAs(secrets["red"], "CreateSandbox", `{"template":"snap"}`); code != "" {
+		t.Errorf("the other's is gone: %s, %s", code, message)
+	}
+}

@@ -127,7 +127,7 @@ type e2bHost struct {
 }
 
 // startE2B starts an agent for one test, and makes a key.
-func startE2B(t *testing.T, args ...string) *e2bHost {
+func startE2B(t testing.TB, args ...string) *e2bHost {
 	t.Helper()
 	h := &e2bHost{agent: startAgent(t, args...)}
 	h.key = h.newKey(t)
@@ -137,7 +137,7 @@ func startE2B(t *testing.T, args ...string) *e2bHost {
 }
 
 // newKey makes a key with `wrenn key create`.
-func (h *e2bHost) newKey(t *testing.T, args ...string) string {
+func (h *e2bHost) newKey(t testing.TB, args ...string) string {
 	t.Helper()
 	cmd := exec.Command(filepath.Join(h.bin, "wrenn"), append([]string{"key", "create", "--state-dir", h.stateDir}, args...)...)
 	out, err := cmd.Output()

@@ -32,7 +32,7 @@ import (
 
 // rig is an agent on a machine without VMs and networks, which needs no root.
 type rig struct {
-	*testing.T
+	testing.TB
 	dir string
 	cfg Config
 	vms *vmmtest.Host
@@ -74,8 +74,8 @@ func (quietGuest) Exec(_ context.Context, cmd guest.Command) (guest.Result, erro
 	return guest.Result{Stdout: []byte(cmd.Cmd)}, nil
 }
 
-func newRig(t *testing.T) *rig {
-	r := &rig{T: t, dir: t.TempDir(), vms: vmmtest.NewHost(), log: &logged{}}
+func newRig(t testing.TB) *rig {
+	r := &rig{TB: t, dir: t.TempDir(), vms: vmmtest.NewHost(), log: &logged{}}
 	state := filepath.Join(r.dir, "state")
 	fill(t, state)
 	cfg := Defaults()
@@ -108,7 +108,7 @@ func newRig(t *testing.T) *rig {
 }
 
 // fill makes a state directory as setup leaves it, with files of a few bytes.
-func fill(t *testing.T, state string) {
+func fill(t testing.TB, state string) {
 	t.Helper()
 	for path, content := range map[string]string{
 		"kernels/default/vmlinux":     "kernel",

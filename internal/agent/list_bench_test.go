@@ -16,7 +16,8 @@ import (
 func BenchmarkListOfAKey(b *testing.B) {
 	const projects, each = 100, 50
 	r := newRig(b)
-	r.cfg.Rates, r.cfg.Capacity.Resources = auth.Rates{}, sandbox.Resources{Sandboxes: 1 << 20, VCPUs: 1 << 20, MemMiB: 1 << 30, DiskMiB: 1 << 40}
+	r.cfg.Rates = auth.Rates{}
+	r.cfg.Capacity.Resources = sandbox.Resources{Sandboxes: 1 << 20, VCPUs: 1 << 20, MemMiB: 1 << 30, DiskMiB: 1 << 40}
 	keys, err := auth.Open(r.cfg.StateDir)
 	if err != nil {
 		b.Fatal(err)

@@ -163,7 +163,7 @@ func (g *Gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case place == nil:
 		g.serveAgent(w, r)
 	case err != nil:
-		place.turnAway(w, r, place.refusal(err))
+		refuse(w, r, place.refusal(err))
 	default:
 		g.serveData(w, r, place, b)
 	}

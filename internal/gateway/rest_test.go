@@ -158,4 +158,8 @@ func TestPagesAskFirst(t *testing.T) {
 	if w.Code != http.StatusForbidden || w.Result().Header.Get("Access-Control-Allow-Origin") != "" {
 		t.Error("a page reads what the door says to it")
 	}
+	w = ask(refusing(t, &manager{}), "GET", "80-"+idA+".x", "/", "E2b-Sandbox-Id: "+idB)
+	if w.Code != http.StatusBadRequest || w.Result().Header.Get("Access-Control-Allow-Origin") != "" {
+		t.Error("a page reads the answer to a request with two names")
+	}
 }

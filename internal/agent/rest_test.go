@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/e2b"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
@@ -86,5 +87,21 @@ func TestRESTWithRequestsOfTheDocument(t *testing.T) {
 	r.wantNothing()
 	if strings.Contains(r.log.String(), "level=ERROR") {
 		t.Error("the agent logged an error")
+	}
+}
+
+// A sandbox has the disk that it was made with, also when the agent makes others larger.
+func TestRESTTellsTheSizeOfADisk(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	id := r.create()
+	if err := r.ended(); err != nil {
+		t.Fatal(err)
+	}
+	r.cfg.OverlayMiB = 128
+	r.start()
+	manager, _ := e2b.OfHost(r.agent.base.manager, r.agent.templates, r.cfg.OverlayMiB)
+	if sb, err := manager.Get(sandbox.ID(id)); err != nil || sb.DiskMiB != 64 {
+		t.Errorf("its disk has %d MiB, want 64, %v", sb.DiskMiB, err)
 	}
 }

@@ -17,7 +17,6 @@ import (
 type ofHost struct {
 	sandboxes *sandbox.Manager
 	templates hostTemplates
-	diskMiB   int
 }
 
 // hostTemplates is Templates over the templates of this host.
@@ -28,10 +27,10 @@ type hostTemplates struct {
 }
 
 // OfHost returns what the handlers need of the sandboxes and templates of this host.
-// diskMiB is the size of a sandbox's disk.
+// diskMiB is the size of a new sandbox's disk.
 func OfHost(sandboxes *sandbox.Manager, templates *template.Store, diskMiB int) (Manager, Templates) {
 	t := hostTemplates{sandboxes, templates, diskMiB}
-	return ofHost{sandboxes, t, diskMiB}, t
+	return ofHost{sandboxes, t}, t
 }
 
 func (h ofHost) NewID() sandbox.ID { return h.sandboxes.NewID() }
@@ -49,7 +48,7 @@ func (h ofHost) Create(ctx context.Context, r CreateRequest) (Sandbox, error) {
 func (h ofHost) sandbox(i sandbox.Info) Sandbox {
 	return Sandbox{
 		ID: i.ID, Project: i.Labels.Project, State: i.State, Template: i.TemplateID, Alias: i.Template,
-		VCPUs: i.VCPUs, MemMiB: i.MemMiB, DiskMiB: h.diskMiB, EnvdVersion: i.EnvdVersion,
+		VCPUs: i.VCPUs, MemMiB: i.MemMiB, DiskMiB: i.DiskMiB, EnvdVersion: i.EnvdVersion,
 		StartedAt: i.StartedAt, EndAt: i.EndAt, PausedAt: i.PausedAt, Pausing: i.Pausing, OnEnd: i.OnEnd, AutoResume: i.AutoResume,
 		FilesOnly: i.FilesOnly, Metadata: i.Labels.Metadata, Egress: i.Network.Egress, Ingress: i.Ingress,
 	}

@@ -313,6 +313,7 @@ type Info struct {
 	Snapshot   string
 	VCPUs      int
 	MemMiB     int
+	DiskMiB    int
 	CPU        string // as vmm.Handle has it; empty without a VM
 	Timeout    time.Duration
 	OnTimeout  OnTimeout
@@ -368,7 +369,7 @@ func (r Record) info() Info {
 	info := Info{
 		ID: r.ID, State: r.State, Reason: r.Reason, Detail: r.Detail,
 		Template: r.Template, TemplateID: r.templateID(), Build: r.Build, Snapshot: r.Snapshot,
-		VCPUs: r.VCPUs, MemMiB: r.MemMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
+		VCPUs: r.VCPUs, MemMiB: r.MemMiB, DiskMiB: r.DiskMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
 		EndAt: r.EndAt, OnEnd: r.OnEnd, Life: r.Life, AutoResume: r.AutoResume,
 		Network: r.Network.clone(), Ingress: r.Ingress.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
 		FilesOnly: r.FilesOnly, EnvdVersion: cmp.Or(r.EnvdVersion, guestapi.E2BVersion),

@@ -453,7 +453,7 @@ func TestDamagedInfo(t *testing.T) {
 	if err != nil || len(info.Builds) != 2 {
 		t.Errorf("made again: %+v, %v", info, err)
 	}
-	s = open(t, s.Dir())
+	open(t, s.Dir())
 	if missing(base) {
 		t.Error("the build before is gone")
 	}

@@ -498,7 +498,7 @@ func (h *e2bHost) showSilentStream() (err error) {
 	defer func() { err = errors.Join(err, h.kill(id)) }()
 	_, err = h.Exec(context.Background(), connect.NewRequest(&hostagentv1.ExecRequest{
 		SandboxId: strings.Replace(id, "sb", "sb-", 1), Cmd: "sh",
-		Args: []string{"-c", "printf %s \"$1\" > /root/silent.py; python3 /root/silent.py >/dev/null 2>&1 &", "sh", silentServer},
+		Args: []string{"-c", "printf %s \"$1\" > /tmp/silent.py; python3 /tmp/silent.py >/dev/null 2>&1 &", "sh", silentServer},
 	}))
 	if err != nil {
 		return err

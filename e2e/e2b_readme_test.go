@@ -78,7 +78,11 @@ func TestE2BAsInREADME(t *testing.T) {
 	for i, name := range []string{"Python", "Python with async"} {
 		t.Run(name, func(t *testing.T) {
 			out, err := inShell(`exec python3 "$1"`, write(t, "*.py", blocks(t, "python")[i])).CombinedOutput()
-			if strings.TrimSpace(string(out)) != "42" || err != nil && !abortsAtItsEnd(err) {
+			if name == "Python with async" && abortsAtItsEnd(err) {
+				t.Logf("it is ended by SIGABRT after it printed %q", out)
+				err = nil
+			}
+			if strings.TrimSpace(string(out)) != "42" || err != nil {
 				t.Errorf("it prints %q, %v", out, err)
 			}
 		})

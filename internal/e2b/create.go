@@ -25,11 +25,9 @@ const (
 	defaultRefresh   = 15
 )
 
-// Bounds of a sandbox's metadata.
-const (
-	maxMetadata      = 1024
-	maxMetadataBytes = 64 << 10
-)
+// defaultUser runs programs, as E2B's clients expect it, in a sandbox of a template that
+// the host itself has: that names root, for wrenn.
+const defaultUser = "user"
 
 var idempotencyKey = regexp.MustCompile(`^[a-z0-9-]{1,255}$`)
 
@@ -88,8 +86,8 @@ func (s *server) createRequest(ctx context.Context, body api.NewSandbox, timeout
 	if req.OnEnd, err = onEnd(body, req.AutoResume); err != nil {
 		return req, err
 	}
-	if err := checkMetadata(req.Metadata); err != nil {
-		return req, err
+	if err := sandbox.CheckMetadata(req.Metadata); err != nil {
+		return req, refuse(http.StatusBadRequest, "%s", err)
 	}
 	if err := sandbox.CheckEnv(req.Env); err != nil {
 		return req, refuse(http.StatusBadRequest, "envVars: %s", err)
@@ -122,18 +120,6 @@ func onEnd(body api.NewSandbox, autoResume bool) (Action, error) {
 	return Kill, nil
 }
 
-func checkMetadata(metadata map[string]string) error {
-	size := 0
-	for k, v := range metadata {
-		size += len(k) + len(v)
-	}
-	if len(metadata) > maxMetadata || size > maxMetadataBytes {
-		return refuse(http.StatusBadRequest, "metadata has %d pairs of %d bytes, at most %d of %d are possible",
-			len(metadata), size, maxMetadata, maxMetadataBytes)
-	}
-	return nil
-}
-
 // timeout reads a life in seconds, of which there must be at least some.
 func (s *server) timeout(seconds, least int) (time.Duration, error) {
 	longest := int(s.MaxTimeout / time.Second)
@@ -154,6 +140,9 @@ func (s *server) createNow(ctx context.Context, req CreateRequest, templateID st
 		return api.Sandbox{}, err
 	}
 	req.Template, req.Build = t.ID, build
+	if t.Project == "" && t.Source == "" {
+		req.User = defaultUser
+	}
 	sb, err := s.Manager.Create(ctx, req)
 	if err != nil {
 		return api.Sandbox{}, s.notCreated(err)

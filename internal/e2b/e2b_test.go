@@ -184,6 +184,17 @@ func TestCreate(t *testing.T) {
 			if life := end.Sub(start); life != c.life {
 				t.Errorf("it lives %s, want %s", life, c.life)
 			}
+			made, _ := sandbox.ParseLooseID(id)
+			if req := h.fake.requests[made]; req.User != "user" {
+				t.Errorf("programs run as %q", req.User)
+			}
+			// What is made of a snapshot has the snapshot's user.
+			snap := h.want(h.call("POST", "/sandboxes/"+id+"/snapshots", "{}"), 201, "").field("snapshotID").(string)
+			r = h.want(h.call("POST", c.path, `{"templateID":"`+snap+`"}`), 201, "")
+			made, _ = sandbox.ParseLooseID(r.field("sandboxID").(string))
+			if req := h.fake.requests[made]; req.User != "" {
+				t.Errorf("programs of a sandbox of a snapshot run as %q", req.User)
+			}
 		})
 	}
 }

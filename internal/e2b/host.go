@@ -38,7 +38,7 @@ func (h ofHost) NewID() sandbox.ID { return h.sandboxes.NewID() }
 func (h ofHost) Create(ctx context.Context, r CreateRequest) (Sandbox, error) {
 	created, err := h.sandboxes.Create(ctx, sandbox.CreateRequest{
 		ID: r.ID, Template: r.Template + ":" + r.Build, Life: r.Timeout, OnEnd: r.OnEnd, AutoResume: r.AutoResume,
-		Network: sandbox.Policy{Egress: r.Egress}, Ingress: r.Ingress, Login: sandbox.Login{Env: r.Env},
+		Network: sandbox.Policy{Egress: r.Egress}, Ingress: r.Ingress, Login: sandbox.Login{User: r.User, Env: r.Env},
 		Labels: sandbox.Labels{Project: r.Project, Metadata: r.Metadata},
 	})
 	return h.sandbox(created.Info), err

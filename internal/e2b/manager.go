@@ -80,6 +80,8 @@ type CreateRequest struct {
 	Project string
 	// Template and Build are ids.
 	Template, Build string
+	// User runs programs that name none; empty is the template's or the snapshot's.
+	User string
 	// Timeout is from the moment at which the sandbox runs until its end. It is kept:
 	// the life after an automatic resume goes by it.
 	Timeout    time.Duration

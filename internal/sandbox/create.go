@@ -100,7 +100,7 @@ func (r *CreateRequest) check() error {
 	}
 	errs = append(errs, r.checkLife(), checkTimeout(r.Timeout), r.OnTimeout.check("on_timeout"), r.checkEnd(), r.OnEnd.check("on_deadline"),
 		CheckUser(r.Login.User), CheckEnv(r.Login.Env),
-		checkMetadata(r.Labels.Metadata))
+		CheckMetadata(r.Labels.Metadata))
 	if err := errors.Join(errs...); err != nil {
 		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 	}

@@ -15,9 +15,9 @@ const (
 	MaxMetadataBytes = 16 << 10
 )
 
-// checkMetadata says whether a sandbox can have this metadata. JSON keeps valid UTF-8
+// CheckMetadata says whether a sandbox can have this metadata. JSON keeps valid UTF-8
 // as it is, and nothing else.
-func checkMetadata(metadata map[string]string) error {
+func CheckMetadata(metadata map[string]string) error {
 	if len(metadata) > MaxMetadata {
 		return fmt.Errorf("metadata has %d pairs, at most %d are possible", len(metadata), MaxMetadata)
 	}

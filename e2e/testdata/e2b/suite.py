@@ -74,6 +74,8 @@ def life():
         return
     with show(9):
         assert box.commands.run("echo $FROM_CREATE").stdout == "one two\n"
+        assert box.commands.run("id -un; pwd; sudo id -un").stdout == "user\n/home/user\nroot\n"
+        assert box.commands.run("id -un", user="root").stdout == "root\n"
         assert box.commands.run("echo $X", envs={"X": "2"}).stdout == "2\n"
         assert box.commands.run("echo $X").stdout == "\n"
         assert raises(CommandExitException, box.commands.run, "exit 3").exit_code == 3

@@ -155,6 +155,35 @@ func (a *agent) reboot(t *testing.T) {
 	}
 }
 
+// TestDrain: a drained host has hibernated what ran and has no agent; the next one resumes
+// it.
+func TestDrain(t *testing.T) {
+	a := startAgent(t)
+	b := a.create(t, nil)
+	b.count()
+	b.next()
+	if out, err := a.cli(t, "drain", "--hibernate"); err != nil || strings.TrimSpace(string(out)) != "drained" {
+		t.Fatalf("drain: %v: %s", err, out)
+	}
+	select {
+	case <-a.gone:
+	case <-time.After(stopLimit):
+		t.Fatal("the agent goes on")
+	}
+	if a.err != nil {
+		t.Errorf("the agent ended with %v", a.err)
+	}
+	if err := a.start("--on-shutdown=destroy"); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.resume(); err != nil {
+		t.Fatal(err)
+	}
+	if n := b.next(); n != 2 {
+		t.Errorf("the counter is at %d, want 2", n)
+	}
+}
+
 func TestHibernateWhenIdle(t *testing.T) {
 	a := sharedAgent(t)
 	b := a.create(t, &hostagentv1.CreateSandboxRequest{TimeoutSec: 1, OnTimeout: "hibernate"})

@@ -43,7 +43,7 @@ func printHost(out io.Writer, h *hostagentv1.GetHostResponse) error {
 	w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
 	status := "ready"
 	if h.Draining {
-		status = "shutting down"
+		status = "draining"
 	}
 	row(w, "STATUS", cmp.Or(h.Fault, status))
 	row(w, "VERSION", h.Version)

@@ -175,7 +175,7 @@ Then, as any user who can reach the agent:
 		cmd.PersistentPreRunE = c.connect
 		root.AddCommand(cmd)
 	}
-	root.AddCommand(newHost(c), newVersion(c))
+	root.AddCommand(newHost(c), newDrain(c), newVersion(c))
 	return root
 }
 

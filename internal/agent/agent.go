@@ -99,6 +99,8 @@ type Agent struct {
 	listener  net.Listener
 	socket    net.Listener
 	door      *gateway.Gateway
+	// drained is closed when a drain is done.
+	drained chan struct{}
 }
 
 // base is an agent without its API: what manages sandboxes.
@@ -122,7 +124,7 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, log: cfg.Log, templates: templates}
+	a := &Agent{cfg: cfg, log: cfg.Log, templates: templates, drained: make(chan struct{})}
 	report := chosen.Report
 	a.log.Info("vmm chosen", "vmm", chosen.Driver.Name(), "version", report.Version, "accel", report.Accel,
 		"cpu", report.CPU, "why", chosen.Why)
@@ -270,7 +272,7 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	})
 	server.Register(mux, server.Config{
 		Keys: a.keys, Limiter: limiter, Keyless: a.cfg.onLoopback(),
-		Manager: a.base.manager, Version: version, Templates: a.templateNames, Panics: &panics, Log: a.log,
+		Manager: a.base.manager, Version: version, Templates: a.templateNames, End: func() { close(a.drained) }, Panics: &panics, Log: a.log,
 		Slots:   func() map[string]int { return a.base.network.Stats().ByState() },
 		Names:   func() server.NameCounts { return server.NameCounts(a.base.network.NameCounts()) },
 		Refused: door.Refused,
@@ -329,6 +331,8 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	a.log.Info("serving", "listen", a.Addr().String(), "socket", a.socket.Addr().String(), "pid", strconv.Itoa(os.Getpid()))
 	select {
 	case err = <-served:
+	case <-a.drained:
+		a.log.Info("drained")
 	case <-ctx.Done():
 		a.log.Info("shutting down", "sandboxes", map[bool]string{false: "leave", true: "destroy"}[a.cfg.DestroyAtEnd])
 	}

@@ -40,7 +40,8 @@ type rig struct {
 
 	net   *networktest.Network
 	agent *Agent
-	ended func() error // ends the agent and returns what Run did
+	wait  func() error // returns what Run did, when it has
+	ended func() error // ends the agent first
 }
 
 // logged is a log that a test can read while it is written.
@@ -143,7 +144,8 @@ func (r *rig) start() {
 	ctx, end := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx) }()
-	r.ended = sync.OnceValue(func() error { end(); return <-done })
+	r.wait = sync.OnceValue(func() error { return <-done })
+	r.ended = func() error { end(); return r.wait() }
 	r.Cleanup(func() {
 		if err := r.ended(); err != nil {
 			r.Errorf("Run: %v", err)
@@ -370,7 +372,7 @@ func TestReadinessWhileTheAgentEnds(t *testing.T) {
 	if err := r.agent.base.manager.Shutdown(t.Context(), false); err != nil {
 		t.Fatal(err)
 	}
-	if status, body := r.get("/readyz"); status != http.StatusServiceUnavailable || !strings.Contains(body, "shutting down") {
+	if status, body := r.get("/readyz"); status != http.StatusServiceUnavailable || !strings.Contains(body, "draining") {
 		t.Errorf("/readyz: HTTP %d, %q", status, body)
 	}
 	if status, _ := r.get("/healthz"); status != http.StatusOK {
@@ -400,6 +402,66 @@ func TestStoresThatCannotBeOpened(t *testing.T) {
 		t.Errorf("no directory of requests: %v", err)
 	}
 	r.wantNothing()
+}
+
+// A drained agent has hibernated its sandboxes, lets none be made or resumed, says so, and
+// ends.
+func TestDrain(t *testing.T) {
+	r := newRig(t)
+	r.start()
+	asleep, running := r.create(), r.create()
+	if status, answer := r.call("PauseSandbox", `{"sandbox_id":"`+asleep+`","to_disk":true}`); status != http.StatusOK {
+		t.Fatal(answer)
+	}
+	if status, answer := r.call("DrainHost", `{"timeout_sec":-1}`); status != http.StatusBadRequest {
+		t.Errorf("a negative time: HTTP %d, %v", status, answer)
+	}
+	drained := make(chan map[string]any, 1)
+	go func() {
+		_, answer := r.call("DrainHost", `{"timeout_sec":600}`)
+		drained <- answer
+	}()
+	for {
+		status, body := r.get("/readyz")
+		if status == http.StatusServiceUnavailable && strings.Contains(body, "draining") {
+			break
+		}
+	}
+	if status, body := r.get("/healthz"); status != http.StatusOK {
+		t.Errorf("/healthz: HTTP %d %s", status, body)
+	}
+	for rpc, request := range map[string]string{
+		"CreateSandbox": `{}`, "ResumeSandbox": `{"sandbox_id":"` + asleep + `"}`, "ForkSandbox": `{"sandbox_id":"` + running + `"}`,
+	} {
+		if status, answer := r.call(rpc, request); status != http.StatusServiceUnavailable {
+			t.Errorf("%s: HTTP %d, %v", rpc, status, answer)
+		}
+	}
+	if status, answer := r.call("DrainHost", `{"hibernate":true}`); answer["code"] != "aborted" {
+		t.Errorf("a second drain: HTTP %d, %v", status, answer)
+	}
+	if status, answer := r.call("PauseSandbox", `{"sandbox_id":"`+running+`","to_disk":true}`); status != http.StatusOK {
+		t.Errorf("hibernate: %v", answer) // the last one: the drain is over
+	}
+	if answer := <-drained; answer["left"] != nil || answer["code"] != nil {
+		t.Errorf("drain answers %v", answer)
+	}
+	if err := r.wait(); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+	r.start() // the next agent has both
+	if got := r.list(); len(got) != 2 {
+		t.Errorf("there are %v", got)
+	}
+	if status, answer := r.call("ResumeSandbox", `{"sandbox_id":"`+asleep+`"}`); status != http.StatusOK {
+		t.Errorf("resume: %v", answer)
+	}
+	if _, answer := r.call("DrainHost", `{"hibernate":true}`); answer["left"] != nil || answer["code"] != nil {
+		t.Errorf("drain answers %v", answer)
+	}
+	if err := r.wait(); err != nil {
+		t.Errorf("Run: %v", err)
+	}
 }
 
 func TestPrepare(t *testing.T) {

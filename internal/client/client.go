@@ -123,6 +123,14 @@ func (h *Host) About(ctx context.Context) (*hostagentv1.GetHostResponse, error) 
 	return call(ctx, h.rpc.GetHost, &hostagentv1.GetHostRequest{})
 }
 
+// Drain lets the agent take no more sandboxes, hibernates those that are there or waits for
+// their end, and ends the agent, after timeout in any case. It returns how many still have
+// a VM.
+func (h *Host) Drain(ctx context.Context, hibernate bool, timeout time.Duration) (left int, err error) {
+	resp, err := call(ctx, h.rpc.DrainHost, &hostagentv1.DrainHostRequest{Hibernate: hibernate, TimeoutSec: int64(timeout / time.Second)})
+	return int(resp.GetLeft()), err
+}
+
 // Version returns the agent's version and its VMM's.
 func (h *Host) Version(ctx context.Context) (*hostagentv1.GetVersionResponse, error) {
 	return call(ctx, h.rpc.GetVersion, &hostagentv1.GetVersionRequest{})

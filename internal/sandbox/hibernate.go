@@ -172,6 +172,9 @@ func (h *holdings) freeHibernated(b *box) error {
 // it is hibernated as before. Called with the op lock held.
 func (m *Manager) resumeFromDisk(ctx context.Context, b *box, how resuming) error {
 	fail := func(err error) error { return fmt.Errorf("resume sandbox %s: %w", b.id, errdefs.DiskFull(err)) }
+	if m.Draining() {
+		return fail(errShutDown)
+	}
 	rec := b.record()
 	if rec.Slot != 0 || b.op.vm != nil {
 		if err := m.freeHibernated(b); err != nil {

@@ -75,7 +75,7 @@ func (r *registry) drain() {
 	r.draining = true
 }
 
-// Draining says whether the manager has begun to shut down.
+// Draining says whether the manager is drained or shut down.
 func (r *registry) Draining() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -123,6 +123,7 @@ var rules = map[string]rule{
 	hostagentv1connect.HostAgentServiceGetConsoleProcedure:      ofSandbox,
 	hostagentv1connect.HostAgentServiceVerifyProcedure:          hostOnly,
 	hostagentv1connect.HostAgentServiceGetVersionProcedure:      anyKey,
+	hostagentv1connect.HostAgentServiceDrainHostProcedure:       hostOnly,
 	hostagentv1connect.HostAgentServiceGetHostProcedure:         anyKey,
 }
 

@@ -2,10 +2,12 @@ package server
 
 import (
 	"context"
+	"time"
 
 	"connectrpc.com/connect"
 
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
@@ -37,6 +39,40 @@ func (s *service) GetHost(ctx context.Context, _ *request[pb.GetHostRequest]) (*
 		resp.Drivers = append(resp.Drivers, driver)
 	}
 	return connect.NewResponse(resp), nil
+}
+
+// Bounds of a drain.
+const (
+	drainTimeout    = 10 * time.Minute
+	maxDrainTimeout = 24 * time.Hour
+)
+
+// DrainHost goes on when its caller does not.
+func (s *service) DrainHost(ctx context.Context, req *request[pb.DrainHostRequest]) (*response[pb.DrainHostResponse], error) {
+	timeout := time.Duration(req.Msg.TimeoutSec) * time.Second
+	if timeout == 0 {
+		timeout = drainTimeout
+	}
+	if timeout < 0 || timeout > maxDrainTimeout || req.Msg.TimeoutSec > int64(maxDrainTimeout/time.Second) {
+		return nil, errdefs.InvalidArgument.Errorf("timeout_sec is %d, must be 0 to %d", req.Msg.TimeoutSec, maxDrainTimeout/time.Second)
+	}
+	if !s.draining.CompareAndSwap(false, true) {
+		return nil, errdefs.Busy.Errorf("the host is being drained")
+	}
+	s.log.Info("host is drained", "hibernate", req.Msg.Hibernate, "timeout", timeout)
+	drained := make(chan int, 1)
+	go func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), timeout)
+		defer cancel()
+		drained <- s.manager.Drain(ctx, req.Msg.Hibernate)
+		s.end()
+	}()
+	select {
+	case left := <-drained:
+		return connect.NewResponse(&pb.DrainHostResponse{Left: int32(left)}), nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 func hostResources(r sandbox.Resources) *pb.HostResources {

@@ -60,7 +60,10 @@ type service struct {
 	version Version
 	// templates returns the names of the host's templates.
 	templates func() ([]string, error)
-	log       *slog.Logger
+	// draining says that a drain has begun, which calls end when it is done.
+	draining atomic.Bool
+	end      func()
+	log      *slog.Logger
 }
 
 // Of the control plane's calls.
@@ -91,6 +94,8 @@ type Config struct {
 	Version Version
 	// Templates returns the names of the host's templates.
 	Templates func() ([]string, error)
+	// End ends the agent, after a drain.
+	End func()
 	// Slots counts the network's slots by state, Refused the connections that were
 	// closed because there were too many.
 	Slots   func() map[string]int
@@ -120,7 +125,7 @@ func Register(mux *http.ServeMux, c Config) {
 // their caller in the context.
 func handler(c Config) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
-		&service{manager: c.Manager, keys: c.Keys, version: c.Version, templates: c.Templates, log: c.Log},
+		&service{manager: c.Manager, keys: c.Keys, version: c.Version, templates: c.Templates, end: c.End, log: c.Log},
 		connect.WithReadMaxBytes(maxMessageBytes),
 		withStrictCodecs(),
 		connect.WithInterceptors(mapErrors{c.Log}, projects{c.Manager}, actors{}),
@@ -131,12 +136,12 @@ func handler(c Config) (string, http.Handler) {
 	)
 }
 
-// ready answers GET /readyz: 503 while the agent shuts down and takes no more
-// sandboxes, or while the host reaches none of its guests.
+// ready answers GET /readyz: 503 while the agent is drained or shuts down and takes no
+// more sandboxes, or while the host reaches none of its guests.
 func ready(manager *sandbox.Manager) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		if manager.Draining() {
-			http.Error(w, "shutting down", http.StatusServiceUnavailable)
+			http.Error(w, "draining", http.StatusServiceUnavailable)
 			return
 		}
 		if fault := manager.HostFault(); fault != "" {

@@ -3235,6 +3235,107 @@ func (*GetHostRequest) Descriptor() ([]byte, []int) {
 	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{47}
 }
 
+type DrainHostRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Hibernate all sandboxes. Otherwise they go on until they end or hibernate by
+	// themselves.
+	Hibernate bool `protobuf:"varint,1,opt,name=hibernate,proto3" json:"hibernate,omitempty"`
+	// Seconds until the agent ends in any case; 600 when 0, at most 86400. VMs that are left
+	// go on without it, as its --on-shutdown says.
+	TimeoutSec    int64 `protobuf:"varint,2,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainHostRequest) Reset() {
+	*x = DrainHostRequest{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainHostRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainHostRequest) ProtoMessage() {}
+
+func (x *DrainHostRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainHostRequest.ProtoReflect.Descriptor instead.
+func (*DrainHostRequest) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *DrainHostRequest) GetHibernate() bool {
+	if x != nil {
+		return x.Hibernate
+	}
+	return false
+}
+
+func (x *DrainHostRequest) GetTimeoutSec() int64 {
+	if x != nil {
+		return x.TimeoutSec
+	}
+	return 0
+}
+
+type DrainHostResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Number of sandboxes that still have a VM.
+	Left          int32 `protobuf:"varint,1,opt,name=left,proto3" json:"left,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainHostResponse) Reset() {
+	*x = DrainHostResponse{}
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainHostResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainHostResponse) ProtoMessage() {}
+
+func (x *DrainHostResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainHostResponse.ProtoReflect.Descriptor instead.
+func (*DrainHostResponse) Descriptor() ([]byte, []int) {
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *DrainHostResponse) GetLeft() int32 {
+	if x != nil {
+		return x.Left
+	}
+	return 0
+}
+
 type GetHostResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Version of the host agent.
@@ -3265,7 +3366,7 @@ type GetHostResponse struct {
 
 func (x *GetHostResponse) Reset() {
 	*x = GetHostResponse{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3277,7 +3378,7 @@ func (x *GetHostResponse) String() string {
 func (*GetHostResponse) ProtoMessage() {}
 
 func (x *GetHostResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[48]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3290,7 +3391,7 @@ func (x *GetHostResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetHostResponse.ProtoReflect.Descriptor instead.
 func (*GetHostResponse) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{48}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GetHostResponse) GetVersion() string {
@@ -3392,7 +3493,7 @@ type HostResources struct {
 
 func (x *HostResources) Reset() {
 	*x = HostResources{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3404,7 +3505,7 @@ func (x *HostResources) String() string {
 func (*HostResources) ProtoMessage() {}
 
 func (x *HostResources) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[49]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3417,7 +3518,7 @@ func (x *HostResources) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostResources.ProtoReflect.Descriptor instead.
 func (*HostResources) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{49}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *HostResources) GetSandboxes() int32 {
@@ -3467,7 +3568,7 @@ type HostDriver struct {
 
 func (x *HostDriver) Reset() {
 	*x = HostDriver{}
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3479,7 +3580,7 @@ func (x *HostDriver) String() string {
 func (*HostDriver) ProtoMessage() {}
 
 func (x *HostDriver) ProtoReflect() protoreflect.Message {
-	mi := &file_hostagent_v1_hostagent_proto_msgTypes[50]
+	mi := &file_hostagent_v1_hostagent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3492,7 +3593,7 @@ func (x *HostDriver) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostDriver.ProtoReflect.Descriptor instead.
 func (*HostDriver) Descriptor() ([]byte, []int) {
-	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{50}
+	return file_hostagent_v1_hostagent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *HostDriver) GetName() string {
@@ -3824,7 +3925,13 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03url\x18\x04 \x01(\tR\x03url\x12\x16\n" +
 	"\x06domain\x18\x05 \x01(\tR\x06domain\x12\x17\n" +
 	"\aca_file\x18\x06 \x01(\tR\x06caFile\"\x10\n" +
-	"\x0eGetHostRequest\"\xa2\x04\n" +
+	"\x0eGetHostRequest\"Q\n" +
+	"\x10DrainHostRequest\x12\x1c\n" +
+	"\thibernate\x18\x01 \x01(\bR\thibernate\x12\x1f\n" +
+	"\vtimeout_sec\x18\x02 \x01(\x03R\n" +
+	"timeoutSec\"'\n" +
+	"\x11DrainHostResponse\x12\x12\n" +
+	"\x04left\x18\x01 \x01(\x05R\x04left\"\xa2\x04\n" +
 	"\x0fGetHostResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x121\n" +
 	"\x05limit\x18\x02 \x01(\v2\x1b.hostagent.v1.HostResourcesR\x05limit\x12/\n" +
@@ -3856,7 +3963,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\facceleration\x18\x04 \x01(\tR\facceleration\x12\x10\n" +
 	"\x03cpu\x18\x05 \x01(\tR\x03cpu\x12\x1c\n" +
 	"\tisolation\x18\x06 \x01(\tR\tisolation\x12\x14\n" +
-	"\x05speed\x18\a \x01(\tR\x05speed2\xb2\r\n" +
+	"\x05speed\x18\a \x01(\tR\x05speed2\x80\x0e\n" +
 	"\x10HostAgentService\x12X\n" +
 	"\rCreateSandbox\x12\".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n" +
 	"\x0eRecoverSandbox\x12#.hostagent.v1.RecoverSandboxRequest\x1a$.hostagent.v1.RecoverSandboxResponse\x12[\n" +
@@ -3881,7 +3988,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x06Verify\x12\x1b.hostagent.v1.VerifyRequest\x1a\x1c.hostagent.v1.VerifyResponse0\x01\x12O\n" +
 	"\n" +
 	"GetVersion\x12\x1f.hostagent.v1.GetVersionRequest\x1a .hostagent.v1.GetVersionResponse\x12F\n" +
-	"\aGetHost\x12\x1c.hostagent.v1.GetHostRequest\x1a\x1d.hostagent.v1.GetHostResponseB:Z8git.omukk.dev/wrenn/sandbox/api/hostagent/v1;hostagentv1b\x06proto3"
+	"\aGetHost\x12\x1c.hostagent.v1.GetHostRequest\x1a\x1d.hostagent.v1.GetHostResponse\x12L\n" +
+	"\tDrainHost\x12\x1e.hostagent.v1.DrainHostRequest\x1a\x1f.hostagent.v1.DrainHostResponseB:Z8git.omukk.dev/wrenn/sandbox/api/hostagent/v1;hostagentv1b\x06proto3"
 
 var (
 	file_hostagent_v1_hostagent_proto_rawDescOnce sync.Once
@@ -3895,7 +4003,7 @@ func file_hostagent_v1_hostagent_proto_rawDescGZIP() []byte {
 	return file_hostagent_v1_hostagent_proto_rawDescData
 }
 
-var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_hostagent_v1_hostagent_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*CreateSandboxRequest)(nil),    // 0: hostagent.v1.CreateSandboxRequest
 	(*CreateSandboxResponse)(nil),   // 1: hostagent.v1.CreateSandboxResponse
@@ -3945,23 +4053,25 @@ var file_hostagent_v1_hostagent_proto_goTypes = []any{
 	(*GetVersionRequest)(nil),       // 45: hostagent.v1.GetVersionRequest
 	(*GetVersionResponse)(nil),      // 46: hostagent.v1.GetVersionResponse
 	(*GetHostRequest)(nil),          // 47: hostagent.v1.GetHostRequest
-	(*GetHostResponse)(nil),         // 48: hostagent.v1.GetHostResponse
-	(*HostResources)(nil),           // 49: hostagent.v1.HostResources
-	(*HostDriver)(nil),              // 50: hostagent.v1.HostDriver
-	nil,                             // 51: hostagent.v1.CreateSandboxRequest.EnvsEntry
-	nil,                             // 52: hostagent.v1.CreateSandboxRequest.MetadataEntry
-	nil,                             // 53: hostagent.v1.ExecRequest.EnvsEntry
-	nil,                             // 54: hostagent.v1.ListSandboxesRequest.MetadataEntry
-	nil,                             // 55: hostagent.v1.SandboxInfo.MetadataEntry
-	nil,                             // 56: hostagent.v1.Event.MetadataEntry
-	nil,                             // 57: hostagent.v1.GetHostResponse.SandboxesEntry
-	(*timestamppb.Timestamp)(nil),   // 58: google.protobuf.Timestamp
+	(*DrainHostRequest)(nil),        // 48: hostagent.v1.DrainHostRequest
+	(*DrainHostResponse)(nil),       // 49: hostagent.v1.DrainHostResponse
+	(*GetHostResponse)(nil),         // 50: hostagent.v1.GetHostResponse
+	(*HostResources)(nil),           // 51: hostagent.v1.HostResources
+	(*HostDriver)(nil),              // 52: hostagent.v1.HostDriver
+	nil,                             // 53: hostagent.v1.CreateSandboxRequest.EnvsEntry
+	nil,                             // 54: hostagent.v1.CreateSandboxRequest.MetadataEntry
+	nil,                             // 55: hostagent.v1.ExecRequest.EnvsEntry
+	nil,                             // 56: hostagent.v1.ListSandboxesRequest.MetadataEntry
+	nil,                             // 57: hostagent.v1.SandboxInfo.MetadataEntry
+	nil,                             // 58: hostagent.v1.Event.MetadataEntry
+	nil,                             // 59: hostagent.v1.GetHostResponse.SandboxesEntry
+	(*timestamppb.Timestamp)(nil),   // 60: google.protobuf.Timestamp
 }
 var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	3,  // 0: hostagent.v1.CreateSandboxRequest.network:type_name -> hostagent.v1.NetworkPolicy
-	51, // 1: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
-	52, // 2: hostagent.v1.CreateSandboxRequest.metadata:type_name -> hostagent.v1.CreateSandboxRequest.MetadataEntry
-	58, // 3: hostagent.v1.CreateSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
+	53, // 1: hostagent.v1.CreateSandboxRequest.envs:type_name -> hostagent.v1.CreateSandboxRequest.EnvsEntry
+	54, // 2: hostagent.v1.CreateSandboxRequest.metadata:type_name -> hostagent.v1.CreateSandboxRequest.MetadataEntry
+	60, // 3: hostagent.v1.CreateSandboxRequest.deadline:type_name -> google.protobuf.Timestamp
 	2,  // 4: hostagent.v1.CreateSandboxResponse.phases:type_name -> hostagent.v1.Phase
 	4,  // 5: hostagent.v1.NetworkPolicy.name_servers:type_name -> hostagent.v1.NameServers
 	30, // 6: hostagent.v1.RecoverSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
@@ -3969,25 +4079,25 @@ var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	18, // 8: hostagent.v1.SnapshotSandboxResponse.snapshot:type_name -> hostagent.v1.Snapshot
 	18, // 9: hostagent.v1.ListSnapshotsResponse.snapshots:type_name -> hostagent.v1.Snapshot
 	3,  // 10: hostagent.v1.UpdateNetworkRequest.network:type_name -> hostagent.v1.NetworkPolicy
-	53, // 11: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
-	54, // 12: hostagent.v1.ListSandboxesRequest.metadata:type_name -> hostagent.v1.ListSandboxesRequest.MetadataEntry
+	55, // 11: hostagent.v1.ExecRequest.envs:type_name -> hostagent.v1.ExecRequest.EnvsEntry
+	56, // 12: hostagent.v1.ListSandboxesRequest.metadata:type_name -> hostagent.v1.ListSandboxesRequest.MetadataEntry
 	30, // 13: hostagent.v1.ListSandboxesResponse.sandboxes:type_name -> hostagent.v1.SandboxInfo
 	3,  // 14: hostagent.v1.SandboxInfo.network:type_name -> hostagent.v1.NetworkPolicy
 	5,  // 15: hostagent.v1.SandboxInfo.traffic:type_name -> hostagent.v1.NetworkTraffic
-	55, // 16: hostagent.v1.SandboxInfo.metadata:type_name -> hostagent.v1.SandboxInfo.MetadataEntry
-	58, // 17: hostagent.v1.SandboxInfo.deadline:type_name -> google.protobuf.Timestamp
-	58, // 18: hostagent.v1.SandboxInfo.started_at:type_name -> google.protobuf.Timestamp
-	58, // 19: hostagent.v1.SandboxInfo.paused_at:type_name -> google.protobuf.Timestamp
+	57, // 16: hostagent.v1.SandboxInfo.metadata:type_name -> hostagent.v1.SandboxInfo.MetadataEntry
+	60, // 17: hostagent.v1.SandboxInfo.deadline:type_name -> google.protobuf.Timestamp
+	60, // 18: hostagent.v1.SandboxInfo.started_at:type_name -> google.protobuf.Timestamp
+	60, // 19: hostagent.v1.SandboxInfo.paused_at:type_name -> google.protobuf.Timestamp
 	30, // 20: hostagent.v1.GetSandboxResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
-	58, // 21: hostagent.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
+	60, // 21: hostagent.v1.SetDeadlineRequest.deadline:type_name -> google.protobuf.Timestamp
 	30, // 22: hostagent.v1.SetDeadlineResponse.sandbox:type_name -> hostagent.v1.SandboxInfo
 	39, // 23: hostagent.v1.WatchEventsResponse.event:type_name -> hostagent.v1.Event
-	56, // 24: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
+	58, // 24: hostagent.v1.Event.metadata:type_name -> hostagent.v1.Event.MetadataEntry
 	40, // 25: hostagent.v1.Event.actor:type_name -> hostagent.v1.Actor
-	49, // 26: hostagent.v1.GetHostResponse.limit:type_name -> hostagent.v1.HostResources
-	49, // 27: hostagent.v1.GetHostResponse.used:type_name -> hostagent.v1.HostResources
-	57, // 28: hostagent.v1.GetHostResponse.sandboxes:type_name -> hostagent.v1.GetHostResponse.SandboxesEntry
-	50, // 29: hostagent.v1.GetHostResponse.drivers:type_name -> hostagent.v1.HostDriver
+	51, // 26: hostagent.v1.GetHostResponse.limit:type_name -> hostagent.v1.HostResources
+	51, // 27: hostagent.v1.GetHostResponse.used:type_name -> hostagent.v1.HostResources
+	59, // 28: hostagent.v1.GetHostResponse.sandboxes:type_name -> hostagent.v1.GetHostResponse.SandboxesEntry
+	52, // 29: hostagent.v1.GetHostResponse.drivers:type_name -> hostagent.v1.HostDriver
 	0,  // 30: hostagent.v1.HostAgentService.CreateSandbox:input_type -> hostagent.v1.CreateSandboxRequest
 	10, // 31: hostagent.v1.HostAgentService.RecoverSandbox:input_type -> hostagent.v1.RecoverSandboxRequest
 	6,  // 32: hostagent.v1.HostAgentService.DestroySandbox:input_type -> hostagent.v1.DestroySandboxRequest
@@ -4008,28 +4118,30 @@ var file_hostagent_v1_hostagent_proto_depIdxs = []int32{
 	43, // 47: hostagent.v1.HostAgentService.Verify:input_type -> hostagent.v1.VerifyRequest
 	45, // 48: hostagent.v1.HostAgentService.GetVersion:input_type -> hostagent.v1.GetVersionRequest
 	47, // 49: hostagent.v1.HostAgentService.GetHost:input_type -> hostagent.v1.GetHostRequest
-	1,  // 50: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
-	11, // 51: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
-	7,  // 52: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
-	9,  // 53: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
-	13, // 54: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
-	15, // 55: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
-	17, // 56: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
-	20, // 57: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
-	22, // 58: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
-	24, // 59: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
-	26, // 60: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
-	29, // 61: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
-	32, // 62: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
-	36, // 63: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
-	34, // 64: hostagent.v1.HostAgentService.SetDeadline:output_type -> hostagent.v1.SetDeadlineResponse
-	38, // 65: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
-	42, // 66: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
-	44, // 67: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
-	46, // 68: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
-	48, // 69: hostagent.v1.HostAgentService.GetHost:output_type -> hostagent.v1.GetHostResponse
-	50, // [50:70] is the sub-list for method output_type
-	30, // [30:50] is the sub-list for method input_type
+	48, // 50: hostagent.v1.HostAgentService.DrainHost:input_type -> hostagent.v1.DrainHostRequest
+	1,  // 51: hostagent.v1.HostAgentService.CreateSandbox:output_type -> hostagent.v1.CreateSandboxResponse
+	11, // 52: hostagent.v1.HostAgentService.RecoverSandbox:output_type -> hostagent.v1.RecoverSandboxResponse
+	7,  // 53: hostagent.v1.HostAgentService.DestroySandbox:output_type -> hostagent.v1.DestroySandboxResponse
+	9,  // 54: hostagent.v1.HostAgentService.PauseSandbox:output_type -> hostagent.v1.PauseSandboxResponse
+	13, // 55: hostagent.v1.HostAgentService.ResumeSandbox:output_type -> hostagent.v1.ResumeSandboxResponse
+	15, // 56: hostagent.v1.HostAgentService.ForkSandbox:output_type -> hostagent.v1.ForkSandboxResponse
+	17, // 57: hostagent.v1.HostAgentService.SnapshotSandbox:output_type -> hostagent.v1.SnapshotSandboxResponse
+	20, // 58: hostagent.v1.HostAgentService.ListSnapshots:output_type -> hostagent.v1.ListSnapshotsResponse
+	22, // 59: hostagent.v1.HostAgentService.DeleteSnapshot:output_type -> hostagent.v1.DeleteSnapshotResponse
+	24, // 60: hostagent.v1.HostAgentService.UpdateNetwork:output_type -> hostagent.v1.UpdateNetworkResponse
+	26, // 61: hostagent.v1.HostAgentService.Exec:output_type -> hostagent.v1.ExecResponse
+	29, // 62: hostagent.v1.HostAgentService.ListSandboxes:output_type -> hostagent.v1.ListSandboxesResponse
+	32, // 63: hostagent.v1.HostAgentService.GetSandbox:output_type -> hostagent.v1.GetSandboxResponse
+	36, // 64: hostagent.v1.HostAgentService.SetTimeout:output_type -> hostagent.v1.SetTimeoutResponse
+	34, // 65: hostagent.v1.HostAgentService.SetDeadline:output_type -> hostagent.v1.SetDeadlineResponse
+	38, // 66: hostagent.v1.HostAgentService.WatchEvents:output_type -> hostagent.v1.WatchEventsResponse
+	42, // 67: hostagent.v1.HostAgentService.GetConsole:output_type -> hostagent.v1.GetConsoleResponse
+	44, // 68: hostagent.v1.HostAgentService.Verify:output_type -> hostagent.v1.VerifyResponse
+	46, // 69: hostagent.v1.HostAgentService.GetVersion:output_type -> hostagent.v1.GetVersionResponse
+	50, // 70: hostagent.v1.HostAgentService.GetHost:output_type -> hostagent.v1.GetHostResponse
+	49, // 71: hostagent.v1.HostAgentService.DrainHost:output_type -> hostagent.v1.DrainHostResponse
+	51, // [51:72] is the sub-list for method output_type
+	30, // [30:51] is the sub-list for method input_type
 	30, // [30:30] is the sub-list for extension type_name
 	30, // [30:30] is the sub-list for extension extendee
 	0,  // [0:30] is the sub-list for field type_name
@@ -4047,7 +4159,7 @@ func file_hostagent_v1_hostagent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hostagent_v1_hostagent_proto_rawDesc), len(file_hostagent_v1_hostagent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   58,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -93,6 +93,9 @@ const (
 	// HostAgentServiceGetHostProcedure is the fully-qualified name of the HostAgentService's GetHost
 	// RPC.
 	HostAgentServiceGetHostProcedure = "/hostagent.v1.HostAgentService/GetHost"
+	// HostAgentServiceDrainHostProcedure is the fully-qualified name of the HostAgentService's
+	// DrainHost RPC.
+	HostAgentServiceDrainHostProcedure = "/hostagent.v1.HostAgentService/DrainHost"
 )
 
 // HostAgentServiceClient is a client for the hostagent.v1.HostAgentService service.
@@ -150,6 +153,11 @@ type HostAgentServiceClient interface {
 	// GetHost answers with what a scheduler needs to know of this host: what it may
 	// give, what of that is in use, and what its guests run on.
 	GetHost(context.Context, *connect.Request[v1.GetHostRequest]) (*connect.Response[v1.GetHostResponse], error)
+	// DrainHost ends this host agent: no sandbox is made or resumed from disk from now on,
+	// those that run are waited for or hibernated, and then the agent ends. It answers when
+	// none has a VM, or its time is over. A caller that goes away changes nothing. No API
+	// key may call it.
+	DrainHost(context.Context, *connect.Request[v1.DrainHostRequest]) (*connect.Response[v1.DrainHostResponse], error)
 }
 
 // NewHostAgentServiceClient constructs a client for the hostagent.v1.HostAgentService service. By
@@ -283,6 +291,12 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("GetHost")),
 			connect.WithClientOptions(opts...),
 		),
+		drainHost: connect.NewClient[v1.DrainHostRequest, v1.DrainHostResponse](
+			httpClient,
+			baseURL+HostAgentServiceDrainHostProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("DrainHost")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -308,6 +322,7 @@ type hostAgentServiceClient struct {
 	verify          *connect.Client[v1.VerifyRequest, v1.VerifyResponse]
 	getVersion      *connect.Client[v1.GetVersionRequest, v1.GetVersionResponse]
 	getHost         *connect.Client[v1.GetHostRequest, v1.GetHostResponse]
+	drainHost       *connect.Client[v1.DrainHostRequest, v1.DrainHostResponse]
 }
 
 // CreateSandbox calls hostagent.v1.HostAgentService.CreateSandbox.
@@ -410,6 +425,11 @@ func (c *hostAgentServiceClient) GetHost(ctx context.Context, req *connect.Reque
 	return c.getHost.CallUnary(ctx, req)
 }
 
+// DrainHost calls hostagent.v1.HostAgentService.DrainHost.
+func (c *hostAgentServiceClient) DrainHost(ctx context.Context, req *connect.Request[v1.DrainHostRequest]) (*connect.Response[v1.DrainHostResponse], error) {
+	return c.drainHost.CallUnary(ctx, req)
+}
+
 // HostAgentServiceHandler is an implementation of the hostagent.v1.HostAgentService service.
 type HostAgentServiceHandler interface {
 	// CreateSandbox boots a sandbox and answers when commands can run in it.
@@ -465,6 +485,11 @@ type HostAgentServiceHandler interface {
 	// GetHost answers with what a scheduler needs to know of this host: what it may
 	// give, what of that is in use, and what its guests run on.
 	GetHost(context.Context, *connect.Request[v1.GetHostRequest]) (*connect.Response[v1.GetHostResponse], error)
+	// DrainHost ends this host agent: no sandbox is made or resumed from disk from now on,
+	// those that run are waited for or hibernated, and then the agent ends. It answers when
+	// none has a VM, or its time is over. A caller that goes away changes nothing. No API
+	// key may call it.
+	DrainHost(context.Context, *connect.Request[v1.DrainHostRequest]) (*connect.Response[v1.DrainHostResponse], error)
 }
 
 // NewHostAgentServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -594,6 +619,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		connect.WithSchema(hostAgentServiceMethods.ByName("GetHost")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentServiceDrainHostHandler := connect.NewUnaryHandler(
+		HostAgentServiceDrainHostProcedure,
+		svc.DrainHost,
+		connect.WithSchema(hostAgentServiceMethods.ByName("DrainHost")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/hostagent.v1.HostAgentService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case HostAgentServiceCreateSandboxProcedure:
@@ -636,6 +667,8 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServiceGetVersionHandler.ServeHTTP(w, r)
 		case HostAgentServiceGetHostProcedure:
 			hostAgentServiceGetHostHandler.ServeHTTP(w, r)
+		case HostAgentServiceDrainHostProcedure:
+			hostAgentServiceDrainHostHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -723,4 +756,8 @@ func (UnimplementedHostAgentServiceHandler) GetVersion(context.Context, *connect
 
 func (UnimplementedHostAgentServiceHandler) GetHost(context.Context, *connect.Request[v1.GetHostRequest]) (*connect.Response[v1.GetHostResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.GetHost is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) DrainHost(context.Context, *connect.Request[v1.DrainHostRequest]) (*connect.Response[v1.DrainHostResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.DrainHost is not implemented"))
 }

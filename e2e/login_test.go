@@ -5,6 +5,7 @@ import (
 	"io"
 	"mime/multipart"
 	"net/http"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -50,6 +51,7 @@ func TestUserAndVariables(t *testing.T) {
 	a := startAgent(t)
 	const secret = "s3cret of ours"
 	b := a.create(t, &hostagentv1.CreateSandboxRequest{User: "user", Envs: map[string]string{"A": secret, "B": "b"}})
+	token, argv := b.token(), commandLines(t)
 	want := func(b *sandbox, user, home, env string) {
 		b.t.Helper()
 		if got, want := b.sh("id -un; pwd; echo $HOME; echo $A $B."), user+"\n"+home+"\n"+home+"\n"+env+"."; got != want {
@@ -124,9 +126,38 @@ func TestUserAndVariables(t *testing.T) {
 	if err := plain.destroy(); err != nil {
 		t.Error(err)
 	}
-	if strings.Contains(a.log.String(), secret) {
-		t.Error("the agent's log has the value of a variable")
+	a.wantUntold(t, argv, secret, token)
+}
+
+// wantUntold checks that neither the agent's logs nor command lines have a secret.
+func (a *agent) wantUntold(t *testing.T, argv string, secrets ...string) {
+	t.Helper()
+	events, err := os.ReadFile(filepath.Join(a.stateDir, "events.jsonl"))
+	if err != nil {
+		t.Fatal(err)
 	}
+	for what, text := range map[string]string{"the agent's log": a.log.String(), "the event log": string(events), "a command line": argv} {
+		for i, secret := range secrets {
+			if secret == "" || strings.Contains(text, secret) {
+				t.Errorf("%s has secret %d", what, i)
+			}
+		}
+	}
+}
+
+// commandLines are those of all processes of this machine.
+func commandLines(t *testing.T) string {
+	t.Helper()
+	paths, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil || len(paths) == 0 {
+		t.Fatalf("no processes: %v", err)
+	}
+	var all strings.Builder
+	for _, path := range paths {
+		text, _ := os.ReadFile(path) // it may have ended
+		all.Write(text)
+	}
+	return all.String()
 }
 
 func TestCreateForUser(t *testing.T) {

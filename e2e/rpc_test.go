@@ -207,12 +207,14 @@ func TestBadInput(t *testing.T) {
 		return err
 	}
 	for _, name := range []string{
-		"a/b", "/", "..", ".", "../minimal", "minimal/..", "mini\x00mal", strings.Repeat("x", 300), "-rf", "Ünïcode", " ", ".hidden",
+		"/", "a/", "a/b/c", "..", ".", "../minimal", "minimal/..", "mini\x00mal", strings.Repeat("x", 300), "Ünïcode", " ", ".hidden",
 		"a b", "$(id)",
 	} {
 		wantCode(t, create(&hostagentv1.CreateSandboxRequest{Template: name}), connect.CodeInvalidArgument, "template")
 	}
-	wantCode(t, create(&hostagentv1.CreateSandboxRequest{Template: "no-such"}), connect.CodeNotFound, "no-such")
+	for _, name := range []string{"no-such", "-rf", "a/b", "minimal:no-such"} { // another's, or no one's
+		wantCode(t, create(&hostagentv1.CreateSandboxRequest{Template: name}), connect.CodeNotFound, name[strings.Index(name, ":")+1:])
+	}
 	for _, n := range []int32{-1, 33, 1000, math.MinInt32, math.MaxInt32} {
 		wantCode(t, create(&hostagentv1.CreateSandboxRequest{Vcpus: n}), connect.CodeInvalidArgument, "vcpus", fmt.Sprint(n))
 	}

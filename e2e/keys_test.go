@@ -107,7 +107,7 @@ func TestKeysAndTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := &sandbox{t, a, own}
-	b.sh("mkdir /srv/www && echo by TLS >/srv/www/index.html && (python3 -m http.server -d /srv/www 8000 >/dev/null 2>&1 & " +
+	b.sh("mkdir /tmp/www && echo by TLS >/tmp/www/index.html && (python3 -m http.server -d /tmp/www 8000 >/dev/null 2>&1 & " +
 		"for i in $(seq 300); do curl -sf localhost:8000 >/dev/null && exit; sleep 0.1; done; exit 1)")
 	_, port, _ := net.SplitHostPort(a.addr)
 	secure := keyed + `curl() { command curl -sS --max-time 60 --cacert "$NODE_EXTRA_CA_CERTS" --connect-to ::127.0.0.1:` + port + ` "$@"; }; `

@@ -212,9 +212,7 @@ func TestBadInput(t *testing.T) {
 	} {
 		wantCode(t, create(&hostagentv1.CreateSandboxRequest{Template: name}), connect.CodeInvalidArgument, "template")
 	}
-	for _, name := range []string{"no-such", "-rf", "a/b", "minimal:no-such"} { // another's, or no one's
-		wantCode(t, create(&hostagentv1.CreateSandboxRequest{Template: name}), connect.CodeNotFound, name[strings.Index(name, ":")+1:])
-	}
+	wantCode(t, create(&hostagentv1.CreateSandboxRequest{Template: "a/no-such"}), connect.CodeNotFound, "no-such")
 	for _, n := range []int32{-1, 33, 1000, math.MinInt32, math.MaxInt32} {
 		wantCode(t, create(&hostagentv1.CreateSandboxRequest{Vcpus: n}), connect.CodeInvalidArgument, "vcpus", fmt.Sprint(n))
 	}

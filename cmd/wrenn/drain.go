@@ -19,8 +19,8 @@ to maintain the machine, or to give it back. Sandboxes go on until they end or h
 by themselves; with --hibernate they are written to disk now, and the next agent resumes
 them. /readyz and wrenn host say that the host is drained.
 
-After --timeout the agent ends in any case. VMs that are left then go on without it, as
---on-shutdown of wrenn serve says, and drain ends with status 1.`,
+After --timeout the agent ends in any case. VMs that are left then go on without it, and
+drain ends with status 1. Nothing is destroyed, whatever --on-shutdown of serve says.`,
 		Example:           "  wrenn drain --hibernate\n  wrenn drain --timeout 2h",
 		Args:              cobra.NoArgs,
 		PersistentPreRunE: c.connect,

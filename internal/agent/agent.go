@@ -39,6 +39,9 @@ import (
 // endTimeout bounds the end of an agent.
 const endTimeout = 30 * time.Second
 
+// answerTime is what the answer to the call that drained the agent has to reach its caller.
+const answerTime = 5 * time.Second
+
 // Network makes the networks of sandboxes; *network.Network is one.
 type Network interface {
 	sandbox.Network
@@ -329,10 +332,13 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		go func() { served <- a.door.Serve(l) }()
 	}
 	a.log.Info("serving", "listen", a.Addr().String(), "socket", a.socket.Addr().String(), "pid", strconv.Itoa(os.Getpid()))
+	destroy, grace := a.cfg.DestroyAtEnd, time.Duration(0)
 	select {
 	case err = <-served:
 	case <-a.drained:
 		a.log.Info("drained")
+		destroy = false // what a drain has saved, or what it could not end in its time
+		grace = answerTime
 	case <-ctx.Done():
 		a.log.Info("shutting down", "sandboxes", map[bool]string{false: "leave", true: "destroy"}[a.cfg.DestroyAtEnd])
 	}
@@ -342,7 +348,12 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	defer cancel()
 	drained := make(chan error, 1)
 	go func() { drained <- a.door.Shutdown(end) }()
-	merr := a.base.manager.Shutdown(end, a.cfg.DestroyAtEnd)
+	merr := a.base.manager.Shutdown(end, destroy)
+	select {
+	case derr := <-drained:
+		drained <- derr
+	case <-time.After(grace):
+	}
 	a.door.Close() // streams do not end by themselves
 	<-drained
 	endPool()

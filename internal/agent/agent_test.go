@@ -408,6 +408,7 @@ func TestStoresThatCannotBeOpened(t *testing.T) {
 // ends.
 func TestDrain(t *testing.T) {
 	r := newRig(t)
+	r.cfg.DestroyAtEnd = true // which a drain does not
 	r.start()
 	asleep, running := r.create(), r.create()
 	if status, answer := r.call("PauseSandbox", `{"sandbox_id":"`+asleep+`","to_disk":true}`); status != http.StatusOK {
@@ -418,6 +419,7 @@ func TestDrain(t *testing.T) {
 	}
 	drained := make(chan map[string]any, 1)
 	go func() {
+		defer close(drained)
 		_, answer := r.call("DrainHost", `{"timeout_sec":600}`)
 		drained <- answer
 	}()
@@ -443,7 +445,7 @@ func TestDrain(t *testing.T) {
 	if status, answer := r.call("PauseSandbox", `{"sandbox_id":"`+running+`","to_disk":true}`); status != http.StatusOK {
 		t.Errorf("hibernate: %v", answer) // the last one: the drain is over
 	}
-	if answer := <-drained; answer["left"] != nil || answer["code"] != nil {
+	if answer := <-drained; answer == nil || answer["left"] != nil || answer["code"] != nil {
 		t.Errorf("drain answers %v", answer)
 	}
 	if err := r.wait(); err != nil {

@@ -3241,7 +3241,7 @@ type DrainHostRequest struct {
 	// themselves.
 	Hibernate bool `protobuf:"varint,1,opt,name=hibernate,proto3" json:"hibernate,omitempty"`
 	// Seconds until the agent ends in any case; 600 when 0, at most 86400. VMs that are left
-	// go on without it, as its --on-shutdown says.
+	// go on without it: a drain destroys nothing, whatever --on-shutdown says.
 	TimeoutSec    int64 `protobuf:"varint,2,opt,name=timeout_sec,json=timeoutSec,proto3" json:"timeout_sec,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 
 from e2b import (
-    AsyncSandbox, CommandExitException, NotFoundException, Sandbox, SandboxException, SandboxNotFoundException, SandboxQuery, SandboxState, Template,
+    AsyncSandbox, CommandExitException, NotFoundException, Sandbox, SandboxException, SandboxNotFoundException, SandboxQuery, SandboxState, Template, TemplateException,
 )
 from e2b.exceptions import SandboxNotRunningException, SandboxUnreachableException
 
@@ -202,6 +202,24 @@ def snapshots():
         assert Sandbox.delete_snapshot(info.snapshot_id) is True
         assert Sandbox.delete_snapshot(info.snapshot_id) is False
         box.kill()
+    with show(49):
+        box = Sandbox.create(timeout=HOUR)
+        box.files.write("mark", "one")
+        first = box.create_snapshot(name="suite-tags")
+        assert Template.assign_tags("suite-tags:default", "kept").tags == ["kept"]
+        box.files.write("mark", "two")
+        box.create_snapshot(name="suite-tags")  # the next build: only default leads to it
+        box.kill()
+        tags = {t.tag: t.build_id for t in Template.get_tags("suite-tags")}
+        assert sorted(tags) == ["default", "kept"] and len(set(tags.values())) == 2, tags
+        for name, mark in (("suite-tags:kept", "one"), ("suite-tags", "two")):
+            made = Sandbox.create(name, timeout=HOUR)
+            assert made.files.read("mark") == mark, name
+            made.kill()
+        raises(TemplateException, Template.remove_tags, "suite-tags", "default")
+        Template.remove_tags("suite-tags", "kept")
+        raises(SandboxException, Sandbox.create, "suite-tags:kept")
+        assert Sandbox.delete_snapshot(first.snapshot_id) is True
 
 
 def templates():

@@ -163,7 +163,7 @@ func bareArgs(b *testing.B, like *sandbox) []string {
 func readyDir(b *testing.B, like *sandbox) string {
 	b.Helper()
 	info := like.info()
-	manifests, _ := filepath.Glob(filepath.Join(like.a.stateDir, "templates", info.Template, "ready", "*", "manifest.json"))
+	manifests, _ := filepath.Glob(filepath.Join(like.a.buildDir(b, info.Template), "ready", "*", "manifest.json"))
 	for _, path := range manifests {
 		var manifest struct {
 			Shape struct {

@@ -164,6 +164,14 @@ func (s *Sandbox) idsOf(ctx context.Context, owner string) (of ids, err error) {
 	return of, err
 }
 
+// own gives a path in the sandbox to the owner that the copy names, if it names one.
+func (s *Sandbox) own(ctx context.Context, c *Copy, path string) error {
+	if c.Chown == "" {
+		return nil
+	}
+	return s.tool(ctx, c.User, nil, nil, "chown", fmt.Sprintf("%d:%d", c.owner.uid, c.owner.gid), "--", path)
+}
+
 // number returns name itself if it is a number, or else the first number that a program
 // in the sandbox prints.
 func (s *Sandbox) number(ctx context.Context, name, program string, args ...string) (int, error) {
@@ -232,10 +240,10 @@ func (s *Sandbox) WriteFile(ctx context.Context, c Copy, content io.Reader, to s
 		return s.tool(ctx, c.User, c.reader(content), nil, "tar", "-x", "-p", "-o", "-f", "-", "-C", dir)
 	}
 	made, err := s.put(ctx, c.User, c.reader(content), to)
-	if err == nil && c.Chown != "" {
-		err = s.tool(ctx, c.User, nil, nil, "chown", fmt.Sprintf("%d:%d", c.owner.uid, c.owner.gid), "--", made)
+	if err != nil {
+		return err
 	}
-	return err
+	return s.own(ctx, &c, made)
 }
 
 // stat looks at a path in the sandbox; nil if nothing is there.
@@ -354,8 +362,8 @@ func (s *Sandbox) makeDir(ctx context.Context, c *Copy, to string) (string, erro
 	if !isDir(target) {
 		return "", fmt.Errorf("%s in the sandbox is not a directory", to)
 	}
-	if made && c.Chown != "" {
-		err = s.tool(ctx, c.User, nil, nil, "chown", fmt.Sprintf("%d:%d", c.owner.uid, c.owner.gid), "--", target.Path)
+	if made {
+		err = s.own(ctx, c, target.Path)
 	}
 	return target.Path, err
 }

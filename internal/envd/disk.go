@@ -46,9 +46,8 @@ type Disk struct {
 	trimmed, begun uint64
 	// next is where the next piece begins, in bytes; 0 if no trim is under way.
 	next uint64
-	// cannot is why the disk cannot be trimmed.
-	cannot   error
-	toldOnce bool
+	// cannot says that the disk cannot be trimmed: its VMM may not take back what is free.
+	cannot bool
 }
 
 func newDisk(root *os.File, device string) *Disk {
@@ -56,12 +55,18 @@ func newDisk(root *os.File, device string) *Disk {
 }
 
 // trim gives free pieces of the disk back to the host for about limit, at least one, if
-// enough was written since the last time. It says whether there are more.
+// enough was written since the last time. It says whether there are more. A disk that
+// cannot be trimmed is one error, and no more after that.
 func (d *Disk) trim(limit time.Duration) (more bool, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.cannot != nil || d.next == 0 && !d.begin() {
-		return false, d.told()
+	if d.cannot {
+		return false, nil
+	}
+	if d.next == 0 {
+		if due, err := d.begin(); err != nil || !due {
+			return false, err
+		}
 	}
 	var fs unix.Statfs_t
 	if err := unix.Fstatfs(int(d.root.Fd()), &fs); err != nil {
@@ -73,8 +78,8 @@ func (d *Disk) trim(limit time.Duration) (more bool, err error) {
 		piece := struct{ start, length, least uint64 }{d.next, trimPiece, trimLeast}
 		_, _, errno := unix.Syscall(unix.SYS_IOCTL, d.root.Fd(), fitrim, uintptr(unsafe.Pointer(&piece)))
 		if errno != 0 && errno != unix.EINTR {
-			d.cannot = fmt.Errorf("trim the disk: %w", errno)
-			return false, d.told()
+			d.cannot = true
+			return false, fmt.Errorf("trim the disk: %w", errno)
 		}
 		if d.next += trimPiece; d.next >= size {
 			d.next, d.trimmed = 0, d.begun
@@ -87,25 +92,16 @@ func (d *Disk) trim(limit time.Duration) (more bool, err error) {
 }
 
 // begin says whether enough was written for a trim. Called with mu held.
-func (d *Disk) begin() bool {
+func (d *Disk) begin() (due bool, err error) {
 	text, err := os.ReadFile(d.written)
 	if err == nil {
 		d.begun, err = strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
 	}
 	if err != nil {
-		d.cannot = fmt.Errorf("trim the disk: %w", err)
+		d.cannot = true
+		return false, fmt.Errorf("trim the disk: %w", err)
 	}
-	return err == nil && d.begun >= d.trimmed+trimAfter
-}
-
-// told returns why the disk cannot be trimmed, once: its VMM may not take back what is
-// free. Called with mu held.
-func (d *Disk) told() error {
-	if d.toldOnce {
-		return nil
-	}
-	d.toldOnce = d.cannot != nil
-	return d.cannot
+	return d.begun >= d.trimmed+trimAfter, nil
 }
 
 // KeepTrimmed trims the disk from time to time until ctx ends.

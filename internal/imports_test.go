@@ -56,6 +56,9 @@ var mayImport = map[string][]string{
 	"internal/envd":  {"api/...", "internal/guestapi", "internal/atomicfile", "internal/splice"},
 	"internal/sandbox": {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/guestapi",
 		"internal/errdefs", "internal/undo", "internal/atomicfile", "internal/sealed", "internal/diskfree"},
+	"internal/build": {"internal/sandbox", "internal/template", "internal/image", "internal/guest", "internal/atomicfile",
+		"internal/diskfree", "internal/undo", "internal/errdefs"},
+	"internal/build/dockerfile": {"internal/build", "internal/errdefs"},
 	"internal/host": {"internal/setup", "internal/diskfree", "internal/vmm", "internal/digest", "internal/osthread",
 		"internal/network", "internal/template", "internal/errdefs"},
 	"internal/network/networktest": {

@@ -121,12 +121,12 @@ func (b *booter) network(p guestapi.Boot) error {
 	return upEthernet(p)
 }
 
-// root lays the overlay over the base and makes the result the root.
+// root lays the overlay over the layers and makes the result the root.
 func (b *booter) root(d guestapi.Disks) error {
-	const base, over, root = "/base", "/overlay", "/newroot"
-	disks := []mount{
-		{"/dev/" + d.Base, base, "ext4", unix.MS_RDONLY | unix.MS_NOATIME, ""},
-		{"/dev/" + d.Overlay, over, "ext4", unix.MS_NOATIME, ""},
+	const over, root = "/overlay", "/newroot"
+	disks := []mount{{"/dev/" + d.Overlay, over, "ext4", unix.MS_NOATIME, ""}}
+	for i, device := range d.Layers {
+		disks = append(disks, mount{"/dev/" + device, layerDir(i), "ext4", unix.MS_RDONLY | unix.MS_NOATIME, ""})
 	}
 	errs := make([]error, len(disks))
 	var wg sync.WaitGroup
@@ -146,15 +146,16 @@ func (b *booter) root(d guestapi.Disks) error {
 		return err
 	}
 	b.disk = newDisk(dir, d.Overlay)
-	upper, work := over+"/upper", over+"/work"
+	upper, work := over+guestapi.UpperDir, over+"/work"
 	if err := os.MkdirAll(upper, 0o755); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(work, 0o755); err != nil {
 		return err
 	}
-	// Without redirects a directory of the base cannot be renamed.
-	layers := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,redirect_dir=on", base, upper, work)
+	// Without redirects a directory of a layer cannot be renamed, and a layer in which one
+	// was cannot be read.
+	layers := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s,redirect_dir=on", lowerDirs(len(d.Layers)), upper, work)
 	if err := (mount{"overlay", root, "overlay", unix.MS_NOATIME, layers}).do(); err != nil {
 		return err
 	}
@@ -164,6 +165,23 @@ func (b *booter) root(d guestapi.Disks) error {
 	}
 	b.mounts()
 	return nil
+}
+
+// layerDir is where layer i of the root file system is mounted, 0 for the lowest.
+func layerDir(i int) string {
+	if i == 0 {
+		return "/base"
+	}
+	return fmt.Sprintf("/layer%d", i)
+}
+
+// lowerDirs are the trees of n layers as overlayfs wants them, the highest first.
+func lowerDirs(n int) string {
+	var dirs []string
+	for i := n - 1; i > 0; i-- {
+		dirs = append(dirs, layerDir(i)+guestapi.UpperDir)
+	}
+	return strings.Join(append(dirs, layerDir(0)), ":")
 }
 
 // switchRoot moves /proc, /sys and /dev into root, removes the files of the initrd

@@ -45,6 +45,14 @@ func TestReplaceFile(t *testing.T) {
 	}
 }
 
+func TestLowerDirs(t *testing.T) {
+	for n, want := range map[int]string{1: "/base", 2: "/layer1/upper:/base", 3: "/layer2/upper:/layer1/upper:/base"} {
+		if got := lowerDirs(n); got != want {
+			t.Errorf("%d layers: %s, want %s", n, got, want)
+		}
+	}
+}
+
 func TestLoadModules(t *testing.T) {
 	dir := t.TempDir()
 	if err := loadModules(dir); err != nil {

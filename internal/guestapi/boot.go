@@ -34,11 +34,21 @@ type Boot struct {
 	Probe bool
 }
 
+// MaxLayers bounds Disks.Layers.
+const MaxLayers = 16
+
 // Disks are the names of the block devices that make the root file system,
 // without /dev.
 type Disks struct {
-	Base, Overlay string
+	// Layers are read-only, lowest first. The lowest one is a whole root file system, the
+	// others have their tree in UpperDir.
+	Layers []string
+	// Overlay takes what the guest writes, in UpperDir.
+	Overlay string
 }
+
+// UpperDir is the directory of an overlay's disk that holds the tree.
+const UpperDir = "/upper"
 
 // Cmdline renders facts and disks as the guest's part of a kernel command line.
 // Fields that are not set are left out.
@@ -61,7 +71,8 @@ func Cmdline(b Boot, d Disks) string {
 		servers[i] = addr.String()
 	}
 	add(keyDNS, strings.Join(servers, ","))
-	add(keyBase, d.Base)
+	// A guest that knows one layer alone refuses several names, which is right.
+	add(keyBase, strings.Join(d.Layers, ","))
 	add(keyOverlay, d.Overlay)
 	if b.Probe {
 		add(keyProbe, "1")
@@ -77,7 +88,7 @@ func Cmdline(b Boot, d Disks) string {
 // boot under a newer host. A value that cannot be used is an error. A line
 // without disks means vda and vdb, one without a host name "sandbox".
 func ParseCmdline(cmdline string) (Boot, Disks, error) {
-	b, d := Boot{Hostname: "sandbox"}, Disks{Base: "vda", Overlay: "vdb"}
+	b, d := Boot{Hostname: "sandbox"}, Disks{Layers: []string{"vda"}, Overlay: "vdb"}
 	for word := range strings.FieldsSeq(cmdline) {
 		key, value, _ := strings.Cut(word, "=")
 		name, ours := strings.CutPrefix(key, keyPrefix)
@@ -112,13 +123,27 @@ func set(b *Boot, d *Disks, name, value string) (err error) {
 		}
 		b.Hostname = value
 	case keyBase:
-		d.Base, err = deviceName(value)
+		d.Layers, err = deviceNames(value)
 	case keyOverlay:
 		d.Overlay, err = deviceName(value)
 	case keyProbe:
 		b.Probe = value == "1"
 	}
 	return err
+}
+
+// deviceNames reads names that commas separate.
+func deviceNames(s string) ([]string, error) {
+	names := strings.Split(s, ",")
+	if len(names) > MaxLayers {
+		return nil, fmt.Errorf("%d devices: want at most %d", len(names), MaxLayers)
+	}
+	for _, name := range names {
+		if _, err := deviceName(name); err != nil {
+			return nil, err
+		}
+	}
+	return names, nil
 }
 
 // deviceName refuses a name that could lead out of /dev.

@@ -424,7 +424,7 @@ func (m machine) store(o Options) []Check {
 		tmpl.Found = err.Error()
 		return all()
 	}
-	tmpl.OK, tmpl.Found = true, fmt.Sprintf("%d MiB", fileMiB(t.Base))
+	tmpl.OK, tmpl.Found = true, fmt.Sprintf("%d MiB", t.Bytes()>>20)
 	return all()
 }
 
@@ -547,14 +547,6 @@ func (m machine) path(p string) string { return filepath.Join(m.fsRoot, p) }
 func freeMiB(path string) (int64, error) {
 	free, err := diskfree.Bytes(path)
 	return free >> 20, err
-}
-
-func fileMiB(path string) int64 {
-	fi, err := os.Stat(path)
-	if err != nil {
-		return 0
-	}
-	return fi.Size() >> 20
 }
 
 // errnoText is an error's cause without the path that the sentence around it

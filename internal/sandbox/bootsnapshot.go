@@ -99,7 +99,7 @@ func (h *host) bootKey(ctx context.Context, rec Record, tmpl template.Template) 
 	sum := sha256.New()
 	for _, part := range []string{
 		bootVersion, machine, spec.BootKey(),
-		tmpl.KernelSHA256, tmpl.InitrdSHA256, tmpl.EnvdSHA256, tmpl.BaseSHA256,
+		tmpl.KernelSHA256, tmpl.InitrdSHA256, tmpl.EnvdSHA256, tmpl.RootSHA256,
 		fmt.Sprint(spec.VCPUs), fmt.Sprint(spec.MemMiB), fmt.Sprint(rec.DiskMiB),
 	} {
 		fmt.Fprintf(sum, "%d:%s\n", len(part), part)

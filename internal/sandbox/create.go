@@ -330,7 +330,7 @@ func (h *holdings) reserve(
 		Version: recordVersion, ID: id, State: state,
 		Template: tmpl.Name, TemplateID: tmpl.ID, Build: tmpl.Build, Snapshot: req.snapshot,
 		VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: diskMiB, Timeout: req.Timeout,
-		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Life: req.Life, AutoResume: req.AutoResume, Base: tmpl.BaseSHA256,
+		OnTimeout: req.OnTimeout, EndAt: asEnd(req.EndAt), OnEnd: req.OnEnd, Life: req.Life, AutoResume: req.AutoResume, Base: tmpl.RootSHA256,
 		Network: req.Network.clone(), Ingress: req.Ingress.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
 		Slot: slot, HostIP: h.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		TrafficToken: req.Ingress.newTrafficToken(),

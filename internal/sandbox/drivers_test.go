@@ -74,7 +74,7 @@ func TestDriverWithItsOwnKernel(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.Driver.(hookedDriver).Driver.(*vmmtest.Fake).OwnKernel = true })
 	id := r.create()
 	spec, ok := r.host.Spec(string(id))
-	if !ok || spec.Kernel != (vmm.Kernel{}) || spec.Link.Kind != vmm.Packet || spec.Root.Base == "" || spec.Root.Overlay == "" || !spec.Boot.Addr.IsValid() {
+	if !ok || spec.Kernel != (vmm.Kernel{}) || spec.Link.Kind != vmm.Packet || len(spec.Root.Layers) != 1 || spec.Root.Overlay == "" || !spec.Boot.Addr.IsValid() {
 		t.Errorf("spec %+v", spec)
 	}
 	if err := errors.Join(r.Pause(t.Context(), id), r.Resume(t.Context(), id), r.Hibernate(t.Context(), id, Hibernation{}), r.Resume(t.Context(), id)); err != nil {

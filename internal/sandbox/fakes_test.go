@@ -422,7 +422,8 @@ func (t *fakeTemplates) Resolve(project, text string) (template.Info, template.B
 func (t *fakeTemplates) Root(info template.Info, b template.Build) (template.Template, error) {
 	return template.Template{
 		ID: info.ID, Build: b.ID, Name: info.Name(),
-		Boot: template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"}, Base: "/base.ext4", BaseSHA256: t.base,
+		Boot:   template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"},
+		Layers: []template.Layer{{Path: "/base.ext4", SHA256: t.base}}, RootSHA256: t.base,
 	}, nil
 }
 

@@ -46,7 +46,7 @@ func (h *host) spec(d vmm.Driver, rec Record, tmpl template.Template) vmm.Spec {
 		ID: string(rec.ID), RunDir: h.runDir(rec.ID), NetNS: h.cfg.Network.Plan().Addrs(rec.Slot).NetNSPath,
 		VCPUs: rec.VCPUs, MemMiB: rec.MemMiB,
 		Boot:    guestapi.Boot{Addr: network.GuestAddr, Gateway: network.GuestGateway, DNS: h.cfg.DNS, Hostname: bootName},
-		Root:    vmm.Root{Base: tmpl.Base, Overlay: h.store.overlay(rec.ID)},
+		Root:    vmm.Root{Layers: tmpl.Paths(), Overlay: h.store.overlay(rec.ID)},
 		Link:    &vmm.Link{Kind: needs.Link, Name: network.Tap, MAC: network.GuestMAC},
 		Console: h.store.console(rec.ID),
 		UID:     h.cfg.BaseUID + int(rec.Slot), GID: h.cfg.BaseUID + int(rec.Slot),

@@ -224,7 +224,7 @@ func (m *Manager) createFromSnapshot(ctx context.Context, req CreateRequest, t t
 	if err != nil {
 		return Created{}, err
 	}
-	if tmpl.BaseSHA256 != snap.Source.Base {
+	if tmpl.RootSHA256 != snap.Source.Base {
 		return Created{}, errdefs.Unsupported.Errorf(
 			"snapshot %q needs the base image that template %q had when it was made; the template has another one now", name, tmpl.Name)
 	}

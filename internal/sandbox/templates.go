@@ -17,7 +17,7 @@ func (h *host) rootOf(rec Record) (template.Template, error) {
 	switch {
 	case errors.Is(err, errdefs.NotFound):
 		err = errdefs.Unsupported.Errorf("it needs the template %q, which is gone", rec.Template)
-	case err == nil && tmpl.BaseSHA256 != rec.Base:
+	case err == nil && tmpl.RootSHA256 != rec.Base:
 		err = errdefs.Unsupported.Errorf("template %q has another base image than when the sandbox was made", rec.Template)
 	}
 	return tmpl, err

@@ -285,22 +285,33 @@ func (s *Store) publishBuild(tmp string, t Info, b Build, tag string) (Info, err
 		return t, err
 	}
 	t.UpdatedAt = now
+	return t, s.showNew(t, func(made string) error { return add(tmp, filepath.Join(made, b.ID)) })
+}
+
+// writeNew shows a template that has no files yet. Called within change.
+func (s *Store) writeNew(t Info) error {
+	t.UpdatedAt = t.CreatedAt
+	return s.showNew(t, func(string) error { return nil })
+}
+
+// showNew shows a new template, whose directory fill fills. Called within change.
+func (s *Store) showNew(t Info, fill func(made string) error) error {
 	made, err := tempDir(s.templates(), "new")
 	if err != nil {
-		return t, err
+		return err
 	}
 	defer os.RemoveAll(made) // not there any more when all went well
 	err = os.Chmod(made, 0o755)
 	if err == nil {
-		err = add(tmp, filepath.Join(made, b.ID))
+		err = fill(made)
 	}
 	if err == nil {
 		err = sealed.Write(filepath.Join(made, infoFile), t)
 	}
 	if err == nil {
-		err = add(made, dir)
+		err = add(made, s.templateDir(t.ID))
 	}
-	return t, err
+	return err
 }
 
 // SetPublic says whether all projects may use a template.
@@ -414,7 +425,8 @@ func (s *Store) dropTemplate(t Info, inUse func(Info) error) error {
 }
 
 // Prune removes the builds of templates to which no tag leads and that needed does not
-// want. Snapshots have no such builds.
+// want, and forgets those that failed a day ago. What waits or is being built stays.
+// Snapshots have no such builds.
 func (s *Store) Prune(ctx context.Context, needed func(Info, Build) bool) error {
 	all, _, err := s.load()
 	if err != nil {
@@ -440,6 +452,8 @@ func (s *Store) prune(id string, needed func(Info, Build) bool) error {
 	if err != nil {
 		return err
 	}
+	listed := len(t.Builds)
+	t.dropFailed(maxFailed, time.Now().Add(-keepFailed))
 	var kept []Build
 	var gone []string
 	for _, b := range t.Builds {
@@ -447,13 +461,13 @@ func (s *Store) prune(id string, needed func(Info, Build) bool) error {
 		below := slices.ContainsFunc(all, func(other Info) bool {
 			return slices.ContainsFunc(other.Builds, func(o Build) bool { return o.Over == id && o.Base == b.Base })
 		})
-		if tagged || below || len(t.Tags) == 0 || needed(t, b) {
+		if b.Status != StatusReady || tagged || below || len(t.Tags) == 0 || needed(t, b) {
 			kept = append(kept, b)
 		} else {
 			gone = append(gone, b.ID)
 		}
 	}
-	if len(gone) == 0 {
+	if len(kept) == listed {
 		return nil
 	}
 	t.Builds = kept

@@ -21,9 +21,6 @@ const (
 	DefaultTag = "default"
 )
 
-// StatusReady is the status of a build that sandboxes are made from.
-const StatusReady = "ready"
-
 // Info is what is known of a template without its contents. A snapshot that a user
 // made is a template, too. Slices are not to be changed.
 type Info struct {
@@ -53,7 +50,7 @@ type Info struct {
 type Build struct {
 	// ID is a UUID.
 	ID string `json:"id"`
-	// Status is building, waiting, ready or error.
+	// Status is one of StatusWaiting, StatusBuilding, StatusReady and StatusError.
 	Status     string    `json:"status"`
 	CreatedAt  time.Time `json:"created_at"`
 	UpdatedAt  time.Time `json:"updated_at"`
@@ -65,10 +62,18 @@ type Build struct {
 	DiskMiB int `json:"disk_mib"`
 	// EnvdVersion is of the guest in a snapshot's memory; empty for what boots.
 	EnvdVersion string `json:"envd_version,omitempty"`
-	// Base is the digest of the base image: the build's own, or the one that the disk
-	// of a snapshot is mounted over, which is of the template Over.
+	// Base is the digest of the layers: of the build's own, or of those that the disk
+	// of a snapshot is mounted over, which are of the template Over. It is empty while
+	// there are none.
 	Base string `json:"base,omitempty"`
 	Over string `json:"over,omitempty"`
+
+	// Reason is why the build is an error.
+	Reason *Reason `json:"reason,omitempty"`
+	// Wants are the tags that are to lead to a build that is waiting or building, and
+	// Owner is the process that makes it: see claim.
+	Wants []string `json:"wants,omitempty"`
+	Owner int64    `json:"owner,omitempty"`
 }
 
 // Tag leads to a build of its template.
@@ -212,7 +217,7 @@ func notFound(text string) error {
 
 // Resolve returns the template and the build that a sandbox is made from if a project
 // says text: see Lookup. Without a tag, a template that was never tagged is its newest
-// build. errdefs.NotFound if there is no such template or tag, errdefs.WrongState if
+// ready build, or its newest. errdefs.NotFound if there is no such template or tag, errdefs.WrongState if
 // the build is not ready.
 func Resolve(all []Info, project, text string) (Info, Build, error) {
 	t, ref, err := Lookup(all, project, text)
@@ -222,7 +227,7 @@ func Resolve(all []Info, project, text string) (Info, Build, error) {
 	b, ok := t.BuildOf(ref.Tag)
 	switch {
 	case !ok && ref.Tag == "" && len(t.Tags) == 0 && len(t.Builds) > 0:
-		b = t.Builds[0]
+		b = t.Builds[max(0, slices.IndexFunc(t.Builds, func(b Build) bool { return b.Status == StatusReady }))]
 	case !ok:
 		return Info{}, Build{}, errdefs.NotFound.Errorf("tag '%s' does not exist for template '%s'",
 			cmp.Or(ref.Tag, DefaultTag), strings.Trim(shown(text), `"`))

@@ -83,15 +83,15 @@ func wantTakenOver(t *testing.T, s *Store) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got.ID != HostID("minimal") || got.Name != "minimal" || got.BaseSHA256 != earlierBase || got.Release != "6.1.0-56-cloud-amd64" ||
+	if got.ID != HostID("minimal") || got.Name != "minimal" || got.RootSHA256 != earlierBase || got.Release != "6.1.0-56-cloud-amd64" ||
 		!reflect.DeepEqual(got.Defaults, Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: 4096, Login: Login{User: "root"}}) {
 		t.Errorf("minimal is %+v", got)
 	}
-	if data, err := os.ReadFile(got.Base); err != nil || string(data) != "image" {
+	if data, err := os.ReadFile(got.Layers[0].Path); err != nil || string(data) != "image" {
 		t.Errorf("its image is %q, %v", data, err)
 	}
 	for _, name := range []string{"minimal", HostID("minimal"), "base"} {
-		if old, err := s.RootOf(name, earlierBase); err != nil || old.Base != got.Base {
+		if old, err := s.RootOf(name, earlierBase); err != nil || !reflect.DeepEqual(old.Layers, got.Layers) {
 			t.Errorf("what the disk of an earlier sandbox is over: %+v, %v", old, err)
 		}
 	}
@@ -193,10 +193,10 @@ func TestEarlierVersionComesBack(t *testing.T) {
 	write(t, filepath.Join(dir, "templates/minimal/template.json"), strings.ReplaceAll(earlierManifest, earlierBase, "abc"))
 	s := open(t, dir)
 	second, err := s.Get("minimal")
-	if err != nil || second.ID != first.ID || second.Build == first.Build || second.BaseSHA256 != "abc" {
+	if err != nil || second.ID != first.ID || second.Build == first.Build || second.RootSHA256 != "abc" {
 		t.Errorf("minimal is %+v, %v; was %+v", second, err, first)
 	}
-	if old, err := s.RootOf("minimal", earlierBase); err != nil || old.Base != first.Base {
+	if old, err := s.RootOf("minimal", earlierBase); err != nil || !reflect.DeepEqual(old.Layers, first.Layers) {
 		t.Errorf("sandboxes of before find %+v, %v", old, err)
 	}
 }

@@ -31,6 +31,35 @@ type Making struct {
 	// Recipe is the digest of what the image was made by.
 	Recipe   string   `json:"recipe"`
 	Defaults Defaults `json:"defaults"`
+	// Start is what runs in a guest before it is ready.
+	Start Program `json:"start,omitzero"`
+	// Image is the reference and digest of the image that the lowest layer came from;
+	// empty for none.
+	Image string `json:"image,omitempty"`
+	// From is the template that it was built on, as id:build; empty for none.
+	From string `json:"from,omitempty"`
+	// History is oldest first.
+	History []HistoryEntry `json:"history,omitempty"`
+}
+
+// HistoryEntry is one step by which a template was made.
+type HistoryEntry struct {
+	// CreatedBy is the step as it was written.
+	CreatedBy string    `json:"created_by"`
+	CreatedAt time.Time `json:"created_at,omitzero"`
+	// Bytes is how much it added.
+	Bytes int64 `json:"bytes,omitempty"`
+	// Empty says that it changed no files.
+	Empty bool `json:"empty,omitempty"`
+}
+
+// check says whether sandboxes can be made so.
+func (d Defaults) check(what string) error {
+	if d.VCPUs < 1 || d.MemMiB < 1 || d.OverlayMiB < MinOverlayMiB || d.OverlayMiB > MaxOverlayMiB {
+		return errdefs.InvalidArgument.Errorf("%s: defaults of %d vCPUs, %d MiB of memory and %d MiB of disk",
+			what, d.VCPUs, d.MemMiB, d.OverlayMiB)
+	}
+	return nil
 }
 
 // KernelStage is a guest kernel in the making. One is made at a time.
@@ -199,9 +228,8 @@ func (t *TemplateStage) Publish(ctx context.Context, about Making) error {
 	if _, err := os.Lstat(filepath.Join(t.Dir, baseImage)); err != nil {
 		return fmt.Errorf("publish template: %w", err)
 	}
-	if d := about.Defaults; d.VCPUs < 1 || d.MemMiB < 1 || d.OverlayMiB < MinOverlayMiB || d.OverlayMiB > MaxOverlayMiB {
-		return errdefs.InvalidArgument.Errorf("publish template: defaults of %d vCPUs, %d MiB of memory and %d MiB of disk",
-			d.VCPUs, d.MemMiB, d.OverlayMiB)
+	if err := about.Defaults.check("publish template"); err != nil {
+		return err
 	}
 	m := buildManifest{Making: about}
 	err := seal(t.Dir, manifestFile, &m, &m.manifest, hashFile)

@@ -70,11 +70,11 @@ func TestStageTemplate(t *testing.T) {
 	}
 	write(t, filepath.Join(stage.Dir, "root", "etc", "passwd"), "")
 	stage.Discard()
-	if again, err := s.Get("mine"); err != nil || again.BaseSHA256 != got.BaseSHA256 {
+	if again, err := s.Get("mine"); err != nil || again.RootSHA256 != got.RootSHA256 {
 		t.Errorf("a discarded one changed the template: %+v, %v", again, err)
 	}
 	build(t, s, "mine", "second")
-	if again, err := s.Get("mine"); err != nil || again.BaseSHA256 == got.BaseSHA256 {
+	if again, err := s.Get("mine"); err != nil || again.RootSHA256 == got.RootSHA256 {
 		t.Errorf("got %+v, %v", again, err)
 	}
 	wantTemplates(t, s, 2)

@@ -43,13 +43,19 @@ type Store struct {
 	// changeMu is held within change.
 	changeMu sync.Mutex
 
+	ownerMu sync.Mutex
+	// owner is what claim returned, and ownerFile has the lock.
+	owner     int64
+	ownerFile *os.File
+
 	checksMu sync.Mutex
 	// checks are the directories of snapshots whose files were read.
 	checks map[string]*check
 }
 
 // Open makes the store's directories if they are missing and removes what
-// interrupted setups and snapshots left, unless one is under way at this moment.
+// interrupted setups, builds and snapshots left, unless one is under way at this moment.
+// Builds whose process is gone become an error.
 func Open(dir string, log *slog.Logger) (*Store, error) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
@@ -79,7 +85,10 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 			return nil, fmt.Errorf("open template store: %w", err)
 		}
 	}
-	err = s.change(context.Background(), func() error { s.migrate(); return s.removeUnlisted() })
+	err = s.change(context.Background(), func() error {
+		s.migrate()
+		return errors.Join(s.failInterrupted(), s.removeUnlisted())
+	})
 	if err != nil {
 		return nil, fmt.Errorf("open template store: %w", err)
 	}
@@ -122,10 +131,23 @@ type Template struct {
 	// ID and Build say which it is, Name is its first name, or the id if it has none.
 	ID, Build, Name string
 	Boot
-	// Base is the read-only ext4 image.
-	Base       string
-	BaseSHA256 string
+	// Layers are the root file system, lowest first.
+	Layers []Layer
+	// RootSHA256 is the digest of all of them.
+	RootSHA256 string
 	Defaults   Defaults
+	// Start is what runs in a guest before it is ready.
+	Start Program
+}
+
+// Program is what a guest runs from its boot on.
+type Program struct {
+	// Start is run in the background, and Ready again and again until it succeeds: shell
+	// commands. Without Start there is no program.
+	Start string `json:"start,omitempty"`
+	Ready string `json:"ready,omitempty"`
+	// Login is the user, directory and variables of both.
+	Login
 }
 
 // Defaults are what a sandbox has if its creator names nothing else.
@@ -175,13 +197,18 @@ func (s *Store) Root(t Info, b Build) (Template, error) {
 		return Template{}, err
 	}
 	var m buildManifest
-	switch err := readManifest(dir, manifestFile, &m, &m.manifest); {
+	err = readManifest(dir, manifestFile, &m, &m.manifest)
+	switch {
 	case errors.Is(err, fs.ErrNotExist) && missing(s.templateDir(t.ID)):
 		return Template{}, notFound(t.Name())
 	case errdefs.CannotRead(err):
 		return Template{}, unreadable(fmt.Sprintf("template %q", t.Name()), err)
-	case err != nil:
-		return Template{}, errdefs.Corrupt.Errorf("template %q is damaged, run wrenn setup: %w", t.Name(), err)
+	case errors.Is(err, fs.ErrNotExist) && b.Status != StatusReady:
+		return Template{}, errdefs.WrongState.Errorf("build %s of template %q is %s, not ready", b.ID, t.Name(), b.Status)
+	}
+	layers, e := layersOf(dir, m.manifest)
+	if err = cmp.Or(err, e); err != nil {
+		return Template{}, errdefs.Corrupt.Errorf("template %q is damaged, %s: %w", t.Name(), t.remake(), err)
 	}
 	boot, err := s.Boot()
 	if err != nil {
@@ -190,16 +217,25 @@ func (s *Store) Root(t Info, b Build) (Template, error) {
 	return Template{
 		ID: t.ID, Build: b.ID, Name: t.Name(),
 		Boot:       boot,
-		Base:       filepath.Join(dir, baseImage),
-		BaseSHA256: m.Files[baseImage].SHA256,
+		Layers:     layers,
+		RootSHA256: rootDigest(layers),
 		Defaults:   m.Defaults,
+		Start:      m.Start,
 	}, nil
 }
 
+// remake says how a damaged template is mended.
+func (t Info) remake() string {
+	if t.ID == HostID(DefaultName) {
+		return "run wrenn setup"
+	}
+	return "build it again"
+}
+
 // RootOf returns what an existing disk is mounted over: the build of a template, by its
-// id or one of the host's names, that has the base image with this digest, or the one of
-// DefaultTag if none has. The errors are those of Get.
-func (s *Store) RootOf(template, base string) (Template, error) {
+// id or one of the host's names, whose layers have this digest, or the one of DefaultTag
+// if none has. The errors are those of Get.
+func (s *Store) RootOf(template, root string) (Template, error) {
 	all, _, err := s.load()
 	if err != nil {
 		return Template{}, err
@@ -208,7 +244,7 @@ func (s *Store) RootOf(template, base string) (Template, error) {
 		if t.ID != template && (t.Project != "" || !slices.Contains(t.Names, template)) {
 			continue
 		}
-		if i := slices.IndexFunc(t.Builds, func(b Build) bool { return b.Base == base && t.Source == "" }); i >= 0 {
+		if i := slices.IndexFunc(t.Builds, func(b Build) bool { return b.Base == root && root != "" && t.Source == "" }); i >= 0 {
 			return s.Root(t, t.Builds[i])
 		}
 	}
@@ -262,7 +298,7 @@ type kernelManifest struct {
 	Kernel
 }
 
-// buildManifest is that of a build with a base image.
+// buildManifest is that of a build with layers.
 type buildManifest struct {
 	manifest
 	Making
@@ -270,9 +306,13 @@ type buildManifest struct {
 
 // build is what a template lists of the build.
 func (m buildManifest) build(id string, at time.Time) Build {
+	base := "" // of a damaged one
+	if layers, err := layersOf("", m.manifest); err == nil {
+		base = rootDigest(layers)
+	}
 	return Build{
 		ID: id, Status: StatusReady, CreatedAt: at, UpdatedAt: at, FinishedAt: at,
-		VCPUs: m.Defaults.VCPUs, MemMiB: m.Defaults.MemMiB, DiskMiB: m.Defaults.OverlayMiB, Base: m.Files[baseImage].SHA256,
+		VCPUs: m.Defaults.VCPUs, MemMiB: m.Defaults.MemMiB, DiskMiB: m.Defaults.OverlayMiB, Base: base,
 	}
 }
 

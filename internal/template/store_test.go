@@ -120,14 +120,14 @@ func TestGet(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for path, want := range map[string]string{got.Base: "image", got.Kernel: "kernel", got.Initrd: "initrd"} {
+	for path, want := range map[string]string{got.Layers[0].Path: "image", got.Kernel: "kernel", got.Initrd: "initrd"} {
 		if b, err := os.ReadFile(path); err != nil || string(b) != want || !filepath.IsAbs(path) {
 			t.Errorf("%s holds %q, %v, want %q", path, b, err, want)
 		}
 	}
 	// sha256 of "image"
-	if want := "6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d"; got.BaseSHA256 != want {
-		t.Errorf("digest = %s, want %s", got.BaseSHA256, want)
+	if want := "6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d"; got.RootSHA256 != want {
+		t.Errorf("digest = %s, want %s", got.RootSHA256, want)
 	}
 	list, err := s.List()
 	if err != nil || len(list) != 2 {

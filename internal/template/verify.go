@@ -95,9 +95,15 @@ func (s *Store) verifyBuild(
 	if t.Source != "" {
 		return look(KindSnapshot, name, dir, func() (manifest, error) { return s.verifyAgain(ctx, dir) })
 	}
+	if b.Status != StatusReady && missing(dir) {
+		return nil // it has no files
+	}
 	err := look(KindTemplate, name, dir, func() (manifest, error) {
 		var m buildManifest
 		err := readManifest(dir, manifestFile, &m, &m.manifest)
+		if err == nil {
+			_, err = layersOf(dir, m.manifest)
+		}
 		return m.manifest, firstOf(damage(err), func() error { return m.verify(ctx, dir, plain) })
 	})
 	if err != nil {

@@ -67,10 +67,16 @@ type Kernel struct {
 	Args string
 }
 
-// Root is a root file system in two layers.
+// MaxLayers is how many layers a root file system can have below its overlay. The
+// disks of so many, the overlay's included, fit into each driver's machine.
+const MaxLayers = 8
+
+// Root is a root file system in layers.
 type Root struct {
-	// Base is an image that many VMs share; the guest cannot write to it.
-	Base string
+	// Layers are images that many VMs share, lowest first, MaxLayers at most; the guest
+	// cannot write to them. The lowest one is a whole root file system, each of the others
+	// the overlay of a guest that had those below.
+	Layers []string
 	// Overlay is the VM's own file, which takes what the guest writes.
 	Overlay string
 }
@@ -122,11 +128,14 @@ type Disk struct {
 // block devices, in the order in which the guest's kernel finds them.
 func (r Root) Disks() []Disk {
 	var disks []Disk
-	for _, d := range []Disk{{Path: r.Base, ReadOnly: true}, {Path: r.Overlay}} {
-		if d.Path != "" {
-			d.Name = "vd" + string(rune('a'+len(disks)))
-			disks = append(disks, d)
-		}
+	add := func(path string, readOnly bool) {
+		disks = append(disks, Disk{Name: "vd" + string(rune('a'+len(disks))), Path: path, ReadOnly: readOnly})
+	}
+	for _, layer := range r.Layers {
+		add(layer, true)
+	}
+	if r.Overlay != "" {
+		add(r.Overlay, false)
 	}
 	return disks
 }
@@ -136,8 +145,8 @@ func (r Root) Disks() []Disk {
 // kernel, the boot facts, the contents of the disks).
 func (s Spec) Machine() Spec {
 	m := Spec{VCPUs: s.VCPUs, MemMiB: s.MemMiB}
-	if s.Root.Base != "" {
-		m.Root.Base = "base"
+	for range s.Root.Layers { // each is at a place of its own, so one name is enough
+		m.Root.Layers = append(m.Root.Layers, "base")
 	}
 	if s.Root.Overlay != "" {
 		m.Root.Overlay = "overlay"
@@ -161,7 +170,7 @@ func (s Spec) Cmdline(machine string) string {
 	var names guestapi.Disks
 	for _, d := range s.Root.Disks() {
 		if d.ReadOnly {
-			names.Base = d.Name
+			names.Layers = append(names.Layers, d.Name)
 		} else {
 			names.Overlay = d.Name
 		}
@@ -252,15 +261,20 @@ func (s Spec) validateBoot(needs Needs) error {
 
 func (s Spec) validateFiles() error {
 	bad := errdefs.InvalidArgument.Errorf
+	for i, layer := range s.Root.Layers {
+		if !isFile(layer) {
+			return bad("layer %d of the root file system: not there", i+1)
+		}
+	}
 	switch {
+	case len(s.Root.Layers) > MaxLayers:
+		return bad("root file system of %d layers: want at most %d", len(s.Root.Layers), MaxLayers)
 	case !isDir(s.RunDir):
 		return bad("run directory: not there")
 	case s.NetNS != "" && !isFile(s.NetNS):
 		return bad("network namespace: not there")
 	case !filepath.IsAbs(s.Console) || !isDir(filepath.Dir(s.Console)):
 		return bad("console: its directory is not there")
-	case s.Root.Base != "" && !isFile(s.Root.Base):
-		return bad("base image: not there")
 	case s.Root.Overlay != "" && !isFile(s.Root.Overlay):
 		return bad("overlay: not there")
 	}

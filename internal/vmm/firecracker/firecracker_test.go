@@ -132,7 +132,7 @@ func bareSubject(t testing.TB) vmmtest.Subject {
 	place := func(spec vmm.Spec) vmm.Spec {
 		spec.RunDir = filepath.Join(top, strconv.Itoa(n))
 		spec.Console = filepath.Join(files, fmt.Sprintf("console-%d.log", n))
-		spec.Root = vmm.Root{Base: spec.Kernel.Initrd, Overlay: file(fmt.Sprintf("overlay-%d", n), "overlay")}
+		spec.Root = vmm.Root{Layers: []string{spec.Kernel.Initrd}, Overlay: file(fmt.Sprintf("overlay-%d", n), "overlay")}
 		if err := os.Mkdir(spec.RunDir, 0o700); err != nil {
 			t.Fatal(err)
 		}

@@ -27,7 +27,7 @@ func specs() (small, full vmm.Spec) {
 	full.VCPUs, full.MemMiB = 4, 2048
 	full.Kernel.Initrd, full.Kernel.Args = "/k/initrd.img", "quiet panic=0"
 	full.Boot.Addr = netip.MustParsePrefix("169.254.0.21/30")
-	full.Root = vmm.Root{Base: "/t/base.ext4", Overlay: "/s/sb-1/overlay.ext4"}
+	full.Root = vmm.Root{Layers: []string{"/t/base.ext4"}, Overlay: "/s/sb-1/overlay.ext4"}
 	full.UID, full.GID = 20001, 20002
 	full.NetNS = "/run/netns/wrenn-1"
 	full.Link = &vmm.Link{Kind: vmm.Tap, Name: "tap0", MAC: "02:FC:00:00:00:05"}
@@ -146,7 +146,7 @@ func TestSnapshotKey(t *testing.T) {
 		"vCPUs":       func(s *vmm.Spec) { s.VCPUs = 2 },
 		"memory":      func(s *vmm.Spec) { s.MemMiB = 256 },
 		"no overlay":  func(s *vmm.Spec) { s.Root.Overlay = "" },
-		"no base":     func(s *vmm.Spec) { s.Root.Base = "" },
+		"no base":     func(s *vmm.Spec) { s.Root.Layers = nil },
 		"no network":  func(s *vmm.Spec) { s.Link = nil },
 		"another MAC": func(s *vmm.Spec) { s.Link.MAC = "02:FC:00:00:00:06" },
 	} {

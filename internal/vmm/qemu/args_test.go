@@ -24,7 +24,7 @@ func TestArgv(t *testing.T) {
 	full.VCPUs, full.MemMiB = 4, 2048
 	full.Kernel.Initrd, full.Kernel.Args = "/k/initrd.img", "quiet panic=0"
 	full.Boot.Addr = netip.MustParsePrefix("169.254.0.21/30")
-	full.Root = vmm.Root{Base: "/t/base.ext4", Overlay: "/s/a,b=c/overlay.ext4"}
+	full.Root = vmm.Root{Layers: []string{"/t/base.ext4"}, Overlay: "/s/a,b=c/overlay.ext4"}
 	full.UID, full.GID = 20001, 20002
 	full.Limits = vmm.Limits{DiskBytes: 256 << 20, DiskOps: 16384}
 	full.Link = &vmm.Link{Kind: vmm.Tap, Name: "tap0", MAC: "02:FC:00:00:00:05"}

@@ -453,7 +453,7 @@ func TestTap(t *testing.T) {
 		}
 		return path
 	}
-	s.Spec.Root = vmm.Root{Base: s.Spec.Kernel.Image, Overlay: overlay()}
+	s.Spec.Root = vmm.Root{Layers: []string{s.Spec.Kernel.Image}, Overlay: overlay()}
 	v := start(t, s)
 	want, err := os.Readlink(ns)
 	if err != nil {
@@ -475,7 +475,7 @@ func TestTap(t *testing.T) {
 	}
 	clone := s.Clone()
 	clone.NetNS, clone.Link, clone.UID, clone.GID = s.Spec.NetNS, s.Spec.Link, s.Spec.UID, s.Spec.GID
-	clone.Root = vmm.Root{Base: s.Spec.Root.Base, Overlay: overlay()}
+	clone.Root = vmm.Root{Layers: s.Spec.Root.Layers, Overlay: overlay()}
 	restored, err := s.Driver.(*Driver).Restore(t.Context(), clone, dir)
 	if err != nil {
 		t.Fatal(err)

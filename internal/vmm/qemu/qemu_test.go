@@ -217,7 +217,7 @@ func TestHardening(t *testing.T) {
 	s.Spec.UID, s.Spec.GID = uid, gid
 	s.Spec.Cgroup = "wrenn-vmmtest/" + s.Spec.ID
 	s.Spec.Limits = vmm.Limits{CPUMilli: 1000, MemMiB: 512, PIDs: 64, DiskBytes: 1 << 26, DiskOps: 1000}
-	s.Spec.Root = vmm.Root{Base: s.Spec.Kernel.Image, Overlay: filepath.Join(t.TempDir(), "overlay")}
+	s.Spec.Root = vmm.Root{Layers: []string{s.Spec.Kernel.Image}, Overlay: filepath.Join(t.TempDir(), "overlay")}
 	if err := os.WriteFile(s.Spec.Root.Overlay, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}

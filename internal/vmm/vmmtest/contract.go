@@ -435,9 +435,9 @@ func badSpecs(needs vmm.Needs) map[string]func(*vmm.Spec) {
 		"many vcpus":       func(s *vmm.Spec) { s.VCPUs = 1 << 30 },
 		"negative memory":  func(s *vmm.Spec) { s.MemMiB = -1 },
 		"huge memory":      func(s *vmm.Spec) { s.MemMiB = 1 << 31 },
-		"absent base":      func(s *vmm.Spec) { s.Root.Base = "/nonexistent/disk" },
+		"absent base":      func(s *vmm.Spec) { s.Root.Layers = []string{"/nonexistent/disk"} },
 		"absent overlay":   func(s *vmm.Spec) { s.Root.Overlay = "/nonexistent/disk" },
-		"base a directory": func(s *vmm.Spec) { s.Root.Base = s.RunDir },
+		"base a directory": func(s *vmm.Spec) { s.Root.Layers = []string{s.RunDir} },
 		"absent namespace": func(s *vmm.Spec) { s.NetNS = "/nonexistent/ns" },
 		"absent run dir":   func(s *vmm.Spec) { s.RunDir = "/nonexistent" },
 		"long run dir":     func(s *vmm.Spec) { s.RunDir = "/" + strings.Repeat("a", 100) },
@@ -692,14 +692,14 @@ func testBadSnapshots(t *testing.T, s Subject) {
 // otherRoot returns a root with another number of layers.
 func otherRoot(t *testing.T, s vmm.Spec) vmm.Root {
 	t.Helper()
-	if s.Root.Base != "" {
+	if len(s.Root.Layers) > 0 {
 		return vmm.Root{Overlay: s.Root.Overlay}
 	}
 	base := filepath.Join(t.TempDir(), "base")
 	if err := os.WriteFile(base, make([]byte, 4096), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return vmm.Root{Base: base, Overlay: s.Root.Overlay}
+	return vmm.Root{Layers: []string{base}, Overlay: s.Root.Overlay}
 }
 
 func testSnapshotKeys(t *testing.T, s Subject) {

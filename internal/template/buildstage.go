@@ -1,0 +1,273 @@
+package template
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
+)
+
+// BuildStage is a build in the making. Its methods are for one goroutine.
+type BuildStage struct {
+	store     *Store
+	id, build string
+	made      string // the directory of this making
+	layers    []Layer
+	published bool
+	lock      *lock // of all templates, shared
+	discard   sync.Once
+}
+
+// StageBuild begins to make the files of a build that is waiting or building. Any number
+// may be made at a time. Discard must be called, after Publish too.
+func (s *Store) StageBuild(ctx context.Context, id, build string) (*BuildStage, error) {
+	if _, err := s.buildDir(id, build); err != nil {
+		return nil, err
+	}
+	t, err := s.readInfo(id)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, notFound(id)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("begin build: %w", err)
+	}
+	if b, ok := t.BuildOf(build); !ok || b.Status != StatusWaiting && b.Status != StatusBuilding {
+		return nil, errdefs.WrongState.Errorf("build %s of template %s is not to be made", build, id)
+	}
+	// As long as this lock is shared, Open removes no garbage from there.
+	l, err := shareLock(ctx, s.templates())
+	if err != nil {
+		return nil, fmt.Errorf("begin build: %w", err)
+	}
+	b := &BuildStage{store: s, id: id, build: build, lock: l}
+	if b.made, err = tempDir(s.templates(), "build"); err == nil {
+		err = errors.Join(os.Mkdir(b.Dir(), 0o700), os.Mkdir(b.root(), 0o700))
+	}
+	if err != nil {
+		b.Discard()
+		return nil, noSpace("begin build", err)
+	}
+	return b, nil
+}
+
+// Dir is a directory for the making's own files, of which AddLayer takes some and Discard
+// removes the others.
+func (b *BuildStage) Dir() string { return filepath.Join(b.made, "work") }
+
+// root is where the layers are, until they are published.
+func (b *BuildStage) root() string { return filepath.Join(b.made, "build") }
+
+// check says whether layers can be added.
+func (b *BuildStage) check(more int) error {
+	switch {
+	case b.published:
+		return errdefs.WrongState.Errorf("the build is published")
+	case len(b.layers)+more > MaxLayers:
+		return errdefs.InvalidArgument.Errorf("a template has at most %d layers, and this one would have %d: build it from one with fewer",
+			MaxLayers, len(b.layers)+more)
+	}
+	return nil
+}
+
+// Inherit makes the layers of another template the lowest ones, without copying them.
+// errdefs.NotFound says that it has been removed.
+func (b *BuildStage) Inherit(from Template) error {
+	if err := b.check(len(from.Layers)); err != nil {
+		return err
+	}
+	if len(b.layers) > 0 || len(from.Layers) == 0 {
+		return errors.New("inherit layers: they can be the lowest ones only")
+	}
+	for i, l := range from.Layers {
+		path := filepath.Join(b.root(), layerName(i))
+		if err := os.Link(l.Path, path); err != nil {
+			b.layers = nil
+			for j := range i {
+				err = errors.Join(err, os.Remove(filepath.Join(b.root(), layerName(j))))
+			}
+			if errors.Is(err, fs.ErrNotExist) {
+				return errdefs.NotFound.Errorf("template '%s' was removed", from.Name)
+			}
+			return noSpace("inherit layers", err)
+		}
+		b.layers = append(b.layers, Layer{Path: path, SHA256: l.SHA256, Size: l.Size, file: l.file})
+	}
+	return nil
+}
+
+// AddLayer puts a file on top of the layers. One in Dir is taken away from there; any
+// other one, which must be on the same file system, keeps its name too, and must not
+// change any more.
+func (b *BuildStage) AddLayer(ctx context.Context, path string) error {
+	if err := b.check(1); err != nil {
+		return err
+	}
+	to := filepath.Join(b.root(), layerName(len(b.layers)))
+	ours := strings.HasPrefix(filepath.Clean(path), b.Dir()+"/")
+	var err error
+	if ours {
+		err = os.Rename(path, to)
+	} else {
+		err = os.Link(path, to)
+	}
+	if err != nil {
+		return noSpace("add layer", err)
+	}
+	file, err := b.store.digestLayer(ctx, to, ours)
+	if err == nil && file.Size == 0 {
+		err = errors.New("the file is empty")
+	}
+	if err == nil {
+		err = os.Chmod(to, 0o444)
+	}
+	if err != nil {
+		return noSpace("add layer", errors.Join(err, os.Remove(to)))
+	}
+	b.layers = append(b.layers, layerOf(to, file))
+	return nil
+}
+
+// digestLayer returns the digest of a layer. That of one which published builds have too
+// is known. A file of the caller's own becomes as small as it can.
+func (s *Store) digestLayer(ctx context.Context, path string, own bool) (File, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return File{}, err
+	}
+	switch {
+	case st.Mode&unix.S_IFMT != unix.S_IFREG:
+		return File{}, errors.New("it is not a file")
+	case st.Nlink > 1:
+		if f, ok := s.sameLayer(st); ok {
+			return f, nil
+		}
+	case own:
+		return snapfile.Dig(ctx, path)
+	}
+	return snapfile.Digest(ctx, path)
+}
+
+// sameLayer returns what a manifest says of a file that is a layer of a published build.
+func (s *Store) sameLayer(want unix.Stat_t) (File, bool) {
+	all, _, err := s.load()
+	if err != nil {
+		return File{}, false
+	}
+	for _, t := range all {
+		for _, b := range t.Builds {
+			dir := filepath.Join(s.templateDir(t.ID), b.ID)
+			for i := range MaxLayers {
+				var st unix.Stat_t
+				if unix.Lstat(filepath.Join(dir, layerName(i)), &st) != nil {
+					break
+				}
+				if st.Ino != want.Ino || st.Dev != want.Dev {
+					continue
+				}
+				var m buildManifest
+				if readManifest(dir, manifestFile, &m, &m.manifest) == nil {
+					f, ok := m.Files[layerName(i)]
+					return f, ok && f.Size == want.Size
+				}
+			}
+		}
+	}
+	return File{}, false
+}
+
+// Root is the stack so far, for sandboxes that build on it. Its files are there until
+// Discard.
+func (b *BuildStage) Root(context.Context) (Template, error) {
+	if len(b.layers) == 0 {
+		return Template{}, errors.New("the build has no layers yet")
+	}
+	boot, err := b.store.Boot()
+	if err != nil {
+		return Template{}, err
+	}
+	return Template{
+		ID: b.id, Build: b.build, Name: b.id, Boot: boot, Layers: slices.Clone(b.layers), RootSHA256: rootDigest(b.layers),
+	}, nil
+}
+
+// Publish makes the layers the files of the build, which is building and stays so: no tag
+// leads to it before Finish. errdefs.WrongState says that the build has been ended,
+// errdefs.NotFound that the template was removed.
+func (b *BuildStage) Publish(ctx context.Context, about Making) (t Info, made Build, err error) {
+	if err := b.check(0); err != nil {
+		return t, made, err
+	}
+	if len(b.layers) == 0 {
+		return t, made, errors.New("publish build: it has no layers")
+	}
+	if err := about.Defaults.check("publish build"); err != nil {
+		return t, made, err
+	}
+	m := buildManifest{Making: about}
+	err = seal(b.root(), manifestFile, &m, &m.manifest, func(path string) (File, error) { return b.fileOf(ctx, path) })
+	if err != nil {
+		return t, made, noSpace("publish build", err)
+	}
+	dir := filepath.Join(b.store.templateDir(b.id), b.build)
+	added := false
+	err = b.store.editBuild(ctx, b.id, b.build, func(info *Info, build *Build) error {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		if build.Status != StatusBuilding {
+			return errdefs.WrongState.Errorf("build %s is %s, not building", b.build, build.Status)
+		}
+		if err := add(b.root(), dir); err != nil {
+			return err
+		}
+		added = true
+		made = m.build(b.build, build.CreatedAt)
+		made.Status, made.UpdatedAt, made.FinishedAt = build.Status, build.UpdatedAt, time.Time{}
+		made.Wants, made.Owner = build.Wants, build.Owner
+		*build = made
+		t = *info
+		return nil
+	})
+	if err != nil && added && !errors.Is(err, atomicfile.ErrReplaced) {
+		err = errors.Join(err, dropDir(dir))
+	}
+	if err != nil {
+		return t, made, noSpace("publish build", err)
+	}
+	b.published = true
+	for i := range b.layers {
+		b.layers[i].Path = filepath.Join(dir, layerName(i))
+	}
+	return t, made, nil
+}
+
+// fileOf is what the manifest is to say of a layer.
+func (b *BuildStage) fileOf(ctx context.Context, path string) (File, error) {
+	i := slices.IndexFunc(b.layers, func(l Layer) bool { return l.Path == path })
+	if i >= 0 && b.layers[i].file.Size > 0 {
+		return b.layers[i].file, nil
+	}
+	return snapfile.Digest(ctx, path)
+}
+
+// Discard removes what was not published.
+func (b *BuildStage) Discard() {
+	b.discard.Do(func() {
+		if b.made != "" {
+			_ = removeTree(b.made) // what stays is garbage for Open
+		}
+		b.lock.unlock()
+	})
+}

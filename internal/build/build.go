@@ -17,10 +17,10 @@ type Config struct {
 	Dir string
 	// Parallel is how many builds run at a time; further ones wait. Zero is 2.
 	Parallel int
-	// MaxBytes bounds what templates, images and builds take of the disk together; zero
-	// is no bound.
-	MaxBytes int64
-	Log      *slog.Logger
+	// MaxDisk bounds what templates, images and builds take of the disk together, in
+	// bytes; zero is no bound.
+	MaxDisk int64
+	Log     *slog.Logger
 }
 
 // Engine runs builds. Safe for concurrent use.
@@ -42,22 +42,28 @@ type Entry struct {
 	Message string    `json:"message"`
 }
 
-// Usage is what builds take of the disk, in bytes.
-type Usage struct{ Cache, Uploads, Logs, Work int64 }
+// Item is a thing that builds keep on the disk.
+type Item struct {
+	// Kind is cache, upload or log.
+	Kind   string
+	Name   string
+	Bytes  int64
+	UsedAt time.Time
+}
 
 // Pruning says what Prune may remove.
 type Pruning struct {
-	// All removes all of the cache, and not only what was unused for a week.
-	All bool
-	// DryRun removes nothing and says what would be.
+	// OlderThan keeps what was used since then; zero removes all that no build uses now.
+	OlderThan time.Duration
+	// DryRun removes nothing.
 	DryRun bool
 }
 
-// Pruned is what Prune removed.
-type Pruned struct {
-	Entries int // steps in the cache
-	Uploads int
-	Bytes   int64
+// Progress is how far the present transfer of a build is.
+type Progress struct {
+	Stage       string // "pull", "unpack", "import"
+	Done, Total int64
+	Detail      string
 }
 
 var errNotYet = errdefs.Unsupported.Errorf("this host cannot build templates yet")
@@ -98,11 +104,15 @@ func (e *Engine) Upload(project, hash string) (present bool, err error) { return
 // the archive that is there in one step, and is errdefs.Exhausted where it is too big.
 func (e *Engine) Put(ctx context.Context, project, hash string, r io.Reader) error { return errNotYet }
 
-// Prune removes from the cache what no build uses.
-func (e *Engine) Prune(ctx context.Context, p Pruning) (Pruned, error) { return Pruned{}, errNotYet }
+// Prune removes from the cache, the uploads and the logs what no build uses, and returns
+// what it removed.
+func (e *Engine) Prune(ctx context.Context, p Pruning) ([]Item, error) { return nil, errNotYet }
 
-// Usage returns what builds take of the disk.
-func (e *Engine) Usage() (Usage, error) { return Usage{}, nil }
+// Usage returns what builds keep on the disk.
+func (e *Engine) Usage(ctx context.Context) ([]Item, error) { return nil, nil }
+
+// Progress returns the latest progress of a build's transfer of an image.
+func (e *Engine) Progress(template, build string) (Progress, bool) { return Progress{}, false }
 
 // Forget removes the logs of a template's builds that are gone.
 func (e *Engine) Forget(template string) error { return nil }

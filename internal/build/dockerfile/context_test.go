@@ -141,7 +141,8 @@ func TestHash(t *testing.T) {
 	}
 	first := hash()
 	path := filepath.Join(dir, "a")
-	if err := errors.Join(os.Chtimes(path, time.Unix(1, 0), time.Unix(1, 0)), os.WriteFile(filepath.Join(dir, "b"), []byte("other"), 0o644)); err != nil {
+	err := os.Chtimes(path, time.Unix(1, 0), time.Unix(1, 0))
+	if err = errors.Join(err, os.WriteFile(filepath.Join(dir, "b"), []byte("other"), 0o644)); err != nil {
 		t.Fatal(err)
 	}
 	if got := hash(); got != first || len(first) != 64 {

@@ -886,6 +886,9 @@ type CreateSandboxV2JSONRequestBody = NewSandbox
 // ConnectSandboxV2JSONRequestBody defines body for ConnectSandboxV2 for application/json ContentType.
 type ConnectSandboxV2JSONRequestBody = ConnectRequest
 
+// CreateTemplateV2JSONRequestBody defines body for CreateTemplateV2 for application/json ContentType.
+type CreateTemplateV2JSONRequestBody = TemplateRequest
+
 // UpdateTemplateV2JSONRequestBody defines body for UpdateTemplateV2 for application/json ContentType.
 type UpdateTemplateV2JSONRequestBody = TemplateUpdate
 
@@ -5020,10 +5023,25 @@ func (response ListTemplatesV2defaultJSONResponse) VisitListTemplatesV2Response(
 }
 
 type CreateTemplateV2RequestObject struct {
+	Body *CreateTemplateV2JSONRequestBody
 }
 
 type CreateTemplateV2ResponseObject interface {
 	VisitCreateTemplateV2Response(w http.ResponseWriter) error
+}
+
+type CreateTemplateV2202JSONResponse Template
+
+func (response CreateTemplateV2202JSONResponse) VisitCreateTemplateV2Response(w http.ResponseWriter) error {
+
+	var buf bytes.Buffer
+	if err := json.NewEncoder(&buf).Encode(response); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(202)
+	_, err := buf.WriteTo(w)
+	return err
 }
 
 type CreateTemplateV2defaultJSONResponse struct {
@@ -6854,6 +6872,13 @@ func (sh *strictHandler) ListTemplatesV2(w http.ResponseWriter, r *http.Request,
 // CreateTemplateV2 operation middleware
 func (sh *strictHandler) CreateTemplateV2(w http.ResponseWriter, r *http.Request) {
 	var request CreateTemplateV2RequestObject
+
+	var body CreateTemplateV2JSONRequestBody
+	if err := runtime.BindJSONBody(r, &body); err != nil {
+		sh.options.RequestErrorHandlerFunc(w, r, fmt.Errorf("can't decode JSON body: %w", err))
+		return
+	}
+	request.Body = &body
 
 	handler := func(ctx context.Context, w http.ResponseWriter, r *http.Request, request interface{}) (interface{}, error) {
 		return sh.ssi.CreateTemplateV2(ctx, request.(CreateTemplateV2RequestObject))

@@ -76,7 +76,7 @@ var mayImport = map[string][]string{
 	"internal/auth":        {"internal/sealed", "internal/errdefs"},
 	"internal/idempotency": {"internal/sealed", "internal/errdefs"},
 	"internal/e2b": {
-		"internal/sandbox", "internal/template", "internal/auth", "internal/idempotency", "internal/guestapi", "api/...",
+		"internal/build", "internal/sandbox", "internal/template", "internal/auth", "internal/idempotency", "internal/guestapi", "api/...",
 		"internal/errdefs", "internal/errdefs/errhttp",
 	},
 	"internal/server": {"internal/sandbox", "internal/auth", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},

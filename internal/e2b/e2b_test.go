@@ -402,7 +402,7 @@ func TestMethodsAndPaths(t *testing.T) {
 		h.want(h.call("GET", path, ""), 400, "this host has no")
 	}
 	for _, c := range []string{
-		"POST /v3/templates", "POST /v2/templates", "POST /templates", "GET /templates/t/files/h", "POST /v2/templates/t/builds/b",
+		"POST /v3/templates", "POST /v2/templates", "GET /templates/t/files/h", "POST /v2/templates/t/builds/b",
 	} {
 		method, path, _ := strings.Cut(c, " ")
 		h.want(h.call(method, path, `{"name":"x"}`), 400, "builds no templates")

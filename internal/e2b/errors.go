@@ -121,4 +121,5 @@ var (
 	errIAM      = refuse(http.StatusBadRequest, "this host issues no identity tokens (iam)")
 	errWebhooks = refuse(http.StatusBadRequest, "this host has no webhooks; GET /events/sandboxes lists events")
 	errBuilds   = refuse(http.StatusBadRequest, "this host builds no templates yet")
+	errPushed   = refuse(http.StatusBadRequest, "this host builds templates of steps, POST /v3/templates, and not of a pushed image")
 )

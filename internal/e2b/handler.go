@@ -10,7 +10,9 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strings"
+	"sync"
 	"time"
 
 	api "git.omukk.dev/wrenn/sandbox/api/e2b"
@@ -19,12 +21,14 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
-// Config is what the API works with. Every field must be set except Domain.
+// Config is what the API works with. Every field must be set except Domain and Builds.
 type Config struct {
 	Manager   Manager
 	Templates Templates
-	Keys      *auth.Store
-	Limiter   *auth.Limiter
+	// Builds makes templates; without it, builds are refused.
+	Builds  Builds
+	Keys    *auth.Store
+	Limiter *auth.Limiter
 	// Requests remembers Idempotency-Keys.
 	Requests *idempotency.Store
 	// Domain is told to clients, which make the names of sandboxes' ports with it.
@@ -32,28 +36,41 @@ type Config struct {
 	// DefaultTemplate is the name of the host's template that "base" means if there
 	// is no template of that name.
 	DefaultTemplate string
+	// DiskMiB is the size of a new sandbox's disk.
+	DiskMiB int
 	// MaxTimeout is the longest life that a call may ask for.
 	MaxTimeout time.Duration
 	Log        *slog.Logger
 }
 
 // server implements the generated interface.
-type server struct{ Config }
+type server struct {
+	Config
+	uploads *uploads
+	// aws asks AWS for passwords of registries.
+	aws *http.Client
+	// makingMu is held from the count of a project's builds until there is one more.
+	makingMu sync.Mutex
+}
 
 // maxBody bounds a request's body.
 const maxBody = 1 << 20
 
-// New returns the handler of the API. Everything but GET /health demands a key.
+// New returns the handler of the API. Everything but GET /health and uploads demands a
+// key.
 func New(cfg Config) http.Handler {
-	s := &server{cfg}
+	s := &server{Config: cfg, aws: &http.Client{Transport: &http.Transport{}, CheckRedirect: noRedirect}}
+	s.uploads = newUploads(s.putArchive, s.fail)
 	strict := api.NewStrictHandlerWithOptions(s, []api.StrictMiddlewareFunc{withActor}, api.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc:  s.badRequest,
 		ResponseErrorHandlerFunc: s.fail,
 	})
 	router := newRouter(s.fail)
 	api.HandlerWithOptions(strict, api.StdHTTPServerOptions{BaseRouter: router, ErrorHandlerFunc: s.badRequest})
-	return withCORS(s.withCaller(s.withBody(router)))
+	return withCORS(s.uploads.before(s.withCaller(s.withBody(router))))
 }
+
+func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 
 // badRequest answers a request that could not be decoded.
 func (s *server) badRequest(w http.ResponseWriter, r *http.Request, err error) {
@@ -93,13 +110,15 @@ func withActor(next api.StrictHandlerFunc, operation string) api.StrictHandlerFu
 	return func(ctx context.Context, w http.ResponseWriter, r *http.Request, req any) (any, error) {
 		c := caller(ctx)
 		ctx = sandbox.WithActor(ctx, sandbox.Actor{KeyID: c.KeyID, Project: c.Project.Name, Address: r.RemoteAddr, What: operation})
-		return next(ctx, w, r, req)
+		return next(withBase(ctx, r), w, r, req)
 	}
 }
 
+var startsBuild = regexp.MustCompile(`^/templates/[^/]+/builds/[^/]+$`)
+
 func startsVM(r *http.Request) bool {
 	path := strings.TrimPrefix(r.URL.Path, "/v2")
-	return r.Method == http.MethodPost && (path == "/sandboxes" || strings.HasSuffix(path, "/fork"))
+	return r.Method == http.MethodPost && (path == "/sandboxes" || strings.HasSuffix(path, "/fork") || startsBuild.MatchString(path))
 }
 
 // fromForms are the content types that a browser sends to any host without asking

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/build"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
@@ -31,6 +32,21 @@ type hostTemplates struct {
 func OfHost(sandboxes *sandbox.Manager, templates *template.Store, diskMiB int) (Manager, Templates) {
 	t := hostTemplates{sandboxes, templates, diskMiB}
 	return ofHost{sandboxes, t}, t
+}
+
+// hostBuilds is Builds over the engine of this host.
+type hostBuilds struct {
+	*build.Engine
+	store *template.Store
+}
+
+// BuildsOf returns what the handlers need of the engine that makes this host's templates.
+func BuildsOf(engine *build.Engine, templates *template.Store) Builds {
+	return hostBuilds{engine, templates}
+}
+
+func (b hostBuilds) New(ctx context.Context, n NewBuild) (Template, Build, error) {
+	return b.store.NewBuild(ctx, n)
 }
 
 func (h ofHost) NewID() sandbox.ID { return h.sandboxes.NewID() }

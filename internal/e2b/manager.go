@@ -2,8 +2,10 @@ package e2b
 
 import (
 	"context"
+	"io"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/build"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
@@ -62,6 +64,34 @@ type Templates interface {
 	Tag(ctx context.Context, id, build string, tags []string) error
 	Untag(ctx context.Context, id string, tags []string) error
 }
+
+// Builds is what the handlers need of what makes templates.
+type Builds interface {
+	// New adds a build that waits to be started: of the template of that name, or of a
+	// new one. Builds of the template that wait for one of the same tags end.
+	New(context.Context, NewBuild) (Template, Build, error)
+	// Start begins a build that waits and returns; it is WrongState for another one. A
+	// build of the same template that runs is cancelled.
+	Start(context.Context, BuildSpec) error
+	// Cancel ends a build that waits or runs: NotFound if there is none.
+	Cancel(ctx context.Context, template, build string) error
+	// Log returns entries of a build's log, of a level and above, from an offset among
+	// these on. An entry never changes its offset.
+	Log(template, build string, offset, limit int, level string) ([]BuildEntry, error)
+	// Upload says whether a project has put an archive under a hash; Put does that, in
+	// place of one that is there.
+	Upload(project, hash string) (present bool, err error)
+	Put(ctx context.Context, project, hash string, r io.Reader) error
+}
+
+// NewBuild is what is known of a build before it is made.
+type NewBuild = template.NewBuild
+
+// BuildSpec is what a template is to be made of.
+type BuildSpec = build.Spec
+
+// BuildEntry is a line of a build's log.
+type BuildEntry = build.Entry
 
 // Action is what happens at the end of a sandbox's time.
 type Action = sandbox.OnTimeout

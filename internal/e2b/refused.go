@@ -9,30 +9,6 @@ import (
 // Operations that this host does not have answer with a sentence, so that a caller
 // sees that it is the host and not the address that is at fault.
 
-func (*server) CreateTemplateV1(context.Context, api.CreateTemplateV1RequestObject) (api.CreateTemplateV1ResponseObject, error) {
-	return nil, errBuilds
-}
-
-func (*server) CreateTemplateV2(context.Context, api.CreateTemplateV2RequestObject) (api.CreateTemplateV2ResponseObject, error) {
-	return nil, errBuilds
-}
-
-func (*server) CreateTemplateV3(context.Context, api.CreateTemplateV3RequestObject) (api.CreateTemplateV3ResponseObject, error) {
-	return nil, errBuilds
-}
-
-func (*server) RebuildTemplateV1(context.Context, api.RebuildTemplateV1RequestObject) (api.RebuildTemplateV1ResponseObject, error) {
-	return nil, errBuilds
-}
-
-func (*server) GetTemplateFiles(context.Context, api.GetTemplateFilesRequestObject) (api.GetTemplateFilesResponseObject, error) {
-	return nil, errBuilds
-}
-
-func (*server) StartBuild(context.Context, api.StartBuildRequestObject) (api.StartBuildResponseObject, error) {
-	return nil, errBuilds
-}
-
 func (*server) ListVolumes(context.Context, api.ListVolumesRequestObject) (api.ListVolumesResponseObject, error) {
 	return nil, errVolumes
 }

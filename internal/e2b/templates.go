@@ -222,7 +222,9 @@ func (s *server) DeleteTemplate(ctx context.Context, r api.DeleteTemplateRequest
 			return nil, refuse(http.StatusBadRequest, "template '%.140s' has a tag; DELETE /templates/tags removes tags", r.TemplateID)
 		}
 	}
-	err = s.Templates.Delete(ctx, t.ID, ref.Tag)
+	if err = s.Templates.Delete(ctx, t.ID, ref.Tag); err == nil {
+		s.endBuilds(ctx, t)
+	}
 	return api.DeleteTemplate204Response{}, wrongStateAs(http.StatusBadRequest, err)
 }
 
@@ -276,6 +278,9 @@ func (s *server) AssignTags(ctx context.Context, r api.AssignTagsRequestObject) 
 	if !ok {
 		return nil, refuse(http.StatusNotFound, "tag '%s' does not exist for template '%.140s'", orDefault(ref.Tag), r.Body.Target)
 	}
+	if b.Status != template.StatusReady {
+		return nil, refuse(http.StatusBadRequest, "build %s of template '%.140s' is %s, not ready", b.ID, r.Body.Target, b.Status)
+	}
 	err = s.Templates.Tag(ctx, t.ID, b.ID, tags)
 	return api.AssignTags201JSONResponse{Tags: tags, BuildID: b.ID}, err
 }
@@ -310,34 +315,14 @@ func (s *server) ListTags(ctx context.Context, r api.ListTagsRequestObject) (api
 	return tags, nil
 }
 
-// findBuild returns a build of a template; what is not there is a bad request, as
-// E2B's server has it.
-func (s *server) findBuild(ctx context.Context, template, build string) (Template, Build, error) {
-	t, _, err := s.lookup(ctx, template)
-	if err != nil {
-		return t, Build{}, err
-	}
-	i := slices.IndexFunc(t.Builds, func(b Build) bool { return b.ID == build })
+// buildOf returns a build of a template that text names; what is not there is a bad
+// request, as E2B's server has it.
+func buildOf(t Template, id, text string) (Build, error) {
+	i := slices.IndexFunc(t.Builds, func(b Build) bool { return b.ID == id })
 	if i < 0 {
-		return t, Build{}, refuse(http.StatusBadRequest, "build %.70q of template '%.140s' does not exist", build, template)
+		return Build{}, refuse(http.StatusBadRequest, "build %.70q of template '%.140s' does not exist", id, text)
 	}
-	return t, t.Builds[i], nil
-}
-
-// GetBuildStatus tells of builds that are there. No build of this host has logs.
-func (s *server) GetBuildStatus(ctx context.Context, r api.GetBuildStatusRequestObject) (api.GetBuildStatusResponseObject, error) {
-	if n := value(r.Params.Limit, maxPage); n < 1 || n > maxPage || value(r.Params.LogsOffset, 0) < 0 {
-		return nil, refuse(http.StatusBadRequest, "limit must be between 1 and %d, logsOffset not negative", maxPage)
-	}
-	t, b, err := s.findBuild(ctx, r.TemplateID, r.BuildID)
-	return api.GetBuildStatus200JSONResponse{
-		TemplateID: t.ID, BuildID: b.ID, Status: api.BuildState(b.Status), Logs: []string{}, LogEntries: []api.BuildLogEntry{},
-	}, err
-}
-
-func (s *server) GetBuildLogs(ctx context.Context, r api.GetBuildLogsRequestObject) (api.GetBuildLogsResponseObject, error) {
-	_, _, err := s.findBuild(ctx, r.TemplateID, r.BuildID)
-	return api.GetBuildLogs200JSONResponse{Logs: []api.BuildLogEntry{}}, err
+	return t.Builds[i], nil
 }
 
 // snapshotID is what clients use a snapshot by: name and tag, or id and tag.

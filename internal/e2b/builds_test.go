@@ -150,9 +150,10 @@ func TestNewTemplate(t *testing.T) {
 		`{"name":"x","cpuCount":0}`: "400 CPU count must be at least 1", `{"name":"x","cpuCount":3}`: "400 divisible by 2",
 		`{"name":"x","cpuCount":64}`: "400 at most 32", `{"name":"x","memoryMB":127}`: "400 at least 128",
 		`{"name":"x","memoryMB":129}`: "400 Memory must be divisible by 2", `{"name":"x","memoryMB":9999998}`: "400 at most",
-		`{"name":"x","minFreeDiskMb":-1}`: "400 minFreeDiskMb", `{"name":"x","minFreeDiskMb":4097}`: "400 of this host", `{"name":"x","teamID":"other"}`: "400 team",
-		`{"name":"x","cpuCount":"2"}`: "400",
-		`{"name":"` + baseID + `"}`:   "403 not of your project",
+		`{"name":"x","minFreeDiskMb":-1}`: "400 minFreeDiskMb", `{"name":"x","minFreeDiskMb":4097}`: "400 of this host",
+		`{"name":"x","teamID":"other"}`: "400 team",
+		`{"name":"x","cpuCount":"2"}`:   "400",
+		`{"name":"` + baseID + `"}`:     "403 not of your project",
 	} {
 		status, word, _ := strings.Cut(want, " ")
 		if r := h.call("POST", "/v3/templates", body); fmt.Sprint(r.status) != status || !strings.Contains(r.body, word) {

@@ -28,14 +28,17 @@ const (
 
 // The reasons of builds that are not made any more.
 const (
-	reasonSuperseded  = "the build was superseded by a newer one of the same template and tag"
+	reasonSuperseded  = "build was superseded by a newer one"
+	reasonNeverBegun  = "the build was never started"
 	reasonNotBegun    = "the host agent ended before the build was started"
 	reasonInterrupted = "the host agent ended while the template was being built: build it again"
 )
 
 const (
 	// maxFailed is how many builds that ended with an error a template lists.
-	maxFailed = 32
+	maxFailed = 20
+	// maxWaiting is for how long a build may wait.
+	maxWaiting = 24 * time.Hour
 	// keepFailed is for how long Prune keeps them.
 	keepFailed = 24 * time.Hour
 )
@@ -60,9 +63,10 @@ type NewBuild struct {
 }
 
 // NewBuild adds a waiting build to a template, which it makes if there is none of the
-// name. Builds of the template that wait for one of the same tags become error. A name
-// that is a snapshot's, or the id of another template, is errdefs.AlreadyExists. It ends
-// with Finish, or with SetBuild; with this process it becomes error.
+// name. Builds of the template that wait for one of the same tags, or for a day, become
+// error. A name that is a snapshot's is errdefs.WrongState, the id of another template
+// errdefs.AlreadyExists. The build ends with Finish, or with SetBuild; with this process
+// it becomes error.
 func (s *Store) NewBuild(ctx context.Context, n NewBuild) (t Info, b Build, err error) {
 	if _, err := ParseName(n.Name); err != nil {
 		return t, b, err
@@ -95,7 +99,7 @@ func (s *Store) NewBuild(ctx context.Context, n NewBuild) (t Info, b Build, err 
 		t = have
 		t.supersede(b, now)
 		t.Builds = append([]Build{b}, t.Builds...)
-		if t.dropFailed(maxFailed, now); !fresh {
+		if t.dropFailed(maxFailed, time.Time{}); !fresh {
 			return s.write(t)
 		}
 		t.CreatedAt = now
@@ -119,7 +123,7 @@ func (s *Store) placeBuild(n NewBuild) (t Info, fresh bool, err error) {
 		mine := have.Project == n.Project
 		switch named := mine && slices.Contains(have.Names, n.Name); {
 		case named && have.Source != "":
-			return t, false, errdefs.AlreadyExists.Errorf("%q is the name of a snapshot", n.Name)
+			return t, false, errdefs.WrongState.Errorf("%q is the name of a snapshot", n.Name)
 		case have.ID == n.Name && (!mine || have.Source != ""):
 			return t, false, errdefs.AlreadyExists.Errorf("%q is the id of another template", n.Name)
 		case named, have.ID == n.Name:
@@ -136,13 +140,17 @@ func (s *Store) placeBuild(n NewBuild) (t Info, fresh bool, err error) {
 	return t, false, nil
 }
 
-// supersede ends the builds that wait for a tag of b's.
+// supersede ends the builds that wait for a tag of b's, and those that wait for too long.
 func (t *Info) supersede(b Build, at time.Time) {
 	t.Builds = slices.Clone(t.Builds)
 	for i := range t.Builds {
 		old := &t.Builds[i]
-		if old.Status == StatusWaiting && slices.ContainsFunc(old.Wants, func(tag string) bool { return slices.Contains(b.Wants, tag) }) {
+		switch {
+		case old.Status != StatusWaiting:
+		case slices.ContainsFunc(old.Wants, func(tag string) bool { return slices.Contains(b.Wants, tag) }):
 			old.fail(Reason{Message: reasonSuperseded}, at)
+		case at.Sub(old.CreatedAt) > maxWaiting:
+			old.fail(Reason{Message: reasonNeverBegun}, at)
 		}
 	}
 }

@@ -25,6 +25,7 @@ type BuildStage struct {
 	id, build string
 	made      string // the directory of this making
 	layers    []Layer
+	inherited Template
 	published bool
 	lock      *lock // of all templates, shared
 	discard   sync.Once
@@ -75,7 +76,7 @@ func (b *BuildStage) check(more int) error {
 	case b.published:
 		return errdefs.WrongState.Errorf("the build is published")
 	case len(b.layers)+more > MaxLayers:
-		return errdefs.InvalidArgument.Errorf("a template has at most %d layers, and this one would have %d: build it from one with fewer",
+		return errdefs.Exhausted.Errorf("a template has at most %d layers, and this one would have %d: build it from one with fewer",
 			MaxLayers, len(b.layers)+more)
 	}
 	return nil
@@ -104,6 +105,7 @@ func (b *BuildStage) Inherit(from Template) error {
 		}
 		b.layers = append(b.layers, Layer{Path: path, SHA256: l.SHA256, Size: l.Size, file: l.file})
 	}
+	b.inherited = from
 	return nil
 }
 
@@ -215,10 +217,20 @@ func (b *BuildStage) Publish(ctx context.Context, about Making) (t Info, made Bu
 	if err := about.Defaults.check("publish build"); err != nil {
 		return t, made, err
 	}
+	for _, name := range []string{"ready", manifestFile} { // of a Publish that failed
+		if err := os.RemoveAll(filepath.Join(b.root(), name)); err != nil {
+			return t, made, err
+		}
+	}
 	m := buildManifest{Making: about}
 	err = seal(b.root(), manifestFile, &m, &m.manifest, func(path string) (File, error) { return b.fileOf(ctx, path) })
 	if err != nil {
 		return t, made, noSpace("publish build", err)
+	}
+	if len(b.layers) == len(b.inherited.Layers) { // it is the same stack
+		if err := b.inheritReady(); err != nil {
+			return t, made, noSpace("publish build", err)
+		}
 	}
 	dir := filepath.Join(b.store.templateDir(b.id), b.build)
 	added := false
@@ -247,10 +259,82 @@ func (b *BuildStage) Publish(ctx context.Context, about Making) (t Info, made Bu
 		return t, made, noSpace("publish build", err)
 	}
 	b.published = true
+	b.store.readAs(filepath.Join(dir, "ready"), b.inheritedReady())
 	for i := range b.layers {
 		b.layers[i].Path = filepath.Join(dir, layerName(i))
 	}
 	return t, made, nil
+}
+
+// inheritedReady is where the boot snapshots of the inherited build are, if it has any.
+func (b *BuildStage) inheritedReady() string {
+	dir, err := b.store.readyDir(b.inherited.ID, b.inherited.Build)
+	if err != nil || len(b.layers) != len(b.inherited.Layers) {
+		return ""
+	}
+	return dir
+}
+
+// inheritReady hands the boot snapshots of the inherited build on, without copying them.
+// Their keys say whether they fit.
+func (b *BuildStage) inheritReady() error {
+	from, to := b.inheritedReady(), filepath.Join(b.root(), "ready")
+	keys, err := directories(from)
+	if from == "" || err != nil || len(keys) == 0 {
+		return err
+	}
+	if err := os.Mkdir(to, 0o755); err != nil {
+		return err
+	}
+	for _, key := range keys {
+		if !readyKey.MatchString(key) {
+			continue
+		}
+		err := linkAll(filepath.Join(to, key), filepath.Join(from, key))
+		if errors.Is(err, fs.ErrNotExist) { // it has just been removed
+			err = os.RemoveAll(filepath.Join(to, key))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return flush(to)
+}
+
+// linkAll makes the new directory to hold the files of another one.
+func linkAll(to, from string) error {
+	if err := os.Mkdir(to, 0o755); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(from)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if err := os.Link(filepath.Join(from, e.Name()), filepath.Join(to, e.Name())); err != nil {
+			return err
+		}
+	}
+	return flush(to)
+}
+
+// readAs notes that what was read of the snapshots in one directory was read of those in
+// another, which are the same files.
+func (s *Store) readAs(to, from string) {
+	if from == "" {
+		return
+	}
+	keys, _ := directories(to)
+	for _, key := range keys {
+		was := s.checkOf(filepath.Join(from, key))
+		was.mu.Lock()
+		manifest := was.manifest
+		was.mu.Unlock()
+		is := s.checkOf(filepath.Join(to, key))
+		is.mu.Lock()
+		is.manifest = manifest
+		is.mu.Unlock()
+	}
 }
 
 // fileOf is what the manifest is to say of a layer.

@@ -442,6 +442,41 @@ func (s *Store) Prune(ctx context.Context, needed func(Info, Build) bool) error 
 	return errors.Join(errs...)
 }
 
+// Unused is a build that Prune would remove.
+type Unused struct {
+	Template Info
+	Build    Build
+	// Bytes is how much becomes free with it alone.
+	Bytes int64
+}
+
+// Unused returns what Prune would remove.
+func (s *Store) Unused(needed func(Info, Build) bool) (list []Unused, err error) {
+	all, _, err := s.load()
+	if err != nil {
+		return nil, err
+	}
+	for _, t := range all {
+		for _, b := range t.Builds {
+			if t.unused(all, b) && !needed(t, b) {
+				own, _ := s.Sizes(t.ID, b.ID)
+				list = append(list, Unused{t, b, own})
+			}
+		}
+	}
+	return list, nil
+}
+
+// unused says whether a build of t is kept for no tag, snapshot or reader. all are the
+// templates of the store.
+func (t Info) unused(all []Info, b Build) bool {
+	below := func(other Info) bool {
+		return slices.ContainsFunc(other.Builds, func(o Build) bool { return o.Over == t.ID && o.Base == b.Base })
+	}
+	return t.Source == "" && b.Status == StatusReady && len(t.Tags) > 0 &&
+		!slices.ContainsFunc(t.Tags, func(tag Tag) bool { return tag.Build == b.ID }) && !slices.ContainsFunc(all, below)
+}
+
 // prune is Prune of one template. Called within change.
 func (s *Store) prune(id string, needed func(Info, Build) bool) error {
 	t, err := s.readInfo(id)
@@ -457,14 +492,10 @@ func (s *Store) prune(id string, needed func(Info, Build) bool) error {
 	var kept []Build
 	var gone []string
 	for _, b := range t.Builds {
-		tagged := slices.ContainsFunc(t.Tags, func(tag Tag) bool { return tag.Build == b.ID })
-		below := slices.ContainsFunc(all, func(other Info) bool {
-			return slices.ContainsFunc(other.Builds, func(o Build) bool { return o.Over == id && o.Base == b.Base })
-		})
-		if b.Status != StatusReady || tagged || below || len(t.Tags) == 0 || needed(t, b) {
-			kept = append(kept, b)
-		} else {
+		if t.unused(all, b) && !needed(t, b) {
 			gone = append(gone, b.ID)
+		} else {
+			kept = append(kept, b)
 		}
 	}
 	if len(kept) == listed {

@@ -2,6 +2,7 @@ package template
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -80,6 +81,27 @@ func (s *Store) EnsureSeed(ctx context.Context, sizeMiB int) (made bool, err err
 		return false, err
 	}
 	return true, flush(s.seeds())
+}
+
+// emptyRootBytes is the size of NewRoot's file system, which is never written.
+const emptyRootBytes = 16 << 20
+
+// NewRoot makes the new file path an empty root file system, which is the lowest layer of
+// a template that is built from nothing.
+func NewRoot(ctx context.Context, path string) (err error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return noSpace("make root", err)
+	}
+	defer func() {
+		if err = errors.Join(err, f.Close()); err != nil {
+			os.Remove(path)
+		}
+	}()
+	if err := f.Truncate(emptyRootBytes); err != nil {
+		return noSpace("make root", err)
+	}
+	return formatExt4(ctx, path, 64, "")
 }
 
 // formatExt4 makes an ext4 in the file, filled from the directory root unless

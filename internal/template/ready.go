@@ -37,6 +37,8 @@ type Ready struct {
 	Dir string
 	// Overlay is the guest's disk at that moment, to be cloned.
 	Overlay string
+	// BootToken is Meta's.
+	BootToken string
 }
 
 // Shape is what the snapshots of one kind have in common. Of each there is one
@@ -55,6 +57,9 @@ type Meta struct {
 	Shape Shape  `json:"shape"`
 	// Source is set for a named snapshot.
 	Source *Source `json:"source,omitempty"`
+	// BootToken opens the guest of a boot snapshot that was made with a program running.
+	// It is secret.
+	BootToken string `json:"boot_token,omitempty"`
 }
 
 // snapshotManifest's digests are of what is in the files and not of their holes:
@@ -111,7 +116,7 @@ func (s *Store) Ready(ctx context.Context, id, build, key string) (Ready, error)
 	}
 	now := time.Now()
 	_ = os.Chtimes(dir, now, now) // for removeOldReady; a guess is as good
-	return Ready{Dir: dir, Overlay: filepath.Join(dir, readyOverlay)}, nil
+	return Ready{Dir: dir, Overlay: filepath.Join(dir, readyOverlay), BootToken: m.BootToken}, nil
 }
 
 // readSnapshot reads a snapshot's manifest and checks that its files are there.

@@ -146,6 +146,8 @@ type Program struct {
 	// commands. Without Start there is no program.
 	Start string `json:"start,omitempty"`
 	Ready string `json:"ready,omitempty"`
+	// Shell are the arguments before the text of a command; /bin/sh -c if there are none.
+	Shell []string `json:"shell,omitempty"`
 	// Login is the user, directory and variables of both.
 	Login
 }

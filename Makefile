@@ -17,9 +17,14 @@ AGAIN := --rerun-fails=1 --rerun-fails-max-failures=3 --rerun-fails-run-root-tes
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-build: ## build bin/wrenn and bin/envd
+build: bin/sentry ## build bin/wrenn, bin/envd and bin/sentry
 	go build -trimpath -ldflags "-X main.version=$(VERSION)" -o bin/wrenn ./cmd/wrenn
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w" -o bin/envd ./cmd/envd
+
+# gVisor, in a module of its own. A first build takes minutes of CPU, so it is made again only when its sources change.
+bin/sentry: $(wildcard sentry/*.go) sentry/go.mod sentry/go.sum
+	CGO_ENABLED=0 go build -C sentry -trimpath -buildvcs=false -o $(CURDIR)/bin/sentry \
+	  -ldflags "-s -w -X gvisor.dev/gvisor/runsc/version.version=$$(go list -C sentry -m -f '{{.Version}}' gvisor.dev/gvisor)" .
 
 run: build ## install what is missing, prepare this host, run the host agent
 	bin/wrenn setup

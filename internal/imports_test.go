@@ -42,6 +42,8 @@ var mayImport = map[string][]string{
 		"internal/errdefs", "internal/undo"},
 	"internal/vmm/firecracker": {"internal/vmm", "internal/vmm/snapfile", "internal/vmm/launch", "internal/vmm/kvm",
 		"internal/errdefs", "internal/undo"},
+	"internal/vmm/gvisor": {"internal/vmm", "internal/vmm/snapfile", "internal/vmm/launch", "internal/vmm/kvm",
+		"internal/guestapi", "internal/osthread", "internal/errdefs", "internal/undo"},
 	"internal/vmm/vmmtest": {"internal/vmm", "internal/errdefs"},
 	"internal/egress":      {"internal/errdefs"},
 	"internal/network":     {"internal/egress", "internal/osthread", "internal/errdefs", "internal/undo", "internal/atomicfile"},

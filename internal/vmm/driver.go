@@ -5,6 +5,8 @@ type Needs struct {
 	// Kernel: the driver boots Spec.Kernel. Without it the driver has a kernel
 	// of its own, and a Spec names none.
 	Kernel bool
+	// Init: the driver boots Spec.Init. Without it a Spec names none.
+	Init bool
 	// KVM: the driver runs no VM without KVM that boots guests.
 	KVM bool
 	// Link is the kind of link that the driver takes.

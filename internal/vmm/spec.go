@@ -32,6 +32,9 @@ type Spec struct {
 	// Kernel is what the VM boots. It is zero for a driver whose Needs name no
 	// kernel.
 	Kernel Kernel
+	// Init is an image of a file system with the guest's first program, /init, for a
+	// driver whose Needs name one. It takes the place of an initrd.
+	Init string
 	// Boot holds the facts that the guest is started with.
 	Boot guestapi.Boot
 	// Root is the guest's root file system. It is zero for a guest that runs
@@ -246,6 +249,10 @@ func (s Spec) validateBoot(needs Needs) error {
 		return bad("kernel: not there")
 	case s.Kernel.Initrd != "" && !isFile(s.Kernel.Initrd):
 		return bad("initrd: not there")
+	case !needs.Init && s.Init != "":
+		return bad("image of init: this driver boots none")
+	case needs.Init && !isFile(s.Init):
+		return bad("image of init: not there")
 	}
 	line := s.Cmdline("")
 	if len(line) > maxCmdline {

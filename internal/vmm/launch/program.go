@@ -43,6 +43,15 @@ type Program struct {
 	// host, gets only the signals that it handles, SIGKILL and SIGSTOP, and when
 	// it ends, what it has started ends too.
 	Private bool
+	// UserNS gives the program a user namespace of its own, in which it is root and
+	// nobody else exists, and below that mount, process, IPC, UTS and network
+	// namespaces of its own; the last one is empty. Outside it is UID and GID. It needs
+	// no other of Private, Mounts, NetNS and Root. Args[0] need not be in a directory
+	// that UID can reach.
+	UserNS bool
+	// Stdouts is how many more descriptors of its standard output the program has,
+	// after Files.
+	Stdouts int
 	// Mounts are made in that mount namespace, in this order, before the program
 	// starts; they imply Private.
 	Mounts []Mount

@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"syscall"
 
 	"golang.org/x/net/bpf"
@@ -155,22 +157,23 @@ func (s *starting) spawn() error {
 		files = append(files, f.Fd())
 	}
 	defer runtime.KeepAlive(s.Files)
+	for range s.Stdouts {
+		files = append(files, s.stdout.Fd())
+	}
 	env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"}
 	if s.RunDir != "" {
 		env = append(env, runDirEnv+"="+s.RunDir)
 	}
-	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &s.pidfd, Chroot: s.Root}
-	if s.UID != 0 || s.GID != 0 {
-		sys.Credential = &syscall.Credential{Uid: uint32(s.UID), Gid: uint32(s.GID)}
+	binary, err := s.binary(files)
+	if err != nil {
+		return err
 	}
-	if s.bornInCgroup() {
-		sys.UseCgroupFD, sys.CgroupFD = true, int(s.groupDir.Fd())
-	}
-	err := osthread.Do(func() (err error) {
+	sys := s.attributes()
+	err = osthread.Do(func() (err error) {
 		if err := s.prepareThread(); err != nil {
 			return err
 		}
-		s.pid, _, err = syscall.StartProcess(s.Args[0], s.Args, &syscall.ProcAttr{Dir: "/", Env: env, Files: files, Sys: sys})
+		s.pid, _, err = syscall.StartProcess(binary, s.Args, &syscall.ProcAttr{Dir: "/", Env: env, Files: files, Sys: sys})
 		return err
 	})
 	if err != nil {
@@ -186,10 +189,56 @@ func (s *starting) spawn() error {
 	return nil
 }
 
+// attributes are what the kernel gives the process when it makes it.
+func (s *starting) attributes() *syscall.SysProcAttr {
+	sys := &syscall.SysProcAttr{Setsid: true, PidFD: &s.pidfd, Chroot: s.Root}
+	if s.bornInCgroup() {
+		sys.UseCgroupFD, sys.CgroupFD = true, int(s.groupDir.Fd())
+	}
+	switch {
+	case s.UserNS:
+		sys.Cloneflags = namespaceFlags &^ unix.CLONE_NEWCGROUP
+		sys.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: s.UID, Size: 1}}
+		sys.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: s.GID, Size: 1}}
+		sys.GidMappingsEnableSetgroups = true // to drop the agent's
+		sys.Credential = &syscall.Credential{}
+	case s.UID != 0 || s.GID != 0:
+		sys.Credential = &syscall.Credential{Uid: uint32(s.UID), Gid: uint32(s.GID)}
+	}
+	return sys
+}
+
+// binary returns the path by which the process executes its program. A user of a
+// namespace of its own may not be able to walk to the program, so there the path is
+// that of a descriptor, which closes when the program begins. Its number is beyond
+// those that the start of a process uses to put files into their places.
+func (s *starting) binary(files []uintptr) (string, error) {
+	if !s.UserNS {
+		return s.Args[0], nil
+	}
+	program, err := os.Open(s.Args[0])
+	if err != nil {
+		return "", err
+	}
+	defer program.Close()
+	beyond := int(slices.Max(files)) + 2*len(files)
+	fd, err := unix.FcntlInt(program.Fd(), unix.F_DUPFD_CLOEXEC, beyond)
+	if err != nil {
+		return "", err
+	}
+	s.copies = append(s.copies, os.NewFile(uintptr(fd), program.Name()))
+	return "/proc/self/fd/" + strconv.Itoa(fd), nil
+}
+
 // prepareThread gives the calling thread all that the program inherits from it.
 func (s *starting) prepareThread() error {
 	if err := enterNetNS(s.NetNS); err != nil {
 		return err
+	}
+	if s.UserNS {
+		if err := privateName(); err != nil {
+			return err
+		}
 	}
 	if s.Private || len(s.Mounts) > 0 {
 		if err := privateNamespaces(s.Mounts); err != nil {
@@ -253,7 +302,7 @@ func privateNamespaces(mounts []Mount) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("unshare mounts: %w", err)
 	}
-	if err := unix.Sethostname([]byte("localhost")); err != nil {
+	if err := unix.Sethostname([]byte(noName)); err != nil {
 		return fmt.Errorf("set host name: %w", err)
 	}
 	if err := mountAll(mounts); err != nil {
@@ -263,6 +312,21 @@ func privateNamespaces(mounts []Mount) error {
 	// thread becomes process 1 of the namespace.
 	if err := unix.Unshare(unix.CLONE_NEWPID); err != nil {
 		return fmt.Errorf("unshare processes: %w", err)
+	}
+	return nil
+}
+
+// noName is the host's name as programs see it.
+const noName = "localhost"
+
+// privateName gives the calling thread a UTS namespace with another host name, which a
+// child in a namespace of its own begins with.
+func privateName() error {
+	if err := unix.Unshare(unix.CLONE_NEWUTS); err != nil {
+		return fmt.Errorf("unshare host name: %w", err)
+	}
+	if err := unix.Sethostname([]byte(noName)); err != nil {
+		return fmt.Errorf("set host name: %w", err)
 	}
 	return nil
 }

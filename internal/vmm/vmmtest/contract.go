@@ -450,6 +450,12 @@ func badSpecs(needs vmm.Needs) map[string]func(*vmm.Spec) {
 		"long facts":       func(s *vmm.Spec) { s.Boot.Hostname = strings.Repeat("a", 1<<16) },
 		"negative uid":     func(s *vmm.Spec) { s.UID = -1 },
 	}
+	if needs.Init {
+		bad["no init"] = func(s *vmm.Spec) { s.Init = "" }
+		bad["absent init"] = func(s *vmm.Spec) { s.Init = "/nonexistent/init" }
+	} else {
+		bad["an init"] = func(s *vmm.Spec) { s.Init = "/proc/version" }
+	}
 	if !needs.Kernel {
 		bad["a kernel"] = func(s *vmm.Spec) { s.Kernel.Image = "/proc/version" }
 		return bad

@@ -59,12 +59,13 @@ bench: build ## measure what a user waits for, each beside its bare floor, and w
 	$(SETUP) $(TEST_STATE)
 	$(TEST_ENV) go test -v -p 1 -count=1 -run '^$$' -bench . -benchtime 10x -timeout 30m ./internal/network ./internal/agent ./e2e
 
-lint: ## gofmt, go vet, staticcheck, buf lint, the limits of tools/ratchet
+lint: ## gofmt, go vet, staticcheck, buf lint, the limits of tools/ratchet, the calls of the sentry
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
 	$(TOOL) staticcheck ./...
 	cd api && $(TOOL) buf lint
 	go -C tools vet ./... && go -C tools test ./... && go -C tools run ./ratchet
+	go test -C sentry -trimpath .
 
 ratchet: ## write what has become shorter or simpler into tools/ratchet/list.txt
 	go -C tools run ./ratchet -write

@@ -113,7 +113,8 @@ func (d *Driver) probe(ctx context.Context, f facts) (err error) {
 	if err := os.WriteFile(spec.Init, image(says(probeSign)), 0o600); err != nil {
 		return err
 	}
-	within, cancel := context.WithTimeoutCause(ctx, probeTimeout, errdefs.Unavailable.Errorf("gVisor's probe guest did not end within %s", probeTimeout))
+	slow := errdefs.Unavailable.Errorf("gVisor's probe guest did not end within %s", probeTimeout)
+	within, cancel := context.WithTimeoutCause(ctx, probeTimeout, slow)
 	defer cancel()
 	v, err := d.boot(within, spec, f)
 	if err != nil {

@@ -22,7 +22,7 @@ const (
 	// most in a millisecond.
 	callTimeout = 10 * time.Second
 	// lastWord is how long a call still waits for its answer when its context has
-	// ended: without it nobody knows whether the call took effect.
+	// ended: without it it is not known whether the call took effect.
 	lastWord = 250 * time.Millisecond
 	// maxAnswer bounds what is read of an answer, in bytes.
 	maxAnswer = 8 << 20
@@ -38,7 +38,7 @@ func (e *refusal) Error() string { return errdefs.Foreign(e.text) }
 
 // call makes one call over a connection of its own, and passes files along. The
 // answer to it is decoded into result, if that is not nil. If the sentry answers with
-// an error, that is a *refusal. After other errors nobody knows whether the call took
+// an error, that is a *refusal. After other errors it is not known whether the call took
 // effect; errdefs.Unavailable says that the sentry has ended or is stuck.
 func call(ctx context.Context, socket string, limit time.Duration, method string, arg, result any, files ...*os.File) error {
 	if ctx.Err() != nil {

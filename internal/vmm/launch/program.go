@@ -44,7 +44,7 @@ type Program struct {
 	// it ends, what it has started ends too.
 	Private bool
 	// UserNS gives the program a user namespace of its own, in which it is root and
-	// nobody else exists, and below that mount, process, IPC, UTS and network
+	// the only user, and below that mount, process, IPC, UTS and network
 	// namespaces of its own; the last one is empty. Outside it is UID and GID. It needs
 	// no other of Private, Mounts, NetNS and Root. Args[0] need not be in a directory
 	// that UID can reach.

@@ -104,6 +104,8 @@ func New(c Config) *Server {
 	mux.HandleFunc("POST "+guestapi.PathInit, s.init)
 	mux.HandleFunc("POST "+guestapi.PathQuiesce, s.quiesce)
 	mux.HandleFunc("POST "+guestapi.PathFreeze, s.freeze)
+	mux.HandleFunc("POST "+guestapi.PathUnpack, s.unpackTar)
+	mux.HandleFunc("GET "+guestapi.PathPack, s.packTar)
 	mux.HandleFunc("GET "+guestapi.PathMetrics, s.metrics)
 	mux.HandleFunc("GET "+guestapi.PathEnvs, s.envs)
 	mux.HandleFunc("GET "+guestapi.PathFiles, s.download)

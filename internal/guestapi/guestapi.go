@@ -31,6 +31,11 @@ const (
 	PathInit    = "/init"
 	PathQuiesce = "/quiesce"
 	PathFreeze  = "/freeze"
+	// PathUnpack puts the entries of the tar stream in its body below the directory
+	// QueryPath, PathPack answers with what is at QueryPath as a tar stream. Both are
+	// the host's alone.
+	PathUnpack = "/unpack"
+	PathPack   = "/pack"
 
 	// PathMetrics answers with Metrics, PathEnvs with the variables of every
 	// process as a JSON object.
@@ -48,10 +53,18 @@ const OutOfMemory = "out of memory: "
 // QueryQuiet makes PathQuiesce wait until the guest has nothing to do: "?quiet=1".
 const QueryQuiet = "quiet"
 
+// Of PathUnpack and PathPack: QueryPath is an absolute path. QueryOwner, as in
+// "user:group", names whom all that is unpacked belongs to; without it each entry belongs
+// to the ids that it says.
+const (
+	QueryPath  = "path"
+	QueryOwner = "owner"
+)
+
 // HostOnly returns the paths that a guest serves for the host agent alone, and
 // those that E2B's daemon keeps for its own host.
 func HostOnly() []string {
-	return []string{PathInit, PathQuiesce, PathFreeze, "/unfreeze", "/fsfreeze", "/fsthaw", "/collapse", "/upgrade"}
+	return []string{PathInit, PathQuiesce, PathFreeze, PathUnpack, PathPack, "/unfreeze", "/fsfreeze", "/fsthaw", "/collapse", "/upgrade"}
 }
 
 // Headers of requests, in canonical form.

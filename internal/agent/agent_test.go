@@ -71,6 +71,11 @@ func (quietGuest) Quiesce(context.Context, bool) error                     { ret
 func (quietGuest) Freeze(context.Context) (time.Time, error)               { return time.Now(), nil }
 func (quietGuest) Close()                                                  {}
 func (quietGuest) Metrics(context.Context) (m guestapi.Metrics, err error) { return m, nil }
+func (quietGuest) Start(context.Context, guest.Command, string) (<-chan guest.Ended, error) {
+	return nil, nil
+}
+func (quietGuest) Unpack(context.Context, string, string, io.Reader) error { return nil }
+func (quietGuest) Pack(context.Context, string, io.Writer) error           { return nil }
 func (quietGuest) Exec(_ context.Context, cmd guest.Command) (guest.Result, error) {
 	return guest.Result{Stdout: []byte(cmd.Cmd)}, nil
 }

@@ -49,7 +49,7 @@ func (s *Server) unpackRequest(r *http.Request) error {
 	if !filepath.IsAbs(dest) || strings.ContainsRune(dest, 0) || len(dest) > maxNameBytes {
 		return failf(http.StatusBadRequest, "the directory to unpack into must be an absolute path: '%.200s'", dest)
 	}
-	u := &unpacking{links: map[string]bool{}}
+	u := &unpacking{links: map[string]bool{}, made: map[string]bool{}}
 	if text := q.Get(guestapi.QueryOwner); text != "" {
 		owner, err := s.accounts.owner(text)
 		if errors.Is(err, errNoAccount) {
@@ -72,7 +72,7 @@ func (s *Server) unpackRequest(r *http.Request) error {
 	return err
 }
 
-// owner is whom an unpacked file belongs to.
+// owner is the owner of an unpacked file.
 type owner struct{ uid, gid int }
 
 // owner finds the owner that a text names: a user, or a user, ":" and a group, each by
@@ -122,11 +122,12 @@ func (p place) path() string {
 
 // unpacking puts the entries of a tar stream below a directory.
 type unpacking struct {
-	// owner is whom all entries belong to; nil for each its own.
+	// owner is the owner of all entries; nil for each its own.
 	owner *owner
 	dest  *os.File
-	// made says that dest was not there before.
-	made bool
+	// made are the directories that were not there before, by their names, which get what
+	// their entries say. Others keep what they have.
+	made map[string]bool
 	// links are the symbolic links that the stream itself made, by their names. Links
 	// that were there before lead where they lead in the guest; those of the stream must
 	// not lead out of dest.
@@ -170,7 +171,9 @@ func (u *unpacking) open(dest string) error {
 			return err
 		}
 	}
-	u.made = len(missing) > 0
+	if len(missing) > 0 {
+		u.made[""] = true
+	}
 	var err error
 	u.dest, err = os.OpenFile(dest, os.O_RDONLY|unix.O_DIRECTORY, 0)
 	return notDirectory(dest, err)
@@ -270,9 +273,6 @@ func (u *unpacking) entry(name string, h *tar.Header, content io.Reader) error {
 	if name == "" {
 		if h.Typeflag != tar.TypeDir {
 			return failf(http.StatusBadRequest, "it would take the place of the directory itself")
-		}
-		if !u.made {
-			return nil // what is there keeps what it has
 		}
 		return u.finish(place{u.dest, ""}, name, h)
 	}
@@ -455,6 +455,7 @@ func (u *unpacking) step(at place, name string) (*os.File, error) {
 	if err := os.Mkdir(at.path(), 0o755); err != nil {
 		return nil, err
 	}
+	u.made[name] = true
 	if err := errors.Join(u.own(at.path(), nil), os.Chmod(at.path(), 0o755)); err != nil {
 		return nil, err
 	}
@@ -505,6 +506,9 @@ func (u *unpacking) own(path string, h *tar.Header) error {
 // finish gives what was made its owner, mode, attributes and time, in this order: a new
 // owner takes setuid bits and capabilities away.
 func (u *unpacking) finish(at place, name string, h *tar.Header) error {
+	if h.Typeflag == tar.TypeDir && !u.made[name] {
+		return nil
+	}
 	file := at.path()
 	if err := u.own(file, h); err != nil {
 		return err

@@ -21,7 +21,7 @@ import (
 // packTar is GET /pack: it answers with a tar stream. A directory's entries have names
 // below it, a file's name is its own; a link that the path itself is, is followed.
 // What is mounted below the path is an empty directory in the stream. If something
-// cannot be packed, the connection is cut, so that nobody takes a part for the whole.
+// cannot be packed, the connection is cut, so that a part is not taken for the whole.
 func (s *Server) packTar(w http.ResponseWriter, r *http.Request) {
 	asked := r.URL.Query().Get(guestapi.QueryPath)
 	if !filepath.IsAbs(asked) || strings.ContainsRune(asked, 0) {

@@ -42,10 +42,11 @@ func (s processService) Start(
 	if config == nil {
 		return connect.NewError(connect.CodeInvalidArgument, errors.New("the process is missing"))
 	}
+	lifetime := req.Header().Get(guestapi.HeaderLifetime)
 	c := command{
 		config: config, tag: req.Msg.Tag, as: as,
 		stdin:  req.Msg.Stdin == nil || *req.Msg.Stdin,
-		gentle: req.Header().Get(guestapi.HeaderLifetime) == guestapi.LifetimeStream,
+		gentle: lifetime == guestapi.LifetimeStream || lifetime == guestapi.LifetimeCommand,
 	}
 	if pty := req.Msg.GetPty(); pty != nil {
 		c.size = pty.GetSize()
@@ -74,6 +75,10 @@ func (s processService) Start(
 	}
 	defer sub.close()
 	send := func(e *processv1.ProcessEvent) error {
+		if e.GetEnd() != nil && lifetime == guestapi.LifetimeCommand {
+			p.signalAll(unix.SIGKILL)
+			p.awaitGone(killWait)
+		}
 		if e.GetEnd() != nil && p.overran.Load() {
 			// It did not end by itself.
 			return connect.NewError(connect.CodeDeadlineExceeded, context.DeadlineExceeded)

@@ -38,6 +38,12 @@ type Command struct {
 	// MaxOutput bounds the bytes kept of each stream; zero means
 	// DefaultMaxOutput.
 	MaxOutput int
+	// Output, if not nil, gets what the command writes as it comes, and before Exec
+	// returns; Result then has none of it. data is valid until Output returns. MaxOutput,
+	// if not zero, bounds both streams together.
+	Output func(stderr bool, data []byte)
+	// Whole ends what the command leaves in the background with the command.
+	Whole bool
 }
 
 // Result is the outcome of a command.
@@ -76,16 +82,10 @@ func (c *Client) Exec(ctx context.Context, cmd Command) (Result, error) {
 	ctx, cancel := stopWith(ctx, cmd.Timeout)
 	defer cancel()
 
-	req := connect.NewRequest(&process.StartRequest{
-		Process: &process.ProcessConfig{Cmd: cmd.Cmd, Args: cmd.Args, Envs: cmd.Env},
-		Stdin:   new(bool),
-	})
-	if cmd.Cwd != "" {
-		req.Msg.Process.Cwd = &cmd.Cwd
-	}
+	req := cmd.request()
 	req.Header().Set(guestapi.HeaderLifetime, guestapi.LifetimeStream)
-	if cmd.User != "" {
-		req.Header().Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(cmd.User+":")))
+	if cmd.Whole {
+		req.Header().Set(guestapi.HeaderLifetime, guestapi.LifetimeCommand)
 	}
 	if cmd.Timeout > 0 {
 		millis := min(max(cmd.Timeout.Milliseconds(), 1), 9_999_999_999)
@@ -93,23 +93,115 @@ func (c *Client) Exec(ctx context.Context, cmd Command) (Result, error) {
 	}
 
 	out, errOut := &capture{limit: limit, name: "stdout"}, &capture{limit: limit, name: "stderr"}
-	end, err := c.run(ctx, req, out, errOut)
+	output := bounded(cmd.Output, cmd.MaxOutput)
+	if output == nil {
+		output = func(stderr bool, data []byte) {
+			if stderr {
+				errOut.write(data)
+			} else {
+				out.write(data)
+			}
+		}
+	}
+	end, err := c.follow(ctx, req, func() {}, output)
 	result := Result{Stdout: out.bytes(), Stderr: errOut.bytes(), ExitCode: -1}
 	if err != nil {
 		return result, execError(ctx, cmd, err)
 	}
-	code, err := ExitCode(end)
-	if err != nil {
-		return result, errdefs.Unavailable.Errorf("run command: %w", err)
-	}
-	result.ExitCode, result.Signal = code, endedBy(end)
-	result.OutOfMemory, result.Detail = OutOfMemory(end), errdefs.Foreign(end.GetError())
-	return result, nil
+	return result, result.ended(end)
 }
 
-// run reads a Start stream up to its end event.
-func (c *Client) run(
-	ctx context.Context, req *connect.Request[process.StartRequest], out, errOut *capture,
+// bounded is an output that gets no more than limit bytes, if that is not zero, and is told
+// once that there were more.
+func bounded(output func(stderr bool, data []byte), limit int) func(stderr bool, data []byte) {
+	if output == nil || limit <= 0 {
+		return output
+	}
+	return func(stderr bool, data []byte) {
+		if limit < 0 {
+			return
+		}
+		n := min(len(data), limit)
+		if n > 0 {
+			output(stderr, data[:n])
+		}
+		if limit -= n; n < len(data) {
+			limit = -1
+			output(true, []byte("\n[wrenn: the rest of the output is missing]\n"))
+		}
+	}
+}
+
+// ended notes how a command ended.
+func (r *Result) ended(end *process.ProcessEvent_EndEvent) error {
+	code, err := ExitCode(end)
+	if err != nil {
+		return errdefs.Unavailable.Errorf("run command: %w", err)
+	}
+	r.ExitCode, r.Signal = code, endedBy(end)
+	r.OutOfMemory, r.Detail = OutOfMemory(end), errdefs.Foreign(end.GetError())
+	return nil
+}
+
+// request is what starts the command, without input.
+func (cmd Command) request() *connect.Request[process.StartRequest] {
+	req := connect.NewRequest(&process.StartRequest{
+		Process: &process.ProcessConfig{Cmd: cmd.Cmd, Args: cmd.Args, Envs: cmd.Env},
+		Stdin:   new(bool),
+	})
+	if cmd.Cwd != "" {
+		req.Msg.Process.Cwd = &cmd.Cwd
+	}
+	if cmd.User != "" {
+		req.Header().Set("Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(cmd.User+":")))
+	}
+	return req
+}
+
+// Ended is how a command of Start ended.
+type Ended struct {
+	Result
+	// Err is not nil if the guest could not say.
+	Err error
+}
+
+// Start starts a command that goes on when the call has ended; tag names it among the
+// guest's processes. It returns when the command runs. Until ctx ends, what the command
+// writes is given to cmd.Output, which must not be nil, and ended gets how it ended.
+// ended is closed when the guest is not listened to any more.
+func (c *Client) Start(ctx context.Context, cmd Command, tag string) (ended <-chan Ended, err error) {
+	req := cmd.request()
+	req.Msg.Tag = &tag
+	began, result := make(chan error, 1), make(chan Ended, 1)
+	go func() {
+		defer close(result)
+		end, err := c.follow(ctx, req, func() { began <- nil }, cmd.Output)
+		if err != nil {
+			err = execError(ctx, cmd, err)
+			select {
+			case began <- err:
+			default:
+			}
+			if ctx.Err() == nil {
+				result <- Ended{Err: err}
+			}
+			return
+		}
+		var r Result
+		err = r.ended(end)
+		result <- Ended{r, err}
+	}()
+	select {
+	case err := <-began:
+		return result, err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// follow reads a Start stream up to its end event. began is called when the command runs.
+func (c *Client) follow(
+	ctx context.Context, req *connect.Request[process.StartRequest], began func(), output func(stderr bool, data []byte),
 ) (*process.ProcessEvent_EndEvent, error) {
 	stream, err := c.process.Start(ctx, req)
 	if err != nil {
@@ -118,9 +210,16 @@ func (c *Client) run(
 	defer stream.Close()
 	for stream.Receive() {
 		switch event := stream.Msg().GetEvent().GetEvent().(type) {
+		case *process.ProcessEvent_Start:
+			began()
+			began = func() {}
 		case *process.ProcessEvent_Data:
-			out.write(event.Data.GetStdout())
-			errOut.write(event.Data.GetStderr())
+			if data := event.Data.GetStdout(); len(data) > 0 {
+				output(false, data)
+			}
+			if data := event.Data.GetStderr(); len(data) > 0 {
+				output(true, data)
+			}
 		case *process.ProcessEvent_End:
 			return event.End, nil
 		}

@@ -54,7 +54,7 @@ const OutOfMemory = "out of memory: "
 const QueryQuiet = "quiet"
 
 // Of PathUnpack and PathPack: QueryPath is an absolute path. QueryOwner, as in
-// "user:group", names whom all that is unpacked belongs to; without it each entry belongs
+// "user:group", names the owner of all that is unpacked; without it each entry belongs
 // to the ids that it says.
 const (
 	QueryPath  = "path"
@@ -76,6 +76,8 @@ const (
 	// limit, the client's leaving or the client's death ends it.
 	HeaderLifetime = "Wrenn-Process-Lifetime"
 	LifetimeStream = "stream"
+	// LifetimeCommand is LifetimeStream, and the descendants end with the process, too.
+	LifetimeCommand = "command"
 	// HeaderOffset on a Connect says how many bytes of each stream the client
 	// has seen, as in "stdout=120,stderr=0".
 	HeaderOffset = "Wrenn-Output-Offset"

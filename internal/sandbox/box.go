@@ -10,7 +10,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-// box is a sandbox, or a waiting guest, in memory. Its fields stand in two groups:
+// box is a sandbox, a waiting guest or a build sandbox, in memory. Its fields stand in two groups:
 // those under mu and those under the op lock. TestBoxLocks holds that.
 type box struct {
 	id ID
@@ -175,6 +175,10 @@ func (b *box) state() State { return b.record().State }
 
 // waits says whether the box is a waiting guest, or is becoming one.
 func (b *box) waits() bool { return b.state() == Waiting }
+
+// hidden says whether the box is no sandbox to callers: a waiting guest, or a build
+// sandbox.
+func (b *box) hidden() bool { return b.state().hidden() }
 
 // set replaces the record in memory alone.
 func (b *box) set(change func(*Record)) {

@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"net/netip"
 	"time"
@@ -61,6 +62,9 @@ type Guest interface {
 	Quiesce(ctx context.Context, quiet bool) error
 	Freeze(context.Context) (since time.Time, err error)
 	Exec(context.Context, guest.Command) (guest.Result, error)
+	Start(ctx context.Context, cmd guest.Command, tag string) (ended <-chan guest.Ended, err error)
+	Unpack(ctx context.Context, dir, owner string, stream io.Reader) error
+	Pack(ctx context.Context, path string, w io.Writer) error
 	Metrics(context.Context) (guestapi.Metrics, error)
 	Close()
 }

@@ -311,7 +311,7 @@ func (r *registry) Tokens(id ID) (Tokens, error) {
 func (r *registry) WithTokens(fits func(Tokens) bool) (found ID, ok bool) {
 	for _, b := range r.all() {
 		rec := b.record()
-		if rec.State == Waiting || rec.State == Stopping || rec.State == Stopped {
+		if rec.State.hidden() || rec.State == Stopping || rec.State == Stopped {
 			continue
 		}
 		if fits(Tokens{Envd: rec.Token, Traffic: rec.TrafficToken}) {

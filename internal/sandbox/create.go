@@ -67,6 +67,8 @@ type CreateRequest struct {
 	diskMiB int
 	// bootKey, if not empty, makes a waiting guest from the boot snapshot with that key.
 	bootKey string
+	// build makes a build sandbox.
+	build bool
 	// digest is of the request that has an owner key.
 	digest string
 }
@@ -304,8 +306,11 @@ func (h *holdings) reserve(
 	if id == "" {
 		id = h.NewID()
 	}
-	if req.bootKey != "" { // no waiting guest makes way for another
+	switch {
+	case req.bootKey != "": // no waiting guest makes way for another
 		state, makeWay = Waiting, func(context.Context, Resources) bool { return false }
+	case req.build:
+		state = Building
 	}
 	diskMiB := req.diskMiB
 	if diskMiB == 0 {
@@ -376,7 +381,7 @@ func (r *registry) reserveID(id ID) error {
 // Ran says whether a sandbox has ever run, as far as its record and the events tell. A
 // create of which an earlier agent told nothing was carried out if it did.
 func (r *registry) Ran(id ID) bool {
-	if b := r.lookup(id); b != nil && !b.waits() {
+	if b := r.lookup(id); b != nil && !b.hidden() {
 		rec := b.record()
 		return rec.State != Creating && rec.Reason != CreateFailed
 	}

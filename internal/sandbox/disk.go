@@ -197,7 +197,7 @@ func (d *disk) look(now time.Time) time.Duration {
 	for _, b := range d.all() {
 		rec := b.record()
 		switch {
-		case rec.State != Running:
+		case !rec.State.writes():
 		case rec.Reason == DiskFull:
 			marked = true
 			if !scarce && b.mayGoOn(now) && b.tryHold("continued") {
@@ -222,7 +222,7 @@ func (d *disk) look(now time.Time) time.Duration {
 func (d *disk) judge(free int64) (scarce bool) {
 	sandboxes := int64(0)
 	for _, b := range d.all() {
-		if s := b.state(); s == Running || s == Paused {
+		if s := b.state(); s == Running || s == Paused || s == Building {
 			sandboxes++
 		}
 	}
@@ -268,7 +268,7 @@ func (d *disk) limit(b *box) {
 	}
 	d.goes("stop for want of room", func() {
 		defer b.unhold()
-		if rec := b.record(); rec.State != Running || rec.Reason == DiskFull || b.op.vm == nil {
+		if rec := b.record(); !rec.State.writes() || rec.Reason == DiskFull || b.op.vm == nil {
 			return
 		}
 		ctx, cancel := context.WithTimeout(d.life, opTimeout)
@@ -335,7 +335,7 @@ func (d *disk) askAll() {
 	bound := make(chan struct{}, asksAtOnce)
 	for _, b := range d.all() {
 		bound <- struct{}{}
-		if rec := b.record(); d.life.Err() != nil || rec.State != Running || rec.Reason == DiskFull || !b.tryHold("asked for its state") {
+		if rec := b.record(); d.life.Err() != nil || !rec.State.writes() || rec.Reason == DiskFull || !b.tryHold("asked for its state") {
 			<-bound
 			continue
 		}
@@ -350,7 +350,7 @@ func (d *disk) askAll() {
 // and marks the sandbox if so. Called with the op lock held.
 func (d *disk) leaveStalled(b *box) bool {
 	rec := b.record()
-	if rec.State != Running {
+	if !rec.State.writes() {
 		return false
 	}
 	if rec.Reason == DiskFull {
@@ -364,8 +364,16 @@ func (d *disk) leaveStalled(b *box) bool {
 	return true
 }
 
-// standStill marks a sandbox whose VM is stopped. Called with the op lock held.
+// writes says whether the programs of a sandbox in that state run and fill the disk.
+func (s State) writes() bool { return s == Running || s == Building }
+
+// standStill marks a sandbox whose VM is stopped. A build sandbox does not go on: what its
+// build does in it fails. Called with the op lock held.
 func (d *disk) standStill(b *box, detail string) {
+	if b.state() == Building {
+		b.op.kill(errdefs.Exhausted.Errorf("the host's disk is full: the build sandbox was stopped (%s)", detail))
+		return
+	}
 	b.stalled(time.Now())
 	_ = d.mark(b, DiskFull, detail) // the log has it if it is not saved
 }

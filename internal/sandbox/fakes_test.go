@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"net/netip"
@@ -568,6 +569,33 @@ func (g fakeGuest) Exec(ctx context.Context, cmd guest.Command) (guest.Result, e
 		return g.exec(ctx, cmd)
 	}
 	return guest.Result{Stdout: []byte(cmd.Cmd)}, nil
+}
+
+func (g fakeGuest) Start(ctx context.Context, cmd guest.Command, _ string) (<-chan guest.Ended, error) {
+	if err := g.called(ctx, "guest.start"); err != nil {
+		return nil, err
+	}
+	ended := make(chan guest.Ended, 1)
+	if g.exec == nil {
+		context.AfterFunc(ctx, func() { close(ended) })
+		return ended, nil
+	}
+	go func() {
+		defer close(ended)
+		result, err := g.exec(ctx, cmd)
+		if ctx.Err() == nil {
+			ended <- guest.Ended{Result: result, Err: err}
+		}
+	}()
+	return ended, nil
+}
+func (g fakeGuest) Unpack(ctx context.Context, _, _ string, stream io.Reader) error {
+	_, err := io.Copy(io.Discard, stream)
+	return errors.Join(err, g.called(ctx, "guest.unpack"))
+}
+func (g fakeGuest) Pack(ctx context.Context, path string, w io.Writer) error {
+	_, err := io.WriteString(w, path)
+	return errors.Join(err, g.called(ctx, "guest.pack"))
 }
 
 // hang blocks until the context ends.

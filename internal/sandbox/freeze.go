@@ -16,6 +16,9 @@ import (
 // and to stop its programs. Then a hibernation goes on without.
 const stillTimeout = 40 * time.Second
 
+// opCapture is the copying of a build sandbox's disk.
+const opCapture Operation = "capture of the disk of build"
+
 // freezing says what freeze does, as plain data.
 type freezing struct {
 	// op is what the state is written for, in the text of errors.
@@ -232,7 +235,7 @@ func (v *vms) asBefore(ctx context.Context, b *box, was Record) error {
 	switch was.State {
 	case Paused:
 		return b.op.vm.Pause(ctx)
-	case Running:
+	case Running, Building:
 		return goOn(ctx, b)
 	default:
 		return b.op.vm.Resume(ctx)
@@ -263,6 +266,8 @@ func (v *vms) backTo(ctx context.Context, b *box, op Operation, was Record, err 
 	case back == nil || context.Cause(b.op.alive) != nil:
 	case op == opBoot:
 		return errors.Join(err, fmt.Errorf("%w: %w", errStuck, back))
+	case op == opCapture: // what its build does in it fails
+		b.op.kill(errdefs.Unavailable.Errorf("the build sandbox does not go on: %w", back))
 	default:
 		v.unreachable(b, fmt.Errorf("%w; then %w", err, back))
 	}

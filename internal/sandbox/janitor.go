@@ -172,7 +172,7 @@ func (b *box) retryDue(now time.Time) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	rec := &b.mu.rec
-	unfinished := rec.State == Stopping || rec.State == Hibernated && rec.Slot != 0 || rec.State == Waiting && b.mu.failures > 0
+	unfinished := rec.State == Stopping || rec.State == Hibernated && rec.Slot != 0 || rec.State.hidden() && b.mu.failures > 0
 	return unfinished && !now.Before(b.mu.retryAt)
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -44,6 +45,27 @@ var scenarios = map[string]scenario{
 		run: func(ctx context.Context, r *rig, _ ID) error {
 			_, err := r.Create(ctx, CreateRequest{})
 			return err
+		},
+	},
+	"build sandbox": {
+		prepare: func(*rig) ID { return "" },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			builders := r.Builders()
+			id, err := builders.Create(ctx, BuilderRequest{Root: root(r), Project: "p"})
+			if err != nil {
+				return err
+			}
+			guest, err := builders.Guest(id)
+			if err == nil {
+				_, err = guest.Exec(ctx, Command{Cmd: "make"}, func(bool, []byte) {})
+			}
+			if err == nil {
+				err = builders.Capture(ctx, id, filepath.Join(r.dir, "captured"))
+			}
+			if err != nil { // as the owner of a build does
+				return errors.Join(err, builders.Destroy(context.WithoutCancel(ctx), id))
+			}
+			return builders.Destroy(ctx, id)
 		},
 	},
 	"create with a network policy": {

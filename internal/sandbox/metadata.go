@@ -51,7 +51,7 @@ type Filter struct {
 
 // matches says whether the filter lets a sandbox through.
 func (f Filter) matches(rec *Record) bool {
-	if rec.State == Waiting || rec.State == Stopped && !f.Stopped {
+	if rec.State.hidden() || rec.State == Stopped && !f.Stopped {
 		return false
 	}
 	if f.Project != nil && rec.Project != *f.Project {

@@ -123,7 +123,7 @@ func (b *box) ownership() (Labels, State) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	rec := &b.mu.rec
-	if rec.State == Waiting || rec.State == Creating || rec.Reason == CreateFailed {
+	if rec.State.hidden() || rec.State == Creating || rec.Reason == CreateFailed {
 		return Labels{}, rec.State
 	}
 	return rec.Labels, rec.State

@@ -192,7 +192,7 @@ func (m *Manager) takeUpAll(ctx context.Context, found Recovery) Recovery {
 // found in which its ID belongs. Called with the op lock held.
 func (m *Manager) takeUp(ctx context.Context, b *box, found *Recovery) *[]ID {
 	switch rec := b.record(); rec.State {
-	case Creating, Waiting:
+	case Creating, Waiting, Building:
 		_ = m.release(b, CreateFailed, "the agent stopped while the sandbox was being created")
 		return &found.Freed
 	case Stopped:
@@ -250,7 +250,8 @@ func (m *Manager) Shutdown(ctx context.Context, destroy bool) error {
 	var errs []error
 	for _, b := range m.all() {
 		state := b.state()
-		creating, destroy := state == Creating || state == Waiting, destroy && state != Unknown
+		creating := state == Creating || state.hidden()
+		destroy := destroy && state != Unknown || state == Building
 		if !creating && !destroy {
 			continue
 		}

@@ -27,10 +27,10 @@ type registry struct {
 
 var errShutDown = errdefs.Unavailable.Errorf("the host is shutting down")
 
-// find returns the box of a sandbox. A waiting guest is no sandbox.
+// find returns the box of a sandbox. What is hidden is no sandbox.
 func (r *registry) find(id ID) (*box, error) {
 	b := r.lookup(id)
-	if b == nil || b.waits() {
+	if b == nil || b.hidden() {
 		return nil, errdefs.NotFound.Errorf("sandbox %s does not exist", id)
 	}
 	return b, nil
@@ -199,8 +199,11 @@ func (r *registry) mark(b *box, reason Reason, detail string) error {
 }
 
 // tell puts an event of a sandbox into the log. Of an unknown one the log knows the
-// labels, if anything does.
+// labels, if anything does. Of what is hidden there are none.
 func (r *registry) tell(b *box, e Event) {
+	if b.hidden() {
+		return
+	}
 	e.ID = b.id
 	if rec := b.record(); rec.State != Unknown {
 		e.Labels, e.Template, e.TemplateID, e.Build = rec.Labels, rec.Template, rec.templateID(), rec.Build

@@ -65,11 +65,11 @@ func (h *holdings) destroyNow(ctx context.Context, b *box) error {
 // release frees all that a record names, and is the one way to do so: for a
 // failed create, a destroy, an expiry, a dead VM and the start after a crash.
 // What cannot be freed keeps the sandbox in stopping, to be tried again; its
-// slot is not given to another before. A waiting guest stays in waiting until it is
+// slot is not given to another before. What is hidden stays in its state until it is
 // forgotten. Called with the op lock held.
 func (h *holdings) release(b *box, reason Reason, detail string) error {
 	h.pool.drop(b)
-	if s := b.state(); s != Stopping && s != Waiting {
+	if s := b.state(); s != Stopping && !s.hidden() {
 		err := h.move(b, Stopping, func(r *Record) { r.Reason, r.Detail = reason, detail })
 		if err != nil {
 			return err
@@ -80,12 +80,12 @@ func (h *holdings) release(b *box, reason Reason, detail string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), releaseTimeout)
 	defer cancel()
 	rec := b.record()
-	waiting, destroyed := rec.State == Waiting, rec.Reason == Destroyed || reason == Destroyed
+	hidden, destroyed := rec.State.hidden(), rec.Reason == Destroyed || reason == Destroyed
 	err := h.free(ctx, b)
 	if derr := h.store.dropSnapshots(b.id); derr != nil {
 		err = errors.Join(err, derr)
 	}
-	if err == nil && (waiting || destroyed) {
+	if err == nil && (hidden || destroyed) {
 		err = h.store.forget(b.id) // before another sandbox can have its slot
 	}
 	if err != nil {
@@ -93,18 +93,18 @@ func (h *holdings) release(b *box, reason Reason, detail string) error {
 		h.log.Error("sandbox not freed, will try again", "sandbox", b.id, "state", rec.State, "reason", rec.Reason, "err", err)
 		return errdefs.Unavailable.Errorf("sandbox %s is %s but not all of it could be freed yet; the host tries again by itself", b.id, rec.Reason)
 	}
-	if waiting {
-		h.log.Info("waiting guest freed", "sandbox", b.id, "reason", reason, "detail", detail)
+	if hidden {
+		h.log.Info(string(rec.State)+" guest freed", "sandbox", b.id, "reason", reason, "detail", detail)
 	} else if err := h.stopped(b, destroyed); err != nil {
 		return err
 	}
 	b.settled()
 	h.releaseSlot(rec)
 	h.ledger.give(b.id)
-	if waiting || destroyed {
+	if hidden || destroyed {
 		h.drop(b)
 	}
-	if !waiting {
+	if rec.State != Waiting {
 		h.pool.wake() // there is room
 	}
 	return nil

@@ -69,6 +69,10 @@ const (
 	// it.
 	Waiting State = "waiting"
 
+	// Building is the state of a build sandbox, which is made for the steps of a template's
+	// build. No list and no event shows it, no call reaches it, and a restart frees it.
+	Building State = "building"
+
 	// Unknown is the state of a sandbox whose record cannot be used. All that it
 	// has is left alone until the record can be used, or until it is destroyed.
 	// No record says so.
@@ -77,13 +81,17 @@ const (
 
 // States returns all states, in the order of a sandbox's life.
 func States() []State {
-	return []State{Waiting, Creating, Running, Paused, Hibernated, Stopping, Stopped, Unknown}
+	return []State{Waiting, Building, Creating, Running, Paused, Hibernated, Stopping, Stopped, Unknown}
 }
+
+// hidden says whether the state is of what is no sandbox to callers.
+func (s State) hidden() bool { return s == Waiting || s == Building }
 
 // moves says which state may follow which. A sandbox that is unknown no more is
 // what its record says; see install.
 var moves = map[State][]State{
 	Waiting:    {Running},
+	Building:   {},
 	Creating:   {Running, Stopping},
 	Running:    {Paused, Hibernated, Stopping},
 	Paused:     {Running, Hibernated, Stopping},

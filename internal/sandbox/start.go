@@ -182,7 +182,7 @@ func (v *vms) start(ctx context.Context, b *box, tmpl template.Template, src sou
 			return src, err
 		}
 	}
-	if src.tell == tellNothing {
+	if b.hidden() {
 		return src, nil
 	}
 	return src, v.move(b, Running, func(r *Record) { src.begin(r); r.EnvdVersion = b.op.envd })
@@ -485,7 +485,7 @@ func (v *vms) watch(b *box, vm vmm.VM, kill context.CancelCauseFunc) {
 		return // the next agent finds it
 	}
 	defer b.unhold()
-	if slices.Contains([]State{Running, Paused, Waiting}, b.state()) && b.op.vm == vm {
+	if slices.Contains([]State{Running, Paused, Waiting, Building}, b.state()) && b.op.vm == vm {
 		v.ended(b, exit)
 	}
 }

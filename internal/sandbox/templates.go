@@ -39,7 +39,7 @@ func (r *registry) usersOf(t template.Info) error {
 		rec := b.record()
 		how := "running"
 		switch {
-		case rec.State == Stopped:
+		case rec.State == Stopped, rec.State == Building: // a build has links of its own to all layers
 			continue
 		case rec.State == Unknown:
 			return errdefs.WrongState.Errorf("cannot delete template '%s' because sandbox %s is unknown and may be using it", t.ID, rec.ID)

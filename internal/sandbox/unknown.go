@@ -110,7 +110,7 @@ func (m *Manager) install(ctx context.Context, b *box, rec Record) error {
 	} else {
 		m.ledger.adopt(b.id, rec.Project, rec.takes())
 	}
-	if rec.State != Waiting {
+	if !rec.State.hidden() {
 		m.tell(b, Event{Time: time.Now().UTC(), From: Unknown, To: rec.State, Reason: rec.Reason, Actor: b.op.actor})
 	}
 	m.log.Info("sandbox is known again", "sandbox", b.id, "state", rec.State)

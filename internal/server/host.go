@@ -26,7 +26,7 @@ func (s *service) GetHost(ctx context.Context, _ *request[pb.GetHostRequest]) (*
 		Warm: int32(host.Warm), WarmWanted: int32(host.WarmWanted), Draining: host.Draining, Fault: host.Fault,
 	}
 	for state, n := range host.States {
-		if state != sandbox.Waiting {
+		if state != sandbox.Waiting && state != sandbox.Building {
 			resp.Sandboxes[string(state)] = int32(n)
 		}
 	}

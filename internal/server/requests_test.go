@@ -61,6 +61,11 @@ func (mute) Close()                                                  {}
 func (mute) Metrics(context.Context) (m guestapi.Metrics, err error) { return m, nil }
 
 // Exec ends as the command's name says.
+func (mute) Start(context.Context, guest.Command, string) (<-chan guest.Ended, error) {
+	return nil, nil
+}
+func (mute) Unpack(context.Context, string, string, io.Reader) error { return nil }
+func (mute) Pack(context.Context, string, io.Writer) error           { return nil }
 func (mute) Exec(_ context.Context, cmd guest.Command) (guest.Result, error) {
 	switch cmd.Cmd {
 	case "hog":

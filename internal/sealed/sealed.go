@@ -22,8 +22,10 @@ import (
 //	{"sum":"9ae0daaf","version":1}
 const (
 	begin = `{"sum":"`
+	// end is what stands between the checksum and what it is of.
+	end = `",`
 	// Len is how many bytes the checksum takes at the beginning.
-	Len = len(begin) + 8 + len(`",`)
+	Len = len(begin) + 8 + len(end)
 )
 
 // MaxBytes bounds what Read accepts.
@@ -72,7 +74,7 @@ func Read(path string, v any) error {
 // all bytes after it, those that follow the object included.
 func Seal(object []byte) []byte {
 	rest := object[1:]
-	return append(fmt.Appendf(nil, "%s%08x\",", begin, crc32.Checksum(rest, castagnoli)), rest...)
+	return append(fmt.Appendf(nil, "%s%08x%s", begin, crc32.Checksum(rest, castagnoli), end), rest...)
 }
 
 // Has says whether data begins as what Seal returns.
@@ -82,7 +84,7 @@ func Has(data []byte) bool { return bytes.HasPrefix(data, []byte(begin)) && len(
 func Unseal(data []byte) ([]byte, error) {
 	rest := data[Len:]
 	sum, err := strconv.ParseUint(string(data[len(begin):len(begin)+8]), 16, 32)
-	if err != nil || uint32(sum) != crc32.Checksum(rest, castagnoli) {
+	if err != nil || !bytes.HasSuffix(data[:Len], []byte(end)) || uint32(sum) != crc32.Checksum(rest, castagnoli) {
 		return nil, errors.New("its checksum does not match")
 	}
 	return append([]byte("{"), rest...), nil
@@ -90,7 +92,7 @@ func Unseal(data []byte) ([]byte, error) {
 
 // unseal is Unseal of data that must have a checksum.
 func unseal(data []byte) ([]byte, error) {
-	if !Has(data) || !bytes.HasSuffix(data[:Len], []byte(`",`)) {
+	if !Has(data) {
 		return nil, errors.New("it has no checksum")
 	}
 	return Unseal(data)

@@ -135,9 +135,6 @@ func openEvents(path string, log *slog.Logger) (*eventLog, error) {
 		log.Warn("event log is damaged or of an earlier agent, what can be read of it is kept", "events", len(l.events))
 		l.jump()
 	}
-	for i := range l.events {
-		l.follow(&l.events[i])
-	}
 	if err := l.rewrite(); err != nil {
 		// Nothing is told until there is room: see add.
 		log.Error("event log not written", "err", err)
@@ -160,6 +157,11 @@ func (l *eventLog) read() (whole bool, err error) {
 		return false, err
 	}
 	defer f.Close()
+	return l.readFrom(f)
+}
+
+// readFrom is read of the file's content.
+func (l *eventLog) readFrom(f io.Reader) (whole bool, err error) {
 	type found struct {
 		Event
 		sealed bool
@@ -209,6 +211,7 @@ func (l *eventLog) read() (whole bool, err error) {
 			whole = false
 		case line.Cursor > l.last():
 			l.events = append(l.events, line.Event)
+			l.noteState(line.Event)
 		default:
 			whole = false
 		}
@@ -361,6 +364,7 @@ func (l *eventLog) add(e Event) error {
 		return fmt.Errorf("no cursor is left: %w", err)
 	}
 	l.follow(&e)
+	l.noteState(e)
 	e.Cursor = l.next
 	l.next++
 	l.events = append(l.events, e)
@@ -372,21 +376,25 @@ func (l *eventLog) add(e Event) error {
 	return errors.Join(err, l.write(eventLine{Event: e}))
 }
 
-// follow notes the state that an event leads to. An event that is no change of state has
-// the state of the one before: operations end in another order than their events come.
-// Called with mu held.
+// follow gives an event that is no change of state the state of the one before: operations
+// end in another order than their events come. What is read from the file is left as it
+// was told: the one before may be missing there. Called with mu held.
 func (l *eventLog) follow(e *Event) {
-	state, known := l.states[e.ID]
-	switch {
-	case e.Kind != "" && known:
+	if e.Kind == "" {
+		return
+	}
+	if state, known := l.states[e.ID]; known {
 		e.From, e.To = state, state
-	case e.Kind != "": // the sandbox may have stopped
-		if last, ok := l.newestOf(e.ID); ok {
-			e.From, e.To = last.To, last.To
-		}
-	case e.To == Stopped:
+	} else if last, ok := l.newestOf(e.ID); ok { // the sandbox may have stopped
+		e.From, e.To = last.To, last.To
+	}
+}
+
+// noteState notes the state that an event leads to. Called with mu held.
+func (l *eventLog) noteState(e Event) {
+	if e.To == Stopped {
 		delete(l.states, e.ID)
-	default:
+	} else {
 		l.states[e.ID] = e.To
 	}
 }

@@ -8,10 +8,13 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sealed"
@@ -270,6 +273,97 @@ func TestNoCursorTwice(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Whatever bit of the log is flipped, wherever it is cut and whatever stands in 512 bytes
+// of it: each event that is read is one that was told, and only those are missing whose
+// lines were damaged.
+func TestDamagedEventsAreNotBelieved(t *testing.T) {
+	dir := t.TempDir()
+	l := openLog(t, dir)
+	for i, e := range []Event{
+		{ID: "a", To: Creating}, {ID: "a", From: Creating, To: Running}, {ID: "b", To: Creating}, {ID: "a", Kind: Checkpointed},
+		{ID: "a", From: Running, To: Paused}, {ID: "b", Kind: Updated}, {ID: "a", From: Paused, To: Stopped, Reason: Destroyed},
+	} {
+		e.Time, e.Template = time.Unix(int64(i), 0).UTC(), "minimal"
+		if err := l.add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	told := map[uint64]Event{}
+	for _, e := range l.events {
+		told[e.Cursor] = e
+	}
+	good, err := os.ReadFile(l.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lineOf := func(at int) int { return bytes.Count(good[:at], []byte("\n")) }
+	lines := lineOf(len(good))
+	// want reads a log that is damaged in some of its lines.
+	want := func(data []byte, damaged int, what string, at int) {
+		t.Helper()
+		l := &eventLog{next: 1, states: map[ID]State{}}
+		// Lines that are gone from the end are not noticed, if any is left.
+		whole, err := l.readFrom(bytes.NewReader(data))
+		if err != nil || whole && (len(data) == 0 || !bytes.HasPrefix(good, data)) {
+			t.Errorf("%s at %d: whole is %v, %v", what, at, whole, err)
+		}
+		for _, e := range l.events {
+			if !reflect.DeepEqual(told[e.Cursor], e) {
+				t.Errorf("%s at %d: event %+v was told as %+v", what, at, e, told[e.Cursor])
+			}
+		}
+		if min := lines - 1 - damaged; len(l.events) < min {
+			t.Errorf("%s at %d: %d events are left, want %d", what, at, len(l.events), min)
+		}
+	}
+	for at := range good {
+		for bit := range 8 {
+			data := bytes.Clone(good)
+			data[at] ^= 1 << bit
+			if from := bytes.LastIndexByte(good[:at], '\n') + 1; at-from >= 8 && at-from < 16 && data[at]|0x20 == good[at]|0x20 {
+				continue // a checksum's digit in upper case is the same digit
+			}
+			damaged := 1
+			if good[at] == '\n' { // two lines become one
+				damaged = 2
+			}
+			want(data, damaged, fmt.Sprintf("bit %d", bit), at)
+		}
+		want(good[:at], lines-lineOf(at), "cut", at)
+		data := bytes.Clone(good)
+		end := min(at+512, len(good))
+		for i := at; i < end; i++ {
+			data[i] = byte(i * 7)
+		}
+		want(data, min(lines, lineOf(end)-lineOf(at)+1), "garbled", at)
+	}
+}
+
+// Lines of agents that wrote no checksums are read as they are.
+func TestEventsWithoutChecksums(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "events.jsonl")
+	text := `{"cursor":1,"time":"2024-01-01T00:00:00Z","id":"a","to":"creating"}
+{"cursor":2,"time":"2024-01-01T00:00:01Z","id":"a","from":"creating","to":"running"}
+{"cursor":4,"time":"2024-01-01T00:00:02Z","id":"a","kind":"updated","from":"paused","to":"paused"}
+`
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	at := time.Date(2024, 1, 1, 0, 0, 0, 0, time.UTC)
+	want := []Event{
+		{Cursor: 1, Time: at, ID: "a", To: Creating},
+		{Cursor: 2, Time: at.Add(time.Second), ID: "a", From: Creating, To: Running},
+		{Cursor: 4, Time: at.Add(2 * time.Second), ID: "a", Kind: Updated, From: Paused, To: Paused},
+	}
+	for range 2 { // the second time as this agent wrote it
+		l := openLog(t, filepath.Dir(path))
+		l.shut()
+		if diff := cmp.Diff(want, l.events); diff != "" {
+			t.Error(diff)
+		}
 	}
 }
 

@@ -401,10 +401,29 @@ var (
 	buildIDs    = regexp.MustCompile(`/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/`)
 )
 
+const (
+	eventsFile = "state/events.jsonl"
+	// eventLinesOfRuin is how many lines ruin's first agent writes into it.
+	eventLinesOfRuin = 10
+)
+
+// flipLine flips a bit in one line of a file, whose others stay as they are.
+func flipLine(t *testing.T, n int) func([]byte) []byte {
+	return func(data []byte) []byte {
+		lines := bytes.SplitAfter(slices.Clone(data), []byte("\n"))
+		if len(lines) != eventLinesOfRuin+1 {
+			t.Errorf("there are %d lines, not %d", len(lines)-1, eventLinesOfRuin)
+		}
+		lines[n][len(lines[n])/2] ^= 1
+		return bytes.Join(lines, nil)
+	}
+}
+
 // TestDamageAnywhere flips and cuts every file of the state directory at random,
 // starts an agent on it, and demands of every sandbox that it is what it was, an
 // older state of itself, or that a clear error says why not; and that it is what
-// it was when the file is mended. No cursor of the events is given twice.
+// it was when the file is mended. No cursor of the events is given twice. Each line of
+// the events is flipped, wherever in the file the line is.
 func TestDamageAnywhere(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
@@ -417,6 +436,11 @@ func TestDamageAnywhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) { files = ruin(t, "", nil) })
 	if len(files) < 10 {
 		t.Errorf("there are only the files %v", files)
+	}
+	for i := range eventLinesOfRuin {
+		t.Run(fmt.Sprintf("%s/line %d", eventsFile, i), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { ruin(t, eventsFile, flipLine(t, i)) })
+		})
 	}
 	for _, file := range files {
 		for n := range rounds {

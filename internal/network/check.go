@@ -353,7 +353,7 @@ var (
 // hooks, and hold rules where rules belong, in the calling thread's namespace.
 // What a chain of policies holds is not compared: it is different in each slot.
 func checkTables(rs ...ruleset) error {
-	return transact(func(c *nftables.Conn) error {
+	return look(func(c *nftables.Conn) error {
 		all, err := c.ListChains()
 		if err != nil {
 			return fmt.Errorf("list chains: %w", err)
@@ -400,7 +400,7 @@ func checkTables(rs ...ruleset) error {
 // checkPolicy says whether the egress chain leads to a policy chain that is not
 // empty: an empty one lets nothing out.
 func checkPolicy() error {
-	return transact(func(c *nftables.Conn) error {
+	return look(func(c *nftables.Conn) error {
 		now, err := policyInUse(c)
 		if err != nil {
 			return err

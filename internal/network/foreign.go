@@ -61,7 +61,7 @@ func (p Plan) Obstacles(resolvers []netip.Addr) ([]Obstacle, error) {
 			break
 		}
 	}
-	if err := transact(func(c *nftables.Conn) error { return f.nftables(c) }); err != nil {
+	if err := look(f.nftables); err != nil {
 		return nil, fmt.Errorf("look at other firewalls: %w", err)
 	}
 	if err := f.legacy(); err != nil {
@@ -78,6 +78,7 @@ type foreign struct {
 }
 
 func (f *foreign) nftables(c *nftables.Conn) (err error) {
+	f.found = nil
 	if f.chains, err = c.ListChains(); err != nil {
 		return fmt.Errorf("list chains: %w", err)
 	}

@@ -3,15 +3,19 @@ package network
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"log/slog"
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"unsafe"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
@@ -29,6 +33,42 @@ func nft(t testing.TB, script string) string {
 		t.Fatalf("nft %s: %v: %s", script, err, out)
 	}
 	return string(out)
+}
+
+// Other programs make and remove their tables while the rules are looked at. A chain whose
+// rules are gone when they are asked for is not taken for one that lets nothing through.
+func TestLookWhileOthersChange(t *testing.T) {
+	testenv.Root(t)
+	runtime.LockOSThread() // and the thread ends with the test
+	must(t, unix.Unshare(unix.CLONE_NEWNET))
+	c, err := nftables.New(nftables.AsLasting()) // of this namespace, on whatever thread
+	must(t, err)
+	defer c.CloseLasting()
+	lets := func(key expr.MetaKey) rule {
+		return rule{stmt("", &expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte("tnet-")}), accept()}
+	}
+	theirs := ruleset{family: ipv4, name: "theirs", chains: []chain{
+		base("forward", nftables.ChainTypeFilter, "filter", true, lets(expr.MetaKeyIIFNAME), lets(expr.MetaKeyOIFNAME)),
+	}}
+	ours := ruleset{family: inet, name: "tnet", chains: []chain{base("forward", nftables.ChainTypeFilter, "filter", false, rule{accept()})}}
+	must(t, addTables(ours))
+	for range 100 {
+		changed := make(chan error)
+		go func() {
+			var errs []error
+			for range 9 { // two changes each may be in the way of 18 of 20 attempts
+				errs = append(errs, theirs.add(c), c.Flush())
+				c.DelTable(theirs.nftTable())
+				errs = append(errs, c.Flush())
+			}
+			changed <- errors.Join(errs...)
+		}()
+		found, err := Plan{Instance: "tnet"}.Obstacles(nil)
+		must(t, errors.Join(err, checkTables(ours), <-changed))
+		if len(found) > 0 {
+			t.Fatalf("obstacles: %v", found)
+		}
+	}
 }
 
 // mend runs what an Obstacle says, as a shell would. Where iptables is not

@@ -179,7 +179,7 @@ func TestFramesThatStayInside(t *testing.T) {
 	in(t, ns, func() {
 		l, err := netlink.LinkByName(Tap)
 		must(t, err)
-		list, err := netlink.NeighList(l.Attrs().Index, netlink.FAMILY_V4)
+		list, err := listed(func() ([]netlink.Neigh, error) { return netlink.NeighList(l.Attrs().Index, netlink.FAMILY_V4) })
 		must(t, err)
 		for _, e := range list {
 			if e.IP.Equal(me.AsSlice()) && e.HardwareAddr.String() != mac.String() {

@@ -305,7 +305,8 @@ func readLimits(h *netlink.Handle) (l Limits, err error) {
 			}
 		}
 	}
-	err = transact(func(c *nftables.Conn) error {
+	err = look(func(c *nftables.Conn) error {
+		l.InPackets, l.OutPackets, l.Connections = 0, 0, 0
 		tables, err := c.ListTablesOfFamily(nftables.TableFamilyIPv4)
 		if err != nil {
 			return fmt.Errorf("list tables: %w", err)

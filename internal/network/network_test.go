@@ -124,7 +124,7 @@ func TestIsolation(t *testing.T) {
 	// And no IPv6 on either end.
 	l, err := netlink.LinkByName(a.Veth)
 	must(t, err)
-	addrs, err := netlink.AddrList(l, netlink.FAMILY_V6)
+	addrs, err := listed(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V6) })
 	must(t, err)
 	if len(addrs) > 0 {
 		t.Errorf("the host's link has IPv6 addresses: %v", addrs)
@@ -670,12 +670,14 @@ func kernelHolds(t testing.TB, r ruleset) {
 func inventory(t testing.TB) []string {
 	t.Helper()
 	var p []string
-	links, err := netlink.LinkList()
+	links, err := listed(netlink.LinkList)
 	must(t, err)
 	for _, l := range links {
 		p = append(p, "link "+l.Attrs().Name)
 	}
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{}, netlink.RT_FILTER_TABLE)
+	routes, err := listed(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{}, netlink.RT_FILTER_TABLE)
+	})
 	must(t, err)
 	for _, r := range routes {
 		p = append(p, "route "+r.String())

@@ -15,6 +15,8 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/nftgen"
 )
 
 // A rule set is data: what is sent to the kernel and the text that nft shows
@@ -486,6 +488,12 @@ func transact(fill func(c *nftables.Conn) error) error {
 		return err
 	}
 	return c.Flush()
+}
+
+// look reads tables of the calling thread's network namespace, as they are at one moment.
+// read begins anew when another program has changed its own while it ran.
+func look(read func(c *nftables.Conn) error) error {
+	return nftgen.Steady(func() error { return transact(read) })
 }
 
 // addTables adds tables that are known not to be there.

@@ -214,7 +214,9 @@ func TestCloseForgetsConnections(t *testing.T) {
 
 func connections(t *testing.T, ip netip.Addr) (count int) {
 	t.Helper()
-	flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+	flows, err := listed(func() ([]*netlink.ConntrackFlow, error) {
+		return netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+	})
 	must(t, err)
 	for _, f := range flows {
 		if f.Forward.SrcIP.Equal(ip.AsSlice()) || f.Forward.DstIP.Equal(ip.AsSlice()) {

@@ -313,7 +313,9 @@ func TestClosedIsForgotten(t *testing.T) {
 	}
 	// kept is for how many seconds each connection of the sandbox's is kept.
 	kept := func() (secs []uint32) {
-		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		flows, err := listed(func() ([]*netlink.ConntrackFlow, error) {
+			return netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
+		})
 		must(t, err)
 		for _, f := range flows {
 			ours := f.Forward.SrcIP.Equal(a.HostIP.AsSlice()) || f.Forward.DstIP.Equal(a.HostIP.AsSlice()) ||

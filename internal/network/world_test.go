@@ -122,7 +122,9 @@ func internetHas(t *testing.T, addrs ...netip.Addr) {
 
 func rangeRouteCount(t testing.TB) int {
 	t.Helper()
-	rs, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: routeProtocol}, netlink.RT_FILTER_PROTOCOL)
+	rs, err := listed(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: routeProtocol}, netlink.RT_FILTER_PROTOCOL)
+	})
 	must(t, err)
 	return len(rs)
 }

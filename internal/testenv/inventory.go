@@ -14,6 +14,8 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+
+	"git.omukk.dev/wrenn/sandbox/internal/nftgen"
 )
 
 // Inventory is what exists on this machine that a sandbox host could leave
@@ -72,11 +74,14 @@ func (p Inventory) Diff(after Inventory) []string {
 // Lines returns the inventory sorted.
 func (p Inventory) Lines() []string { return slices.Sorted(maps.Keys(p)) }
 
-// Take returns the lines of the inventory that contain marker. It starts again if
-// the kernel says that a change cut one of its lists short.
+// errChanged says that what one list named was gone when it was looked at.
+var errChanged = errors.New("it changed while it was listed")
+
+// Take returns the lines of the inventory that contain marker. It starts again, 20 times
+// at most, if others change what it lists.
 func Take(marker string) (p Inventory, err error) {
 	for range 20 {
-		if p, err = take(marker); !errors.Is(err, netlink.ErrDumpInterrupted) {
+		if p, err = take(marker); !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, errChanged) {
 			break
 		}
 	}
@@ -147,8 +152,15 @@ func routes(add func(string, ...any)) error {
 			return fmt.Errorf("list routes: %w", err)
 		}
 		for _, r := range list {
-			name := fmt.Sprint(r.LinkIndex)
-			if l, err := netlink.LinkByIndex(r.LinkIndex); err == nil {
+			name := "none"
+			if r.LinkIndex != 0 {
+				l, err := netlink.LinkByIndex(r.LinkIndex)
+				if errors.As(err, new(netlink.LinkNotFoundError)) {
+					return errChanged // the route went with its link
+				}
+				if err != nil {
+					return fmt.Errorf("find the link of route %v: %w", r, err)
+				}
 				name = l.Attrs().Name
 			}
 			add("route %v via %v dev %s table %d", r.Dst, r.Gw, name, r.Table)
@@ -158,19 +170,33 @@ func routes(add func(string, ...any)) error {
 }
 
 func nft(add func(string, ...any)) error {
-	c, err := nftables.New()
-	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
+	var lines []string
+	err := nftgen.Steady(func() (err error) {
+		lines, err = nftLines()
+		return err
+	})
+	for _, line := range lines {
+		add("%s", line)
 	}
+	return err
+}
+
+func nftLines() (lines []string, err error) {
+	add := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
+	c, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", err)
+	}
+	defer func() { err = errors.Join(err, c.CloseLasting()) }()
 	tables, err := c.ListTables()
 	if err != nil {
-		return fmt.Errorf("list nft tables: %w", err)
+		return nil, fmt.Errorf("list nft tables: %w", err)
 	}
 	for _, t := range tables {
 		add("nft table %s", t.Name)
 		sets, err := c.GetSets(t)
 		if err != nil {
-			return fmt.Errorf("list nft sets: %w", err)
+			return nil, fmt.Errorf("list nft sets: %w", err)
 		}
 		for _, s := range sets {
 			if s.Dynamic {
@@ -178,7 +204,7 @@ func nft(add func(string, ...any)) error {
 			}
 			elems, err := c.GetSetElements(s)
 			if err != nil {
-				return fmt.Errorf("list nft set %s: %w", s.Name, err)
+				return nil, fmt.Errorf("list nft set %s: %w", s.Name, err)
 			}
 			for _, e := range elems {
 				add("nft table %s set %s element %x", t.Name, s.Name, e.Key)
@@ -187,16 +213,16 @@ func nft(add func(string, ...any)) error {
 	}
 	chains, err := c.ListChains()
 	if err != nil {
-		return fmt.Errorf("list nft chains: %w", err)
+		return nil, fmt.Errorf("list nft chains: %w", err)
 	}
 	for _, ch := range chains {
 		rules, err := c.GetRules(ch.Table, ch)
 		if err != nil {
-			return fmt.Errorf("list nft rules: %w", err)
+			return nil, fmt.Errorf("list nft rules: %w", err)
 		}
 		add("nft table %s chain %s rules %d", ch.Table.Name, ch.Name, len(rules))
 	}
-	return nil
+	return lines, nil
 }
 
 func mounts(add func(string, ...any)) error {

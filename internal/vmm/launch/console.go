@@ -26,9 +26,9 @@ const (
 )
 
 // outlet carries what a program prints from a named pipe into a file, and keeps
-// that file within its bound, so that a program cannot fill a disk. While no agent
-// reads, the pipe holds 64 KiB of the output and the rest is lost: the program
-// does not wait for a reader.
+// that file within its bound, so that a program cannot fill a disk. The pipe holds
+// 64 KiB. What the program prints while it is full, because no agent reads or the program
+// is faster, is lost: the program does not wait for a reader.
 type outlet struct {
 	file    *os.File
 	pipe    *os.File

@@ -148,70 +148,114 @@ func TestOutputIsBounded(t *testing.T) {
 	}
 }
 
+// talker is a program that prints numbered lines of 500 bytes to its console.
+type talker struct {
+	t       *testing.T
+	path    string   // of the console
+	say     *os.File // where it is told how many to print
+	printed int
+}
+
+const talkerScript = `pad=$(printf '%0500d' 0); i=0
+	while read -r n; do n=$((i+n)); while [ $i -lt $n ]; do echo "line $i $pad"; i=$((i+1)); done; done <`
+
+func (*talker) line(number int) string { return fmt.Sprintf("line %d %0500d", number, 0) }
+
+// stamped says whether the time is noted at which the console was last written.
+func (k *talker) stamped() bool {
+	info, err := os.Stat(k.path)
+	times, err2 := os.ReadFile(k.path + vmm.TimesSuffix)
+	if err := errors.Join(err, err2); err != nil {
+		k.t.Fatal(err)
+	}
+	stamps := vmm.ParseStamps(times)
+	return len(stamps) > 0 && stamps[len(stamps)-1].Size == info.Size()
+}
+
+func (k *talker) lines() []vmm.Line {
+	lines, err := vmm.Lines(k.path)
+	if err != nil {
+		k.t.Fatal(err)
+	}
+	return lines
+}
+
+// print has the program print so many lines, and returns when the last is there.
+func (k *talker) print(n int) (from, to time.Time) {
+	k.t.Helper()
+	from = time.Now().Truncate(time.Millisecond)
+	fmt.Fprintln(k.say, n)
+	k.printed += n
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		lines := k.lines()
+		if n := len(lines); n > 0 && string(lines[n-1].Text) == k.line(k.printed-1) && k.stamped() {
+			return from, time.Now()
+		}
+		if time.Now().After(deadline) {
+			k.t.Fatalf("line %d was not printed", k.printed-1)
+		}
+	}
+}
+
+// printUntilCut prints until the console is cut, and returns the times of the last
+// lines. It prints no more at once than the pipe holds: what comes faster than it is
+// read is lost.
+func (k *talker) printUntilCut() (from, to time.Time) {
+	k.t.Helper()
+	for {
+		from, to = k.print(32) // a quarter of what a pipe holds
+		text, err := os.ReadFile(k.path)
+		if err != nil || k.printed*len(k.line(0)) > 2*vmm.MaxConsoleBytes {
+			k.t.Fatalf("it is not cut: %v", err)
+		}
+		if bytes.HasPrefix(text, []byte(trimmedMarker)) {
+			return from, to
+		}
+	}
+}
+
+// want checks the time of a line.
+func (k *talker) want(number int, from, to time.Time) {
+	k.t.Helper()
+	for _, l := range k.lines() {
+		if string(l.Text) == k.line(number) {
+			if l.At.Before(from) || l.At.After(to) {
+				k.t.Errorf("line %d is of %s, printed from %s to %s", number, l.At, from, to)
+			}
+			return
+		}
+	}
+	k.t.Errorf("line %d is not there", number)
+}
+
 // Each line has the time at which it was read, also after the console was cut and after
 // another agent carries on.
 func TestLinesHaveTimes(t *testing.T) {
 	dir := t.TempDir()
-	path := filepath.Join(dir, "console")
-	p := sh(`i=0; while read -r n; do n=$((i+n)); while [ $i -lt $n ]; do echo "line $i"; i=$((i+1)); done; done <` + dir + `/say`)
-	p.Console, p.Log = path, filepath.Join(dir, "log")
-	if err := unix.Mkfifo(filepath.Join(dir, "say"), 0o600); err != nil {
-		t.Fatal(err)
+	k := &talker{t: t, path: filepath.Join(dir, "console")}
+	say := filepath.Join(dir, "say")
+	p := sh(talkerScript + say)
+	p.Console, p.Log = k.path, filepath.Join(dir, "log")
+	err := unix.Mkfifo(say, 0o600)
+	if err == nil {
+		k.say, err = os.OpenFile(say, os.O_RDWR, 0)
 	}
-	process := launch(t, p)
-	say, err := os.OpenFile(filepath.Join(dir, "say"), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer say.Close()
-	// print has the program print so many lines, and returns when the last is there.
-	printed := 0
-	print := func(n int) (from, to time.Time) {
-		t.Helper()
-		from = time.Now().Truncate(time.Millisecond)
-		fmt.Fprintln(say, n)
-		printed += n
-		last := fmt.Sprintf("line %d", printed-1)
-		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
-			lines, err := vmm.Lines(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if n := len(lines); n > 0 && string(lines[n-1].Text) == last {
-				return from, time.Now()
-			}
-			if time.Now().After(deadline) {
-				t.Fatalf("%q was not printed", last)
-			}
-		}
-	}
-	// want checks the time of a line.
-	want := func(number int, from, to time.Time) {
-		t.Helper()
-		lines, err := vmm.Lines(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, l := range lines {
-			if string(l.Text) == fmt.Sprintf("line %d", number) {
-				if l.At.Before(from) || l.At.After(to) {
-					t.Errorf("line %d is of %s, printed from %s to %s", number, l.At, from, to)
-				}
-				return
-			}
-		}
-		t.Errorf("line %d is not there", number)
-	}
-	from, to := print(10)
-	want(0, from, to)
-	from2, to2 := print(1)
-	want(9, from, to)
-	want(10, from2, to2)
-	const many = vmm.MaxConsoleBytes / 10
-	from, to = print(many) // it is cut
-	from2, to2 = print(1)
-	want(10+many, from, to)
-	want(11+many, from2, to2)
+	defer k.say.Close()
+	process := launch(t, p)
+
+	from, to := k.print(10)
+	k.want(0, from, to)
+	from2, to2 := k.print(1)
+	k.want(9, from, to)
+	k.want(10, from2, to2)
+	from, to = k.printUntilCut()
+	last := k.printed - 1
+	from2, to2 = k.print(1)
+	k.want(last, from, to)
+	k.want(last+1, from2, to2)
 
 	for _, o := range process.outlets { // as when the agent dies
 		o.close()
@@ -221,10 +265,10 @@ func TestLinesHaveTimes(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer adopted.Kill(t.Context())
-	from3, to3 := print(1)
-	want(10+many, from, to)
-	want(11+many, from2, to2)
-	want(12+many, from3, to3)
+	from3, to3 := k.print(1)
+	k.want(last, from, to)
+	k.want(last+1, from2, to2)
+	k.want(last+2, from3, to3)
 }
 
 // Stamps that are damaged or missing cost lines their own time and nothing else.

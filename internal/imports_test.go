@@ -83,7 +83,8 @@ var mayImport = map[string][]string{
 		"internal/build", "internal/sandbox", "internal/template", "internal/auth", "internal/idempotency", "internal/guestapi", "api/...",
 		"internal/errdefs", "internal/errdefs/errhttp",
 	},
-	"internal/server": {"internal/sandbox", "internal/auth", "api/...", "internal/errdefs", "internal/errdefs/errhttp"},
+	"internal/server": {"internal/sandbox", "internal/template", "internal/build", "internal/image", "internal/auth", "api/...",
+		"internal/errdefs", "internal/errdefs/errhttp"},
 	"internal/gateway": {
 		"internal/sandbox", "internal/auth", "internal/guestapi", "internal/errdefs", "internal/errdefs/errhttp", "internal/splice",
 	},

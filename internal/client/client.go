@@ -29,11 +29,12 @@ import (
 
 // Host is a host agent. It is safe for concurrent use.
 type Host struct {
-	base  *url.URL
-	path  string // of the agent's Unix socket; empty for TCP
-	rpc   hostagentv1connect.HostAgentServiceClient
-	guest http.RoundTripper // for what the agent passes on to guests
-	grace time.Duration     // termGrace, except in tests
+	base      *url.URL
+	path      string // of the agent's Unix socket; empty for TCP
+	rpc       hostagentv1connect.HostAgentServiceClient
+	templates Templates
+	guest     http.RoundTripper // for what the agent passes on to guests
+	grace     time.Duration     // termGrace, except in tests
 
 	mu   sync.Mutex        // guards kept
 	kept map[string]tokens // by sandbox; those that were asked for
@@ -56,7 +57,9 @@ func New(addr, key string) (*Host, error) {
 		return nil, fmt.Errorf("%q is not a URL such as http://127.0.0.1:50051 or unix:///run/wrenn/agent.sock", addr)
 	}
 	h.guest = h.transport(guestPatience)
-	h.rpc = hostagentv1connect.NewHostAgentServiceClient(onlyTo(withKey{key, h.transport(0)}), h.base.String(), agentOptions())
+	own := onlyTo(withKey{key, h.transport(0)})
+	h.rpc = hostagentv1connect.NewHostAgentServiceClient(own, h.base.String(), agentOptions())
+	h.templates.rpc = hostagentv1connect.NewTemplateServiceClient(own, h.base.String(), agentOptions())
 	return h, nil
 }
 

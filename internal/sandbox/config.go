@@ -44,6 +44,7 @@ type Templates interface {
 	CountSpawn(id string)
 	Delete(ctx context.Context, id, tag string, inUse func(template.Info) error) error
 	Prune(ctx context.Context, needed func(template.Info, template.Build) bool) error
+	Unused(needed func(template.Info, template.Build) bool) ([]template.Unused, error)
 	NewOverlay(ctx context.Context, path string, sizeMiB int) error
 	CloneOverlay(ctx context.Context, path, from string) error
 	Ready(ctx context.Context, id, build, key string) (template.Ready, error)

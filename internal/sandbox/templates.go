@@ -53,17 +53,34 @@ func (r *registry) usersOf(t template.Info) error {
 	return nil
 }
 
-// pruneTemplates removes the builds of templates that were replaced and that no sandbox
-// needs any more.
-func (m *Manager) pruneTemplates(ctx context.Context) {
-	unknown := slices.ContainsFunc(m.all(), func(b *box) bool { return b.state() == Unknown })
-	err := m.cfg.Templates.Prune(ctx, func(t template.Info, build template.Build) bool {
-		return unknown || slices.ContainsFunc(m.all(), func(b *box) bool {
-			rec := b.record()
-			return rec.State != Stopped && rec.templateID() == t.ID && rec.Base == build.Base
-		})
+// PruneTemplates removes the builds of templates to which no tag leads and that no sandbox
+// and no snapshot needs: of one project, or of all if it is nil. It returns which they
+// are; with dryRun it removes nothing.
+func (m *Manager) PruneTemplates(ctx context.Context, project *string, dryRun bool) ([]template.Unused, error) {
+	store := m.cfg.Templates
+	needed := func(t template.Info, b template.Build) bool {
+		return project != nil && t.Project != *project || m.needsBuild(t, b)
+	}
+	list, err := store.Unused(needed)
+	if err != nil || dryRun {
+		return list, err
+	}
+	err = store.Prune(ctx, needed)
+	// A sandbox may have been made of one since.
+	return slices.DeleteFunc(list, func(u template.Unused) bool { return store.Has(u.Template.ID, u.Build.ID) }), err
+}
+
+// needsBuild says whether a sandbox is over a build of a template, or may be.
+func (r *registry) needsBuild(t template.Info, build template.Build) bool {
+	return slices.ContainsFunc(r.all(), func(b *box) bool {
+		rec := b.record()
+		return rec.State == Unknown || rec.State != Stopped && rec.templateID() == t.ID && rec.Base == build.Base
 	})
-	if err != nil {
+}
+
+// pruneTemplates is PruneTemplates of all projects, when the agent starts.
+func (m *Manager) pruneTemplates(ctx context.Context) {
+	if _, err := m.PruneTemplates(ctx, nil, false); err != nil {
 		m.log.Warn("old builds of templates not removed", "err", err)
 	}
 }

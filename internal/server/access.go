@@ -125,12 +125,28 @@ var rules = map[string]rule{
 	hostagentv1connect.HostAgentServiceGetVersionProcedure:      anyKey,
 	hostagentv1connect.HostAgentServiceDrainHostProcedure:       hostOnly,
 	hostagentv1connect.HostAgentServiceGetHostProcedure:         anyKey,
+
+	hostagentv1connect.TemplateServiceListTemplatesProcedure:  byProject,
+	hostagentv1connect.TemplateServiceGetTemplateProcedure:    byProject,
+	hostagentv1connect.TemplateServiceBuildTemplateProcedure:  byProject,
+	hostagentv1connect.TemplateServiceWatchBuildProcedure:     byProject,
+	hostagentv1connect.TemplateServiceCancelBuildProcedure:    byProject,
+	hostagentv1connect.TemplateServiceGetUploadProcedure:      byProject,
+	hostagentv1connect.TemplateServicePutUploadProcedure:      byProject,
+	hostagentv1connect.TemplateServiceDeleteTemplateProcedure: byProject,
+	hostagentv1connect.TemplateServiceTagTemplateProcedure:    byProject,
+	hostagentv1connect.TemplateServiceUntagTemplateProcedure:  byProject,
+	hostagentv1connect.TemplateServiceExportTemplateProcedure: byProject,
+	hostagentv1connect.TemplateServicePruneTemplatesProcedure: byProject,
+	hostagentv1connect.TemplateServiceCollectGarbageProcedure: hostOnly,
 }
 
 // starts are the calls that begin a VM, which count as creates.
 var starts = map[string]bool{
 	hostagentv1connect.HostAgentServiceCreateSandboxProcedure: true,
 	hostagentv1connect.HostAgentServiceForkSandboxProcedure:   true,
+	hostagentv1connect.TemplateServiceBuildTemplateProcedure:  true,
+	hostagentv1connect.TemplateServiceExportTemplateProcedure: true,
 }
 
 // projects holds each caller to its rule.

@@ -52,7 +52,7 @@ func postAs(t *testing.T, key, url, rpc, contentType, encoding string, body []by
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, "POST", url+"/hostagent.v1.HostAgentService/"+rpc, bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, "POST", url+procedure(rpc), bytes.NewReader(body))
 	if err != nil {
 		t.Fatal(err)
 	}

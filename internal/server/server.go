@@ -23,6 +23,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
 
 // Bounds of a request.
@@ -94,6 +95,14 @@ type Config struct {
 	Version Version
 	// Templates returns the names of the host's templates.
 	Templates func() ([]string, error)
+	// Store keeps the templates, Builds makes them of Images; without Builds none is made.
+	// DiskMiB is the size of a disk of which nothing else is said.
+	Store   *template.Store
+	Builds  Builds
+	Images  Images
+	DiskMiB int
+	// Export reads templates; nil where none is built.
+	Export Export
 	// End ends the agent, after a drain.
 	End func()
 	// Slots counts the network's slots by state, Refused the connections that were
@@ -116,6 +125,8 @@ func Register(mux *http.ServeMux, c Config) {
 	access := access{c, connect.NewErrorWriter()}
 	path, calls := handler(c)
 	mux.Handle(path, access.demand(calls))
+	path, calls = templateHandler(c)
+	mux.Handle(path, access.demand(calls))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", ready(c.Manager))
 	mux.Handle("GET /metrics", access.demand(metricsHandler(c)))
@@ -126,6 +137,22 @@ func Register(mux *http.ServeMux, c Config) {
 func handler(c Config) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
 		&service{manager: c.Manager, keys: c.Keys, version: c.Version, templates: c.Templates, end: c.End, log: c.Log},
+		options(c),
+	)
+}
+
+// templateHandler is handler for the calls of templates.
+func templateHandler(c Config) (string, http.Handler) {
+	return hostagentv1connect.NewTemplateServiceHandler(
+		&templates{store: c.Store, builds: c.Builds, images: c.Images, manager: c.Manager,
+			diskMiB: c.DiskMiB, export: c.Export, log: c.Log},
+		options(c),
+	)
+}
+
+// options are those of all calls.
+func options(c Config) connect.HandlerOption {
+	return connect.WithHandlerOptions(
 		connect.WithReadMaxBytes(maxMessageBytes),
 		withStrictCodecs(),
 		connect.WithInterceptors(mapErrors{c.Log}, projects{c.Manager}, actors{}),

@@ -998,10 +998,13 @@ func (x *BuildSource) GetScratch() bool {
 // BuildStep is one instruction, with the words of a Dockerfile.
 type BuildStep struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// RUN, COPY, ENV, WORKDIR, USER, …
-	Kind string   `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// RUN, COPY, ENV, ARG, WORKDIR, USER, SHELL, LABEL, CMD, ENTRYPOINT, EXPOSE or HEALTHCHECK.
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// A command is one text for a shell, or with exec an argument vector. Names and values
+	// of ENV, ARG and LABEL come in turn.
 	Args []string `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"`
-	User string   `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`
+	// The account that RUN runs as, if it is not the current one.
+	User string `protobuf:"bytes,3,opt,name=user,proto3" json:"user,omitempty"`
 	// The uploaded archive that COPY takes its files from.
 	Files string `protobuf:"bytes,4,opt,name=files,proto3" json:"files,omitempty"`
 	// Paths in the archive, or in the stage from_stage, and where they go.
@@ -1013,8 +1016,15 @@ type BuildStep struct {
 	// Whether to run this step and those after it, whatever the cache has.
 	Force bool `protobuf:"varint,10,opt,name=force,proto3" json:"force,omitempty"`
 	// Where it stands in its file, and how; for logs and errors.
-	Line          int32  `protobuf:"varint,11,opt,name=line,proto3" json:"line,omitempty"`
-	Text          string `protobuf:"bytes,12,opt,name=text,proto3" json:"text,omitempty"`
+	Line int32  `protobuf:"varint,11,opt,name=line,proto3" json:"line,omitempty"`
+	Text string `protobuf:"bytes,12,opt,name=text,proto3" json:"text,omitempty"`
+	Exec bool   `protobuf:"varint,13,opt,name=exec,proto3" json:"exec,omitempty"`
+	// Whether the text of RUN is a whole file that begins with "#!".
+	Script bool `protobuf:"varint,14,opt,name=script,proto3" json:"script,omitempty"`
+	// The image or template that COPY takes its files from.
+	FromImage string `protobuf:"bytes,15,opt,name=from_image,json=fromImage,proto3" json:"from_image,omitempty"`
+	// Whether the archive has the content of archives that ADD unpacks.
+	Extract       bool `protobuf:"varint,16,opt,name=extract,proto3" json:"extract,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1131,6 +1141,34 @@ func (x *BuildStep) GetText() string {
 		return x.Text
 	}
 	return ""
+}
+
+func (x *BuildStep) GetExec() bool {
+	if x != nil {
+		return x.Exec
+	}
+	return false
+}
+
+func (x *BuildStep) GetScript() bool {
+	if x != nil {
+		return x.Script
+	}
+	return false
+}
+
+func (x *BuildStep) GetFromImage() string {
+	if x != nil {
+		return x.FromImage
+	}
+	return ""
+}
+
+func (x *BuildStep) GetExtract() bool {
+	if x != nil {
+		return x.Extract
+	}
+	return false
 }
 
 type BuildTemplateResponse struct {
@@ -2276,8 +2314,8 @@ type CollectGarbageRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Whether to say only what would be removed.
 	DryRun bool `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
-	// Only what was not used for so many seconds.
-	UnusedSec     int64 `protobuf:"varint,2,opt,name=unused_sec,json=unusedSec,proto3" json:"unused_sec,omitempty"`
+	// Whether to remove what was used within a week, too.
+	All           bool `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2319,11 +2357,11 @@ func (x *CollectGarbageRequest) GetDryRun() bool {
 	return false
 }
 
-func (x *CollectGarbageRequest) GetUnusedSec() int64 {
+func (x *CollectGarbageRequest) GetAll() bool {
 	if x != nil {
-		return x.UnusedSec
+		return x.All
 	}
-	return 0
+	return false
 }
 
 type CollectGarbageResponse struct {
@@ -2530,7 +2568,7 @@ const file_hostagent_v1_template_proto_rawDesc = "" +
 	"\btemplate\x18\x05 \x01(\tR\btemplate\x12\x18\n" +
 	"\aarchive\x18\x06 \x01(\tR\aarchive\x12\x14\n" +
 	"\x05stage\x18\a \x01(\tR\x05stage\x12\x18\n" +
-	"\ascratch\x18\b \x01(\bR\ascratch\"\x88\x02\n" +
+	"\ascratch\x18\b \x01(\bR\ascratch\"\xed\x02\n" +
 	"\tBuildStep\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04args\x18\x02 \x03(\tR\x04args\x12\x12\n" +
@@ -2545,7 +2583,12 @@ const file_hostagent_v1_template_proto_rawDesc = "" +
 	"\x05force\x18\n" +
 	" \x01(\bR\x05force\x12\x12\n" +
 	"\x04line\x18\v \x01(\x05R\x04line\x12\x12\n" +
-	"\x04text\x18\f \x01(\tR\x04text\"N\n" +
+	"\x04text\x18\f \x01(\tR\x04text\x12\x12\n" +
+	"\x04exec\x18\r \x01(\bR\x04exec\x12\x16\n" +
+	"\x06script\x18\x0e \x01(\bR\x06script\x12\x1d\n" +
+	"\n" +
+	"from_image\x18\x0f \x01(\tR\tfromImage\x12\x18\n" +
+	"\aextract\x18\x10 \x01(\bR\aextract\"N\n" +
 	"\x15BuildTemplateResponse\x12\x1f\n" +
 	"\vtemplate_id\x18\x01 \x01(\tR\n" +
 	"templateId\x12\x14\n" +
@@ -2610,11 +2653,10 @@ const file_hostagent_v1_template_proto_rawDesc = "" +
 	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12\x10\n" +
 	"\x03all\x18\x02 \x01(\bR\x03all\"I\n" +
 	"\x16PruneTemplatesResponse\x12/\n" +
-	"\aremoved\x18\x01 \x03(\v2\x15.hostagent.v1.GarbageR\aremoved\"O\n" +
+	"\aremoved\x18\x01 \x03(\v2\x15.hostagent.v1.GarbageR\aremoved\"B\n" +
 	"\x15CollectGarbageRequest\x12\x17\n" +
-	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12\x1d\n" +
-	"\n" +
-	"unused_sec\x18\x02 \x01(\x03R\tunusedSec\"I\n" +
+	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12\x10\n" +
+	"\x03all\x18\x02 \x01(\bR\x03all\"I\n" +
 	"\x16CollectGarbageResponse\x12/\n" +
 	"\aremoved\x18\x01 \x03(\v2\x15.hostagent.v1.GarbageR\aremoved\"G\n" +
 	"\aGarbage\x12\x12\n" +

@@ -276,7 +276,8 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	server.Register(mux, server.Config{
 		Keys: a.keys, Limiter: limiter, Keyless: a.cfg.onLoopback(),
 		Manager: a.base.manager, Version: version, Templates: a.templateNames, Store: a.templates, DiskMiB: a.cfg.OverlayMiB,
-		End: func() { close(a.drained) }, Panics: &panics, Log: a.log,
+		Export: server.ExportBy(a.base.manager),
+		End:    func() { close(a.drained) }, Panics: &panics, Log: a.log,
 		Slots:   func() map[string]int { return a.base.network.Stats().ByState() },
 		Names:   func() server.NameCounts { return server.NameCounts(a.base.network.NameCounts()) },
 		Refused: door.Refused,

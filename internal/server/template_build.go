@@ -399,6 +399,24 @@ func (u *upload) Read(p []byte) (int, error) {
 // Export writes the root file system of a build to w, as a tar.
 type Export func(ctx context.Context, project string, root template.Template, w io.Writer) error
 
+// ExportBy reads templates in build sandboxes of a manager: nothing of a template is mounted
+// on the host.
+func ExportBy(manager *sandbox.Manager) Export {
+	return func(ctx context.Context, project string, root template.Template, w io.Writer) (err error) {
+		builders := manager.Builders()
+		id, err := builders.Create(ctx, sandbox.BuilderRequest{Root: root, Project: project})
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, builders.Destroy(context.WithoutCancel(ctx), id)) }()
+		guest, err := builders.Guest(id)
+		if err != nil {
+			return err
+		}
+		return guest.Pack(ctx, "/", w)
+	}
+}
+
 func (s *templates) ExportTemplate(
 	ctx context.Context, req *request[pb.ExportTemplateRequest], stream *connect.ServerStream[pb.ExportTemplateResponse],
 ) error {

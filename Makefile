@@ -36,7 +36,7 @@ test: test-tools lint check-generated build ## everything that CI runs: lint, un
 	$(MAKE) --no-print-directory fuzz
 
 test-tools: # what the tests use besides what the host needs; only what is missing, for a node of another origin conflicts with apt's npm
-	@for tool in curl:curl npm:npm pip3:python3-pip gcc:gcc gcc:libc6-dev nft:nftables ip:iproute2 pgrep:procps; do command -v $${tool%:*} >/dev/null || missing="$${missing:-} $${tool#*:}"; done; \
+	@for tool in curl:curl npm:npm pip3:python3-pip mkfs.erofs:erofs-utils gcc:gcc gcc:libc6-dev nft:nftables ip:iproute2 pgrep:procps; do command -v $${tool%:*} >/dev/null || missing="$${missing:-} $${tool#*:}"; done; \
 	  test -z "$${missing:-}" || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$missing; } >/dev/null
 
 test-unit: ## tests that need nothing but Go

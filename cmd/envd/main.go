@@ -1,5 +1,5 @@
-// Command envd is the guest daemon: /init of a microVM's initrd, or an
-// ordinary process for tests.
+// Command envd is the guest daemon: /init of a microVM's initrd or of a guest of
+// gVisor, or an ordinary process for tests.
 package main
 
 import (
@@ -31,14 +31,15 @@ func main() {
 // guest is PID 1's life. It does not return.
 func guest() {
 	log := newLogger()
-	params, disk, err := envd.Boot(log)
+	body := envd.ThisBody(os.Args)
+	params, disk, err := envd.Boot(log, body)
 	switch {
 	case errors.Is(err, envd.ErrProbe):
 		fmt.Println(guestapi.ProbeSign)
 	case err != nil:
 		log.Error("boot", "err", err)
 	default:
-		server := envd.New(envd.Config{Log: log, Guest: true, CgroupRoot: envd.CgroupRoot, Disk: disk, Addr: params.Addr.Addr()})
+		server := envd.New(envd.Config{Log: log, Body: body, CgroupRoot: envd.CgroupRoot, Disk: disk, Addr: params.Addr.Addr()})
 		go server.ReapOrphans(context.Background())
 		go server.KeepTrimmed(context.Background())
 		log.Info("booted", "hostname", params.Hostname, "uptime", envd.Uptime())
@@ -51,7 +52,7 @@ func guest() {
 			log.Info("powering off", "signal", sig)
 		}
 	}
-	envd.PowerOff(log)
+	envd.PowerOff(log, body)
 }
 
 // host serves on the machine as it is.

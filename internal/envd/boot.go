@@ -36,16 +36,17 @@ const (
 // guestapi.ProbeSign and powers off.
 var ErrProbe = errors.New("probe guest")
 
-// Boot turns a bare kernel, with envd as the /init of its initrd, into a
-// guest: modules, root filesystem, mounts, network, names. It must be called
+// Boot turns a body, with envd as its first program, into a guest. It must be called
 // by PID 1, once, before anything else. An error means that the guest cannot be
 // used; the failure of a step that a guest can do without is logged.
-func Boot(log *slog.Logger) (guestapi.Boot, *Disk, error) {
+func Boot(log *slog.Logger, body Body) (guestapi.Boot, *Disk, error) {
 	b := &booter{log: log, grouped: make(chan struct{})}
-	p, err := b.boot()
+	p, err := body.boot(b)
 	return p, b.disk, err
 }
 
+// boot turns a bare kernel, with envd as the /init of its initrd, into a guest:
+// modules, root filesystem, mounts, network, names.
 func (b *booter) boot() (guestapi.Boot, error) {
 	unix.Umask(0o022)
 	for _, m := range []mount{
@@ -163,7 +164,9 @@ func (b *booter) root(d guestapi.Disks) error {
 	if err := switchRoot(root); err != nil {
 		return err
 	}
-	b.mounts()
+	b.mounts(append([]mount{
+		{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"},
+	}, memoryMounts...))
 	return nil
 }
 
@@ -214,7 +217,7 @@ func switchRoot(root string) error {
 
 // cgroups makes the cgroup of users' processes. The mount moves with /sys.
 func (b *booter) cgroups() {
-	const dir = "/sys/fs/cgroup"
+	const dir = cgroupTop
 	err := (mount{"cgroup2", dir, "cgroup2", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, "nsdelegate"}).do()
 	if err == nil {
 		err = setupCgroups(dir, CgroupRoot)
@@ -222,14 +225,15 @@ func (b *booter) cgroups() {
 	b.optional("make cgroups", err)
 }
 
+// memoryMounts are the file systems in memory.
+var memoryMounts = []mount{
+	{"tmpfs", "/dev/shm", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
+	{"tmpfs", "/run", "tmpfs", unix.MS_NOSUID | unix.MS_NODEV, "mode=0755,size=20%"},
+}
+
 // mounts adds what programs expect of a Linux system.
-func (b *booter) mounts() {
-	const safe = unix.MS_NOSUID | unix.MS_NODEV
-	for _, m := range []mount{
-		{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"},
-		{"tmpfs", "/dev/shm", "tmpfs", safe, "mode=1777"},
-		{"tmpfs", "/run", "tmpfs", safe, "mode=0755,size=20%"},
-	} {
+func (b *booter) mounts(mounts []mount) {
+	for _, m := range mounts {
 		b.optional("mount "+m.target, m.do())
 	}
 	// On the disk, which is larger than the memory.

@@ -16,9 +16,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// setupCgroups makes the cgroup of all users' processes, with limits that leave
-// memory and process ids to envd and the kernel.
+// setupCgroups makes the cgroup of all users' processes, and raises the limits of the
+// kernel that would bind them before it does.
 func setupCgroups(mountpoint, root string) error {
+	total, err := totalMemory()
+	if err != nil {
+		return err
+	}
+	return errors.Join(limitCgroups(mountpoint, root), boundsOf(total).raise("/proc/sys"))
+}
+
+// totalMemory is the guest's memory in bytes.
+func totalMemory() (uint64, error) {
+	var info unix.Sysinfo_t
+	err := unix.Sysinfo(&info)
+	return uint64(info.Totalram) * uint64(info.Unit), err
+}
+
+// limitCgroups makes the cgroup of all users' processes, with limits that leave
+// memory and process ids to envd and the kernel.
+func limitCgroups(mountpoint, root string) error {
 	var errs []error
 	if err := os.MkdirAll(root, 0o755); err != nil {
 		return err
@@ -29,15 +46,15 @@ func setupCgroups(mountpoint, root string) error {
 			errs = append(errs, os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte(controller), 0o644))
 		}
 	}
-	var info unix.Sysinfo_t
-	if err := unix.Sysinfo(&info); err != nil {
+	total, err := totalMemory()
+	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
-	b := boundsOf(uint64(info.Totalram) * uint64(info.Unit))
+	b := boundsOf(total)
 	for name, value := range map[string]uint64{"memory.max": b.memory, "pids.max": b.processes} {
 		errs = append(errs, os.WriteFile(filepath.Join(root, name), strconv.AppendUint(nil, value, 10), 0o644))
 	}
-	return errors.Join(append(errs, b.raise("/proc/sys"))...)
+	return errors.Join(errs...)
 }
 
 // bounds are what users' processes may have together, so that envd can do its work
@@ -88,6 +105,8 @@ func (b bounds) raise(sysctl string) error {
 // become empty. Safe for concurrent use.
 type cgroups struct {
 	root string
+	// halted stops the users' processes where the kernel freezes no cgroups; else nil.
+	halted *halted
 
 	mu sync.Mutex
 	// ended holds the cgroups whose process has ended while others, its

@@ -38,9 +38,10 @@ const (
 // Config says what a Server may touch.
 type Config struct {
 	Log *slog.Logger
-	// Guest means that envd owns the machine: an initialisation sets clock,
-	// entropy and host name, and before the first one nothing else is served.
-	Guest bool
+	// Body is the machine that envd owns: an initialisation sets clock, entropy and
+	// host name, and before the first one nothing else is served. It is nil for a
+	// process among others.
+	Body Body
 	// CgroupRoot is a directory in the cgroup2 hierarchy where each process
 	// gets a cgroup of its own; empty for none.
 	CgroupRoot string
@@ -55,6 +56,7 @@ type Config struct {
 type Server struct {
 	log       *slog.Logger
 	guest     bool
+	body      Body
 	disk      *Disk
 	addr      netip.Addr
 	processes *processes
@@ -88,13 +90,16 @@ type initState struct {
 // New returns a server that has not been initialised.
 func New(c Config) *Server {
 	s := &Server{
-		log: c.Log, guest: c.Guest, disk: c.Disk, addr: c.Addr,
+		log: c.Log, guest: c.Body != nil, body: c.Body, disk: c.Disk, addr: c.Addr,
 		processes: newProcesses(c.Log, c.CgroupRoot),
 		accounts:  accounts{etc: "/etc"},
 		state: initState{
 			user:   "root",
 			ownEnv: map[string]string{"E2B_SANDBOX": "true"},
 		},
+	}
+	if c.Body != nil && !c.Body.freezes() && s.processes.cgroups != nil {
+		s.processes.cgroups.halted = &halted{}
 	}
 	// Answers are not compressed: a guest has little CPU, and the way to its host
 	// is short.

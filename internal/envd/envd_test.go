@@ -207,7 +207,7 @@ func runSteps(t *testing.T, cases map[string][]step) {
 }
 
 func TestNothingIsServedBeforeInit(t *testing.T) {
-	s := New(Config{Log: quiet(), Guest: true})
+	s := New(Config{Log: quiet(), Body: machine{}})
 	defer s.Close()
 	for path, code := range map[string]int{"/health": 204, list: 503, "/files": 503} {
 		method := "POST"

@@ -87,6 +87,9 @@ func (g *cgroups) freeze(ctx context.Context, machine bool) error {
 
 // stop returns when every process of the cgroups is frozen.
 func (g *cgroups) stop(ctx context.Context, machine bool, tick <-chan time.Time) error {
+	if g.halted != nil {
+		return g.halted.stop(ctx, tick)
+	}
 	for {
 		frozen := true
 		for _, dir := range g.frozenDirs(machine) {
@@ -186,18 +189,34 @@ const kernelThread = 0x00200000 // PF_KTHREAD
 
 // procStat returns the state and the flags of a process.
 func procStat(pid int) (state string, flags uint64, ok bool) {
+	fields, ok := statFields(pid)
+	if !ok {
+		return "", 0, false
+	}
+	flags, err := strconv.ParseUint(fields[6], 10, 64)
+	return fields[0], flags, err == nil
+}
+
+// stateOf returns the state and the parent of a process.
+func stateOf(pid int) (state string, parent int, ok bool) {
+	fields, ok := statFields(pid)
+	if !ok {
+		return "", 0, false
+	}
+	parent, err := strconv.Atoi(fields[1])
+	return fields[0], parent, err == nil
+}
+
+// statFields are those of a process's stat after its name: state ppid pgrp session
+// tty_nr tpgid flags …
+func statFields(pid int) (fields []string, ok bool) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return "", 0, false
+		return nil, false
 	}
-	// pid (comm) state ppid pgrp session tty_nr tpgid flags …
 	_, rest, ok := strings.Cut(string(text[strings.LastIndexByte(string(text), ')')+1:]), " ")
-	fields := strings.Fields(rest)
-	if !ok || len(fields) < 7 {
-		return "", 0, false
-	}
-	flags, err = strconv.ParseUint(fields[6], 10, 64)
-	return fields[0], flags, err == nil
+	fields = strings.Fields(rest)
+	return fields, ok && len(fields) >= 7
 }
 
 // thaw lets go on what freeze stopped. cut says that the machine is another one
@@ -218,6 +237,10 @@ func (g *cgroups) thaw(machine, cut bool) {
 // goOn is called with the gate held for writing, which it gives back.
 func (g *cgroups) goOn(machine bool) {
 	defer g.freezer.gate.Unlock()
+	if g.halted != nil {
+		g.halted.goOn()
+		return
+	}
 	for _, dir := range g.frozenDirs(machine) {
 		_ = os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte("0"), 0o644)
 	}

@@ -168,12 +168,12 @@ func (req initRequest) merge(old initState) initState {
 // ago the request arrived, which is long where code runs for the first time.
 func (req initRequest) applyToMachine(s *Server, age func() time.Duration) error {
 	if req.Timestamp != nil {
-		if err := setClock(req.Timestamp.Add(age()), req.Restored); err != nil {
+		if err := s.body.setClock(req.Timestamp.Add(age()), req.Restored); err != nil {
 			return err
 		}
 	}
 	if len(req.Entropy) > 0 {
-		if err := addEntropy(req.Entropy); err != nil {
+		if err := s.body.addEntropy(req.Entropy); err != nil {
 			return err
 		}
 	}

@@ -26,22 +26,13 @@ func PowerOffRequests() <-chan os.Signal {
 
 // PowerOff ends the machine: processes first, then disks. Only PID 1 of a
 // guest may call it. It does not return.
-func PowerOff(log *slog.Logger) {
+func PowerOff(log *slog.Logger, body Body) {
 	if err := unix.Kill(-1, unix.SIGTERM); err == nil {
 		awaitAlone(stopGrace)
 		_ = unix.Kill(-1, unix.SIGKILL)
 		awaitAlone(time.Second)
 	}
-	// At a shutdown the kernel resets the network card while the link is up. A
-	// process that uses the card after that waits in a busy loop for ever.
-	if err := downEthernet(); err != nil {
-		log.Warn("take eth0 down", "err", err)
-	}
-	unix.Sync()
-	// A restart ends every VMM. Some VMMs have ACPI but cannot switch the machine
-	// off: the kernel would halt for ever.
-	err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
-	log.Error("power off", "err", err)
+	log.Error("power off", "err", body.end(log))
 	select {} // PID 1 must not return: that would be a kernel panic
 }
 

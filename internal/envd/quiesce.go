@@ -66,7 +66,7 @@ func (s *Server) rehearse(ctx context.Context) {
 }
 
 func (s *Server) playOnce(ctx context.Context) error {
-	second := New(Config{Log: slog.New(slog.DiscardHandler), Guest: true, Addr: s.addr})
+	second := New(Config{Log: slog.New(slog.DiscardHandler), Body: s.body, Addr: s.addr})
 	second.processes.children, second.processes.cgroups = s.processes.children, s.processes.cgroups
 	defer second.Close()
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -83,6 +83,10 @@ func Cmdline(b Boot, d Disks) string {
 	return strings.Join(words, " ")
 }
 
+// IsFact says whether a word is one of Cmdline's. A Linux kernel passes no such word to
+// its init as an argument.
+func IsFact(word string) bool { return strings.HasPrefix(word, keyPrefix) }
+
 // ParseCmdline reads the guest's keys of a kernel command line. It passes over
 // other keys, and over keys of ours that it does not know: an older envd must
 // boot under a newer host. A value that cannot be used is an error. A line

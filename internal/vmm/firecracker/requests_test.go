@@ -55,9 +55,14 @@ func golden(t *testing.T, name, got string) {
 
 func TestRequests(t *testing.T) {
 	small, full := specs()
+	stack := full
+	stack.Root.Layers = []string{"/t/base.ext4", "/t/layer-2.ext4", "/t/layer-3.ext4"}
 	for name, calls := range map[string][]request{
-		"boot-small":   append(configure(small), start()),
-		"boot-full":    append(configure(full), start()),
+		"boot-small": append(configure(small), start()),
+		"boot-full":  append(configure(full), start()),
+		"boot-stack": append(configure(stack), start()),
+		// What the keys of snapshots are made of: those of earlier agents must stay valid.
+		"key":          configure(full.Machine()),
 		"restore":      {load(full, "1.12.0"), turn("Resumed")},
 		"restore-old":  {load(full, "1.11.3")},
 		"restore-bare": {load(small, "1.14.0")},
@@ -147,6 +152,7 @@ func TestSnapshotKey(t *testing.T) {
 		"memory":      func(s *vmm.Spec) { s.MemMiB = 256 },
 		"no overlay":  func(s *vmm.Spec) { s.Root.Overlay = "" },
 		"no base":     func(s *vmm.Spec) { s.Root.Layers = nil },
+		"more layers": func(s *vmm.Spec) { s.Root.Layers = append(s.Root.Layers, "/t/layer-2.ext4") },
 		"no network":  func(s *vmm.Spec) { s.Link = nil },
 		"another MAC": func(s *vmm.Spec) { s.Link.MAC = "02:FC:00:00:00:06" },
 	} {

@@ -29,11 +29,17 @@ func TestArgv(t *testing.T) {
 	full.Limits = vmm.Limits{DiskBytes: 256 << 20, DiskOps: 16384}
 	full.Link = &vmm.Link{Kind: vmm.Tap, Name: "tap0", MAC: "02:FC:00:00:00:05"}
 
+	stack := full
+	stack.Root.Layers = []string{"/t/base.ext4", "/t/layer-2.ext4", "/t/layer-3.ext4"}
+
 	const binary = "/usr/bin/qemu-system-x86_64"
 	for name, m := range map[string]machine{
-		"small-tcg":    {binary: binary, version: "7.2.22", accel: "tcg", cpu: models[DefaultCPU], spec: small},
-		"full-tcg":     {binary: binary, version: "7.2.22", accel: "tcg", cpu: models[cpuV1], spec: full},
-		"full-kvm":     {binary: binary, version: "8.2.0", accel: "kvm", cpu: "host", spec: full},
+		"small-tcg": {binary: binary, version: "7.2.22", accel: "tcg", cpu: models[DefaultCPU], spec: small},
+		"full-tcg":  {binary: binary, version: "7.2.22", accel: "tcg", cpu: models[cpuV1], spec: full},
+		"full-kvm":  {binary: binary, version: "8.2.0", accel: "kvm", cpu: "host", spec: full},
+		"stack-tcg": {binary: binary, version: "7.2.22", accel: "tcg", cpu: models[DefaultCPU], spec: stack},
+		// What the keys of snapshots are made of: those of earlier agents must stay valid.
+		"key":          {version: "7.2.22", accel: "tcg", cpu: models[DefaultCPU], spec: full.Machine()},
 		"full-restore": {binary: binary, version: "10.0.0", accel: "tcg", cpu: models["max"], spec: full, memory: "/t/ready/1/mem"},
 	} {
 		got := render(argv(m))

@@ -64,6 +64,7 @@ func Run(t *testing.T, subject func(*testing.T) Subject) {
 		{"failed snapshot", testFailedSnapshot},
 		{"bad snapshots", testBadSnapshots},
 		{"snapshot keys", testSnapshotKeys},
+		{"a stack of layers", testStack},
 	} {
 		t.Run(strings.ReplaceAll(c.name, " ", "_"), func(t *testing.T) {
 			s := subject(t)
@@ -436,6 +437,8 @@ func badSpecs(needs vmm.Needs) map[string]func(*vmm.Spec) {
 		"negative memory":  func(s *vmm.Spec) { s.MemMiB = -1 },
 		"huge memory":      func(s *vmm.Spec) { s.MemMiB = 1 << 31 },
 		"absent base":      func(s *vmm.Spec) { s.Root.Layers = []string{"/nonexistent/disk"} },
+		"many layers":      func(s *vmm.Spec) { s.Root.Layers = slices.Repeat([]string{"/proc/version"}, vmm.MaxLayers+1) },
+		"absent layer":     func(s *vmm.Spec) { s.Root.Layers = []string{"/proc/version", "/nonexistent/disk"} },
 		"absent overlay":   func(s *vmm.Spec) { s.Root.Overlay = "/nonexistent/disk" },
 		"base a directory": func(s *vmm.Spec) { s.Root.Layers = []string{s.RunDir} },
 		"absent namespace": func(s *vmm.Spec) { s.NetNS = "/nonexistent/ns" },
@@ -706,6 +709,82 @@ func otherRoot(t *testing.T, s vmm.Spec) vmm.Root {
 		t.Fatal(err)
 	}
 	return vmm.Root{Layers: []string{base}, Overlay: s.Root.Overlay}
+}
+
+// stackOf is a root of n layers, in files of their own.
+func stackOf(t *testing.T, n int) vmm.Root {
+	t.Helper()
+	dir := t.TempDir()
+	file := func(name string) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	root := vmm.Root{Overlay: file("overlay")}
+	for i := range n {
+		root.Layers = append(root.Layers, file("layer"+string(rune('a'+i))))
+	}
+	return root
+}
+
+func testStack(t *testing.T, s Subject) {
+	if !s.Driver.Needs().Kernel {
+		t.Skip("this driver has no block devices, and says itself how many layers it takes")
+	}
+	s.Spec.Root = stackOf(t, 3)
+	v := start(t, s)
+	running(t, v)
+	snap, restorer := snapshotter(t, s, v)
+	if err := v.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if err := snap.Snapshot(t.Context(), dir); err != nil {
+		t.Fatal(err)
+	}
+	kill(t, v)
+	for n := 1; n <= 4; n++ {
+		clone := s.Clone()
+		clone.Root = stackOf(t, n)
+		restored, err := restorer.Restore(t.Context(), clone, dir)
+		if n != 3 {
+			if err == nil {
+				kill(t, restored)
+			}
+			if !errors.Is(err, errdefs.InvalidArgument) {
+				t.Errorf("restore with %d layers of 3: %v, want invalid argument", n, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatalf("restore: %v", err)
+		}
+		if err := restored.Resume(t.Context()); err != nil {
+			t.Errorf("resume: %v", err)
+		}
+		running(t, restored)
+		kill(t, restored)
+	}
+	keys := map[string]int{}
+	for n := range vmm.MaxLayers + 1 {
+		other := s.Spec
+		other.Root = stackOf(t, n)
+		for range 2 {
+			key, err := restorer.SnapshotKey(t.Context(), other)
+			if have, ok := keys[key]; err != nil || ok && have != n {
+				t.Errorf("the key of %d layers is that of %d, %v", n, have, err)
+			}
+			keys[key] = n
+			other.Root = stackOf(t, n) // other files
+		}
+	}
+	if len(keys) != vmm.MaxLayers+1 {
+		t.Errorf("%d keys for %d numbers of layers", len(keys), vmm.MaxLayers+1)
+	}
+	s.Spec.Root = stackOf(t, vmm.MaxLayers)
+	kill(t, start(t, s))
 }
 
 func testSnapshotKeys(t *testing.T, s Subject) {

@@ -1,0 +1,194 @@
+package e2e_test
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"connectrpc.com/connect"
+
+	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+)
+
+// buildOn makes a template whose top layer is what a sandbox wrote, over the layers of
+// the template from. The sandbox is hibernated.
+func (b *sandbox) buildOn(from, name string) {
+	b.t.Helper()
+	if err := b.hibernate(); err != nil {
+		b.t.Fatal(err)
+	}
+	overlay := filepath.Join(b.a.stateDir, "sandboxes", b.id, "snapshot", "overlay.ext4")
+	b.a.build(b.t, from, name, overlay)
+}
+
+// build makes a template of a file over the layers of the template from.
+func (a *agent) build(t testing.TB, from, name, overlay string) {
+	t.Helper()
+	s, err := template.Open(a.stateDir, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	base, err := s.Get(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, b, err := s.NewBuild(t.Context(), template.NewBuild{Name: name})
+	if err == nil {
+		err = s.SetBuild(t.Context(), info.ID, b.ID, template.StatusBuilding, nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	stage, err := s.StageBuild(t.Context(), info.ID, b.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stage.Discard()
+	layer := filepath.Join(stage.Dir(), "layer")
+	if err := s.CloneOverlay(t.Context(), layer, overlay); err != nil {
+		t.Fatal(err)
+	}
+	if err := stage.Inherit(base); err != nil {
+		t.Fatal(err)
+	}
+	if err := stage.AddLayer(t.Context(), layer); err != nil {
+		t.Fatal(err)
+	}
+	_, _, err = stage.Publish(t.Context(), template.Making{Recipe: "test", Defaults: base.Defaults})
+	if err == nil {
+		err = s.Finish(t.Context(), info.ID, b.ID, nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// What the layers of TestLayers do to those below them.
+const (
+	secondLayer = `set -e
+rm /usr/bin/git
+echo second >/etc/debian_version
+rm -r /etc/skel; mkdir /etc/skel; echo second >/etc/skel/only
+mv /usr/share/common-licenses /usr/share/licences
+mkdir -p /srv/tree/sub /srv/gone; cd /srv/tree
+echo second >deleted; echo second >replaced; echo second >kept; echo x >sub/below; echo x >/srv/gone/x
+echo linked >link1; ln link1 link2; ln -s link1 symlink
+install -m 4755 /bin/true setuid; chown 1000:1000 kept; mknod null c 1 3; mkfifo pipe; truncate -s 1G sparse
+python3 -c 'import os; os.setxattr("kept", "user.note", b"here")'`
+	thirdLayer = `set -e
+cd /srv/tree
+rm deleted; echo third >replaced; rm -r sub /srv/gone; mkdir sub; echo third >sub/above
+printf '#!/bin/sh\necho git of the third layer\n' >/usr/bin/git; chmod 755 /usr/bin/git
+mv /usr/share/licences /usr/share/twice
+mkdir /srv/moved; mv /srv/tree /srv/moved/tree
+rm /srv/moved/tree/link1`
+	// layered shows what is to be seen of both.
+	layered = `set -e
+git; cat /etc/debian_version; ls -A /etc/skel; test ! -e /srv/gone; test ! -e /srv/tree
+ls /usr/share | grep -c 'licen' || true; grep -o 'GNU GENERAL PUBLIC LICENSE' /usr/share/twice/GPL-3 | head -1
+cd /srv/moved/tree; echo *; cat replaced kept link2 sub/above; ls -A sub; test ! -e deleted
+stat -c '%a %U' setuid link2; stat -c '%a %u:%g' kept; test -c null; test -p pipe
+echo x >null; stat -c '%s %b' sparse; readlink symlink
+python3 -c 'import os; print(os.getxattr("kept", "user.note").decode())'`
+	layeredShows = `git of the third layer
+second
+only
+0
+GNU GENERAL PUBLIC LICENSE
+kept link2 null pipe replaced setuid sparse sub symlink
+third
+second
+linked
+third
+above
+4755 root
+644 root
+644 1000:1000
+1073741824 0
+link1
+here`
+)
+
+func (b *sandbox) wantLayers(when string) {
+	b.t.Helper()
+	if got := b.sh(layered); got != layeredShows {
+		b.t.Errorf("%s:\n%s\nwant\n%s", when, got, layeredShows)
+	}
+}
+
+// TestLayers: a template of three layers is what its makers saw, in sandboxes that boot
+// and in such that start from every kind of snapshot.
+func TestLayers(t *testing.T) {
+	a := startAgent(t)
+	create := func(name, startedFrom string) *sandbox {
+		t.Helper()
+		resp, err := a.CreateSandbox(t.Context(), connect.NewRequest(&hostagentv1.CreateSandboxRequest{Template: name, MemoryMb: 256}))
+		if err != nil {
+			t.Fatalf("create from %s: %v", name, err)
+		}
+		if resp.Msg.StartedFrom != startedFrom {
+			t.Errorf("%s started from %q (%s), want %q", name, resp.Msg.StartedFrom, resp.Msg.Why, startedFrom)
+		}
+		return &sandbox{t, a, resp.Msg.SandboxId}
+	}
+	first := a.create(t, &hostagentv1.CreateSandboxRequest{MemoryMb: 512})
+	first.sh(secondLayer)
+	first.buildOn("minimal", "two")
+	second := create("two", "cold boot")
+	second.sh(thirdLayer)
+	second.buildOn("two", "three")
+	for _, b := range []*sandbox{first, second} { // the layers do not need them
+		if err := b.destroy(); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(a.buildDir(t, "three"), "layer-3.ext4")); err != nil {
+		t.Fatal(err)
+	}
+
+	booted := create("three", "cold boot")
+	booted.wantLayers("booted")
+	b := create("three", "ready snapshot")
+	b.wantLayers("from the boot snapshot")
+	// A sandbox changes what it sees, and the layers stay as they are.
+	b.sh("rm -r /srv/moved /usr/share/twice/GPL-3; mv /usr/share/twice /usr/share/thrice; echo mine >/etc/debian_version")
+	mine := "cat /etc/debian_version; ls /srv; test ! -e /usr/share/thrice/GPL-3; ls /usr/share/thrice/GPL-2; md5sum </usr/bin/git"
+	want := b.sh(mine)
+	if !strings.HasPrefix(want, "mine\n/usr/share/thrice/GPL-2\n") {
+		t.Errorf("its own: %q", want)
+	}
+	if err := b.hibernate(); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(a.signal(syscall.SIGKILL), a.start("--on-shutdown=destroy")); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.resume(); err != nil {
+		t.Fatal(err)
+	}
+	if got := b.sh(mine); got != want {
+		t.Errorf("after the resume: %q, want %q", got, want)
+	}
+	forked, err := a.ForkSandbox(t.Context(), connect.NewRequest(&hostagentv1.ForkSandboxRequest{SandboxId: b.id}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fork := &sandbox{t, a, forked.Msg.Sandboxes[0].SandboxId}
+	if got := fork.sh(mine); got != want {
+		t.Errorf("the fork: %q, want %q", got, want)
+	}
+	if _, err := b.snapshot("kept"); err != nil {
+		t.Fatal(err)
+	}
+	kept := create("kept", "snapshot")
+	if got := kept.sh(mine); got != want {
+		t.Errorf("from the named snapshot: %q, want %q", got, want)
+	}
+	booted.wantLayers("the first one, after all that")
+}

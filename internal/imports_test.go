@@ -56,7 +56,7 @@ var mayImport = map[string][]string{
 		"internal/errdefs"},
 	"internal/setup": {"internal/template", "internal/tool", "internal/progress", "internal/diskfree", "internal/digest",
 		"internal/errdefs"},
-	"internal/image": {"internal/template", "internal/diskfree", "internal/errdefs"},
+	"internal/image": {"internal/template", "internal/atomicfile", "internal/digest", "internal/diskfree", "internal/errdefs"},
 	"internal/guest": {"api/...", "internal/guestapi", "internal/errdefs"},
 	"internal/envd":  {"api/...", "internal/guestapi", "internal/atomicfile", "internal/splice"},
 	"internal/sandbox": {"internal/vmm", "internal/network", "internal/template", "internal/guest", "internal/guestapi",

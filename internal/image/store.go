@@ -36,6 +36,8 @@ type Store struct {
 	log    *slog.Logger
 	limits Limits
 
+	flights flights
+
 	mu sync.Mutex
 	// lock is the lock of the directory while there are holds.
 	lock *os.File
@@ -149,6 +151,12 @@ func (s *Store) path(parts ...string) string {
 	return filepath.Join(append([]string{s.dir}, parts...)...)
 }
 
+// touch marks what is at path as used now, and reports whether it is there.
+func touch(path string) bool {
+	now := time.Now()
+	return os.Chtimes(path, now, now) == nil
+}
+
 // Usage is what the store takes of the disk, in bytes.
 type Usage struct {
 	// Blobs is the size of the downloaded blobs, Roots that of the root layers which
@@ -243,6 +251,8 @@ func (s *Store) items() ([]item, error) {
 type Keep struct {
 	Bytes int64
 	Age   time.Duration
+	// DryRun has Prune remove nothing and say what it would free.
+	DryRun bool
 }
 
 // Prune removes what keep does not keep, the least recently used first, and returns how
@@ -271,8 +281,10 @@ func (s *Store) Prune(ctx context.Context, keep Keep) (freed int64, err error) {
 		if !it.used.Before(held) || !old && (it.shared || left <= keep.Bytes) {
 			continue
 		}
-		if err := s.remove(it); err != nil {
-			return freed, fmt.Errorf("prune images: %w", err)
+		if !keep.DryRun {
+			if err := s.remove(it); err != nil {
+				return freed, fmt.Errorf("prune images: %w", err)
+			}
 		}
 		if !it.shared {
 			left -= it.bytes

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
@@ -13,7 +12,7 @@ import (
 
 func open(t *testing.T, dir string) *Store {
 	t.Helper()
-	s, err := Open(dir, slog.New(slog.DiscardHandler), Limits{})
+	s, err := Open(dir, quiet(), Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,6 +122,7 @@ func TestPrune(t *testing.T) {
 		left  string
 	}{
 		{Keep{Bytes: 1 << 20}, 0, "[b1 b2 b3 r1 r2]"},
+		{Keep{Bytes: 12 << 10, DryRun: true}, 4096, "[b1 b2 b3 r1 r2]"},
 		{Keep{Bytes: 12 << 10}, 4096, "[b2 b3 r1 r2]"},
 		{Keep{Bytes: 1 << 20, Age: 2 * time.Hour}, 4096, "[b2 b3]"},
 		{Keep{}, 4096, "[b3]"},

@@ -1,0 +1,240 @@
+package image
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"git.omukk.dev/wrenn/sandbox/internal/atomicfile"
+	"git.omukk.dev/wrenn/sandbox/internal/digest"
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/template"
+)
+
+// source is the blob of one layer. diffID is "sha256:…", or empty where it is not known.
+type source struct {
+	name   string
+	open   func() (io.ReadCloser, error)
+	diffID string
+}
+
+// unpack makes the empty directory at path the tree of the layers, the lowest first.
+func unpack(ctx context.Context, path string, layers []source, limits Limits, onRead func(int64)) error {
+	t, err := newTree(path, limits)
+	if err != nil {
+		return err
+	}
+	defer t.Close()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	b := &budget{limits: limits}
+	var ahead []*archive
+	for i, l := range layers {
+		for len(ahead) < min(i+1+aheadLayers, len(layers)) {
+			r, err := layers[len(ahead)].open()
+			if err != nil {
+				return fmt.Errorf("open layer: %w", err)
+			}
+			ahead = append(ahead, readAhead(ctx, &wg, r, b, onRead))
+		}
+		err := t.apply(ctx, ahead[i])
+		if err == nil {
+			// What follows the end of the archive counts for the digest.
+			_, err = io.Copy(io.Discard, ahead[i])
+		}
+		if err == nil && l.diffID != "" && l.diffID != sha256Prefix+ahead[i].sum {
+			err = errdefs.InvalidArgument.Errorf("the image says that it is %s, and it is %s%s", l.diffID, sha256Prefix, ahead[i].sum)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", l.name, err)
+		}
+		ahead[i] = nil
+	}
+	return t.Finish(ctx)
+}
+
+const sha256Prefix = "sha256:"
+
+// key is the name of the root layer that verified diffIDs make.
+func key(diffIDs []string) string {
+	// The number changes with what unpacking makes of the same layers.
+	sum := sha256.Sum256([]byte("root 1\n" + strings.Join(diffIDs, "\n")))
+	return hex.EncodeToString(sum[:])
+}
+
+// Root makes the image's layers one ext4 file and returns its path, to be hard-linked and
+// never written. It is made once for all images with the same layers. Call it within the
+// Hold in which the image was pulled.
+func (s *Store) Root(ctx context.Context, img Image, progress func(Progress)) (string, error) {
+	release, err := s.Hold(ctx)
+	if err != nil {
+		return "", err
+	}
+	defer release()
+	m := newMeter(progress)
+	defer m.stop()
+	var diffIDs []string
+	var total int64
+	for _, l := range img.Layers {
+		if !validDigest(l.Digest) || !validDigest(l.DiffID) {
+			return "", errdefs.InvalidArgument.Errorf("make root layer: %s is no digest", quote(l.Digest+" "+l.DiffID))
+		}
+		diffIDs = append(diffIDs, l.DiffID)
+		total += l.Size
+	}
+	id := key(diffIDs)
+	path := s.path(rootsDir, id, rootFile)
+	// What an image says of its layers opens nothing: a root layer that exists is
+	// handed out when it is proven that these blobs make it.
+	if touch(filepath.Dir(path)) && s.proven(img.Layers) {
+		return path, nil
+	}
+	m.begin(Unpacking, total, "")
+	// The layers' own digests are in the name, because the diffIDs are not proven.
+	flight := "root"
+	for _, l := range img.Layers {
+		flight += " " + l.Digest + " " + l.DiffID
+	}
+	if _, err = s.flights.do(ctx, flight, func(ctx context.Context) error { return s.makeRoot(ctx, id, img.Layers, m) }); err != nil {
+		return "", fmt.Errorf("make root layer: %w", err)
+	}
+	m.end()
+	return path, nil
+}
+
+// makeRoot unpacks and packs the layers and publishes the result.
+func (s *Store) makeRoot(ctx context.Context, id string, layers []Layer, m *meter) error {
+	work, err := os.MkdirTemp(s.dir, ".root-")
+	if err != nil {
+		return errdefs.DiskFull(err)
+	}
+	defer func() {
+		if err := os.RemoveAll(work); err != nil {
+			s.log.Warn("unpacked image is not removed", "error", err)
+		}
+	}()
+	var from []source
+	for i, l := range layers {
+		from = append(from, source{
+			name: fmt.Sprintf("layer %d of %d, %s", i+1, len(layers), l.Digest),
+			open: func() (io.ReadCloser, error) { return s.openBlob(l.Digest) }, diffID: l.DiffID,
+		})
+	}
+	tree, ready := filepath.Join(work, "tree"), filepath.Join(work, "ready")
+	for _, d := range []string{tree, ready} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			return errdefs.DiskFull(err)
+		}
+	}
+	if err := unpack(ctx, tree, from, s.limits, m.add); err != nil {
+		return s.blame(layers, err)
+	}
+	for _, l := range layers {
+		if err := s.prove(l); err != nil {
+			return err
+		}
+	}
+	m.begin(Packing, 0, "")
+	file := filepath.Join(ready, rootFile)
+	if err := FromTree(ctx, file, tree); err != nil {
+		return err
+	}
+	if err := errors.Join(os.Chmod(file, 0o400), atomicfile.SyncDir(ready)); err != nil {
+		return errdefs.DiskFull(err)
+	}
+	err = os.Rename(ready, s.path(rootsDir, id))
+	if errors.Is(err, fs.ErrExist) {
+		return nil // made of the same layers in other blobs
+	}
+	return errdefs.DiskFull(err)
+}
+
+// blame finds out whether a stored blob is damaged, which then is removed, so that the
+// next pull brings it again.
+func (s *Store) blame(layers []Layer, err error) error {
+	if c := errdefs.ClassOf(err); c != errdefs.InvalidArgument {
+		return err
+	}
+	for _, l := range layers {
+		blob := s.blob(l.Digest)
+		if _, sum, sumErr := digest.File(blob); sumErr == nil && sha256Prefix+sum != l.Digest {
+			_ = os.Remove(blob)
+			err = errdefs.Corrupt.Errorf("the stored blob %s is damaged; pull the image again", l.Digest)
+		}
+	}
+	return err
+}
+
+func (s *Store) blob(digest string) string {
+	return s.path(blobsDir, strings.TrimPrefix(digest, sha256Prefix))
+}
+
+func (s *Store) openBlob(digest string) (io.ReadCloser, error) {
+	f, err := os.Open(s.blob(digest))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errdefs.NotFound.Errorf("the blob %s is not stored any more; pull the image again", digest)
+	}
+	return f, err
+}
+
+// prove notes that the layer's blob holds the archive with its DiffID.
+func (s *Store) prove(l Layer) error {
+	path := s.path(diffsDir, strings.TrimPrefix(l.Digest, sha256Prefix))
+	f, err := os.CreateTemp(s.dir, ".diff-")
+	if err != nil {
+		return errdefs.DiskFull(err)
+	}
+	defer os.Remove(f.Name()) // not there any more when all went well
+	_, err = f.WriteString(l.DiffID)
+	return errdefs.DiskFull(errors.Join(err, f.Close(), os.Rename(f.Name(), path)))
+}
+
+// proven reports whether all layers' blobs were seen to hold what the image says.
+func (s *Store) proven(layers []Layer) bool {
+	for _, l := range layers {
+		path := s.path(diffsDir, strings.TrimPrefix(l.Digest, sha256Prefix))
+		got, err := os.ReadFile(path)
+		if err != nil || string(got) != l.DiffID || !touch(path) {
+			return false
+		}
+	}
+	return true
+}
+
+// FromTar makes the new file an ext4 that holds what the archive r holds, compressed or
+// not. It is what Root does with the layers of an image, without a store; the tree is
+// made beside file and removed. On error there is no file.
+func FromTar(ctx context.Context, file string, r io.Reader, limits Limits) error {
+	tree, err := os.MkdirTemp(filepath.Dir(file), ".tree-")
+	if err != nil {
+		return fmt.Errorf("unpack archive: %w", errdefs.DiskFull(err))
+	}
+	defer os.RemoveAll(tree)
+	one := source{name: "archive", open: func() (io.ReadCloser, error) { return io.NopCloser(r), nil }}
+	if err := unpack(ctx, tree, []source{one}, limits.orDefault(), nil); err != nil {
+		return fmt.Errorf("unpack %w", err)
+	}
+	return FromTree(ctx, file, tree)
+}
+
+// FromTree makes the new file an ext4 that holds the tree below dir.
+// On error there is no file.
+func FromTree(ctx context.Context, file, dir string) error {
+	if err := template.PackImage(ctx, file, dir); err != nil {
+		if !errors.Is(err, fs.ErrExist) {
+			_ = os.Remove(file)
+		}
+		return fmt.Errorf("pack tree: %w", errdefs.DiskFull(err))
+	}
+	return nil
+}

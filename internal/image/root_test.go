@@ -1,0 +1,240 @@
+package image
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+)
+
+// imported brings an image of archives into a store.
+func imported(t testing.TB, s *Store, archives ...[]byte) Image {
+	t.Helper()
+	img := makeImage(t, v1.Config{}, archives...)
+	out := Image{Layers: img.layers}
+	for digest, blob := range img.blobs {
+		if err := os.WriteFile(s.blob(digest), blob, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return out
+}
+
+func rootPrograms(t testing.TB) {
+	t.Helper()
+	testenv.Root(t)
+	testenv.Program(t, "mke2fs", "resize2fs", "debugfs", "e2fsck")
+}
+
+// inExt4 asks debugfs about a file of an ext4.
+func inExt4(t testing.TB, file, request string) string {
+	t.Helper()
+	out, err := execOutput(t, "debugfs", "-R", request, file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+// stat is debugfs's view of a file in the words of listing.
+func stat(t testing.TB, file, name string) string {
+	t.Helper()
+	out := inExt4(t, file, fmt.Sprintf("stat \"%s\"", name))
+	m := regexp.MustCompile(`(?s)Type: (.*?) +Mode: +(\d+).*?User: +(\d+) +Group: +(\d+).*?` +
+		`Links: (\d+).*? mtime: 0x([0-9a-f]+)`).FindStringSubmatch(out)
+	if m == nil {
+		t.Fatalf("%s: %s", name, out)
+	}
+	line := strings.Join(m[1:], " ")
+	if dev := regexp.MustCompile(`Device major/minor number: (\S+)`).FindStringSubmatch(out); dev != nil {
+		line += " " + dev[1]
+	}
+	return line
+}
+
+// All that a tree has is in the ext4.
+func TestRootEveryKind(t *testing.T) {
+	rootPrograms(t)
+	dir := t.TempDir()
+	testenv.NoLeaks(t, dir)
+	s := open(t, dir)
+	path, err := s.Root(t.Context(), imported(t, s, archiveOf(t, everything()...)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := execOutput(t, "e2fsck", "-f", "-n", path); err != nil {
+		t.Errorf("e2fsck: %v\n%s", err, out)
+	}
+	for name, want := range map[string]string{
+		"/":           "directory 0755 0 0 11 6553f100", // mke2fs gives it its own time
+		"/etc":        "directory 0750 3 4 2 5f5e1000",
+		"/etc/passwd": "regular 0640 1 100000 1 5f5e1000",
+		"/bin/su":     "regular 04755 0 0 2 5f5e1000",
+		"/bin/hard":   "regular 04755 0 0 2 5f5e1000",
+		"/bin/ping":   "regular 0755 0 0 1 5f5e1000",
+		"/lib":        "symlink 0777 0 0 1 5f5e1000",
+		"/tmp":        "directory 01777 0 0 2 5f5e1000",
+		"/srv":        "directory 02775 0 50 2 5f5e1000",
+		"/dev/null":   "character special 0666 0 0 1 5f5e1000 01:03",
+		"/dev/sda":    "block special 0660 0 6 1 5f5e1000 08:1024",
+		"/run/fifo":   "FIFO 0600 0 0 1 5f5e1000",
+		"/old":        "regular 0644 0 0 1 fffffffb",
+	} {
+		if got := stat(t, path, name); got != want {
+			t.Errorf("%s: got %q, want %q", name, got, want)
+		}
+	}
+	if got := inExt4(t, path, "cat /etc/passwd"); got != "root\n" {
+		t.Errorf("passwd: %q", got)
+	}
+	for _, name := range []string{"security.capability (20)", "user.note (1)"} {
+		if got := inExt4(t, path, "ea_list /bin/ping"); !strings.Contains(got, name) {
+			t.Errorf("attributes: %s", got)
+		}
+	}
+	long := "/" + strings.Repeat("d", 200) + "/" + strings.Repeat("e", 120) + "/file"
+	if got := inExt4(t, path, "cat "+long); got != "deep" {
+		t.Errorf("long name: %q", got)
+	}
+	if names := left(t, s.dir); len(names) != 3 { // blob, its DiffID, root layer
+		t.Errorf("left %v", names)
+	}
+}
+
+// A root layer is made once for the same layers, however they are compressed, at the same
+// time too.
+func TestRootIsMadeOnce(t *testing.T) {
+	rootPrograms(t)
+	s := open(t, t.TempDir())
+	plainImage := imported(t, s, archiveOf(t, everything()...))
+	other := imported(t, s, zstded(archiveOf(t, everything()...)))
+	var wg sync.WaitGroup
+	paths := make([]string, 4)
+	for i := range paths {
+		wg.Go(func() {
+			var err error
+			if paths[i], err = s.Root(t.Context(), plainImage, nil); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	before, err := os.Stat(paths[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	path, err := s.Root(t.Context(), other, nil)
+	after, statErr := os.Stat(path)
+	if err != nil || statErr != nil || paths[0] != paths[3] || path != paths[0] || !os.SameFile(before, after) {
+		t.Errorf("%v and %s: %v, %v", paths, path, err, statErr)
+	}
+}
+
+// A stored blob that the disk has changed is found out and brought again.
+func TestRootOfDamagedBlob(t *testing.T) {
+	rootPrograms(t)
+	s := open(t, t.TempDir())
+	img := imported(t, s, archiveOf(t, entry{name: "a", text: "some text"}))
+	blob := s.blob(img.Layers[0].Digest)
+	b, err := os.ReadFile(blob)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[len(b)/2] ^= 0x55
+	if err := os.WriteFile(blob, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Root(t.Context(), img, nil); errdefs.ClassOf(err) != errdefs.Corrupt {
+		t.Errorf("got %v", err)
+	}
+	if names := left(t, s.dir); len(names) != 0 {
+		t.Errorf("left %v", names)
+	}
+	if _, err := s.Root(t.Context(), img, nil); errdefs.ClassOf(err) != errdefs.NotFound {
+		t.Errorf("without the blob: %v", err)
+	}
+}
+
+func TestRootCancelled(t *testing.T) {
+	rootPrograms(t)
+	dir := t.TempDir()
+	testenv.NoLeaks(t, dir)
+	s := open(t, dir)
+	img := imported(t, s, archiveOf(t, entry{name: "big", text: strings.Repeat("0123456789", 4<<20)}))
+	for _, stage := range []string{Unpacking, Packing} {
+		ctx, cancel := context.WithCancel(t.Context())
+		_, err := s.Root(ctx, img, func(p Progress) {
+			if p.Stage == stage {
+				cancel()
+			}
+		})
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("%s: %v", stage, err)
+		}
+		for _, n := range left(t, s.dir) {
+			if n[0] == '.' {
+				t.Errorf("%s: left %s", stage, n)
+			}
+		}
+	}
+}
+
+// A full disk ends the work with a sentence, and what was made is freed.
+func TestRootDiskFull(t *testing.T) {
+	rootPrograms(t)
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=24m"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	s := open(t, dir)
+	for _, size := range []int{32 << 20, 14 << 20} { // too much to unpack, too much to pack
+		img := imported(t, s, archiveOf(t, entry{name: "big", text: strings.Repeat("0123456789abcdef", size/16)}))
+		_, err := s.Root(t.Context(), img, nil)
+		if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(say(err), "disk is full") {
+			t.Errorf("%d bytes: %v", size, err)
+		}
+		for _, n := range left(t, dir) {
+			if n[0] == '.' {
+				t.Errorf("left %s", n)
+			}
+		}
+	}
+	reg, img := newRegistry(t), bigImage(t, 30<<20)
+	_, err := s.Pull(t.Context(), reg.push(t, "i", "v1", img), Credentials{}, nil)
+	if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(say(err), "room") {
+		t.Errorf("pull: %v", err)
+	}
+}
+
+func TestFromTar(t *testing.T) {
+	rootPrograms(t)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "root.ext4")
+	if err := FromTar(t.Context(), file, bytes.NewReader(gzipped(archiveOf(t, everything()...))), Limits{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := inExt4(t, file, "cat /etc/passwd"); got != "root\n" {
+		t.Errorf("passwd: %q", got)
+	}
+	bad := filepath.Join(dir, "bad.ext4")
+	if err := FromTar(t.Context(), bad, strings.NewReader("no tar"), Limits{}); errdefs.ClassOf(err) != errdefs.InvalidArgument {
+		t.Errorf("got %v", err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 {
+		t.Errorf("left %v, %v", entries, err)
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -124,6 +125,9 @@ func (c *cli) create(ctx context.Context, s *size) (*hostagentv1.CreateSandboxRe
 	}
 	defer spin("booting a sandbox")()
 	resp, err := c.host.Create(ctx, req)
+	if connect.CodeOf(err) == connect.CodeNotFound {
+		err = fmt.Errorf("%w; `wrenn template ls` lists templates, `wrenn snapshots` snapshots", err)
+	}
 	if err != nil {
 		return nil, err
 	}

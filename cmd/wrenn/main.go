@@ -147,7 +147,10 @@ Then, as any user who can reach the agent:
   wrenn run -- uname -a          a sandbox for one command
   id=$(wrenn create)             a sandbox to keep
   wrenn exec $id -- python3 -c 'print(6*7)'
-  wrenn rm $id`,
+  wrenn rm $id
+  wrenn template build -t app .  a template of a Dockerfile
+  wrenn template pull alpine     a template of an image
+  wrenn create app               a sandbox with it`,
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       buildVersion(),
@@ -162,14 +165,16 @@ Then, as any user who can reach the agent:
 	f.StringVar(&c.stateDir, "state-dir", env("WRENN_STATE_DIR", agent.DefaultStateDir),
 		"state directory of the agent on this host to speak to (env WRENN_STATE_DIR)")
 	root.AddGroup(&cobra.Group{ID: "host", Title: "On the host:"}, &cobra.Group{ID: "sandbox", Title: "Sandboxes:"})
-	for _, cmd := range []*cobra.Command{newSetup(), newServe(), newDoctor(), newKey(c), newEnv(c)} {
+	gc := newGC(c)
+	gc.PersistentPreRunE = c.connect
+	for _, cmd := range []*cobra.Command{newSetup(), newServe(), newDoctor(), newKey(c), newEnv(c), gc} {
 		cmd.GroupID = "host"
 		root.AddCommand(cmd)
 	}
 	for _, cmd := range []*cobra.Command{
 		newRun(c), newCreate(c), newPs(c), newExec(c), newShell(c), newCp(c), newTop(c), newPort(c),
 		newPause(c), newResume(c), newRecover(c), newFork(c), newSnapshot(c), newSnapshots(c), newRm(c),
-		newTimeout(c), newDeadline(c), newNetwork(c), newInspect(c), newLogs(c), newEvents(c), newVerify(c),
+		newTimeout(c), newDeadline(c), newNetwork(c), newInspect(c), newLogs(c), newEvents(c), newVerify(c), newTemplate(c),
 	} {
 		cmd.GroupID = "sandbox"
 		cmd.PersistentPreRunE = c.connect

@@ -78,6 +78,12 @@ const (
 	evil = mark + "\x1b]52;c;ZXZpbA==\a\x1b[2J\u009b2J\b\r\x7f\u202e\nwrenn: all is well\n"
 )
 
+// saying are commands that print what is in the answers of an agent.
+var saying = []string{
+	"ps", "ps --json", "snapshots", "version", "version --json", "host", "host --json", "verify", "verify --json", "gc",
+	"template ls", "template ls --json", "template history app", "template rm app", "template pull app", "template prune",
+}
+
 // Whatever a guest says, and wherever a command prints it, a terminal is given
 // nothing to obey.
 func TestTerminalIsGivenNothingToObey(t *testing.T) {
@@ -94,27 +100,19 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 	}
 	refusing := func() *clienttest.Agent { return &clienttest.Agent{Refusal: refusal, Entry: clienttest.File(0o644)} }
 	target := t.TempDir()
-	copyOfX := []string{"cp", clienttest.ID + ":/x", target}
-	for name, c := range map[string]struct {
+	// Each has a target of its own: they run at the same time.
+	copyOfX := func() []string { return []string{"cp", clienttest.ID + ":/x", t.TempDir()} }
+	cases := map[string]struct {
 		guest *clienttest.Agent
 		args  []string
 	}{
 		"logs":              {&clienttest.Agent{Console: []byte(evil + "\x9b2J\xff")}, []string{"logs", clienttest.ID}},
-		"ps":                {&clienttest.Agent{Text: evil}, []string{"ps"}},
-		"ps --json":         {&clienttest.Agent{Text: evil}, []string{"ps", "--json"}},
 		"inspect":           {&clienttest.Agent{Text: evil}, []string{"inspect", clienttest.ID}},
 		"events":            {&clienttest.Agent{Text: evil}, []string{"events", "--no-follow"}},
 		"events --json":     {&clienttest.Agent{Text: evil}, []string{"events", "--no-follow", "--json"}},
-		"snapshots":         {&clienttest.Agent{Text: evil}, []string{"snapshots"}},
 		"top":               {&clienttest.Agent{Text: evil}, []string{"top", clienttest.ID}},
 		"top's error":       {&clienttest.Agent{Refusal: refusal}, []string{"top", clienttest.ID}},
 		"top --json":        {&clienttest.Agent{Text: evil}, []string{"top", clienttest.ID, "--json"}},
-		"version":           {&clienttest.Agent{Text: evil}, []string{"version"}},
-		"version --json":    {&clienttest.Agent{Text: evil}, []string{"version", "--json"}},
-		"host":              {&clienttest.Agent{Text: evil}, []string{"host"}},
-		"host --json":       {&clienttest.Agent{Text: evil}, []string{"host", "--json"}},
-		"verify":            {&clienttest.Agent{Text: evil}, []string{"verify"}},
-		"verify --json":     {&clienttest.Agent{Text: evil}, []string{"verify", "--json"}},
 		"create":            {&clienttest.Agent{Text: evil}, []string{"create", "-v"}},
 		"run":               {&clienttest.Agent{Text: evil}, []string{"run", "--", "true"}},
 		"rm":                {&clienttest.Agent{Text: evil}, []string{"rm", clienttest.ID}},
@@ -126,16 +124,22 @@ func TestTerminalIsGivenNothingToObey(t *testing.T) {
 		"cp of a file":      {refusing(), []string{"cp", clienttest.ID + ":/x", target}},
 		"cp to stdout":      {refusing(), []string{"cp", clienttest.ID + ":/x", "-"}},
 		"cp in":             {refusing(), []string{"cp", "/proc/self/comm", clienttest.ID + ":/x"}},
-		"cp of a directory": {&clienttest.Agent{Stderr: evil, Exit: 1, Entry: clienttest.Dir("/x")}, copyOfX},
+		"cp of a directory": {&clienttest.Agent{Stderr: evil, Exit: 1, Entry: clienttest.Dir("/x")}, copyOfX()},
 		"cp without tar": {
-			&clienttest.Agent{Fail: connect.NewError(connect.CodeAborted, errors.New(evil)), Entry: clienttest.Dir("/x")}, copyOfX,
+			&clienttest.Agent{Fail: connect.NewError(connect.CodeAborted, errors.New(evil)), Entry: clienttest.Dir("/x")}, copyOfX(),
 		},
-		"cp of odd things":     {packing(evil), copyOfX},
-		"cp of what leads out": {packing("../" + evil), copyOfX},
+		"cp of odd things":     {packing(evil), copyOfX()},
+		"cp of what leads out": {packing("../" + evil), copyOfX()},
 		"cp of a path": {
 			&clienttest.Agent{Stderr: evil, Exit: 1, Entry: clienttest.Dir(evil)}, []string{"cp", clienttest.ID + ":/x", "-"},
 		},
-	} {
+	}
+	for _, line := range saying {
+		c := cases[line]
+		c.guest, c.args = &clienttest.Agent{Text: evil}, strings.Fields(line)
+		cases[line] = c
+	}
+	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			stdout, stderr, _ := wrenn(t, c.guest.Serve(t), c.args...)
@@ -173,7 +177,8 @@ func TestProgressOnATerminal(t *testing.T) {
 		"top ends": {&clienttest.Agent{Refusal: `MARK\u001b]52;c;x\u0007`}, []string{"top", clienttest.ID}},
 		"cp": {&clienttest.Agent{Archive: clienttest.Archive(t, tar.Header{Name: evil, Typeflag: tar.TypeFifo}), Entry: clienttest.Dir("/x")},
 			[]string{"cp", clienttest.ID + ":/x/.", t.TempDir()}},
-		"create": {&clienttest.Agent{Text: evil}, []string{"create", "-v"}},
+		"create":        {&clienttest.Agent{Text: evil}, []string{"create", "-v"}},
+		"template pull": {&clienttest.Agent{Text: evil}, []string{"template", "pull", "app"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			file, tty, err := pty.Open()
@@ -297,6 +302,7 @@ func TestWhoWritesToTheTerminal(t *testing.T) {
 		"main.go newRoot": true, "printable.go complain": true, // the printer itself
 		"exec.go connected": true, "cp.go copyOut": true, "list.go newLogs": true, // own streams, --raw
 		"cli.go spin": true, "meter.go startMeter": true, "meter.go show": true, // progress
+		"build.go password": true, "buildview.go newBuildView": true, "buildview.go paint": true, "export.go newTemplateExport": true,
 		"top.go newTop": true, "top.go watchUsage": true, "setup.go newSetup": true, "serve.go logger": true,
 	}
 	files, err := filepath.Glob("*.go")

@@ -134,6 +134,9 @@ func (t *Templates) Export(ctx context.Context, ref string, w io.Writer) (about 
 		if resp.About != nil {
 			about = resp.About
 		}
+		if len(resp.Data) == 0 {
+			continue
+		}
 		if _, err := w.Write(resp.Data); err != nil {
 			return nil, err
 		}

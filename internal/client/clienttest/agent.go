@@ -70,6 +70,8 @@ type Agent struct {
 	calls    []string
 	requests []*http.Request
 	started  []string
+	built    []*v1.BuildTemplateRequest
+	uploads  map[string]string
 	Status   string        // of the sandbox; "running" if empty, "gone" if it does not exist
 	fed      chan struct{} // that the end of a command's input has come
 	signaled chan struct{} // that a command was sent a signal
@@ -102,6 +104,7 @@ func (a *Agent) server() *httptest.Server {
 	a.fed, a.signaled = make(chan struct{}, 1), make(chan struct{}, 10)
 	mux := http.NewServeMux()
 	mux.Handle(hostagentv1connect.NewHostAgentServiceHandler(a, connect.WithInterceptors(watching{a})))
+	mux.Handle(hostagentv1connect.NewTemplateServiceHandler(templates{Agent: a}, connect.WithInterceptors(watching{a})))
 	guest := http.NewServeMux()
 	guest.Handle(processconnect.NewProcessHandler(a))
 	guest.Handle(filesystemconnect.NewFilesystemHandler(a))

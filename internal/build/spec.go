@@ -2,6 +2,8 @@ package build
 
 import (
 	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/image"
 )
 
 // Spec is what a template is to be made of.
@@ -106,4 +108,4 @@ type Step struct {
 }
 
 // Credentials are for a registry.
-type Credentials struct{ Username, Password string }
+type Credentials = image.Credentials

@@ -421,15 +421,15 @@ func (e *Engine) Cancel(ctx context.Context, id, build string) error {
 }
 
 // Progress returns the latest progress of a build's transfer of an image.
-func (e *Engine) Progress(template, build string) (image.Progress, bool) {
+func (e *Engine) Progress(template, build string) (Progress, bool) {
 	r := e.find(template, build)
 	if r == nil {
-		return image.Progress{}, false
+		return Progress{}, false
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.progress == nil {
-		return image.Progress{}, false
+		return Progress{}, false
 	}
 	return *r.progress, true
 }

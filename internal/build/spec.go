@@ -109,3 +109,6 @@ type Step struct {
 
 // Credentials are for a registry.
 type Credentials = image.Credentials
+
+// Progress is how far a transfer of an image is.
+type Progress = image.Progress

@@ -42,6 +42,7 @@ func guest() {
 		server := envd.New(envd.Config{Log: log, Body: body, CgroupRoot: envd.CgroupRoot, Disk: disk, Addr: params.Addr.Addr()})
 		go server.ReapOrphans(context.Background())
 		go server.KeepTrimmed(context.Background())
+		go server.KeepMemory(context.Background())
 		log.Info("booted", "hostname", params.Hostname, "uptime", envd.Uptime())
 		failed := make(chan error, 1)
 		go func() { failed <- serve(context.Background(), server, fmt.Sprintf(":%d", guestapi.Port)) }()

@@ -20,9 +20,8 @@ import (
 type Body interface {
 	// boot makes a guest of the machine; see Boot.
 	boot(b *booter) (guestapi.Boot, error)
-	// freezes says whether its kernel freezes cgroups. Else a freeze stops processes by a
-	// signal.
-	freezes() bool
+	// can says what its kernel does for envd.
+	can() abilities
 	// setClock sets the wall clock, always or only if it is off by more than programs
 	// should notice.
 	setClock(now time.Time, always bool) error
@@ -31,6 +30,14 @@ type Body interface {
 	addEntropy(data []byte) error
 	// end ends the machine, whose processes have ended. If it returns, it failed.
 	end(log *slog.Logger) error
+}
+
+// abilities are what a kernel does for envd, which does it itself where it does not.
+type abilities struct {
+	// freezes: it freezes cgroups. Else a freeze stops processes by a signal.
+	freezes bool
+	// keepsMemory: it ends a process before there is no memory left.
+	keepsMemory bool
 }
 
 // ThisBody is the body that envd was started in as PID 1 with these arguments: gVisor's
@@ -46,7 +53,7 @@ func ThisBody(args []string) Body {
 type machine struct{}
 
 func (machine) boot(b *booter) (guestapi.Boot, error)     { return b.boot() }
-func (machine) freezes() bool                             { return true }
+func (machine) can() abilities                            { return abilities{freezes: true, keepsMemory: true} }
 func (machine) setClock(now time.Time, always bool) error { return setClock(now, always) }
 func (machine) addEntropy(data []byte) error              { return addEntropy(data) }
 
@@ -68,7 +75,7 @@ type container struct {
 	facts string
 }
 
-func (container) freezes() bool                      { return false }
+func (container) can() abilities                     { return abilities{} }
 func (container) setClock(_ time.Time, _ bool) error { return nil }
 func (container) addEntropy(_ []byte) error          { return nil }
 
@@ -88,7 +95,7 @@ func (c container) boot(b *booter) (guestapi.Boot, error) {
 	if p.Probe {
 		return p, ErrProbe
 	}
-	b.optional("make cgroups", errors.Join(inOwnCgroup(), limitCgroups(cgroupTop, CgroupRoot)))
+	b.optional("make cgroups", c.cgroups())
 	// gVisor covers an empty /tmp with a file system in memory.
 	if err := unix.Unmount("/tmp", unix.MNT_DETACH); err != nil && err != unix.EINVAL && err != unix.ENOENT {
 		b.optional("uncover /tmp", err)
@@ -100,9 +107,26 @@ func (c container) boot(b *booter) (guestapi.Boot, error) {
 }
 
 const (
+	// processBytes is what a process or thread costs the host beside its own memory: the
+	// sentry runs it in one of the host's. minProcesses is how many cost no more than the
+	// host gives a sentry in any case.
+	processBytes = 512 << 10
+	minProcesses = 128
+
 	cgroupTop = "/sys/fs/cgroup"
 	ownCgroup = cgroupTop + "/envd"
 )
+
+// cgroups makes the cgroup of users' processes.
+func (container) cgroups() error {
+	total, err := totalMemory()
+	if err != nil {
+		return err
+	}
+	b := boundsOf(total)
+	b.processes = max(minProcesses, total/processBytes)
+	return errors.Join(inOwnCgroup(), limitCgroups(cgroupTop, CgroupRoot, b))
+}
 
 // inOwnCgroup moves envd into a cgroup of its own: one with processes in it can divide
 // nothing among its children.

@@ -23,7 +23,8 @@ func setupCgroups(mountpoint, root string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(limitCgroups(mountpoint, root), boundsOf(total).raise("/proc/sys"))
+	b := boundsOf(total)
+	return errors.Join(limitCgroups(mountpoint, root, b), b.raise("/proc/sys"))
 }
 
 // totalMemory is the guest's memory in bytes.
@@ -35,7 +36,7 @@ func totalMemory() (uint64, error) {
 
 // limitCgroups makes the cgroup of all users' processes, with limits that leave
 // memory and process ids to envd and the kernel.
-func limitCgroups(mountpoint, root string) error {
+func limitCgroups(mountpoint, root string, b bounds) error {
 	var errs []error
 	if err := os.MkdirAll(root, 0o755); err != nil {
 		return err
@@ -46,11 +47,6 @@ func limitCgroups(mountpoint, root string) error {
 			errs = append(errs, os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte(controller), 0o644))
 		}
 	}
-	total, err := totalMemory()
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	b := boundsOf(total)
 	for name, value := range map[string]uint64{"memory.max": b.memory, "pids.max": b.processes} {
 		errs = append(errs, os.WriteFile(filepath.Join(root, name), strconv.AppendUint(nil, value, 10), 0o644))
 	}
@@ -107,6 +103,8 @@ type cgroups struct {
 	root string
 	// halted stops the users' processes where the kernel freezes no cgroups; else nil.
 	halted *halted
+	// keeper ends processes where the kernel does not when memory runs out; else nil.
+	keeper *keeper
 
 	mu sync.Mutex
 	// ended holds the cgroups whose process has ended while others, its
@@ -119,6 +117,16 @@ type cgroups struct {
 
 func newCgroups(root string) *cgroups {
 	return &cgroups{root: root, ended: make(map[string]struct{})}
+}
+
+// serve does what the body's kernel does not.
+func (g *cgroups) serve(kernel abilities) {
+	if !kernel.freezes {
+		g.halted = &halted{}
+	}
+	if !kernel.keepsMemory {
+		g.keeper = newKeeper("/proc", g.root, g.whileStill)
+	}
 }
 
 // cgroup is the cgroup of one process and its descendants.
@@ -149,11 +157,22 @@ func (g *cgroups) make() (*cgroup, *os.File, error) {
 	return c, dir, nil
 }
 
+// oomKills counts the processes of a cgroup that were ended because there was no memory.
+func (g *cgroups) oomKills(c *cgroup) int {
+	if g.keeper != nil {
+		return g.keeper.endedIn(c.dir)
+	}
+	return c.oomKills()
+}
+
 // release removes the cgroup now or, if it still has processes, at a later sweep.
 func (g *cgroups) release(c *cgroup) {
 	g.mu.Lock()
 	g.ended[c.dir] = struct{}{}
 	g.mu.Unlock()
+	if g.keeper != nil {
+		g.keeper.forget(c.dir)
+	}
 	g.sweep()
 }
 

@@ -98,8 +98,8 @@ func New(c Config) *Server {
 			ownEnv: map[string]string{"E2B_SANDBOX": "true"},
 		},
 	}
-	if c.Body != nil && !c.Body.freezes() && s.processes.cgroups != nil {
-		s.processes.cgroups.halted = &halted{}
+	if c.Body != nil && s.processes.cgroups != nil {
+		s.processes.cgroups.serve(c.Body.can())
 	}
 	// Answers are not compressed: a guest has little CPU, and the way to its host
 	// is short.

@@ -22,22 +22,38 @@ type halted struct {
 // is left alone.
 func (h *halted) stop(ctx context.Context, tick <-chan time.Time) error {
 	h.pids = nil
-	for {
-		runs := running()
-		if len(runs) == 0 {
-			return nil
-		}
-		for _, pid := range runs {
-			if unix.Kill(pid, unix.SIGSTOP) == nil && !slices.Contains(h.pids, pid) {
-				h.pids = append(h.pids, pid)
-			}
-		}
+	for h.signal() {
 		select {
 		case <-tick:
 		case <-ctx.Done():
 			return errNotFrozen
 		}
 	}
+	return nil
+}
+
+// signal tells every process that runs to stop, and says whether there was one.
+func (h *halted) signal() bool {
+	runs := running()
+	for _, pid := range runs {
+		if unix.Kill(pid, unix.SIGSTOP) == nil && !slices.Contains(h.pids, pid) {
+			h.pids = append(h.pids, pid)
+		}
+	}
+	return len(runs) > 0
+}
+
+// whileStill calls f while no other process runs. There is no time to find out which
+// processes a user had stopped: they go on, too.
+func (g *cgroups) whileStill(f func()) {
+	g.freezer.mu.Lock()
+	defer g.freezer.mu.Unlock()
+	if !g.freezer.frozen {
+		const all = -1
+		_ = unix.Kill(all, unix.SIGSTOP) // unless there is none
+		defer func() { _ = unix.Kill(all, unix.SIGCONT) }()
+	}
+	f()
 }
 
 // goOn lets go on what stop has stopped.

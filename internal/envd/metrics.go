@@ -78,12 +78,13 @@ func cpuTimes() (busy, all uint64) {
 
 // memInfo reads /proc/meminfo, in bytes.
 func memInfo() map[string]uint64 {
+	text, _ := os.ReadFile("/proc/meminfo") // without it nothing is known
+	return parseMemInfo(string(text))
+}
+
+func parseMemInfo(text string) map[string]uint64 {
 	info := make(map[string]uint64)
-	text, err := os.ReadFile("/proc/meminfo")
-	if err != nil {
-		return info
-	}
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(text) {
 		name, value, _ := strings.Cut(line, ":")
 		if fields := strings.Fields(value); len(fields) > 0 {
 			n, _ := strconv.ParseUint(fields[0], 10, 64)

@@ -175,6 +175,9 @@ func (ps *processes) start(c command) (*process, *subscriber, error) {
 		return nil, nil, err
 	}
 	p.adjustOOM()
+	if ps.cgroups != nil && ps.cgroups.keeper != nil {
+		ps.cgroups.keeper.started()
+	}
 
 	sub := p.out.subscribe()
 	ps.byPID[p.child.pid] = p
@@ -220,7 +223,7 @@ func (ps *processes) run(p *process, files *stdio, c command) {
 		p.ending = &processv1.ProcessEvent_EndEvent{ExitCode: -1, Status: text, Error: &text}
 	}
 	if p.cgroup != nil {
-		if n := p.cgroup.oomKills(); n > 0 {
+		if n := ps.cgroups.oomKills(p.cgroup); n > 0 {
 			text := guestapi.OutOfMemory + p.ending.GetStatus()
 			p.ending.Error = &text
 		}

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,10 +51,19 @@ var baseImage = sync.OnceValues(func() (string, error) {
 	return image, nil
 })
 
+// made says that baseImage was called.
+var made atomic.Bool
+
 func TestMain(m *testing.M) {
+	if text := os.Getenv(agentEnv); text != "" {
+		fmt.Fprintln(os.Stderr, beAgent(text))
+		os.Exit(1)
+	}
 	code := m.Run()
-	if image, err := baseImage(); err == nil && os.Getenv(testenv.StateDirEnv) != "" {
-		os.RemoveAll(filepath.Dir(image))
+	if made.Load() {
+		if image, err := baseImage(); err == nil {
+			os.RemoveAll(filepath.Dir(image))
+		}
 	}
 	os.Exit(code)
 }
@@ -63,6 +73,7 @@ func withEnvd(t testing.TB, s *vmmtest.Subject) {
 	t.Helper()
 	testenv.StateDir(t)
 	testenv.Program(t, "mkfs.erofs", "mount", "umount")
+	made.Store(true)
 	base, err := baseImage()
 	if err != nil {
 		t.Fatal(err)
@@ -258,5 +269,48 @@ func TestGuest(t *testing.T) {
 	}
 	if e := v.Exit(); e.Code != 0 || e.Cause != vmm.GuestPoweredOff {
 		t.Errorf("exit %+v", e)
+	}
+}
+
+// TestOutOfMemory: processes that want more memory than there is end, whether one wants
+// all of it or many want some, and the guest lives on; the command that they belonged to
+// says why. If the sentry itself dies of it, so does the VM, and says so.
+func TestOutOfMemory(t *testing.T) {
+	s := subject(t)
+	withEnvd(t, &s)
+	s.Spec.Cgroup = "wrenn-vmmtest/" + s.Spec.ID
+	s.Spec.Limits = vmm.Limits{CPUMilli: 2250, MemMiB: s.Spec.MemMiB + 128 + s.Spec.MemMiB/16, PIDs: 64 + 2*2*s.Spec.MemMiB}
+	v := start(t, s)
+	c := ready(t, s.Spec, guest.Init{})
+	const hog = "tail /dev/zero >/dev/null"
+	for _, script := range []string{
+		hog,
+		hog, // a second time
+		"for i in $(seq 30); do " + hog + " & done; wait",
+		"i=0; while [ $i -lt 400 ]; do " + hog + " & i=$((i+1)); done; wait",
+	} {
+		r, err := c.Exec(t.Context(), guest.Command{Cmd: "/bin/sh", Args: []string{"-c", script}, Timeout: soon})
+		if err != nil || !r.OutOfMemory {
+			t.Fatalf("%s: %v, %+v; %v, console:\n%s", script, err, r, v.Exit(), console(s.Spec))
+		}
+		if got := run(t, c, "echo alive"); got != "alive" {
+			t.Errorf("%s: the guest says %q", script, got)
+		}
+	}
+	if r, err := c.Exec(t.Context(), guest.Command{Cmd: "true", Timeout: soon}); err != nil || r.OutOfMemory {
+		t.Errorf("a command that takes nothing: %+v, %v", r, err)
+	}
+	// What is no process's is not given back by one's end.
+	_, _ = c.Exec(t.Context(), guest.Command{Cmd: "/bin/sh", Args: []string{"-c",
+		"mount -t tmpfs -o size=1g none /mnt && dd if=/dev/zero of=/mnt/all bs=1M"}, Timeout: soon})
+	select {
+	case <-v.Done():
+		if e := v.Exit(); e.Cause != vmm.OutOfMemory {
+			t.Errorf("exit %+v", e)
+		}
+	case <-time.After(time.Second): // what wrote it was ended in time, and there is no room for another program
+		if err := c.WaitReady(t.Context()); err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -2,6 +2,7 @@ package gvisor
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -112,4 +113,24 @@ func innermostPID(status string) string {
 
 func TestContract(t *testing.T) {
 	vmmtest.Run(t, func(t *testing.T) vmmtest.Subject { return subject(t) })
+}
+
+// stays is an x86-64 program that prints a text and sleeps until it is ended.
+func stays(text string) []byte {
+	return loop(call64(34, 0, 0, 0), text) // pause()
+}
+
+// floods is a program that prints a text without end.
+func floods(text string) []byte {
+	again := call64(1, 1, 0, uint32(len(text)))
+	binary.LittleEndian.PutUint32(again[11:], textAt(2*callBytes+2))
+	return loop(again, text)
+}
+
+// loop is a program that prints a text and makes a system call again and again.
+func loop(again []byte, text string) []byte {
+	code := append(call64(1, 1, 0, uint32(len(text))), again...)
+	code = append(code, 0xeb, 0xfe-callBytes) // jump back to the call
+	binary.LittleEndian.PutUint32(code[11:], textAt(len(code)))
+	return elf(append(code, text...))
 }

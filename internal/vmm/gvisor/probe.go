@@ -17,16 +17,6 @@ func says(text string) []byte {
 	return elf(append(code, text...))
 }
 
-// stays is an x86-64 program that prints a text and sleeps until it is ended.
-func stays(text string) []byte {
-	var code []byte
-	code = append(code, call64(1, 1, 0, uint32(len(text)))...)
-	code = append(code, call64(34, 0, 0, 0)...) // pause()
-	code = append(code, 0xeb, 0xfe-callBytes)   // jump back to that
-	binary.LittleEndian.PutUint32(code[11:], textAt(len(code)))
-	return elf(append(code, text...))
-}
-
 const (
 	// callBytes is the length of a system call's code.
 	callBytes = 22

@@ -66,8 +66,10 @@ func shapeOf(m machine, f facts) shape {
 }
 
 // forget makes equal what may differ between a VM and the snapshot that it is restored
-// from: the size of the disk is the snapshot's.
-func forget(s *shape) { s.DiskBytes, s.PagesBytes, s.PagesSHA256 = 0, 0, "" }
+// from, the size of the disk, and what is compared by itself.
+func forget(s *shape) {
+	s.Sentry, s.CPU, s.DiskBytes, s.PagesBytes, s.PagesSHA256 = "", "", 0, 0, ""
+}
 
 // names are the files of a snapshot. The manifest is the last.
 func names() []string {
@@ -212,7 +214,12 @@ func fits(dir string, f facts, m machine) (diskBytes int64, err error) {
 	if err := state.Close(); err != nil {
 		return 0, err
 	}
-	if !snapfile.IsFile(filepath.Join(dir, pagesName), was.PagesBytes) {
+	switch {
+	case was.Sentry != f.digest:
+		return 0, errdefs.Unsupported.Errorf("snapshot is of another build of gVisor's sentry")
+	case was.CPU != f.cpu:
+		return 0, errdefs.Unsupported.Errorf("snapshot is of a host with another CPU")
+	case !snapfile.IsFile(filepath.Join(dir, pagesName), was.PagesBytes):
 		return 0, errdefs.Corrupt.Errorf("snapshot's %s is not %d bytes long", pagesName, was.PagesBytes)
 	}
 	if _, sum, err := pagesOf(dir); err != nil || sum != was.PagesSHA256 {

@@ -26,8 +26,8 @@ func (b *sandbox) buildOn(from, name string) {
 	b.a.build(b.t, from, name, overlay)
 }
 
-// build makes a template of a file over the layers of the template from.
-func (a *agent) build(t testing.TB, from, name, overlay string) {
+// build makes a template of copies of files over the layers of the template from.
+func (a *agent) build(t testing.TB, from, name string, overlays ...string) {
 	t.Helper()
 	s, err := template.Open(a.stateDir, slog.New(slog.DiscardHandler))
 	if err != nil {
@@ -50,15 +50,17 @@ func (a *agent) build(t testing.TB, from, name, overlay string) {
 		t.Fatal(err)
 	}
 	defer stage.Discard()
-	layer := filepath.Join(stage.Dir(), "layer")
-	if err := s.CloneOverlay(t.Context(), layer, overlay); err != nil {
-		t.Fatal(err)
-	}
 	if err := stage.Inherit(base); err != nil {
 		t.Fatal(err)
 	}
-	if err := stage.AddLayer(t.Context(), layer); err != nil {
-		t.Fatal(err)
+	for _, overlay := range overlays {
+		layer := filepath.Join(stage.Dir(), "layer")
+		if err := s.CloneOverlay(t.Context(), layer, overlay); err != nil {
+			t.Fatal(err)
+		}
+		if err := stage.AddLayer(t.Context(), layer); err != nil {
+			t.Fatal(err)
+		}
 	}
 	_, _, err = stage.Publish(t.Context(), template.Making{Recipe: "test", Defaults: base.Defaults})
 	if err == nil {

@@ -39,6 +39,8 @@ func (h *host) runDir(id ID) string { return filepath.Join(h.cfg.RunDir, string(
 // as all that belongs to this agent outside the state directory.
 func (h *host) cgroups() string { return h.cfg.Network.Plan().Instance }
 
+const _ = uint(vmm.MaxLayers - template.MaxLayers) // a machine has all layers of a template
+
 // spec is the VM of a record for a driver.
 func (h *host) spec(d vmm.Driver, rec Record, tmpl template.Template) vmm.Spec {
 	needs := d.Needs()

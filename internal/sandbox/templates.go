@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
@@ -35,9 +37,10 @@ func (r *registry) usersOf(t template.Info) error {
 	if t.Source != "" {
 		return nil // its sandboxes have a disk of their own, and the memory open
 	}
+	how, ids, more := "", []string(nil), 0
 	for _, b := range r.all() {
 		rec := b.record()
-		how := "running"
+		state := "running"
 		switch {
 		case rec.State == Stopped, rec.State == Building: // a build has links of its own to all layers
 			continue
@@ -46,11 +49,24 @@ func (r *registry) usersOf(t template.Info) error {
 		case rec.templateID() != t.ID:
 			continue
 		case rec.State == Paused || rec.State == Hibernated:
-			how = "paused"
+			state = "paused"
 		}
-		return errdefs.WrongState.Errorf("cannot delete template '%s' because there are %s sandboxes using it", t.ID, how)
+		how = cmp.Or(how, state)
+		// Another project's are not the caller's to know.
+		if mine := t.Project == "" || t.Project == rec.Project; mine && len(ids) < 5 {
+			ids = append(ids, string(rec.ID))
+		} else {
+			more++
+		}
 	}
-	return nil
+	if how == "" {
+		return nil
+	}
+	if more > 0 {
+		ids = append(ids, fmt.Sprintf("%d more", more))
+	}
+	return errdefs.WrongState.Errorf("cannot delete template '%s' because there are %s sandboxes using it: %s",
+		t.ID, how, strings.Join(ids, ", "))
 }
 
 // PruneTemplates removes the builds of templates to which no tag leads and that no sandbox

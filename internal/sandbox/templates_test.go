@@ -93,7 +93,7 @@ func TestTemplateInUse(t *testing.T) {
 			t.Helper()
 			err := r.usersOf(minimal)
 			wantClass(t, err, errdefs.WrongState)
-			want := "cannot delete template '" + minimal.ID + "' because there are " + how + " sandboxes using it"
+			want := "cannot delete template '" + minimal.ID + "' because there are " + how + " sandboxes using it: " + string(id)
 			if err == nil || err.Error() != want {
 				t.Errorf("it says %v, want %s", err, want)
 			}

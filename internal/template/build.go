@@ -369,7 +369,8 @@ func (s *Store) Inspect(id, build string) (Made, error) {
 	}
 	var m buildManifest
 	err = readManifest(dir, manifestFile, &m, &m.manifest)
-	if errors.Is(err, fs.ErrNotExist) && missing(dir) || err == nil && m.Recipe == "" && missing(filepath.Join(dir, baseImage)) {
+	_, lowest := m.Files[baseImage]
+	if errors.Is(err, fs.ErrNotExist) && missing(dir) || err == nil && !lowest {
 		return Made{}, errdefs.NotFound.Errorf("build %s of template %s has no layers", build, id)
 	}
 	layers, e := layersOf(dir, m.manifest)

@@ -10,11 +10,13 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/testenv"
 )
 
 // disk makes a file of size bytes with these blocks, each filled with its byte.
@@ -201,6 +203,35 @@ func TestPatchOfDamage(t *testing.T) {
 		if !bytes.Equal(must(os.ReadFile(older)), before) {
 			t.Fatalf("%s: it changed the file", name)
 		}
+	}
+}
+
+// A full disk ends both with a sentence.
+func TestDiffWithoutRoom(t *testing.T) {
+	testenv.Root(t)
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	blocks := map[int64]byte{}
+	for i := range int64(100) {
+		blocks[i*2] = byte(i + 1)
+	}
+	newer, diff := disk(t, 1<<20, blocks), filepath.Join(t.TempDir(), "diff")
+	full := filepath.Join(dir, "diff")
+	err := Diff(t.Context(), full, "", newer)
+	if !errors.Is(err, errdefs.Exhausted) || strings.Contains(err.Error(), dir) {
+		t.Errorf("compare: %v", err)
+	}
+	if _, err := os.Lstat(full); !os.IsNotExist(err) {
+		t.Errorf("it left something: %v", err)
+	}
+	if err := Diff(t.Context(), diff, "", newer); err != nil {
+		t.Fatal(err)
+	}
+	if err := Patch(t.Context(), filepath.Join(dir, "disk"), diff); !errors.Is(err, errdefs.Exhausted) {
+		t.Errorf("patch: %v", err)
 	}
 }
 

@@ -582,13 +582,16 @@ func (s *Store) removeUnlisted() error {
 	return errors.Join(errs...)
 }
 
-// foundBuilds returns the builds with a base image that are in a template's directory.
+// foundBuilds returns the builds with layers that are in a template's directory.
 func (s *Store) foundBuilds(id string) (found []Build) {
 	entries, _ := os.ReadDir(s.templateDir(id))
 	for _, e := range entries {
 		dir := filepath.Join(s.templateDir(id), e.Name())
 		var m buildManifest
-		if !uuidPattern.MatchString(e.Name()) || readManifest(dir, manifestFile, &m, &m.manifest) != nil || m.Recipe == "" {
+		if !uuidPattern.MatchString(e.Name()) || readManifest(dir, manifestFile, &m, &m.manifest) != nil {
+			continue
+		}
+		if _, err := layersOf(dir, m.manifest); err != nil { // it is a snapshot, or of no use
 			continue
 		}
 		found = append(found, m.build(e.Name(), modified(dir)))

@@ -234,12 +234,18 @@ func damage(err error) error {
 // not what was written. other computes the digests of files that have no digest of
 // their pieces.
 func (m manifest) verify(ctx context.Context, dir string, other func(context.Context, string) (File, error)) error {
-	for name, want := range m.Files {
-		of := other
+	return m.verifyBy(ctx, dir, func(ctx context.Context, path string, want File) (File, error) {
 		if want.Pieces != "" {
-			of = snapfile.Digest
+			return snapfile.Digest(ctx, path)
 		}
-		got, err := of(ctx, filepath.Join(dir, name))
+		return other(ctx, path)
+	})
+}
+
+// verifyBy is verify with digests that read computes.
+func (m manifest) verifyBy(ctx context.Context, dir string, read reader) error {
+	for name, want := range m.Files {
+		got, err := read(ctx, filepath.Join(dir, name), want)
 		if err != nil {
 			return err
 		}

@@ -7,6 +7,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/snapfile"
 )
 
 // Kind names what Verify reads.
@@ -53,11 +57,11 @@ func (s *Store) Verify(ctx context.Context, want func(Kind, string) bool, fn fun
 		}
 		return fn(v)
 	}
-	plain := func(_ context.Context, path string) (File, error) { return hashFile(path) }
+	plain := readOnce()
 	kernel := filepath.Join(s.kernels(), kernelName)
 	err := look(KindKernel, kernelName, kernel, func() (manifest, error) {
 		m, err := s.kernelManifest()
-		return m.manifest, firstOf(damage(err), func() error { return m.verify(ctx, kernel, plain) })
+		return m.manifest, firstOf(damage(err), func() error { return m.verifyBy(ctx, kernel, plain) })
 	})
 	if err != nil {
 		return err
@@ -85,10 +89,45 @@ func (s *Store) Verify(ctx context.Context, want func(Kind, string) bool, fn fun
 	return nil
 }
 
+// reader computes the digest of a file, of the kind that want has.
+type reader func(ctx context.Context, path string, want File) (File, error)
+
+// readOnce is a reader that reads a layer once, however many builds share it.
+func readOnce() reader {
+	type file struct {
+		dev, ino uint64
+		pieces   bool
+	}
+	known := map[file]File{}
+	return func(ctx context.Context, path string, want File) (File, error) {
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil {
+			return File{}, err
+		}
+		key := file{st.Dev, st.Ino, want.Pieces != ""}
+		if f, ok := known[key]; ok {
+			return f, nil
+		}
+		f, err := digestAs(ctx, path, want)
+		if err == nil && st.Nlink > 1 {
+			known[key] = f
+		}
+		return f, err
+	}
+}
+
+// digestAs computes the digest of the kind that want has.
+func digestAs(ctx context.Context, path string, want File) (File, error) {
+	if want.Pieces != "" {
+		return snapfile.Digest(ctx, path)
+	}
+	return hashFile(path)
+}
+
 // verifyBuild is Verify of one build and its boot snapshots.
 func (s *Store) verifyBuild(
 	ctx context.Context, t Info, b Build, look func(Kind, string, string, func() (manifest, error)) error,
-	plain func(context.Context, string) (File, error),
+	plain reader,
 ) error {
 	dir := filepath.Join(s.templateDir(t.ID), b.ID)
 	name := t.Reference(b)
@@ -104,7 +143,7 @@ func (s *Store) verifyBuild(
 		if err == nil {
 			_, err = layersOf(dir, m.manifest)
 		}
-		return m.manifest, firstOf(damage(err), func() error { return m.verify(ctx, dir, plain) })
+		return m.manifest, firstOf(damage(err), func() error { return m.verifyBy(ctx, dir, plain) })
 	})
 	if err != nil {
 		return err

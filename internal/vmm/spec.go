@@ -74,6 +74,8 @@ type Kernel struct {
 // disks of so many, the overlay's included, fit into each driver's machine.
 const MaxLayers = 8
 
+const _ = uint(guestapi.MaxLayers - MaxLayers) // a guest takes as many
+
 // Root is a root file system in layers.
 type Root struct {
 	// Layers are images that many VMs share, lowest first, MaxLayers at most; the guest

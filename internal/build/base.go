@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -99,6 +100,10 @@ func (j *job) resolveTemplate(b *base, name string) error {
 	}
 	j.log.say(Info, baseStep, "[base] FROM template %s", name)
 	b.template, b.state = &root, ofTemplate(made.Making, j.spec.E2B)
+	if j.spec.E2B && info.Project == "" && slices.Contains(info.Names, template.DefaultName) {
+		// Its own account is root, and E2B's clients know it as their base.
+		b.state.user, b.state.workdir = e2bUser, homeOf(e2bUser)
+	}
 	return nil
 }
 

@@ -115,7 +115,9 @@ func veth(t testing.TB, n int) (guestapi.Boot, *vmm.Link) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { netlink.LinkDel(link) })
-	addr, err := netlink.ParseAddr(fmt.Sprintf("169.254.77.%d/30", 4*n+1))
+	const first = 77 << 8 // 169.254.77.0
+	address := func(n int) string { return fmt.Sprintf("169.254.%d.%d", (first+n)>>8, (first+n)&0xff) }
+	addr, err := netlink.ParseAddr(address(4*n+1) + "/30")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,8 +131,8 @@ func veth(t testing.TB, n int) (guestapi.Boot, *vmm.Link) {
 		}
 	}
 	return guestapi.Boot{
-		Addr:    netip.MustParsePrefix(fmt.Sprintf("169.254.77.%d/30", 4*n+2)),
-		Gateway: netip.MustParseAddr(fmt.Sprintf("169.254.77.%d", 4*n+1)), Hostname: "vmmtest",
+		Addr:    netip.MustParsePrefix(address(4*n+2) + "/30"),
+		Gateway: netip.MustParseAddr(address(4*n + 1)), Hostname: "vmmtest",
 	}, &vmm.Link{Kind: vmm.Packet, Name: link.PeerName, MAC: "02:fc:00:00:00:05"}
 }
 

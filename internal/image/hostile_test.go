@@ -17,7 +17,7 @@ import (
 
 // small are limits that a test can reach.
 var small = Limits{
-	Layers: 4, Entries: 5000, NameBytes: 3072, LinkBytes: 4095, FileBytes: 8 << 20, TotalBytes: 16 << 20, BlobBytes: 8 << 20,
+	Layers: 4, Entries: 3000, NameBytes: 3072, LinkBytes: 4095, FileBytes: 8 << 20, TotalBytes: 16 << 20, BlobBytes: 8 << 20,
 	Ratio: 50, RatioFrom: 1 << 20,
 }
 
@@ -90,9 +90,9 @@ func TestHostileImages(t *testing.T) {
 			errdefs.InvalidArgument, "attributes"},
 		{"attribute without a meaning", one(entry{name: "a", xattrs: map[string]string{"security.capability": "xx"}}),
 			errdefs.InvalidArgument, "security.capability"},
-		{"many entries", one(many(6000, func(i int) entry { return entry{name: fmt.Sprint("d/", i)} })...), errdefs.Exhausted, "5000 entries"},
-		{"many directories", one(many(40, func(i int) entry { return entry{name: fmt.Sprint(i, strings.Repeat("/d", 200), "/f")} })...),
-			errdefs.Exhausted, "5000 entries"},
+		{"many entries", one(many(3100, func(i int) entry { return entry{name: fmt.Sprint("d/", i)} })...), errdefs.Exhausted, "3000 entries"},
+		{"many directories", one(many(16, func(i int) entry { return entry{name: fmt.Sprint(i, strings.Repeat("/d", 200), "/f")} })...),
+			errdefs.Exhausted, "3000 entries"},
 		{"large file", one(entry{name: "f", text: strings.Repeat("x", 9<<20)}), errdefs.Exhausted, "a file of"},
 		{"large files", one(entry{name: "f", text: zeros}, entry{name: "g", text: zeros}, entry{name: "h", text: zeros}),
 			errdefs.Exhausted, "files have"},

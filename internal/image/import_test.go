@@ -145,7 +145,7 @@ func TestImportRefuses(t *testing.T) {
 	good := archiveOf(t, saved(t, img, false)...)
 	var many []entry
 	for i := range maxArchived + 1 {
-		many = append(many, entry{name: fmt.Sprint(i)})
+		many = append(many, entry{name: fmt.Sprint(i, "/")})
 	}
 	for _, c := range []struct {
 		name    string

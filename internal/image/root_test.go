@@ -238,3 +238,40 @@ func TestFromTar(t *testing.T) {
 		t.Errorf("left %v, %v", entries, err)
 	}
 }
+
+// inMemory is a directory in memory: a hundred thousand files take minutes on some disks.
+func inMemory(t testing.TB) string {
+	t.Helper()
+	testenv.Root(t)
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
+// An image of 100,000 files is possible. All of them in one directory are not, because
+// mke2fs would take an hour.
+func TestRootOfManyFiles(t *testing.T) {
+	rootPrograms(t)
+	s := open(t, inMemory(t))
+	path, err := s.Root(t.Context(), imported(t, s, archiveOf(t, many(100_000, func(i int) entry {
+		return entry{name: fmt.Sprintf("usr/%d/%d", i/1000, i), text: "x"}
+	})...)), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := inExt4(t, path, "cat /usr/99/99999"); got != "x" {
+		t.Errorf("the last file has %q", got)
+	}
+	_, err = s.Root(t.Context(), imported(t, s, archiveOf(t, many(64_000, func(i int) entry {
+		return entry{name: fmt.Sprintf("one/%d", i)}
+	})...)), nil)
+	if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(say(err), "too many entries") {
+		t.Errorf("in one directory: %v", err)
+	}
+	if u, err := s.Usage(); err != nil || u.Working != 0 {
+		t.Errorf("left %+v, %v", u, err)
+	}
+}

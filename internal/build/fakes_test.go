@@ -342,9 +342,6 @@ func (r *rig) end(spec Spec) template.Build {
 	if err := r.Watch(ctx, spec.Template, spec.Build, 0, func(Entry) error { return nil }); err != nil {
 		r.t.Fatal(err)
 	}
-	if run := r.find(spec.Template, spec.Build); run != nil {
-		<-run.done
-	}
 	_, b, err := r.lookup(spec.Template, spec.Build)
 	if err != nil {
 		r.t.Fatal(err)

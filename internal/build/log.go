@@ -221,10 +221,13 @@ func (e *Engine) Watch(ctx context.Context, template, build string, from int, fn
 			continue
 		}
 		if ended {
-			return nil
+			more = r.done // its status is written after its log
 		}
 		select {
 		case <-more:
+			if ended {
+				return nil
+			}
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

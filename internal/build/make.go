@@ -237,7 +237,7 @@ func (j *job) publish(s *stage, stack *template.BuildStage, kept bool) error {
 	if _, _, err := stack.Publish(j.ctx, making); err != nil {
 		return at(finalizeStep, fmt.Errorf("publish: %w", errdefs.DiskFull(err)))
 	}
-	if !kept || making.Start.Start != "" {
+	if p := making.Start; !kept || p.Start != "" || p.Ready != "" {
 		if err := j.start(making.Start); err != nil {
 			return err
 		}

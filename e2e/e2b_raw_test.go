@@ -35,7 +35,7 @@ func (h *e2bHost) showRaw(seen *showcase) {
 		{2, h.showOlderCreate}, {3, h.showCLIsCreate}, {4, h.showUnknownTemplate}, {5, h.showBadTimeouts},
 		{6, h.showKeys}, {7, h.showPauseConflicts},
 		{10, h.showIdempotency}, {11, h.showChunked}, {12, h.showFull}, {29, h.showPausedDisk}, {35, h.showBadLists},
-		{45, h.showNoBuilds}, {46, h.showNoBuilds}, {47, h.showNoBuilds}, {48, h.showNoBuilds}, {49, h.showTags}, {50, h.showTemplates},
+		{49, h.showTags}, {50, h.showTemplates},
 	} {
 		seen.add(b.n, "HTTP", text(b.show()))
 	}
@@ -320,11 +320,6 @@ func (h *e2bHost) showBadLists() error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
-}
-
-func (h *e2bHost) showNoBuilds() error {
-	_, err := h.want("POST", "/v3/templates", `{"name":"built"}`, 400, "builds no templates")
-	return err
 }
 
 func (h *e2bHost) showTags() error {

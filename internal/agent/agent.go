@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
+	"git.omukk.dev/wrenn/sandbox/internal/build"
 	"git.omukk.dev/wrenn/sandbox/internal/certs"
 	"git.omukk.dev/wrenn/sandbox/internal/e2b"
 	"git.omukk.dev/wrenn/sandbox/internal/egress"
@@ -28,6 +29,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/host"
 	"git.omukk.dev/wrenn/sandbox/internal/idempotency"
+	"git.omukk.dev/wrenn/sandbox/internal/image"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/server"
@@ -98,6 +100,8 @@ type Agent struct {
 	base      base
 	keys      *auth.Store
 	requests  *idempotency.Store
+	images    *image.Store
+	builds    *build.Engine
 	certs     *certs.Source // nil for no TLS
 	listener  net.Listener
 	socket    net.Listener
@@ -241,6 +245,9 @@ func (a *Agent) openEdges() (err error) {
 	if err != nil {
 		return fmt.Errorf("open requests: %w", err)
 	}
+	if err := a.openBuilds(); err != nil {
+		return err
+	}
 	gid, err := groupID(a.cfg.SocketGroup)
 	if err != nil {
 		return fmt.Errorf("--socket-group: %w", err)
@@ -276,8 +283,8 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 	server.Register(mux, server.Config{
 		Keys: a.keys, Limiter: limiter, Keyless: a.cfg.onLoopback(),
 		Manager: a.base.manager, Version: version, Templates: a.templateNames, Store: a.templates, DiskMiB: a.cfg.OverlayMiB,
-		Export: server.ExportBy(a.base.manager),
-		End:    func() { close(a.drained) }, Panics: &panics, Log: a.log,
+		Builds: a.builds, Images: a.images, Export: server.ExportBy(a.base.manager),
+		End: func() { close(a.drained) }, Panics: &panics, Log: a.log,
 		Slots:   func() map[string]int { return a.base.network.Stats().ByState() },
 		Names:   func() server.NameCounts { return server.NameCounts(a.base.network.NameCounts()) },
 		Refused: door.Refused,
@@ -301,7 +308,8 @@ func (a *Agent) templateNames() ([]string, error) {
 func (a *Agent) newREST(limiter *auth.Limiter, domain string) http.Handler {
 	manager, templates := e2b.OfHost(a.base.manager, a.templates, a.cfg.OverlayMiB)
 	return e2b.New(e2b.Config{
-		Manager: manager, Templates: templates, Keys: a.keys, Limiter: limiter, Requests: a.requests,
+		Manager: manager, Templates: templates, Builds: e2b.BuildsOf(a.builds, a.templates), DiskMiB: a.cfg.OverlayMiB,
+		Keys: a.keys, Limiter: limiter, Requests: a.requests,
 		Domain: domain, DefaultTemplate: template.DefaultName, MaxTimeout: a.cfg.MaxTimeout, Log: a.log,
 	})
 }
@@ -350,6 +358,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	defer cancel()
 	drained := make(chan error, 1)
 	go func() { drained <- a.door.Shutdown(end) }()
+	berr := a.builds.Close(end)
 	merr := a.base.manager.Shutdown(end, destroy)
 	select {
 	case derr := <-drained:
@@ -364,7 +373,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if merr == nil {
 		merr = a.base.release(end, a.cfg.parts.claims)
 	}
-	return errors.Join(err, merr, a.keys.Close())
+	return errors.Join(err, berr, merr, a.templates.Close(), a.keys.Close())
 }
 
 // Prepare makes the boot snapshot of the default template and size, unless it is

@@ -5,6 +5,7 @@ import (
 	"math"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 
 	api "git.omukk.dev/wrenn/sandbox/api/e2b"
@@ -35,6 +36,14 @@ func (s *server) buildLog(t Template, b Build, offset, limit int, level string) 
 	return s.Builds.Log(t.ID, b.ID, offset, limit, level)
 }
 
+// stepName is what clients call the step of an error: they know numbers and two names.
+func stepName(step string) string {
+	if _, err := strconv.Atoi(step); err == nil || step == "" || step == "base" {
+		return step
+	}
+	return "finalize"
+}
+
 // GetBuildStatus looks at the status before it reads the log: one that is final has all
 // of its log.
 func (s *server) GetBuildStatus(ctx context.Context, r api.GetBuildStatusRequestObject) (api.GetBuildStatusResponseObject, error) {
@@ -59,7 +68,7 @@ func (s *server) GetBuildStatus(ctx context.Context, r api.GetBuildStatusRequest
 		answer.LogEntries = append(answer.LogEntries, buildEntry(e))
 	}
 	if b.Reason != nil {
-		answer.Reason = &api.BuildReason{Message: b.Reason.Message, Step: some(b.Reason.Step)}
+		answer.Reason = &api.BuildReason{Message: b.Reason.Message, Step: some(stepName(b.Reason.Step))}
 	}
 	return answer, err
 }

@@ -26,6 +26,8 @@ const (
 	staleAfter = 2 * time.Hour
 	// maxSteps bounds the steps of a build.
 	maxSteps = 1000
+	// maxTags bounds the tags of a build.
+	maxTags = 32
 	// What clients leave out.
 	defaultCPUs, defaultMemMiB = 2, 1024
 	minMemMiB                  = 128
@@ -94,8 +96,8 @@ func wanted(project string, r api.TemplateRequest) (name string, tags []string, 
 	if len(tags) == 0 {
 		tags = []string{defaultTag}
 	}
-	if len(tags) > maxPage {
-		return "", nil, refuse(http.StatusBadRequest, "%d tags, at most %d are possible", len(tags), maxPage)
+	if len(tags) > maxTags {
+		return "", nil, refuse(http.StatusBadRequest, "%d tags, at most %d are possible", len(tags), maxTags)
 	}
 	tags, err = checkTags(tags)
 	slices.Sort(tags)
@@ -159,8 +161,7 @@ func (s *server) admitBuild(ctx context.Context, all []Template, name string) er
 				n++
 			case b.Status != template.StatusWaiting:
 			case time.Since(b.CreatedAt) > staleAfter:
-				err := s.Builds.Cancel(ctx, t.ID, b.ID)
-				if err != nil && !isNotFound(err) {
+				if err := s.Builds.Cancel(ctx, t.ID, b.ID); !hasEnded(err) {
 					return err
 				}
 			case !slices.Contains(t.Names, name) && t.ID != name:
@@ -256,7 +257,18 @@ func (s *server) StartBuild(ctx context.Context, r api.StartBuildRequestObject) 
 	case errdefs.WrongState:
 		err = refuse(http.StatusBadRequest, "build is not in waiting state")
 	}
-	return api.StartBuild202Response{}, err
+	return startedBuild{}, err
+}
+
+// startedBuild is a 202 that says that it has no body. The gateway sends the head of an
+// answer before the end of a body that came in chunks, and a client that is not told the
+// length reads JSON.
+type startedBuild struct{}
+
+func (startedBuild) VisitStartBuildResponse(w http.ResponseWriter) error {
+	w.Header().Set("Content-Length", "0")
+	w.WriteHeader(http.StatusAccepted)
+	return nil
 }
 
 // spec reads what a build is made of.
@@ -382,10 +394,16 @@ func (s *server) endBuilds(ctx context.Context, t Template) {
 		if s.Builds == nil || b.Status != template.StatusWaiting && b.Status != template.StatusBuilding {
 			continue
 		}
-		if err := s.Builds.Cancel(context.WithoutCancel(ctx), t.ID, b.ID); err != nil && !isNotFound(err) {
+		if err := s.Builds.Cancel(context.WithoutCancel(ctx), t.ID, b.ID); !hasEnded(err) {
 			s.Log.Error("build of a deleted template not cancelled", "template", t.ID, "build", b.ID, "error", err)
 		}
 	}
+}
+
+// hasEnded says of the error of a cancel whether the build has ended, be it by another's
+// doing.
+func hasEnded(err error) bool {
+	return err == nil || isNotFound(err) || errdefs.ClassOf(err) == errdefs.WrongState
 }
 
 // putArchive stores what was uploaded.

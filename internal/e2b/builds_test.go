@@ -479,6 +479,10 @@ func TestBuildStatus(t *testing.T) {
 		b.Status, b.Reason = template.StatusError, &template.Reason{Message: "it broke", Step: "2"}
 	})
 	h.want(h.call("GET", path+"/status?logsOffset=250", ""), 200, `"reason":{"message":"it broke","step":"2"},"status":"error"`)
+	for step, want := range map[string]string{"base": "base", "ready": "finalize", "finalize": "finalize", "17": "17"} {
+		b.set(id, func(b *Build) { b.Reason.Step = step })
+		h.want(h.call("GET", path+"/status", ""), 200, `"reason":{"message":"it broke","step":"`+want+`"}`)
+	}
 	h.want(h.call("POST", "/v2/sandboxes", `{"templateID":"app"}`), 400, "not ready")
 	h.want(h.call("POST", "/templates/tags", `{"target":"app:`+made+`","tags":["x"]}`), 400, "not ready")
 }

@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/http"
 	"regexp"
+	"slices"
 	"time"
 
 	api "git.omukk.dev/wrenn/sandbox/api/e2b"
@@ -25,8 +26,8 @@ const (
 	defaultRefresh   = 15
 )
 
-// defaultUser runs programs, as E2B's clients expect it, in a sandbox of a template that
-// the host itself has: that names root, for wrenn.
+// defaultUser runs programs, as E2B's clients expect it, in a sandbox of the default
+// template: that names root, for wrenn.
 const defaultUser = "user"
 
 var idempotencyKey = regexp.MustCompile(`^[a-z0-9-]{1,255}$`)
@@ -140,7 +141,7 @@ func (s *server) createNow(ctx context.Context, req CreateRequest, templateID st
 		return api.Sandbox{}, err
 	}
 	req.Template, req.Build = t.ID, build
-	if t.Project == "" && t.Source == "" {
+	if t.Project == "" && t.Source == "" && slices.Contains(t.Names, s.DefaultTemplate) {
 		req.User = defaultUser
 	}
 	sb, err := s.Manager.Create(ctx, req)

@@ -83,6 +83,7 @@ func (u *uploads) before(next http.Handler) http.Handler {
 			u.fail(w, r, err)
 			return
 		}
+		w.Header().Set("Content-Length", "0")
 		w.WriteHeader(http.StatusOK)
 	})
 }

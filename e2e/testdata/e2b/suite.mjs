@@ -3,7 +3,7 @@
 // and prints one JSON object a line: {"n": number of the behaviour, "error": text}.
 import assert from 'node:assert/strict'
 import {
-  BuildError, CommandExitError, InvalidArgumentError, NotFoundError, Sandbox, SandboxError, SandboxNotFoundError, Template, TimeoutError,
+  CommandExitError, InvalidArgumentError, NotFoundError, Sandbox, SandboxError, SandboxNotFoundError, Template, TimeoutError,
 } from 'e2b'
 
 const api = process.env.E2B_API_URL
@@ -350,10 +350,6 @@ async function templates() {
   await show(49, async () => {
     assert.equal(await Template.exists('base'), true)
     assert.equal(await Template.exists('no-such-template'), false)
-  })
-  await show(45, async () => { // templates are not built here yet: that is said, not ignored
-    await assert.rejects(Template.build(Template().fromBaseImage(), 'suite-js-build'),
-      (err) => err instanceof BuildError && /builds no templates/.test(err.message))
   })
   await show(5, async () => {
     await assert.rejects(Sandbox.create({ timeoutMs: 0 }), (err) => err instanceof SandboxError || err instanceof InvalidArgumentError)

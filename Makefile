@@ -33,6 +33,7 @@ run: build ## install what is missing, prepare this host, run the host agent
 test: test-tools lint check-generated build ## everything that CI runs: lint, unit, race and real microVMs, as root
 	$(SETUP) $(TEST_STATE)
 	$(TEST_ENV) $(TOOL) gotestsum --format pkgname-and-test-fails $(AGAIN) --packages ./... -- -race -count=1 -p 1 -timeout 60m
+	WRENN_TEST_LINK=packet go test -count=1 -timeout 10m -run 'Frames|Addresses|Check|Names|Limit|Isolation|Guard|Egress|Polic|Stray' ./internal/network
 	$(MAKE) --no-print-directory fuzz
 
 test-tools: # what the tests use besides what the host needs; only what is missing, for a node of another origin conflicts with apt's npm

@@ -214,7 +214,7 @@ func checkLinks(h *netlink.Handle) (index map[string]int, wrong, err error) {
 	index = map[string]int{}
 	for _, l := range links {
 		index[l.Attrs().Name] = l.Attrs().Index
-		if (l.Attrs().Name == Tap || l.Attrs().Name == peerName) && l.Attrs().Flags&net.FlagUp == 0 {
+		if slices.Contains([]string{Tap, PacketEnd, peerName}, l.Attrs().Name) && l.Attrs().Flags&net.FlagUp == 0 {
 			errs = append(errs, fmt.Errorf("%s is down", l.Attrs().Name))
 		}
 	}

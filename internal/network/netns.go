@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
@@ -114,6 +115,32 @@ func inNS(path string, fn func() error) error {
 		}
 		return fn()
 	})
+}
+
+// makePacketPair makes a veth pair in the calling thread's namespace. Its far end is for a
+// packet socket alone: it has no address and answers no question for one, and its MAC is
+// not the guest's, so that the namespace takes no frame that is for the guest.
+func makePacketPair() error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = Tap
+	veth := netlink.NewVeth(attrs)
+	veth.PeerName = PacketEnd
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink in namespace: %w", err)
+	}
+	defer h.Close()
+	if err := h.LinkAdd(veth); err != nil {
+		return fmt.Errorf("add veth pair of the guest: %w", err)
+	}
+	end, err := h.LinkByName(PacketEnd)
+	if err != nil {
+		return fmt.Errorf("find %s: %w", PacketEnd, err)
+	}
+	if err := h.LinkSetARPOff(end); err != nil {
+		return fmt.Errorf("set %s silent: %w", PacketEnd, err)
+	}
+	return nil
 }
 
 // makeTap makes a persistent tap in the calling thread's namespace. A process

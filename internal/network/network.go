@@ -42,6 +42,9 @@ type Options struct {
 	// of that user may attach to it by name without privilege, given that it may
 	// open /dev/net/tun. With 0 the taps are root's.
 	BaseUID int
+	// Packet makes Tap one end of a veth pair, whose other end is PacketEnd, and no tap
+	// device. All else holds for it as for a tap.
+	Packet bool
 	// Egress is the mode of sandboxes that set none; Public if empty.
 	Egress Mode
 	// Limits hold for every sandbox where its own say nothing.

@@ -34,6 +34,9 @@ const (
 	TapMAC = "02:FC:00:00:00:06"
 	// Tap is the name of the tap in each namespace.
 	Tap = "tap0"
+	// PacketEnd is the name of the other end of the tap in namespaces whose tap is one end
+	// of a veth pair: for a VMM that exchanges frames through a packet socket.
+	PacketEnd = "gv0"
 	// peerName is the name of the veth pair's end in each namespace.
 	peerName = "veth0"
 )

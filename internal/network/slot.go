@@ -148,11 +148,7 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 	if err := n.step(ctx, s, "sysctl"); err != nil {
 		return err
 	}
-	owner := 0
-	if n.opts.BaseUID != 0 {
-		owner = n.opts.BaseUID + int(s)
-	}
-	if err := makeTap(Tap, owner); err != nil {
+	if err := n.makeLink(s); err != nil {
 		return err
 	}
 	if err := n.step(ctx, s, "tap"); err != nil {
@@ -183,6 +179,17 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 		return err
 	}
 	return n.wireNS(ctx, s, a, h)
+}
+
+// makeLink makes the link that leads to the guest, in the calling thread's namespace.
+func (n *Network) makeLink(s Slot) error {
+	switch {
+	case n.opts.Packet:
+		return makePacketPair()
+	case n.opts.BaseUID != 0:
+		return makeTap(Tap, n.opts.BaseUID+int(s))
+	}
+	return makeTap(Tap, 0)
 }
 
 // addVeth makes a slot's veth pair, one end in the host's namespace.
@@ -220,6 +227,11 @@ func (n *Network) wireNS(ctx context.Context, s Slot, a Addrs, h *netlink.Handle
 	}
 	if err := setMAC(h, Tap, TapMAC); err != nil {
 		return err
+	}
+	if _, err := h.LinkByName(PacketEnd); err == nil {
+		if _, err := up(PacketEnd, nil); err != nil {
+			return err
+		}
 	}
 	tap, err := up(Tap, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(GuestGateway, GuestAddr.Bits()))})
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -71,11 +72,15 @@ func testPlan() Plan {
 	return p
 }
 
+// packet says that the slots of all tests have a veth pair in place of a tap.
+var packet = os.Getenv("WRENN_TEST_LINK") == "packet"
+
 // world returns a network set up on a host with an uplink; it is torn down,
 // and found to have left nothing, when the test ends.
 func world(t testing.TB, opts Options) *Network {
 	t.Helper()
 	testenv.Root(t)
+	opts.Packet = packet
 	worldOnce.Do(func() {
 		must(t, unix.Mount("tmpfs", "/run", "tmpfs", 0, ""))
 		internet = newNS(t)
@@ -233,9 +238,13 @@ func startGuest(t testing.TB, a Addrs) *guest {
 	return g
 }
 
-// attachTap opens a tap of the calling thread's namespace as a VMM does.
+// attachTap opens the guest's end of a link of the calling thread's namespace as a VMM
+// does.
 func attachTap(t testing.TB, name string) *os.File {
 	t.Helper()
+	if packet && name == Tap {
+		return attachPacket(t, PacketEnd)
+	}
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	must(t, err)
 	req, err := unix.NewIfreq(name)
@@ -243,6 +252,37 @@ func attachTap(t testing.TB, name string) *os.File {
 	req.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
 	must(t, unix.IoctlIfreq(fd, unix.TUNSETIFF, req))
 	return os.NewFile(uintptr(fd), "tap")
+}
+
+// attachPacket opens a packet socket on a link of the calling thread's namespace.
+func attachPacket(t testing.TB, name string) *os.File {
+	t.Helper()
+	l, err := netlink.LinkByName(name)
+	must(t, err)
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	must(t, err)
+	must(t, unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_IGNORE_OUTGOING, 1))
+	for _, end := range []string{Tap, name} {
+		withChecksums(t, fd, end)
+	}
+	const all = unix.ETH_P_ALL << 8 // in the order of the network
+	must(t, unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: l.Attrs().Index}))
+	return os.NewFile(uintptr(fd), "packet")
+}
+
+// withChecksums has a link send whole checksums: what only crosses memory has none.
+func withChecksums(t testing.TB, socket int, name string) {
+	t.Helper()
+	value := struct{ command, on uint32 }{unix.ETHTOOL_STXCSUM, 0}
+	request := struct {
+		name [unix.IFNAMSIZ]byte
+		data unsafe.Pointer
+		_    [16]byte
+	}{data: unsafe.Pointer(&value)}
+	copy(request.name[:], name)
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(socket), unix.SIOCETHTOOL, uintptr(unsafe.Pointer(&request))); errno != 0 {
+		t.Fatal(errno)
+	}
 }
 
 // echo is a UDP and TCP server that answers each message with the address of

@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"git.omukk.dev/wrenn/sandbox/internal/agent"
+	"git.omukk.dev/wrenn/sandbox/internal/certs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 )
@@ -24,6 +25,7 @@ import (
 type hostFlags struct {
 	agent.Config
 	hostRange, linkRange string
+	guestCA              string
 }
 
 func newHostFlags(cmd *cobra.Command) *hostFlags {
@@ -42,6 +44,8 @@ func newHostFlags(cmd *cobra.Command) *hostFlags {
 		"IPv4 /16 by which the host sees its sandboxes; empty for the one used last, or a free one (env WRENN_HOST_RANGE)")
 	f.StringVar(&c.linkRange, "link-range", env("WRENN_LINK_RANGE", ""),
 		"IPv4 /16 of the links between host and sandboxes; empty for the one used last, or a free one (env WRENN_LINK_RANGE)")
+	f.StringVar(&c.guestCA, "guest-ca", env("WRENN_GUEST_CA", ""),
+		"file of certificates in PEM that guests trust besides their own, as behind a proxy that opens TLS (env WRENN_GUEST_CA)")
 	return c
 }
 
@@ -62,6 +66,11 @@ func (c *hostFlags) parse() error {
 		}
 		if *r.to, err = netip.ParsePrefix(r.text); err != nil {
 			errs = append(errs, fmt.Errorf("--%s: %w", r.flag, err))
+		}
+	}
+	if c.guestCA != "" {
+		if c.GuestCA, err = certs.ReadBundle(c.guestCA); err != nil {
+			errs = append(errs, fmt.Errorf("--guest-ca: %w", err))
 		}
 	}
 	return errors.Join(errs...)

@@ -219,7 +219,7 @@ func (b *base) takeOver(ctx context.Context, c Config, chosen host.Choice, templ
 		Driver: chosen.Driver, Others: chosen.Others,
 		Network: b.network, Templates: templates, Guests: c.parts.guests,
 		KillStrays: c.parts.killStrays, NetNSOf: c.parts.netNSOf,
-		Capacity: c.Capacity, Quota: b.quota, MaxLife: c.MaxTimeout, OverlayMiB: c.OverlayMiB, DNS: c.resolvers(),
+		Capacity: c.Capacity, Quota: b.quota, MaxLife: c.MaxTimeout, OverlayMiB: c.OverlayMiB, DNS: c.resolvers(), GuestCA: c.GuestCA,
 		DiskBytes: c.DiskBytes, DiskOps: c.DiskOps, BaseUID: b.uids,
 		BootTimeout: c.BootTimeout, Warm: c.Warm, KeepStopped: c.KeepStopped, KeepPaused: c.KeepPaused,
 		Log: c.Log,

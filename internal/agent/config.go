@@ -82,6 +82,8 @@ type Config struct {
 	Limits network.Limits
 	// DNS are the resolvers of the guests; those of the host if empty.
 	DNS []netip.Addr
+	// GuestCA holds certificates in PEM that guests trust besides those of their template.
+	GuestCA string
 	// Pool is how many networks are kept built ahead of use.
 	Pool int
 

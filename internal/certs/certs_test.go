@@ -258,3 +258,41 @@ func TestExpiryIsTold(t *testing.T) {
 		}
 	}
 }
+
+// TestReadBundle: a bundle has certificates alone, and some.
+func TestReadBundle(t *testing.T) {
+	dir := t.TempDir()
+	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	own(t, cert, key, "a.example", time.Now().Add(time.Hour))
+	read := func(path string) []byte {
+		t.Helper()
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return text
+	}
+	file := func(name string, parts ...[]byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, bytes.Join(parts, nil), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	two := file("two", []byte("# a comment\n"), read(cert), []byte("another\n"), read(cert))
+	if got, err := ReadBundle(two); err != nil || got != strings.Repeat(string(read(cert)), 2) {
+		t.Errorf("ReadBundle of two: %q, %v", got, err)
+	}
+	for name, path := range map[string]string{
+		"a key":       file("key", read(cert), read(key)),
+		"none":        file("none", []byte("certificates\n")),
+		"damaged":     file("damaged", []byte("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")),
+		"too much":    file("much", bytes.Repeat(read(cert), maxBundle/len(read(cert))+1)),
+		"not a file":  dir,
+		"not a thing": filepath.Join(dir, "nothing"),
+	} {
+		if got, err := ReadBundle(path); err == nil {
+			t.Errorf("%s: read %q", name, got)
+		}
+	}
+}

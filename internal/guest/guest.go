@@ -158,6 +158,9 @@ type Init struct {
 	// NewBootID gives the guest another boot id, because another machine may
 	// have read the one in the snapshot.
 	NewBootID bool
+	// CABundle holds certificates in PEM that the guest trusts from then on; empty changes
+	// nothing.
+	CABundle string
 	// CloneKey opens, in the token's place, the first Init of a guest that is
 	// restored from a snapshot of this one. This guest gets its digest only;
 	// empty keeps the previous one.
@@ -183,7 +186,7 @@ func (c *Client) Init(ctx context.Context, in Init) (version string, err error) 
 		Timestamp: &stamp, EnvVars: in.Env, AccessToken: in.AccessToken,
 		DefaultUser: in.DefaultUser, DefaultWorkdir: in.DefaultWorkdir,
 		Hostname: in.Hostname, SandboxID: in.SandboxID, Entropy: in.Entropy,
-		Restored: in.Restored, NewBootID: in.NewBootID, CloneKey: digest(in.CloneKey),
+		Restored: in.Restored, NewBootID: in.NewBootID, CloneKey: digest(in.CloneKey), CABundle: in.CABundle,
 	})
 	if err != nil {
 		return "", fmt.Errorf("initialise the guest: %w", err)

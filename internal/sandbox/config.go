@@ -101,6 +101,9 @@ type Config struct {
 	OverlayMiB int
 	// DNS are the resolvers that guests use.
 	DNS []netip.Addr
+	// GuestCA holds certificates in PEM that guests trust besides those of their template;
+	// empty for none.
+	GuestCA string
 	// DiskBytes and DiskOps are what each sandbox may read from and write to its
 	// disk in a second; zero for no limit.
 	DiskBytes, DiskOps int64

@@ -351,6 +351,7 @@ func (v *vms) tellGuest(ctx context.Context, b *box, src source) error {
 	case tellResume:
 		in = guest.Init{AccessToken: rec.Token, Entropy: entropy(), Restored: true}
 	}
+	in.CABundle = v.cfg.GuestCA
 	// No packet is lost before the guest runs: the first connection is the one.
 	g := b.op.guest
 	if src.token != "" {

@@ -33,6 +33,7 @@ func envdPath() string {
 func newSetup() *cobra.Command {
 	var c *hostFlags
 	var o setup.Options
+	var names []string
 	cmd := &cobra.Command{
 		Use:   "setup",
 		Short: "Install and prepare what the host needs",
@@ -41,12 +42,18 @@ with the guest daemon, the template "minimal" and a boot snapshot of it, from
 which sandboxes start, in the state directory. What is there and complete is
 kept, so that setup can be run again at any time; the next run completes an
 interrupted one.
+With --template also a template is built whose source this program has; one that is
+there is kept.
 Address ranges are chosen among those that are free on this host, and recorded.
 It needs root.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if os.Geteuid() != 0 {
 				return errors.New("setup needs root: sudo wrenn setup")
+			}
+			stock, err := findStock(names)
+			if err != nil {
+				return err
 			}
 			cfg, err := c.host()
 			if err != nil {
@@ -71,6 +78,9 @@ It needs root.`,
 				return err
 			}
 			p.end()
+			if err := buildStock(cmd, cfg, stock); err != nil {
+				return err
+			}
 			serve := "wrenn serve"
 			if cfg.StateDir != agent.DefaultStateDir {
 				serve += " --state-dir " + cfg.StateDir
@@ -82,6 +92,7 @@ It needs root.`,
 	c = newHostFlags(cmd)
 	cmd.Flags().StringVar(&o.Envd, "envd", env("WRENN_ENVD", envdPath()), "the guest daemon to put into the initrd (env WRENN_ENVD)")
 	cmd.Flags().StringVar(&o.Kernel, "kernel", "", `guest kernel: "debian", or the path of a vmlinux or bzImage; empty keeps what is there`)
+	cmd.Flags().StringArrayVar(&names, "template", nil, "a template to build as well, of "+stockNames()+"; may be repeated")
 	cmd.Flags().StringVar(&o.Modules, "modules", "", "directory of the modules that belong to --kernel")
 	return cmd
 }

@@ -133,14 +133,20 @@ func (a *agent) setKey(key string) {
 	a.HostAgentServiceClient = hostagentv1connect.NewHostAgentServiceClient(&http.Client{Transport: &http.Transport{}}, a.url, options...)
 }
 
-// prepare makes the state directory: what setup has made, linked.
-func (a *agent) prepare(prepared string) error {
+// prepare makes the state directory: what setup has made, linked, and the templates in
+// more directories.
+func (a *agent) prepare(prepared string, more ...string) error {
 	if err := os.Mkdir(a.stateDir, 0o700); err != nil { // ours alone
 		return err
 	}
 	for _, part := range []string{"kernels", "templates", "seeds"} {
 		if err := linkTree(filepath.Join(prepared, part), filepath.Join(a.stateDir, part)); err != nil {
 			return errors.Join(fmt.Errorf("link %s: %w", part, err), os.RemoveAll(a.stateDir))
+		}
+	}
+	for _, dir := range more {
+		if err := linkTree(dir, filepath.Join(a.stateDir, "templates")); err != nil {
+			return errors.Join(fmt.Errorf("link %s: %w", dir, err), os.RemoveAll(a.stateDir))
 		}
 	}
 	return nil
@@ -307,6 +313,12 @@ func (a *agent) close() error {
 // startAgent starts an agent for one test, which must leave nothing of it.
 func startAgent(t testing.TB, args ...string) *agent {
 	t.Helper()
+	return startAgentWith(t, nil, args...)
+}
+
+// startAgentWith is startAgent with the templates in more directories.
+func startAgentWith(t testing.TB, more []string, args ...string) *agent {
+	t.Helper()
 	prepared := testenv.StateDir(t)
 	a, err := newAgent(prepared, binDir(t))
 	if err != nil {
@@ -315,7 +327,7 @@ func startAgent(t testing.TB, args ...string) *agent {
 	for _, marker := range a.markers() {
 		testenv.NoLeaks(t, marker)
 	}
-	if err := a.prepare(prepared); err != nil {
+	if err := a.prepare(prepared, more...); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

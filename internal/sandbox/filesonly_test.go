@@ -556,3 +556,33 @@ func (r *rig) wantBootedFrom(name, disk string, source Record) {
 	}
 	r.wantNothing()
 }
+
+// TestGuestCA: each start of a guest tells it which certificates to trust.
+func TestGuestCA(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) { c.GuestCA = "certificates" })
+		var told []guest.Init
+		r.told = func(_ string, in guest.Init) { told = append(told, in) }
+		made, err := r.Create(t.Context(), CreateRequest{Timeout: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, how := range []func() error{
+			func() error { return r.Hibernate(t.Context(), made.ID, filesOnly) },
+			func() error { return r.Resume(t.Context(), made.ID) },
+			func() error { _, err := r.Fork(t.Context(), made.ID, ForkRequest{Count: 1}); return err },
+		} {
+			if err := how(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(told) < 3 {
+			t.Errorf("guests were told of %d starts", len(told))
+		}
+		for _, in := range told {
+			if in.CABundle != "certificates" {
+				t.Errorf("a guest was told %+v", in)
+			}
+		}
+	})
+}

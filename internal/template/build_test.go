@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/sealed"
 )
 
 // making is what the tests' builds are made with.
@@ -663,4 +664,50 @@ func publishReady(t *testing.T, s *Store, id, build string) string {
 		t.Fatal(err)
 	}
 	return key
+}
+
+// What versions without stacks published is a stack of one layer: its digest is the one
+// that records and snapshots have, and other templates can be built on it.
+func TestTemplateOfBeforeLayers(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	put(t, s, "other", "kernel") // for a kernel
+	const build, sum = "00000000-0000-4000-8000-000000000001", "6105d6cc76af400325e94d588ce511be5bfdbb73b437dc51eca43917d7a43e3d"
+	id := HostID("minimal")
+	write(t, filepath.Join(s.templateDir(id), build, "base.ext4"), "image")
+	write(t, filepath.Join(s.templateDir(id), build, manifestFile), `{"format": 1, "files": {"base.ext4": {"size": 5, "sha256": "`+sum+`"}},
+  "recipe": "ff", "defaults": {"vcpus": 1, "mem_mib": 512, "overlay_mib": 4096, "user": "root"}}`)
+	at := "2026-11-01T00:00:00Z"
+	err := sealed.Write(filepath.Join(s.templateDir(id), infoFile), map[string]any{
+		"id": id, "names": []string{"minimal"}, "created_at": at, "updated_at": at,
+		"tags": []any{map[string]any{"name": "default", "build": build, "created_at": at}},
+		"builds": []any{map[string]any{
+			"id": build, "status": "ready", "created_at": at, "updated_at": at, "finished_at": at,
+			"vcpus": 1, "mem_mib": 512, "disk_mib": 4096, "base": sum,
+		}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, dir)
+	tmpl, err := s.Get("minimal")
+	if err != nil || tmpl.RootSHA256 != sum || tmpl.Layers[0].SHA256 != sum || tmpl.Start.Start != "" || tmpl.Defaults.User != "root" {
+		t.Fatalf("%+v, %v", tmpl, err)
+	}
+	holds(t, tmpl, "image")
+	if old, err := s.RootOf("minimal", sum); err != nil || old.Build != build {
+		t.Errorf("by its digest: %+v, %v", old, err)
+	}
+	made(t, s, NewBuild{Name: "minimal"}, "minimal", "more")
+	if tmpl, err = s.Get("minimal"); err != nil || tmpl.RootSHA256 == sum {
+		t.Fatalf("%+v, %v", tmpl, err)
+	}
+	holds(t, tmpl, "image", "more")
+	// What was made of the build before still finds it.
+	if old, err := s.RootOf(id, sum); err != nil || old.Build != build {
+		t.Errorf("by its digest, later: %+v, %v", old, err)
+	}
+	if err := s.Verify(t.Context(), func(Kind, string) bool { return true }, func(v Verified) error { return v.Err }); err != nil {
+		t.Error(err)
+	}
 }

@@ -581,24 +581,29 @@ func TestTheSameStackAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, more := range []bool{false, true} {
+	for _, other := range []string{"", "layer", "program"} {
 		_, next, stage := begin(t, s, NewBuild{Name: "mine"})
 		if err := stage.Inherit(tmpl); err != nil {
 			t.Fatal(err)
 		}
-		if more {
+		about := making()
+		about.Start.Env = map[string]string{}
+		switch other {
+		case "layer":
 			layer(t, stage, "more")
+		case "program":
+			about.Start.Start = "serve"
 		}
-		if _, _, err := stage.Publish(t.Context(), making()); err != nil {
+		if _, _, err := stage.Publish(t.Context(), about); err != nil {
 			t.Fatal(err)
 		}
 		if err := s.Finish(t.Context(), info.ID, next.ID, nil); err != nil {
 			t.Fatal(err)
 		}
 		got, err := s.Ready(t.Context(), info.ID, next.ID, ready)
-		if more {
+		if other != "" {
 			if !errors.Is(err, errdefs.NotFound) {
-				t.Errorf("the boot snapshot of another stack: %v", err)
+				t.Errorf("the boot snapshot of another %s: %v", other, err)
 			}
 			continue
 		}
@@ -614,11 +619,11 @@ func TestTheSameStackAgain(t *testing.T) {
 			t.Error("it is to be read again")
 		}
 	}
-	if _, loose := must(s.readInfo(info.ID)).tagged(); len(loose) != 2 {
+	if _, loose := must(s.readInfo(info.ID)).tagged(); len(loose) != 3 {
 		t.Errorf("untagged: %q", loose)
 	}
 	unused, err := s.Unused(func(Info, Build) bool { return false })
-	if err != nil || len(unused) != 2 {
+	if err != nil || len(unused) != 3 {
 		t.Errorf("unused: %+v, %v", unused, err)
 	}
 	if err := s.Prune(t.Context(), func(Info, Build) bool { return false }); err != nil {

@@ -2,6 +2,7 @@ package template
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -227,10 +228,9 @@ func (b *BuildStage) Publish(ctx context.Context, about Making) (t Info, made Bu
 	if err != nil {
 		return t, made, noSpace("publish build", err)
 	}
-	if len(b.layers) == len(b.inherited.Layers) { // it is the same stack
-		if err := b.inheritReady(); err != nil {
-			return t, made, noSpace("publish build", err)
-		}
+	ready := b.inheritedReady(about.Start)
+	if err := b.inheritReady(ready); err != nil {
+		return t, made, noSpace("publish build", err)
 	}
 	dir := filepath.Join(b.store.templateDir(b.id), b.build)
 	added := false
@@ -259,28 +259,37 @@ func (b *BuildStage) Publish(ctx context.Context, about Making) (t Info, made Bu
 		return t, made, noSpace("publish build", err)
 	}
 	b.published = true
-	b.store.readAs(filepath.Join(dir, "ready"), b.inheritedReady())
+	b.store.readAs(filepath.Join(dir, "ready"), ready)
 	for i := range b.layers {
 		b.layers[i].Path = filepath.Join(dir, layerName(i))
 	}
 	return t, made, nil
 }
 
-// inheritedReady is where the boot snapshots of the inherited build are, if it has any.
-func (b *BuildStage) inheritedReady() string {
+// inheritedReady is where the boot snapshots of the inherited build are, if this one has
+// its stack and its program, and nothing otherwise.
+func (b *BuildStage) inheritedReady(start Program) string {
 	dir, err := b.store.readyDir(b.inherited.ID, b.inherited.Build)
 	if err != nil || len(b.layers) != len(b.inherited.Layers) {
+		return ""
+	}
+	is, err1 := json.Marshal(start) // in which no map and an empty one are the same
+	was, err2 := json.Marshal(b.inherited.Start)
+	if errors.Join(err1, err2) != nil || string(is) != string(was) {
 		return ""
 	}
 	return dir
 }
 
-// inheritReady hands the boot snapshots of the inherited build on, without copying them.
-// Their keys say whether they fit.
-func (b *BuildStage) inheritReady() error {
-	from, to := b.inheritedReady(), filepath.Join(b.root(), "ready")
+// inheritReady hands the boot snapshots in a directory on, without copying them. Their
+// keys say whether they fit.
+func (b *BuildStage) inheritReady(from string) error {
+	if from == "" {
+		return nil
+	}
+	to := filepath.Join(b.root(), "ready")
 	keys, err := directories(from)
-	if from == "" || err != nil || len(keys) == 0 {
+	if err != nil || len(keys) == 0 {
 		return err
 	}
 	if err := os.Mkdir(to, 0o755); err != nil {

@@ -33,6 +33,13 @@ func ParseReference(ref string) error {
 	return err
 }
 
+// IsLocal reports whether ref names an image of a registry on this machine, which is the
+// host administrator's, and not every caller's, to ask.
+func IsLocal(ref string) bool {
+	parsed, err := parseReference(ref)
+	return err == nil && isLoopback(parsed.Context().RegistryStr())
+}
+
 // The library takes more than registries do.
 var (
 	repository = regexp.MustCompile(`^[a-z0-9]+([._-]+[a-z0-9]+)*(/[a-z0-9]+([._-]+[a-z0-9]+)*)*$`)
@@ -107,6 +114,9 @@ var accept = strings.Join([]string{
 // top is the document to which a reference leads.
 func (r *registry) top(ctx context.Context, ref name.Reference) ([]byte, types.MediaType, error) {
 	body, header, err := r.small(ctx, "manifests/"+ref.Identifier(), accept, maxManifest)
+	if errdefs.ClassOf(err) == errdefs.NotFound {
+		return nil, "", fmt.Errorf("image or tag %w", err)
+	}
 	if err != nil {
 		return nil, "", err
 	}

@@ -126,7 +126,7 @@ func TestPullRefuses(t *testing.T) {
 		class      *errdefs.Class
 		text       string
 	}{
-		{"no such tag", "/manifests/", answer(404, "{}"), errdefs.NotFound, "does not have it"},
+		{"no such tag", "/manifests/", answer(404, "{}"), errdefs.NotFound, "image or tag not found at"},
 		{"denied", "/manifests/", answer(403, "{}"), errdefs.Denied, "needs credentials"},
 		{"broken registry", "/manifests/", answer(503, "secret words"), errdefs.Unavailable, "503"},
 		{"too many requests", "/manifests/", answer(429, ""), errdefs.Unavailable, "no more requests"},
@@ -504,6 +504,17 @@ func TestParseReference(t *testing.T) {
 		err := ParseReference(ref)
 		if (err == nil) != ok || err != nil && (errdefs.ClassOf(err) != errdefs.InvalidArgument || strings.Contains(say(err), "secret")) {
 			t.Errorf("%.50q: %v", ref, err)
+		}
+	}
+}
+
+func TestIsLocal(t *testing.T) {
+	for ref, want := range map[string]bool{
+		"localhost:5000/a": true, "127.0.0.1:5000/a:b": true, "127.1.2.3/a": true, "[::1]:5000/a": true, "python": false,
+		"localhost/a": true, "host.example/localhost": false, "10.0.0.1/a": false, "//": false,
+	} {
+		if got := IsLocal(ref); got != want {
+			t.Errorf("%s: %v", ref, got)
 		}
 	}
 }

@@ -240,11 +240,11 @@ func (r *registry) explain(err error) error {
 	host := errdefs.Foreign(r.repo.RegistryStr())
 	switch c := code(err); {
 	case c == http.StatusUnauthorized && r.anonymous, c == http.StatusForbidden && r.anonymous:
-		return errdefs.Denied.Errorf("%s does not show it to everyone: it does not exist, or needs credentials", host)
+		return errdefs.Denied.Errorf("access denied by %s: it does not exist, or needs credentials", host)
 	case c == http.StatusUnauthorized, c == http.StatusForbidden:
-		return errdefs.Denied.Errorf("%s denies access with these credentials", host)
+		return errdefs.Denied.Errorf("access denied by %s with these credentials", host)
 	case c == http.StatusNotFound:
-		return errdefs.NotFound.Errorf("%s does not have it", host)
+		return errdefs.NotFound.Errorf("not found at %s", host)
 	case c == http.StatusTooManyRequests:
 		return errdefs.Unavailable.Errorf("%s answers no more requests for now", host)
 	case c != 0:

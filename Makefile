@@ -58,7 +58,7 @@ fuzz: ## feed the parsers nonsense, FUZZTIME each
 
 bench: build ## measure what a user waits for, each beside its bare floor, and what a sandbox takes
 	$(SETUP) $(TEST_STATE)
-	$(TEST_ENV) go test -v -p 1 -count=1 -run '^$$' -bench . -benchtime 10x -timeout 30m ./internal/network ./internal/agent ./e2e
+	$(TEST_ENV) go test -v -p 1 -count=1 -run '^$$' -bench . -benchtime 10x -timeout 30m ./internal/network ./internal/image ./internal/agent ./e2e
 
 lint: ## gofmt, go vet, staticcheck, buf lint, the limits of tools/ratchet, the calls of the sentry
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { gofmt -l $$(git ls-files '*.go'); exit 1; }

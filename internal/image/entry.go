@@ -15,6 +15,9 @@ import (
 
 // create makes the entry base of d, in the place of what is there.
 func (t *tree) create(ctx context.Context, d *dir, base string, hdr *tar.Header, content io.Reader) error {
+	if d.ino == t.root.ino && base == "lost+found" && hdr.Typeflag != tar.TypeDir {
+		return errdefs.InvalidArgument.Errorf("it has to be a directory, which every ext4 has")
+	}
 	var err error
 	for range 2 {
 		switch hdr.Typeflag {
@@ -42,6 +45,9 @@ func (t *tree) create(ctx context.Context, d *dir, base string, hdr *tar.Header,
 }
 
 func (t *tree) directory(d *dir, base string, hdr *tar.Header) error {
+	if err := d.mayHold(); err != nil {
+		return err
+	}
 	err := unix.Mkdirat(d.fd, base, 0o700)
 	existed := err == unix.EEXIST
 	if existed {

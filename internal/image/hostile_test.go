@@ -53,6 +53,7 @@ func TestHostileImages(t *testing.T) {
 	hard := func(name, to string) entry { return entry{name: name, link: to, kind: tar.TypeLink} }
 	up := strings.Repeat("../", 30)
 	one := func(e ...entry) [][]byte { return [][]byte{archiveOf(t, e...)} }
+	part := strings.Repeat("p", 250)
 	zeros := strings.Repeat("\x00", 6<<20)
 	for _, c := range []struct {
 		name   string
@@ -84,8 +85,11 @@ func TestHostileImages(t *testing.T) {
 		{"giant name", one(entry{name: strings.Repeat("n/", 2000)}), errdefs.InvalidArgument, "name of 4000 bytes"},
 		{"giant part of a name", one(entry{name: strings.Repeat("n", 256)}), errdefs.InvalidArgument, "too long"},
 		{"giant link", one(symlink("l", strings.Repeat("n", 5000))), errdefs.InvalidArgument, "5000 bytes"},
-		{"path that links make too long", one(symlink("l", strings.Repeat("n/", 1400)+"x"),
-			entry{name: strings.Repeat("n/", 1400) + "x/"}, entry{name: "l/" + strings.Repeat("m/", 500)}), errdefs.InvalidArgument, "too long"},
+		{"path that links make too long", one(symlink("l", strings.Repeat(part+"/", 10)),
+			entry{name: strings.Repeat(part+"/", 10)}, entry{name: "l/" + strings.Repeat(part+"/", 5)}), errdefs.InvalidArgument, "too long"},
+		{"deep directories", one(entry{name: strings.Repeat("n/", 400)}, symlink("l", strings.Repeat("n/", 400)),
+			entry{name: "l/" + strings.Repeat("n/", 101)}), errdefs.InvalidArgument, "nested"},
+		{"lost+found that is a file", one(entry{name: "lost+found"}), errdefs.InvalidArgument, "lost+found"},
 		{"giant attributes", one(entry{name: "a", xattrs: map[string]string{"user.a": strings.Repeat("x", 5000)}}),
 			errdefs.InvalidArgument, "attributes"},
 		{"attribute without a meaning", one(entry{name: "a", xattrs: map[string]string{"security.capability": "xx"}}),

@@ -213,7 +213,8 @@ func (s *Store) proven(layers []Layer) bool {
 
 // FromTar makes the new file an ext4 that holds what the archive r holds, compressed or
 // not. It is what Root does with the layers of an image, without a store; the tree is
-// made beside file and removed. On error there is no file.
+// made beside file and removed. On error there is no file. Cancelling ctx does not end a
+// read of r that blocks.
 func FromTar(ctx context.Context, file string, r io.Reader, limits Limits) error {
 	tree, err := os.MkdirTemp(filepath.Dir(file), ".tree-")
 	if err != nil {

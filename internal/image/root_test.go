@@ -96,8 +96,10 @@ func TestRootEveryKind(t *testing.T) {
 			t.Errorf("%s: got %q, want %q", name, got, want)
 		}
 	}
-	if got := inExt4(t, path, "cat /etc/passwd"); got != "root\n" {
-		t.Errorf("passwd: %q", got)
+	for name, want := range map[string]string{"/etc/passwd": "root\n", "/lost+found/x": "found"} {
+		if got := inExt4(t, path, "cat "+name); got != want {
+			t.Errorf("%s: %q", name, got)
+		}
 	}
 	for _, name := range []string{"security.capability (20)", "user.note (1)"} {
 		if got := inExt4(t, path, "ea_list /bin/ping"); !strings.Contains(got, name) {

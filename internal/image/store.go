@@ -134,17 +134,22 @@ func (s *Store) hold() (release func(), err error) {
 	}), nil
 }
 
-// heldSince is when the oldest hold began.
+// heldSince is when the oldest hold began, besides the one of the caller.
 func (s *Store) heldSince() time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	oldest := time.Now()
+	now := time.Now()
+	if len(s.holds) < 2 {
+		return now
+	}
+	oldest := now
 	for _, t := range s.holds {
 		if t.Before(oldest) {
 			oldest = t
 		}
 	}
-	return oldest
+	// File systems have a clock that is some milliseconds late.
+	return oldest.Add(-50 * time.Millisecond)
 }
 
 func (s *Store) path(parts ...string) string {

@@ -30,6 +30,8 @@ const (
 	// maxXattrs bounds the extended attributes of one file, in bytes, which ext4 has
 	// to put into one block.
 	maxXattrs = 3 << 10
+	// maxDepth bounds directories in directories: mke2fs has all of a path open.
+	maxDepth = 500
 	// maxOpen bounds the directories that are kept open.
 	maxOpen = 128
 )
@@ -70,8 +72,9 @@ type dir struct {
 // made is what is known of a directory of the tree.
 type made struct {
 	mtime unix.Timespec
-	// length is that of its path, count how many entries were made in it.
-	length, count int
+	// length is that of its path, depth how many directories it is in, count how many
+	// entries were made in it.
+	length, depth, count int
 	// acl is its default ACL, which would act on what is made in it.
 	acl []byte
 }
@@ -321,6 +324,9 @@ func (t *tree) open(name string) (*dir, error) {
 	if up.length+1+len(base) > t.limits.NameBytes {
 		return nil, unix.ENAMETOOLONG
 	}
+	if err := up.mayHold(); err != nil {
+		return nil, err
+	}
 	if t.entries++; t.entries > t.limits.Entries {
 		return nil, errdefs.Exhausted.Errorf("the image has more than %d entries", t.limits.Entries)
 	}
@@ -338,6 +344,14 @@ func (t *tree) open(name string) (*dir, error) {
 	return t.lookup(name)
 }
 
+// mayHold refuses one more directory below those that lead to d.
+func (d *dir) mayHold() error {
+	if d.depth >= maxDepth {
+		return errdefs.InvalidArgument.Errorf("directories are nested more than %d deep", maxDepth)
+	}
+	return nil
+}
+
 // newDir opens a directory that was made just now, which the caller closes.
 func (t *tree) newDir(up *dir, base string) (*dir, error) {
 	fd, err := unix.Openat(up.fd, base, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
@@ -349,7 +363,7 @@ func (t *tree) newDir(up *dir, base string) (*dir, error) {
 		unix.Close(fd)
 		return nil, err
 	}
-	m := &made{mtime: unmade, length: up.length + 1 + len(base)}
+	m := &made{mtime: unmade, length: up.length + 1 + len(base), depth: up.depth + 1}
 	t.made[st.Ino] = m // a number may have been that of a directory that is gone
 	return &dir{fd: fd, ino: st.Ino, made: m}, nil
 }

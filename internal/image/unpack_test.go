@@ -219,7 +219,9 @@ func everything() []entry {
 		{name: "run/fifo", kind: tar.TypeFifo, mode: 0o600},
 		{name: "old", text: "o", when: time.Unix(-5, 0)},
 		{name: long + "file", text: "deep"},
-		{name: "link", link: strings.Repeat("t", 3000), kind: tar.TypeSymlink},
+		{name: "link", link: strings.Repeat("t", 4095), kind: tar.TypeSymlink},
+		{name: "lost+found/", mode: 0o700},
+		{name: "lost+found/x", text: "found"},
 		{name: "ünïcode \n", text: "u", uid: 1<<32 - 2},
 	}
 }
@@ -241,7 +243,9 @@ func TestUnpackEveryKind(t *testing.T) {
 		"etc 040750 3:4 1600000000",
 		`etc/passwd 100640 1:100000 1600000000 "root\n"`,
 		"lib 120777 0:0 1600000000 -> /usr/lib",
-		"link 120777 0:0 1600000000 -> " + strings.Repeat("t", 3000),
+		"link 120777 0:0 1600000000 -> " + strings.Repeat("t", 4095),
+		"lost+found 040700 0:0 1600000000",
+		`lost+found/x 100644 0:0 1600000000 "found"`,
 		`old 100644 0:0 -5 "o"`,
 		"run 040755 0:0 1700000000",
 		"run/fifo 010600 0:0 1600000000",

@@ -214,8 +214,12 @@ func checkLinks(h *netlink.Handle) (index map[string]int, wrong, err error) {
 	index = map[string]int{}
 	for _, l := range links {
 		index[l.Attrs().Name] = l.Attrs().Index
-		if slices.Contains([]string{Tap, PacketEnd, peerName}, l.Attrs().Name) && l.Attrs().Flags&net.FlagUp == 0 {
-			errs = append(errs, fmt.Errorf("%s is down", l.Attrs().Name))
+		switch name := l.Attrs().Name; {
+		case l.Attrs().Flags&net.FlagUp != 0:
+		case name == PacketEnd:
+			errs = append(errs, errGivenUp)
+		case name == Tap || name == peerName:
+			errs = append(errs, fmt.Errorf("%s is down", name))
 		}
 	}
 	if index[peerName] == 0 {
@@ -344,8 +348,10 @@ func generation() (uint32, error) {
 
 // What Repair asks of a finding.
 var (
-	errNoNS    = errors.New("the network namespace is missing")
-	errNoTap   = errors.New("the tap is missing")
+	errNoNS  = errors.New("the network namespace is missing")
+	errNoTap = errors.New("the tap is missing")
+	// errGivenUp: a packet socket whose link goes down once receives nothing any more.
+	errGivenUp = errors.New(PacketEnd + " is down")
 	errNoRules = errors.New("the namespace's rules are not whole")
 )
 
@@ -469,7 +475,7 @@ func (n *Network) Repair(ctx context.Context, s Slot, p Policy, l Limits) error 
 	if wrong == nil {
 		return nil
 	}
-	if errors.Is(wrong, errNoNS) || errors.Is(wrong, errNoTap) {
+	if errors.Is(wrong, errNoNS) || errors.Is(wrong, errNoTap) || errors.Is(wrong, errGivenUp) {
 		return errdefs.Unavailable.Errorf("the sandbox's network is gone and cannot be mended under a running VM: %w", wrong)
 	}
 	if err := n.rebuild(ctx, s, errors.Is(wrong, errNoRules)); err != nil {

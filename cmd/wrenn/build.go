@@ -26,8 +26,12 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
 
-// cancelTime bounds what is waited for when a build is cancelled.
-const cancelTime = 20 * time.Second
+const (
+	// beginTime bounds the call that begins a build, which does not wait for it.
+	beginTime = time.Minute
+	// cancelTime bounds what is waited for when a build is cancelled.
+	cancelTime = 20 * time.Second
+)
 
 // making holds the flags of the commands that make a template.
 type making struct {
@@ -120,11 +124,16 @@ func (m *making) watched(ctx context.Context, c *cli, req *hostagentv1.BuildTemp
 	fill func(context.Context, *buildView) error,
 ) (*hostagentv1.BuildEnd, *hostagentv1.BuildTemplateResponse, error) {
 	if fill != nil {
-		if err := fill(ctx, view); err != nil {
+		if err := fill(ctx, view); ctx.Err() != nil {
+			return nil, nil, errors.New("cancelled before the build had begun")
+		} else if err != nil {
 			return nil, nil, err
 		}
 	}
-	made, err := c.host.Templates().Build(ctx, req)
+	// Without its answer the build could not be cancelled.
+	begin, stop := context.WithTimeout(context.WithoutCancel(ctx), beginTime)
+	defer stop()
+	made, err := c.host.Templates().Build(begin, req)
 	if err != nil {
 		return nil, nil, err
 	}

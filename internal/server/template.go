@@ -45,7 +45,6 @@ type Builds interface {
 // one.
 type Images interface {
 	Prune(ctx context.Context, keep image.Keep) (freed int64, err error)
-	Usage() (image.Usage, error)
 }
 
 // templates answers the calls of TemplateService.

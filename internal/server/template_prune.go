@@ -141,18 +141,9 @@ func (s *templates) collectCache(ctx context.Context, resp *pb.CollectGarbageRes
 	for _, i := range items {
 		resp.Removed = append(resp.Removed, &pb.Garbage{Kind: i.Kind, Name: validText(i.Name), Bytes: i.Bytes})
 	}
-	name := "layers"
-	var freed int64
-	if dryRun {
-		name = "layers, at most"
-		var usage image.Usage
-		usage, err = s.images.Usage()
-		freed = usage.Blobs + usage.Roots
-	} else {
-		freed, err = s.images.Prune(ctx, image.Keep{Age: age})
-	}
+	freed, err := s.images.Prune(ctx, image.Keep{Age: age, DryRun: dryRun})
 	if err == nil && freed > 0 {
-		resp.Removed = append(resp.Removed, &pb.Garbage{Kind: "image", Name: name, Bytes: freed})
+		resp.Removed = append(resp.Removed, &pb.Garbage{Kind: "image", Name: "layers", Bytes: freed})
 	}
 	return err
 }

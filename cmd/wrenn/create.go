@@ -125,8 +125,11 @@ func (c *cli) create(ctx context.Context, s *size) (*hostagentv1.CreateSandboxRe
 	}
 	defer spin("booting a sandbox")()
 	resp, err := c.host.Create(ctx, req)
-	if connect.CodeOf(err) == connect.CodeNotFound {
+	switch {
+	case connect.CodeOf(err) == connect.CodeNotFound:
 		err = fmt.Errorf("%w; `wrenn template ls` lists templates, `wrenn snapshots` snapshots", err)
+	case connect.CodeOf(err) == connect.CodeFailedPrecondition && strings.Contains(err.Error(), "not ready"):
+		err = fmt.Errorf("%w; `wrenn template ls -a` lists builds, `wrenn template inspect` says why", err)
 	}
 	if err != nil {
 		return nil, err

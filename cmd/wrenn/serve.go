@@ -181,6 +181,8 @@ func (c *serveFlags) sandboxFlags(cmd *cobra.Command) {
 	f.IntVar(&c.Capacity.MemMiB, "max-memory", c.Capacity.MemMiB, "most memory of all sandboxes together, in MiB")
 	f.IntVar(&c.Capacity.DiskMiB, "max-disk", c.Capacity.DiskMiB,
 		"most disk of all sandboxes together, in MiB of their full sizes; 0 is 16 times what is free, since disks take only what is written")
+	f.IntVar(&c.MaxTemplateDiskMiB, "max-template-disk", c.MaxTemplateDiskMiB,
+		"most disk of templates, images and the cache of builds together, in MiB; the cache makes way first; 0 is no bound")
 	f.IntVar(&c.Capacity.FreeDiskMiB, "keep-free", c.Capacity.FreeDiskMiB,
 		"MiB that stay free on the state directory's file system: "+
 			"with less, nothing new is made, and sandboxes that write more than their share stand still")

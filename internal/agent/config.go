@@ -96,6 +96,9 @@ type Config struct {
 	Capacity sandbox.Capacity
 	// Warm is how many waiting guests are kept.
 	Warm int
+	// MaxTemplateDiskMiB bounds what templates, images and the cache of builds take of the
+	// disk together; 0 is no bound.
+	MaxTemplateDiskMiB int
 	// BootTimeout is how long a guest may take to come up.
 	BootTimeout time.Duration
 	// KeepStopped is how long a sandbox that ended by itself is remembered,
@@ -150,7 +153,7 @@ func (c Config) Check() error {
 	}{
 		{"pool", c.Pool, 0}, {"warm", c.Warm, 0}, {"disk", c.OverlayMiB, 64},
 		{"max-sandboxes", c.Capacity.Sandboxes, 1}, {"max-vcpus", c.Capacity.VCPUs, 1},
-		{"max-memory", c.Capacity.MemMiB, 1}, {"max-starts", c.Capacity.Starts, 1},
+		{"max-memory", c.Capacity.MemMiB, 1}, {"max-starts", c.Capacity.Starts, 1}, {"max-template-disk", c.MaxTemplateDiskMiB, 0},
 	} {
 		if least.n < least.least {
 			errs = append(errs, fmt.Errorf("--%s is too small", least.flag))

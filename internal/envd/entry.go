@@ -113,7 +113,8 @@ func attributes(path string) []string {
 		return nil
 	}
 	buf := make([]byte, n+256) // some may be added after the first call
-	if n, err = unix.Llistxattr(path, buf); err != nil {
+	// An overlay counts its own attributes in the first call and leaves them out here.
+	if n, err = unix.Llistxattr(path, buf); err != nil || n == 0 {
 		return nil
 	}
 	return strings.Split(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00")

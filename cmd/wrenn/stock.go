@@ -54,11 +54,13 @@ func buildStock(cmd *cobra.Command, cfg agent.Config, wanted []templates.Stock) 
 	}
 	var missing []templates.Stock
 	for _, t := range wanted {
-		if _, err := store.Get(t.Name); err == nil {
+		_, b, err := store.Resolve("", t.Name)
+		switch class := errdefs.ClassOf(err); {
+		case err == nil && b.Status == template.StatusReady:
 			fmt.Fprintf(cmd.ErrOrStderr(), "template %s  already there\n", t.Name)
-		} else if errdefs.ClassOf(err) == errdefs.NotFound {
+		case err == nil, class == errdefs.NotFound, class == errdefs.WrongState: // a build of it may have failed
 			missing = append(missing, t)
-		} else {
+		default:
 			return err
 		}
 	}

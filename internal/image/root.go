@@ -235,6 +235,10 @@ func FromTree(ctx context.Context, file, dir string) error {
 		if !errors.Is(err, fs.ErrExist) {
 			_ = os.Remove(file)
 		}
+		if errdefs.ClassOf(err) == errdefs.Exhausted {
+			// What the tool says has paths of the host in it.
+			return errdefs.Exhausted.Errorf("pack tree: the host's disk is full")
+		}
 		return fmt.Errorf("pack tree: %w", errdefs.DiskFull(err))
 	}
 	return nil

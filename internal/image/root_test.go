@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -205,7 +206,7 @@ func TestRootDiskFull(t *testing.T) {
 	for _, size := range []int{32 << 20, 14 << 20} { // too much to unpack, too much to pack
 		img := imported(t, s, archiveOf(t, entry{name: "big", text: strings.Repeat("0123456789abcdef", size/16)}))
 		_, err := s.Root(t.Context(), img, nil)
-		if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(say(err), "disk is full") {
+		if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(say(err), "disk is full") || strings.Contains(say(err), dir) {
 			t.Errorf("%d bytes: %v", size, err)
 		}
 		for _, n := range left(t, dir) {
@@ -214,10 +215,38 @@ func TestRootDiskFull(t *testing.T) {
 			}
 		}
 	}
-	reg, img := newRegistry(t), bigImage(t, 30<<20)
+}
+
+// A pull for which there is no room is refused before it begins, and one whose room is
+// taken by something else while it goes on ends.
+func TestPullDiskFull(t *testing.T) {
+	testenv.Root(t)
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=24m"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	s, reg, img := open(t, dir), newRegistry(t), bigImage(t, 30<<20)
 	_, err := s.Pull(t.Context(), reg.push(t, "i", "v1", img), Credentials{}, nil)
-	if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(say(err), "room") {
-		t.Errorf("pull: %v", err)
+	if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(say(err), "room") || len(left(t, dir)) != 0 {
+		t.Errorf("got %v, left %v", err, left(t, dir))
+	}
+	img = bigImage(t, 16<<20)
+	ref := reg.push(t, "i", "v2", img)
+	reg.meddle(func(_ http.ResponseWriter, r *http.Request) bool {
+		if strings.HasSuffix(r.URL.Path, img.layers[0].Digest) {
+			if err := os.WriteFile(filepath.Join(dir, "filler"), make([]byte, 20<<20), 0o600); err != nil {
+				t.Error(err)
+			}
+		}
+		return false
+	})
+	_, err = s.Pull(t.Context(), ref, Credentials{}, nil)
+	if errdefs.ClassOf(err) != errdefs.Exhausted || !strings.Contains(say(err), "disk is full") || len(left(t, dir)) != 0 {
+		t.Errorf("got %v, left %v", err, left(t, dir))
+	}
+	if n := len(reg.requests("GET /v2/i/blobs/" + img.layers[0].Digest)); n != 1 {
+		t.Errorf("asked %d times", n)
 	}
 }
 

@@ -66,7 +66,7 @@ lint: ## gofmt, go vet, staticcheck, buf lint, the limits of tools/ratchet, the 
 	$(TOOL) staticcheck ./...
 	cd api && $(TOOL) buf lint
 	go -C tools vet ./... && go -C tools test ./... && go -C tools run ./ratchet
-	go test -C sentry -trimpath .
+	CGO_ENABLED=0 go test -C sentry -trimpath .
 
 ratchet: ## write what has become shorter or simpler into tools/ratchet/list.txt
 	go -C tools run ./ratchet -write

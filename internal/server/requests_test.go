@@ -436,6 +436,7 @@ var limits = []struct{ rpc, request, word string }{
 	{"BuildTemplate", `{"name":"a","stages":[{}]}`, "stage 0: from needs one"},
 	{"BuildTemplate", `{"name":"a","stages":[{"from":{"image":"a","template":"b"}}]}`, "stage 0: from needs one"},
 	{"BuildTemplate", `{"name":"a","stages":[{"from":{"image":"` + strings.Repeat("a", 1025) + `"}}]}`, "image"},
+	{"BuildTemplate", `{"name":"a","stages":[{"from":{"image":"http://a","pull":true}}]}`, "image"},
 	{"BuildTemplate", `{"name":"a","stages":[{"from":{"image":"a","password":"\u0000"}}]}`, "password"},
 	{"BuildTemplate", `{"name":"a","stages":[{"from":{"template":"a b"}}]}`, "template"},
 	{"BuildTemplate", `{"name":"a","stages":[{"from":{"archive":"x"}}]}`, "archive"},

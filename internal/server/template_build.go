@@ -18,6 +18,7 @@ import (
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/build"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/image"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
@@ -50,7 +51,10 @@ func (s *templates) BuildTemplate(ctx context.Context, req *request[pb.BuildTemp
 	if err != nil {
 		return nil, err
 	}
-	owner, _ := project(ctx)
+	owner, host := project(ctx)
+	if err := checkRegistries(spec); err != nil && !host {
+		return nil, err
+	}
 	t, b, err := s.store.NewBuild(ctx, template.NewBuild{
 		Project: owner, Name: req.Msg.Name, Tags: req.Msg.Tags, VCPUs: cmp.Or(int(req.Msg.Vcpus), 1),
 		MemMiB: cmp.Or(int(req.Msg.MemoryMb), 512), DiskMiB: cmp.Or(int(req.Msg.DiskMb), s.diskMiB),
@@ -64,6 +68,21 @@ func (s *templates) BuildTemplate(ctx context.Context, req *request[pb.BuildTemp
 		return nil, errors.Join(err, s.store.SetBuild(context.WithoutCancel(ctx), t.ID, b.ID, template.StatusError, reason))
 	}
 	return connect.NewResponse(&pb.BuildTemplateResponse{TemplateId: t.ID, Build: b.ID}), nil
+}
+
+// checkRegistries refuses images from registries on the host itself, whose services no key
+// may have the agent speak to.
+func checkRegistries(spec build.Spec) error {
+	for _, stage := range spec.Stages {
+		refs := []string{stage.From.Image}
+		for _, step := range stage.Steps {
+			refs = append(refs, step.FromImage)
+		}
+		if i := slices.IndexFunc(refs, image.IsLocal); i >= 0 {
+			return errdefs.Denied.Errorf("image %.140q: registries on the host itself are for callers that command it", refs[i])
+		}
+	}
+	return nil
 }
 
 // specOf checks a request and converts it.
@@ -162,6 +181,9 @@ func sourceOf(from *pb.BuildSource) (build.Source, error) {
 	err := checkText("password", from.Password, 64<<10)
 	if from.Archive != "" {
 		err = cmp.Or(err, checkHash("archive", from.Archive))
+	}
+	if from.Pull && from.Image != "" {
+		err = cmp.Or(err, image.ParseReference(from.Image))
 	}
 	if from.Template != "" {
 		_, wrong := template.ParseReference(from.Template)

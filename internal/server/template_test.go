@@ -382,6 +382,10 @@ func TestTemplatesOfProjects(t *testing.T) {
 		t.Errorf("refused calls have changed something:\n%s", diff)
 	}
 	red := ids["red"]
+	local := `{"name":"x","stages":[{"from":{"image":"localhost:5000/x","pull":true}}]}`
+	if code, message := p.callAs(secrets["blue"], "BuildTemplate", local); code != "permission_denied" {
+		t.Errorf("an image from the host itself: %s, %s", code, message)
+	}
 	if code, _ := p.callAs(secrets["blue"], "CreateSandbox", fmt.Sprintf(`{"template":%q}`, red.TemplateId)); code != "not_found" {
 		t.Errorf("a sandbox of it: %s", code)
 	}

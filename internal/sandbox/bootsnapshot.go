@@ -55,7 +55,11 @@ func (v *vms) bootSource(ctx context.Context, rec Record, tmpl template.Template
 	case !errors.Is(err, errdefs.NotFound):
 		return cold("the snapshot cannot be read", err)
 	}
-	wait, cancel := context.WithTimeout(ctx, v.cfg.BootTimeout)
+	limit := v.cfg.BootTimeout
+	if hasProgram(tmpl) {
+		limit += programTime
+	}
+	wait, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	stage, err := v.cfg.Templates.StageReady(wait, tmpl.ID, tmpl.Build)
 	if err != nil {
@@ -74,7 +78,7 @@ func (v *vms) bootSource(ctx context.Context, rec Record, tmpl template.Template
 // fromBootSnapshot is what a sandbox starts from where there is a boot snapshot.
 func (h *host) fromBootSnapshot(key string, ready template.Ready) source {
 	return source{
-		from: FromReady, memory: ready.Dir, disk: ready.Overlay, tell: tellIdentity, bootKey: key,
+		from: FromReady, memory: ready.Dir, disk: ready.Overlay, tell: tellIdentity, bootKey: key, token: ready.BootToken,
 		boot: &source{from: FromBoot, tell: tellIdentity},
 		gone: errors.New("the boot snapshot was removed"),
 	}
@@ -97,11 +101,11 @@ func (h *host) bootKey(ctx context.Context, rec Record, tmpl template.Template) 
 		return "", err
 	}
 	sum := sha256.New()
-	for _, part := range []string{
+	for _, part := range append([]string{
 		bootVersion, machine, spec.BootKey(),
 		tmpl.KernelSHA256, tmpl.InitrdSHA256, tmpl.EnvdSHA256, tmpl.RootSHA256,
 		fmt.Sprint(spec.VCPUs), fmt.Sprint(spec.MemMiB), fmt.Sprint(rec.DiskMiB),
-	} {
+	}, programKey(tmpl)...) {
 		fmt.Fprintf(sum, "%d:%s\n", len(part), part)
 	}
 	return hex.EncodeToString(sum.Sum(nil)[:16]), nil
@@ -112,8 +116,8 @@ func (h *host) bootKeyOf(ctx context.Context, req CreateRequest, tmpl template.T
 	return h.bootKey(ctx, Record{VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: h.cfg.OverlayMiB}, tmpl)
 }
 
-// makeBootSnapshot makes a boot snapshot of a guest that has booted and has not been
-// told what it is. A failure costs the snapshot only, unless the guest does not
+// makeBootSnapshot makes a boot snapshot of a guest that has booted, whose template's
+// program runs, and that has not been told what it is. A failure costs the snapshot only, unless the guest does not
 // go on afterwards. Called with the op lock held.
 func (v *vms) makeBootSnapshot(ctx context.Context, b *box, tmpl template.Template, src source) error {
 	rec := b.record()
@@ -123,10 +127,17 @@ func (v *vms) makeBootSnapshot(ctx context.Context, b *box, tmpl template.Templa
 	copied, err := v.disk.reserve(int64(rec.MemMiB)<<20 + v.store.takenBytes(b.id))
 	if err == nil {
 		defer copied()
-		_, err = v.freeze(ctx, b, freezing{op: opBoot, dir: src.stage.Dir, disk: src.stage.AddOverlay})
+		f := freezing{op: opBoot, dir: src.stage.Dir, disk: src.stage.AddOverlay}
+		if src.token != "" {
+			f.programs = v.cfg.Guests(rec.HostIP, src.token)
+			defer f.programs.Close()
+		}
+		_, err = v.freeze(ctx, b, f)
 	}
 	if err == nil {
-		err = src.stage.Publish(ctx, src.stageMeta)
+		meta := src.stageMeta
+		meta.BootToken = src.token
+		err = src.stage.Publish(ctx, meta)
 	}
 	if err == nil {
 		v.log.Info("boot snapshot made", "template", tmpl.Name, "key", src.stageMeta.Key, "vcpus", rec.VCPUs, "memory", rec.MemMiB,
@@ -135,6 +146,9 @@ func (v *vms) makeBootSnapshot(ctx context.Context, b *box, tmpl template.Templa
 	}
 	if cause := context.Cause(b.op.alive); cause != nil || errors.Is(err, errStuck) {
 		return errors.Join(cause, err)
+	}
+	if src.unmade != nil {
+		src.unmade(err)
 	}
 	v.log.Warn("boot snapshot not made", "template", tmpl.Name, "err", err)
 	return nil

@@ -63,6 +63,9 @@ type box struct {
 		// envd is the version that the guest stated when it was told last what it is;
 		// empty for none.
 		envd string
+		// opens is the token that a waiting guest takes until it is told what it is; empty
+		// for the record's.
+		opens string
 		// alive ends with this incarnation of the VM; its cause says why.
 		alive context.Context
 		kill  context.CancelCauseFunc

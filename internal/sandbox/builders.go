@@ -51,8 +51,10 @@ func (bs *Builders) Create(ctx context.Context, r BuilderRequest) (ID, error) {
 	if _, err := h.disk.reserve(0); err != nil {
 		return "", fmt.Errorf("create build sandbox: %w", err)
 	}
+	root := r.Root
+	root.Start = template.Program{}
 	src := source{from: FromBoot, tell: tellIdentity, disk: r.Overlay, gone: errNoOverlay}
-	b, err := bs.make(ctx, req, r.Root, src)
+	b, err := bs.make(ctx, req, root, src)
 	if err != nil {
 		return "", err
 	}

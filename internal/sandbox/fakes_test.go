@@ -387,6 +387,7 @@ type fakeTemplates struct {
 	dir    string
 	making chan struct{}
 	base   string       // digest of the base image
+	start  template.Program
 	found  atomic.Int64 // ready snapshots, when somebody looked
 	*template.Store
 }
@@ -424,7 +425,7 @@ func (t *fakeTemplates) Root(info template.Info, b template.Build) (template.Tem
 	return template.Template{
 		ID: info.ID, Build: b.ID, Name: info.Name(),
 		Boot:   template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"},
-		Layers: []template.Layer{{Path: "/base.ext4", SHA256: t.base}}, RootSHA256: t.base,
+		Layers: []template.Layer{{Path: "/base.ext4", SHA256: t.base}}, RootSHA256: t.base, Start: t.start,
 	}, nil
 }
 
@@ -478,7 +479,8 @@ func (t *fakeTemplates) Ready(_ context.Context, _, _, key string) (template.Rea
 		return template.Ready{}, errdefs.NotFound.Errorf("no ready snapshot")
 	}
 	t.found.Add(1)
-	return template.Ready{Dir: dir, Overlay: filepath.Join(dir, "overlay.ext4")}, nil
+	token, _ := os.ReadFile(filepath.Join(dir, "token"))
+	return template.Ready{Dir: dir, Overlay: filepath.Join(dir, "overlay.ext4"), BootToken: string(token)}, nil
 }
 
 func (t *fakeTemplates) DropReady(_, _, key string) error {
@@ -506,6 +508,11 @@ func (t *fakeTemplates) StageReady(ctx context.Context, _, _ string) (template.S
 		},
 	}}
 	stage.Publish = func(ctx context.Context, m template.Meta) error {
+		if m.BootToken != "" {
+			if err := os.WriteFile(filepath.Join(tmp, "token"), []byte(m.BootToken), 0o600); err != nil {
+				return err
+			}
+		}
 		return t.do(ctx, "ready.publish", func() error { return os.Rename(tmp, filepath.Join(t.dir, m.Key)) })
 	}
 	return stage, err

@@ -29,6 +29,8 @@ type freezing struct {
 	what Hibernation
 	// disk, if not nil, copies the sandbox's disk while the VMM writes.
 	disk func(ctx context.Context, overlay string) error
+	// programs is the guest of a boot snapshot in which the template's program runs.
+	programs Guest
 	// keep is called when all is written. The VM goes on only if it fails.
 	keep func(ctx context.Context, was frozen) error
 }
@@ -54,8 +56,8 @@ const opBoot Operation = "boot snapshot"
 // the random numbers of another sandbox; only Init lets them go on. A fork and a named
 // snapshot need the guest's help, and a paused sandbox runs for as long as that takes.
 // A hibernated sandbox stays what it is and can do without; a paused one is written as
-// it stands. The guest of a boot snapshot has no programs, and is waited for until it
-// is idle.
+// it stands. The guest of a boot snapshot has no programs except its template's, and is
+// waited for until it is idle if it has none.
 //
 // A VM that does not go on is not given up: it is brought to what its record says when
 // it answers again. Called with the op lock held.
@@ -114,6 +116,11 @@ func (v *vms) stillGuest(ctx context.Context, b *box, f freezing, was *frozen) (
 	op := f.op
 	switch op {
 	case opBoot:
+		if f.programs != nil {
+			ctx, cancel := stillWithin(ctx)
+			defer cancel()
+			return f.programs.Freeze(ctx)
+		}
 		return time.Now(), b.op.guest.Quiesce(ctx, true)
 	case OpHibernate:
 		return time.Now(), v.stillForHibernation(ctx, b, f.what, was)

@@ -226,7 +226,7 @@ func (m *Manager) bounded(ctx context.Context, b *box, op Operation) (_ context.
 	limit := opTimeout
 	switch {
 	case rec.State == Hibernated: // it waits for its turn to start, and may boot
-		limit = moveTimeout(rec) + m.cfg.Capacity.StartQueue + m.cfg.BootTimeout
+		limit = moveTimeout(rec) + m.cfg.Capacity.StartQueue + m.cfg.BootTimeout + programTime
 	case op == OpHibernate || op == OpFork || op == OpSnapshot:
 		limit = moveTimeout(rec)
 	}

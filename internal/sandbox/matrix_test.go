@@ -68,6 +68,19 @@ var scenarios = map[string]scenario{
 			return builders.Destroy(ctx, id)
 		},
 	},
+	"first create with a program": {
+		prepare: func(r *rig) ID { withServer(r); return "" },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			_, err := r.Create(ctx, CreateRequest{Network: closed()})
+			return err
+		},
+	},
+	"prepare a build": {
+		prepare: func(r *rig) ID { withServer(r); return "" },
+		run: func(ctx context.Context, r *rig, _ ID) error {
+			return r.PrepareBuild(ctx, minimal.ID, minimal.Builds[0].ID, nil)
+		},
+	},
 	"create with a network policy": {
 		prepare: func(r *rig) ID { return r.create() },
 		run: func(ctx context.Context, r *rig, _ ID) error {

@@ -251,7 +251,12 @@ func (k keeper) handOut(ctx context.Context, b *box, req CreateRequest, began ti
 	defer cancelWake()
 	rec.Login = req.Login
 	end := phase(ctx, "init")
-	if err := b.init(wake, b.op.guest, identity(rec, true)); err != nil {
+	g, in := b.op.guest, identity(rec, true)
+	if b.op.opens != "" {
+		g, in.NewBootID = k.cfg.Guests(rec.HostIP, b.op.opens), true
+		defer g.Close()
+	}
+	if err := b.init(wake, g, in); err != nil {
 		return k.bootFailed(b, "initialise guest", err)
 	}
 	end()

@@ -85,6 +85,11 @@ type source struct {
 	// guest that boots.
 	stage     *template.Stage
 	stageMeta template.Meta
+
+	// log is told what becomes of the template's program; it may be nil. unmade, if not
+	// nil, is told why a boot snapshot was not made.
+	log    ProgramLog
+	unmade func(error)
 }
 
 // close ends the making of a boot snapshot, whatever came of it.
@@ -134,7 +139,8 @@ type vms struct {
 //
 // The deadline: from its turn to start until its guest has been told what it is, a
 // sandbox has Config.BootTimeout, and perGiBMove for each GiB of a memory that is
-// verified; ctx bounds all of it. A restored guest has wakeTimeout to answer.
+// verified; ctx bounds all of it. A restored guest has wakeTimeout to answer. The program
+// of a template has a time of its own, in which others may start VMs.
 //
 // The fall back to a boot: memory that cannot be used is replaced by source.boot if ctx
 // has not ended. Memory that is the state of a sandbox is replaced only if no VMM of
@@ -142,20 +148,22 @@ type vms struct {
 //
 // Called with the op lock held.
 func (v *vms) start(ctx context.Context, b *box, tmpl template.Template, src source) (source, error) {
+	giveBack := func() {}
 	if src.tell != tellNothing { // the pool starts a VM only while no other starts
 		end := phase(ctx, "wait")
 		done, err := v.startSlot(ctx)
 		if err != nil {
 			return src, err
 		}
-		defer done()
+		giveBack = sync.OnceFunc(done)
+		defer giveBack()
 		end()
 	}
 	limit := v.cfg.BootTimeout
 	if src.verify != nil {
 		limit += perGiB(perGiBMove, b.record().MemMiB)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, errdefs.Unavailable.Errorf("the guest was not ready within %s", limit))
+	ctx, t, cancel := newTurn(ctx, limit, giveBack)
 	defer cancel()
 	whole := verifying(ctx, src)
 	defer whole()
@@ -178,7 +186,7 @@ func (v *vms) start(ctx context.Context, b *box, tmpl template.Template, src sou
 		if err := whole(); err != nil {
 			return src, err
 		}
-		if err := v.boot(ctx, b, tmpl, src); err != nil {
+		if err := v.boot(ctx, b, tmpl, src, t); err != nil {
 			return src, err
 		}
 	}
@@ -336,9 +344,17 @@ func (v *vms) tellGuest(ctx context.Context, b *box, src source) error {
 	rec := b.record()
 	ctx, cancel := b.while(ctx)
 	defer cancel()
+	// No packet is lost before the guest runs: the first connection is the one.
+	g := b.op.guest
+	if src.token != "" {
+		g = v.cfg.Guests(rec.HostIP, src.token)
+		defer g.Close()
+	}
 	if src.tell == tellNothing {
 		defer phase(ctx, "rehearse")()
-		if err := b.op.guest.Quiesce(ctx, true); err != nil {
+		b.op.opens = src.token
+		// A rehearsal would let the template's program run.
+		if err := g.Quiesce(ctx, src.token == ""); err != nil {
 			return v.bootFailed(b, "rehearse guest", err)
 		}
 		return nil
@@ -346,18 +362,14 @@ func (v *vms) tellGuest(ctx context.Context, b *box, src source) error {
 	defer phase(ctx, "init")()
 	in := identity(rec, src.memory != "")
 	switch src.tell {
+	case tellIdentity:
+		in.NewBootID = src.memory != "" && src.token != "" // a program may have read it
 	case tellClone:
 		in.NewBootID = src.memory != ""
 	case tellResume:
 		in = guest.Init{AccessToken: rec.Token, Entropy: entropy(), Restored: true}
 	}
 	in.CABundle = v.cfg.GuestCA
-	// No packet is lost before the guest runs: the first connection is the one.
-	g := b.op.guest
-	if src.token != "" {
-		g = v.cfg.Guests(rec.HostIP, src.token)
-		defer g.Close()
-	}
 	err := b.init(ctx, g, in)
 	if src.from == fromOwnDisk && errdefs.ClassOf(err) == errdefs.NotFound {
 		// A disk without the account of its user is of use to root, and can be mended.
@@ -384,10 +396,11 @@ func identity(rec Record, restored bool) guest.Init {
 	}
 }
 
-// boot starts the VM from its kernel and waits for the guest. If a boot snapshot is to
+// boot starts the VM from its kernel, waits for the guest, and runs the template's
+// program in it. If a boot snapshot is to
 // be made of it, this is the moment: the guest has not been told yet what it is. Called
 // with the op lock held.
-func (v *vms) boot(ctx context.Context, b *box, tmpl template.Template, src source) error {
+func (v *vms) boot(ctx context.Context, b *box, tmpl template.Template, src source, t *turn) error {
 	end := phase(ctx, "spawn")
 	vm, err := v.cfg.Driver.Start(ctx, v.spec(v.cfg.Driver, b.record(), tmpl))
 	if err != nil {
@@ -404,6 +417,12 @@ func (v *vms) boot(ctx context.Context, b *box, tmpl template.Template, src sour
 		return v.bootFailed(b, "wait for guest", err)
 	}
 	end()
+	if hasProgram(tmpl) {
+		var err error
+		if src, err = v.startProgram(ctx, b, tmpl, src, t); err != nil {
+			return err
+		}
+	}
 	if src.stage != nil {
 		end := phase(ctx, "snapshot")
 		if err := v.makeBootSnapshot(ctx, b, tmpl, src); err != nil {

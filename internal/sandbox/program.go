@@ -76,8 +76,8 @@ func (t *turn) pause() (goOn func()) {
 // startProgram runs the program of a template in a guest that has booted and has not been
 // told yet what it is, and returns when the program is ready. The guest has an identity of
 // its own for that time. src.token is what it takes then. A disk that no sandbox wrote is
-// the template's alone: its program starts under the host's policy, whoever's create it
-// is, because others may get the guest as it is then. Called with the op lock held.
+// the template's alone: its program starts under the host's policy and not under that
+// of the create, because others may get the guest as it is then. Called with the op lock held.
 func (v *vms) startProgram(ctx context.Context, b *box, tmpl template.Template, src source, t *turn) (_ source, err error) {
 	defer phase(ctx, "program")()
 	defer t.pause()()

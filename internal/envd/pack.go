@@ -2,6 +2,7 @@ package envd
 
 import (
 	"archive/tar"
+	"bufio"
 	"errors"
 	"fmt"
 	"io"
@@ -45,14 +46,15 @@ func (s *Server) packTar(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/x-tar")
-	p := &packing{out: tar.NewWriter(w), seen: map[inode]string{}, fs: stat(info).Dev}
+	buffer := bufio.NewWriterSize(w, copyBuffer) // small pieces are dear in an emulated guest
+	p := &packing{out: tar.NewWriter(buffer), seen: map[inode]string{}, fs: stat(info).Dev}
 	if info.IsDir() {
 		err = p.tree(real)
 	} else {
 		err = p.add(real, filepath.Base(filepath.Clean(asked)), info)
 	}
 	if err == nil {
-		err = p.out.Close()
+		err = errors.Join(p.out.Close(), buffer.Flush())
 	}
 	if err != nil {
 		s.log.Warn("pack", "err", err)

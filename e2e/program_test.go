@@ -48,7 +48,8 @@ func (a *agent) publish(t *testing.T, name string, p template.Program) {
 	if err := stage.Inherit(from); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := stage.Publish(ctx, template.Making{Recipe: name, Defaults: defaults, Start: p, From: from.ID + ":" + from.Build}); err != nil {
+	about := template.Making{Recipe: name, Defaults: defaults, Start: p, From: from.ID + ":" + from.Build}
+	if _, _, err := stage.Publish(ctx, about); err != nil {
 		t.Fatal(err)
 	}
 	if err := store.Finish(ctx, info.ID, build.ID, nil); err != nil {

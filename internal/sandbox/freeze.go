@@ -88,7 +88,7 @@ func (v *vms) freeze(ctx context.Context, b *box, f freezing) (frozen, error) {
 		// What the source cannot come back from is not the copy's fault.
 		wake, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
 		defer cancel()
-		if err = v.asBefore(wake, b, was.record); err == nil {
+		if err = v.asBefore(wake, b, f.op, was.record); err == nil {
 			was.paused = time.Since(stopped)
 			return was, nil
 		}
@@ -236,13 +236,16 @@ func (v *vms) thawFailed(ctx context.Context, b *box) {
 }
 
 // asBefore brings a VM back to what its record said when an operation began. The
-// programs of a paused sandbox stay frozen: its resume thaws them. The guest of a create
-// has none. Called with the op lock held.
-func (v *vms) asBefore(ctx context.Context, b *box, was Record) error {
-	switch was.State {
-	case Paused:
+// programs of a paused sandbox stay frozen: its resume thaws them. So do those of a guest
+// that has just booted, until it is told what it is: it does not take the record's token
+// yet. Called with the op lock held.
+func (v *vms) asBefore(ctx context.Context, b *box, op Operation, was Record) error {
+	switch {
+	case op == opBoot:
+		return b.op.vm.Resume(ctx)
+	case was.State == Paused:
 		return b.op.vm.Pause(ctx)
-	case Running, Building:
+	case was.State == Running, was.State == Building:
 		return goOn(ctx, b)
 	default:
 		return b.op.vm.Resume(ctx)
@@ -268,7 +271,7 @@ func (v *vms) backTo(ctx context.Context, b *box, op Operation, was Record, err 
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo.StepTimeout)
 	defer cancel()
-	back := v.asBefore(ctx, b, was)
+	back := v.asBefore(ctx, b, op, was)
 	switch {
 	case back == nil || context.Cause(b.op.alive) != nil:
 	case op == opBoot:

@@ -162,6 +162,15 @@ func TestProgramFails(t *testing.T) {
 func TestPrepareBuild(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := withServer(newRig(t))
+		boot := ""
+		r.told = func(token string, in guest.Init) {
+			if boot == "" {
+				boot = token
+			}
+			if token != boot { // that is what it takes until it is told another
+				t.Errorf("it was shown %q, and takes %q", token, boot)
+			}
+		}
 		for range 2 {
 			if err := r.PrepareBuild(t.Context(), minimal.ID, minimal.Builds[0].ID, nil); err != nil {
 				t.Fatal(err)
@@ -174,6 +183,7 @@ func TestPrepareBuild(t *testing.T) {
 		if lines := r.history(0); len(lines) != 0 {
 			t.Errorf("events tell of it: %q", lines)
 		}
+		r.told = nil
 		c, err := r.Create(t.Context(), CreateRequest{})
 		if err != nil || c.From != FromReady {
 			t.Errorf("the first create is from %s: %v", c.From, err)

@@ -386,7 +386,7 @@ type fakeTemplates struct {
 	*faults
 	dir    string
 	making chan struct{}
-	base   string       // digest of the base image
+	base   string // digest of the base image
 	start  template.Program
 	found  atomic.Int64 // ready snapshots, when somebody looked
 	*template.Store

@@ -3,7 +3,6 @@ package build
 import (
 	"context"
 
-	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 )
 
@@ -34,15 +33,6 @@ func (h *host) Destroy(ctx context.Context, id string) error {
 	return h.builders.Destroy(ctx, sandbox.ID(id))
 }
 
-// preparer is what a manager has that starts programs of templates.
-type preparer interface {
-	PrepareBuild(ctx context.Context, template, build string, log func(level, step, line string)) error
-}
-
 func (h *host) Prepare(ctx context.Context, template, build string, said func(level, step, line string)) error {
-	p, ok := any(h.manager).(preparer)
-	if !ok {
-		return errdefs.Unsupported.Errorf("this host does not start the programs of templates yet")
-	}
-	return p.PrepareBuild(ctx, template, build, said)
+	return h.manager.PrepareBuild(ctx, template, build, said)
 }

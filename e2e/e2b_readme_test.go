@@ -75,6 +75,11 @@ func TestE2BAsInREADME(t *testing.T) {
 			t.Errorf("it prints %q", got)
 		}
 	})
+	t.Run("a template", func(t *testing.T) {
+		if got := run(t, `exec node "$1"`, write(t, "*.mjs", blocks(t, "ts")[1])); strings.TrimSpace(got) != "42" {
+			t.Errorf("it prints %q", got)
+		}
+	})
 	for i, name := range []string{"Python", "Python with async"} {
 		t.Run(name, func(t *testing.T) {
 			out, err := inShell(`exec python3 "$1"`, write(t, "*.py", blocks(t, "python")[i])).CombinedOutput()

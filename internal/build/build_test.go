@@ -403,8 +403,15 @@ func TestPruneAndBound(t *testing.T) {
 	if items, err = r.Usage(t.Context()); err != nil || len(items) != 2 {
 		t.Errorf("usage %+v, %v", items, err)
 	}
-	if err := r.Forget(spec.Template); err != nil {
+	if err := errors.Join(r.Forget(spec.Template), r.store.Delete(t.Context(), spec.Template, "", nil)); err != nil {
 		t.Fatal(err)
+	}
+	r.cfg.MaxDisk = 0
+	if _, err := r.Prune(t.Context(), Pruning{}); err != nil {
+		t.Fatal(err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(r.dir, "builds/results/*")); len(left) != 0 {
+		t.Errorf("results of builds that are gone: %v", left)
 	}
 	if text := r.text(spec); text != "" {
 		t.Errorf("a forgotten log: %s", text)

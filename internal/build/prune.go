@@ -68,7 +68,21 @@ func (e *Engine) Prune(ctx context.Context, p Pruning) ([]Item, error) {
 		}
 		removed = append(removed, it)
 	}
+	if !p.DryRun {
+		e.dropResults()
+	}
 	return removed, nil
+}
+
+// dropResults forgets results whose builds are gone.
+func (e *Engine) dropResults() {
+	entries, _ := os.ReadDir(filepath.Join(e.cfg.Dir, resultsDir))
+	for _, entry := range entries {
+		r, ok := e.cache.result(entry.Name())
+		if _, _, err := e.lookup(r.Template, r.Build); ok && errors.Is(err, errdefs.NotFound) {
+			_ = os.Remove(filepath.Join(e.cfg.Dir, resultsDir, entry.Name())) // a guess that stays is no harm
+		}
+	}
 }
 
 // unused says whether no build uses an item.

@@ -84,7 +84,11 @@ func (j *job) boot(s *stage) error {
 	if err := j.bring(s); err != nil {
 		return at(baseStep, err)
 	}
-	root, err := s.base.stack.Root(j.ctx)
+	stack, err := j.stackOf(s.base)
+	if err != nil {
+		return at(baseStep, err)
+	}
+	root, err := stack.Root(j.ctx)
 	if err != nil {
 		return at(baseStep, err)
 	}

@@ -82,7 +82,8 @@ var mayImport = map[string][]string{
 	"internal/auth":        {"internal/sealed", "internal/errdefs"},
 	"internal/idempotency": {"internal/sealed", "internal/errdefs"},
 	"internal/e2b": {
-		"internal/build", "internal/sandbox", "internal/template", "internal/auth", "internal/idempotency", "internal/guestapi", "api/...",
+		"internal/build", "internal/image", "internal/sandbox", "internal/template", "internal/auth", "internal/idempotency",
+		"internal/guestapi", "api/...",
 		"internal/errdefs", "internal/errdefs/errhttp",
 	},
 	"internal/server": {"internal/sandbox", "internal/template", "internal/build", "internal/image", "internal/auth", "api/...",

@@ -309,7 +309,7 @@ func (a *Agent) newREST(limiter *auth.Limiter, domain string) http.Handler {
 	manager, templates := e2b.OfHost(a.base.manager, a.templates, a.cfg.OverlayMiB)
 	return e2b.New(e2b.Config{
 		Manager: manager, Templates: templates, Builds: e2b.BuildsOf(a.builds, a.templates), DiskMiB: a.cfg.OverlayMiB,
-		Keys: a.keys, Limiter: limiter, Requests: a.requests,
+		LocalImages: a.cfg.onLoopback(), Keys: a.keys, Limiter: limiter, Requests: a.requests,
 		Domain: domain, DefaultTemplate: template.DefaultName, MaxTimeout: a.cfg.MaxTimeout, Log: a.log,
 	})
 }

@@ -14,6 +14,7 @@ import (
 	api "git.omukk.dev/wrenn/sandbox/api/e2b"
 	"git.omukk.dev/wrenn/sandbox/internal/build"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	images "git.omukk.dev/wrenn/sandbox/internal/image"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
@@ -325,6 +326,9 @@ func (s *server) source(ctx context.Context, r api.BuildRequest) (build.Source, 
 		if !isNotFound(err) {
 			return build.Source{}, wrongStateAs(http.StatusBadRequest, err)
 		}
+	}
+	if !s.LocalImages && images.IsLocal(image) {
+		return build.Source{}, refuse(http.StatusForbidden, "image %.140q: no key has this agent speak to its own host", image)
 	}
 	who, err := s.credentials(ctx, image, r.FromImageRegistry)
 	return build.Source{Image: image, Credentials: who}, err

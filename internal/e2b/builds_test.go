@@ -432,6 +432,16 @@ func TestBuildSource(t *testing.T) {
 	}
 }
 
+// Registries on the host itself are for callers on it.
+func TestLocalImages(t *testing.T) {
+	for local, want := range map[bool]int{false: 403, true: 202} {
+		var b fakeBuilds
+		h := newHost(t, withBuilds(&b), func(c *Config) { c.LocalImages = local })
+		id, made := h.newTemplate(`{"name":"mine"}`)
+		h.want(h.call("POST", "/v2/templates/"+id+"/builds/"+made, `{"fromImage":"127.0.0.1:5000/app"}`), want, "")
+	}
+}
+
 func TestBuildStatus(t *testing.T) {
 	var b fakeBuilds
 	h := newHost(t, withBuilds(&b))

@@ -36,6 +36,9 @@ type Config struct {
 	// DefaultTemplate is the name of the host's template that "base" means if there
 	// is no template of that name.
 	DefaultTemplate string
+	// LocalImages lets builds take images of registries on the host itself: where all
+	// callers are on the host, too.
+	LocalImages bool
 	// DiskMiB is the size of a new sandbox's disk.
 	DiskMiB int
 	// MaxTimeout is the longest life that a call may ask for.

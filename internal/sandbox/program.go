@@ -34,7 +34,7 @@ const (
 
 // ProgramLog is told what becomes of a template's program: level as in "info", the step
 // "start", "ready" or "finalize", and a line. Calls come one at a time.
-type ProgramLog func(level, step, line string)
+type ProgramLog = func(level, step, line string)
 
 // hasProgram says whether something is to run in the guests of a template before they are
 // sandboxes.

@@ -122,6 +122,9 @@ func (v *buildView) entry(e *hostagentv1.BuildLogEntry) {
 	defer v.mu.Unlock()
 	message := strings.TrimRight(e.Message, "\n")
 	head := stepLine.FindStringSubmatch(message)
+	if v.bar != nil { // what it showed is over
+		v.bar, v.began = nil, time.Now()
+	}
 	switch {
 	case v.raw == nil && head != nil:
 		v.say("%s", strings.ReplaceAll(message, "\n", "\n  "))
@@ -133,7 +136,7 @@ func (v *buildView) entry(e *hostagentv1.BuildLogEntry) {
 			v.say("%s", shortened(message, 200))
 			return
 		}
-		v.step, v.last, v.tail, v.bar, v.began = shortened(message, 100), "", nil, nil, time.Now()
+		v.step, v.last, v.tail, v.began = shortened(message, 100), "", nil, time.Now()
 	case e.Level == "warn":
 		v.say("%s", indented(message))
 	default:

@@ -239,8 +239,8 @@ func TestExport(t *testing.T) {
 		t.Errorf("left: %v", left)
 	}
 	gone := filepath.Join(dir, "gone.tar")
-	a.Err = os.ErrClosed
-	if _, _, status := wrenn(t, url, "template", "export", "app", "-o", gone); status == 0 {
+	failing := (&clienttest.Agent{Err: os.ErrClosed}).Serve(t)
+	if _, _, status := wrenn(t, failing, "template", "export", "app", "-o", gone); status == 0 {
 		t.Error("an export without a host succeeds")
 	}
 	if left, _ := os.ReadDir(dir); len(left) != 1 {

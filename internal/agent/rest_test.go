@@ -58,7 +58,7 @@ func TestRESTWithRequestsOfTheDocument(t *testing.T) {
 		cmd := exec.CommandContext(ctx, "python3", append(args, "run", document,
 			"--url", "http://"+r.agent.Addr().String(), "-H", "X-API-KEY:"+key, "--checks", "not_a_server_error",
 			"--phases", "examples,fuzzing", "--max-examples", "8", "--seed", "1", "--generation-database", "none", "--no-shrink",
-			"--request-timeout", "60", "--workers", "2", "--no-color", "--warnings", "off", "--suppress-health-check", "all",
+			"--request-timeout", "60", "--workers", "1", "--no-color", "--warnings", "off", "--suppress-health-check", "all",
 			"--exclude-operation-id", "killSandbox")...)
 		cmd.Dir = dir
 		cmd.Env = append(os.Environ(), "PYTHONPATH="+packages, "PYTHONDONTWRITEBYTECODE=1")

@@ -72,7 +72,9 @@ func (quietGuest) Freeze(context.Context) (time.Time, error)               { ret
 func (quietGuest) Close()                                                  {}
 func (quietGuest) Metrics(context.Context) (m guestapi.Metrics, err error) { return m, nil }
 func (quietGuest) Start(context.Context, guest.Command, string) (<-chan guest.Ended, error) {
-	return nil, nil
+	ended := make(chan guest.Ended)
+	close(ended)
+	return ended, nil
 }
 func (quietGuest) Unpack(context.Context, string, string, io.Reader) error { return nil }
 func (quietGuest) Pack(context.Context, string, io.Writer) error           { return nil }

@@ -138,9 +138,9 @@ func (k *KernelStage) Discard() {
 	k.lock.unlock()
 }
 
-// TemplateStage is a template in the making.
+// TemplateStage is the making of a template's image, by one process at a time.
 type TemplateStage struct {
-	// Dir is for base.ext4, and for nothing else at the time of Publish.
+	// Dir is for the files of the making. A build of the template gets the image from there.
 	Dir string
 	// Have is the published template of that name and HaveBytes the size of its
 	// image; nil if there is none that can be used.
@@ -157,7 +157,7 @@ type TemplateStage struct {
 // StageTemplate begins a template. Templates of different names can be made at
 // the same time; for another one of this name it waits, within ctx, and onWait,
 // if not nil, is called once before. It is one of the host's own. A name that a
-// snapshot has is errdefs.AlreadyExists. Discard must be called, after Publish too.
+// snapshot has is errdefs.AlreadyExists. Discard must be called when all is done.
 func (s *Store) StageTemplate(ctx context.Context, name string, onWait func()) (*TemplateStage, error) {
 	name, err := ParseName(name)
 	if err != nil {
@@ -222,29 +222,7 @@ func (t *TemplateStage) look(have Info, b Build) error {
 // there is unmounted first.
 func (t *TemplateStage) Remove(name string) error { return removeTree(filepath.Join(t.Dir, name)) }
 
-// Publish makes Dir a build of the template, to which DefaultTag leads. Sandboxes of the
-// build before need that one, until Prune removes it.
-func (t *TemplateStage) Publish(ctx context.Context, about Making) error {
-	if _, err := os.Lstat(filepath.Join(t.Dir, baseImage)); err != nil {
-		return fmt.Errorf("publish template: %w", err)
-	}
-	if err := about.Defaults.check("publish template"); err != nil {
-		return err
-	}
-	m := buildManifest{Making: about}
-	err := seal(t.Dir, manifestFile, &m, &m.manifest, hashFile)
-	if err == nil {
-		err = t.store.change(ctx, func() error {
-			b := m.build(newUUID(), time.Now().UTC())
-			_, err := t.store.publishBuild(t.Dir, Info{ID: HostID(t.name), Names: []string{t.name}}, b, DefaultTag)
-			return err
-		})
-	}
-	return noSpace("publish template", err)
-}
-
-// Discard removes what was not published and lets the next one of that name
-// begin.
+// Discard removes Dir and lets the next one of that name begin.
 func (t *TemplateStage) Discard() {
 	// The rename comes first: one that waits for the lock makes a new directory,
 	// and finds nothing of it removed.

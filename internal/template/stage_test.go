@@ -25,9 +25,32 @@ func build(t *testing.T, s *Store, name, image string) {
 	}
 	defer stage.Discard()
 	write(t, filepath.Join(stage.Dir, "base.ext4"), image)
-	if err := stage.Publish(t.Context(), Making{Recipe: image, Defaults: someDefaults}); err != nil {
+	if err := stage.publish(t.Context(), Making{Recipe: image, Defaults: someDefaults}); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// publish makes what is staged a build of the template.
+func (t *TemplateStage) publish(ctx context.Context, about Making) error {
+	info, b, err := t.store.NewBuild(ctx, NewBuild{Name: t.name, VCPUs: 1, MemMiB: 512, DiskMiB: 4096})
+	if err == nil {
+		err = t.store.SetBuild(ctx, info.ID, b.ID, StatusBuilding, nil)
+	}
+	if err != nil {
+		return err
+	}
+	stage, err := t.store.StageBuild(ctx, info.ID, b.ID)
+	if err != nil {
+		return err
+	}
+	defer stage.Discard()
+	if err = stage.AddLayer(ctx, filepath.Join(t.Dir, "base.ext4")); err == nil {
+		_, _, err = stage.Publish(ctx, about)
+	}
+	if err != nil {
+		return errors.Join(err, t.store.SetBuild(ctx, info.ID, b.ID, StatusError, &Reason{Message: "test"}))
+	}
+	return t.store.Finish(ctx, info.ID, b.ID, nil)
 }
 
 // wantTemplates demands that a store holds so many templates, and nothing else.
@@ -97,15 +120,15 @@ func TestStageTemplateRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer stage.Discard()
-	if err := stage.Publish(t.Context(), Making{Defaults: someDefaults}); err == nil {
+	if err := stage.publish(t.Context(), Making{Defaults: someDefaults}); err == nil {
 		t.Error("a template without an image was published")
 	}
 	write(t, filepath.Join(stage.Dir, "base.ext4"), "x")
-	if err := stage.Publish(t.Context(), Making{}); !errors.Is(err, errdefs.InvalidArgument) {
+	if err := stage.publish(t.Context(), Making{}); !errors.Is(err, errdefs.InvalidArgument) {
 		t.Errorf("without defaults: %v", err)
 	}
-	if _, err := s.Get("mine"); !errors.Is(err, errdefs.NotFound) {
-		t.Errorf("it is there: %v", err)
+	if _, err := s.Get("mine"); !errors.Is(err, errdefs.WrongState) {
+		t.Errorf("a build that failed can be used: %v", err)
 	}
 }
 
@@ -141,13 +164,13 @@ func TestStagesTakeTurns(t *testing.T) {
 			err = errors.New("it does not see the one before it")
 		}
 		err = errors.Join(err, os.WriteFile(filepath.Join(stage.Dir, "base.ext4"), []byte("next"), 0o600))
-		return errors.Join(err, stage.Publish(t.Context(), Making{Recipe: "next", Defaults: someDefaults}))
+		return errors.Join(err, stage.publish(t.Context(), Making{Recipe: "next", Defaults: someDefaults}))
 	}
 	done := make(chan error, waiting)
 	for range waiting {
 		go func() { done <- next() }()
 	}
-	if err := first.Publish(t.Context(), Making{Recipe: "first", Defaults: someDefaults}); err != nil {
+	if err := first.publish(t.Context(), Making{Recipe: "first", Defaults: someDefaults}); err != nil {
 		t.Error(err)
 	}
 	first.Discard()

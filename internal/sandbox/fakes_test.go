@@ -386,8 +386,8 @@ type fakeTemplates struct {
 	*faults
 	dir    string
 	making chan struct{}
-	base   string // digest of the base image
-	start  template.Program
+	base   string       // digest of the base image
+	start  atomic.Value // template.Program; the agent reads ahead while a test begins
 	found  atomic.Int64 // ready snapshots, when somebody looked
 	*template.Store
 }
@@ -422,10 +422,11 @@ func (t *fakeTemplates) Resolve(project, text string) (template.Info, template.B
 }
 
 func (t *fakeTemplates) Root(info template.Info, b template.Build) (template.Template, error) {
+	start, _ := t.start.Load().(template.Program)
 	return template.Template{
 		ID: info.ID, Build: b.ID, Name: info.Name(),
 		Boot:   template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"},
-		Layers: []template.Layer{{Path: "/base.ext4", SHA256: t.base}}, RootSHA256: t.base, Start: t.start,
+		Layers: []template.Layer{{Path: "/base.ext4", SHA256: t.base}}, RootSHA256: t.base, Start: start,
 	}, nil
 }
 

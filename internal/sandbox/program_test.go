@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -21,7 +22,7 @@ var server = template.Program{
 }
 
 func withServer(r *rig) *rig {
-	r.tmpl.start = server
+	r.tmpl.start.Store(server)
 	return r
 }
 
@@ -33,10 +34,13 @@ func text(cmd guest.Command) string { return cmd.Args[len(cmd.Args)-1] }
 func TestProgramIsInTheSnapshot(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := withServer(newRig(t))
+		var mu sync.Mutex // start and ready command run at the same time
 		var ran []string
 		tries := 0
 		r.exec = func(ctx context.Context, cmd guest.Command) (guest.Result, error) {
+			mu.Lock()
 			ran = append(ran, text(cmd))
+			mu.Unlock()
 			if cmd.User != "user" || cmd.Cwd != "/srv" || cmd.Env["A"] != "b" || cmd.Cmd != "/bin/bash" ||
 				!slices.Equal(cmd.Args[:2], []string{"-l", "-c"}) {
 				t.Errorf("the command is %+v", cmd)
@@ -195,7 +199,9 @@ func TestPrepareBuild(t *testing.T) {
 		if err := r.Destroy(t.Context(), c.ID); err != nil {
 			t.Fatal(err)
 		}
-		r.tmpl.start.Start = "another"
+		another := server
+		another.Start = "another"
+		r.tmpl.start.Store(another)
 		if err := r.PrepareBuild(t.Context(), minimal.ID, minimal.Builds[0].ID, nil); !errors.Is(err, errdefs.Exhausted) {
 			t.Errorf("a snapshot that cannot be made: %v", err)
 		}
@@ -282,7 +288,7 @@ func TestProgramAndStartSlots(t *testing.T) {
 				made <- err
 			}()
 			time.Sleep(5 * time.Second)
-			r.tmpl.start = template.Program{}
+			r.tmpl.start.Store(template.Program{})
 		}
 		if err := errors.Join(<-made, <-made); err != nil {
 			t.Error(err)

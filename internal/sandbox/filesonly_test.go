@@ -586,4 +586,15 @@ func TestGuestCA(t *testing.T) {
 			}
 		}
 	})
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) { warmOne(c); c.GuestCA = "certificates" })
+		r.create()
+		r.fillPool()
+		bundle := ""
+		r.told = func(_ string, in guest.Init) { bundle = in.CABundle }
+		made, err := r.Create(t.Context(), CreateRequest{})
+		if err != nil || made.From != FromWarm || bundle != "certificates" {
+			t.Errorf("a waiting guest (from %s, %v) was told %q", made.From, err, bundle)
+		}
+	})
 }

@@ -251,7 +251,7 @@ func (k keeper) handOut(ctx context.Context, b *box, req CreateRequest, began ti
 	defer cancelWake()
 	rec.Login = req.Login
 	end := phase(ctx, "init")
-	g, in := b.op.guest, identity(rec, true)
+	g, in := b.op.guest, k.identity(rec, true)
 	if b.op.opens != "" {
 		g, in.NewBootID = k.cfg.Guests(rec.HostIP, b.op.opens), true
 		defer g.Close()

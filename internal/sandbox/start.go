@@ -360,16 +360,15 @@ func (v *vms) tellGuest(ctx context.Context, b *box, src source) error {
 		return nil
 	}
 	defer phase(ctx, "init")()
-	in := identity(rec, src.memory != "")
+	in := v.identity(rec, src.memory != "")
 	switch src.tell {
 	case tellIdentity:
 		in.NewBootID = src.memory != "" && src.token != "" // a program may have read it
 	case tellClone:
 		in.NewBootID = src.memory != ""
 	case tellResume:
-		in = guest.Init{AccessToken: rec.Token, Entropy: entropy(), Restored: true}
+		in = guest.Init{AccessToken: rec.Token, Entropy: entropy(), Restored: true, CABundle: v.cfg.GuestCA}
 	}
-	in.CABundle = v.cfg.GuestCA
 	err := b.init(ctx, g, in)
 	if src.from == fromOwnDisk && errdefs.ClassOf(err) == errdefs.NotFound {
 		// A disk without the account of its user is of use to root, and can be mended.
@@ -384,7 +383,7 @@ func (v *vms) tellGuest(ctx context.Context, b *box, src source) error {
 }
 
 // identity is what a guest is told of itself when it starts to be a sandbox.
-func identity(rec Record, restored bool) guest.Init {
+func (h *host) identity(rec Record, restored bool) guest.Init {
 	env := rec.Login.Env
 	if env == nil { // nil would leave those of before
 		env = map[string]string{}
@@ -392,7 +391,7 @@ func identity(rec Record, restored bool) guest.Init {
 	return guest.Init{
 		AccessToken: rec.Token, Hostname: string(rec.ID), SandboxID: string(rec.ID),
 		DefaultUser: rec.user(), DefaultWorkdir: rec.Login.Workdir, Env: env, Entropy: entropy(), Restored: restored,
-		CloneKey: rec.CloneKey,
+		CloneKey: rec.CloneKey, CABundle: h.cfg.GuestCA,
 	}
 }
 

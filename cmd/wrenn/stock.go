@@ -52,16 +52,13 @@ func buildStock(cmd *cobra.Command, cfg agent.Config, wanted []templates.Stock) 
 	if err != nil {
 		return err
 	}
-	var missing []templates.Stock
+	missing, err := missingStock(store, wanted)
+	if err != nil {
+		return err
+	}
 	for _, t := range wanted {
-		_, b, err := store.Resolve("", t.Name)
-		switch class := errdefs.ClassOf(err); {
-		case err == nil && b.Status == template.StatusReady:
+		if !slices.ContainsFunc(missing, func(m templates.Stock) bool { return m.Name == t.Name }) {
 			fmt.Fprintf(cmd.ErrOrStderr(), "template %s  already there\n", t.Name)
-		case err == nil, class == errdefs.NotFound, class == errdefs.WrongState: // a build of it may have failed
-			missing = append(missing, t)
-		default:
-			return err
 		}
 	}
 	if len(missing) == 0 {
@@ -93,6 +90,22 @@ func buildStock(cmd *cobra.Command, cfg agent.Config, wanted []templates.Stock) 
 		}
 	}
 	return nil
+}
+
+// missingStock returns those of which no build can be used. That "base" leads to another
+// template as long as there is none does not count.
+func missingStock(store *template.Store, wanted []templates.Stock) (missing []templates.Stock, err error) {
+	for _, t := range wanted {
+		have, b, err := store.Resolve("", t.Name)
+		switch class := errdefs.ClassOf(err); {
+		case err == nil && b.Status == template.StatusReady && have.Is(t.Name):
+		case err == nil, class == errdefs.NotFound, class == errdefs.WrongState: // a build of it may have failed
+			missing = append(missing, t)
+		default:
+			return nil, err
+		}
+	}
+	return missing, nil
 }
 
 // buildOne builds a template of its source, as `wrenn template build` does.

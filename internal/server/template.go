@@ -92,6 +92,8 @@ func (s *templates) own(ctx context.Context, text string, tagged bool) (template
 	}
 	name, host := project(ctx)
 	switch {
+	case !t.Is(ref.Name): // another stands in for it, which is not meant
+		err = errdefs.NotFound.Errorf("template %.140q not found", text)
 	case !host && t.Project != name:
 		err = errdefs.Denied.Errorf("template '%s' is not of your project", t.Name())
 	case t.Source != "":

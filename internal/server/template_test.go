@@ -253,6 +253,13 @@ func TestTemplateLife(t *testing.T) {
 	if _, err := do(p, c.DeleteTemplate, &pb.DeleteTemplateRequest{Template: "minimal"}); code(err) != connect.CodeFailedPrecondition {
 		t.Errorf("the default template: %v", err)
 	}
+	// "base" leads to it, and is not what is changed by that name.
+	if _, err := do(p, c.TagTemplate, &pb.TagTemplateRequest{Template: "base", Tags: []string{"x"}}); code(err) != connect.CodeNotFound {
+		t.Errorf("a tag of what base leads to: %v", err)
+	}
+	if _, err := do(p, c.DeleteTemplate, &pb.DeleteTemplateRequest{Template: "base"}); code(err) != connect.CodeNotFound {
+		t.Errorf("what base leads to: %v", err)
+	}
 }
 
 // watched returns the messages of a build.

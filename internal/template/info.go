@@ -91,6 +91,10 @@ func (t Info) Name() string {
 	return t.ID
 }
 
+// Is says whether the template has that id or name of its own. What "base" leads to where no
+// template has the name is not base.
+func (t Info) Is(name string) bool { return t.ID == name || slices.Contains(t.Names, name) }
+
 // BuildOf returns the build that a tag, or a build's own id, leads to. No tag is
 // DefaultTag.
 func (t Info) BuildOf(tag string) (Build, bool) {

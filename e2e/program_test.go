@@ -27,6 +27,7 @@ func (a *agent) publish(t *testing.T, name string, p template.Program) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer store.Close()
 	from, err := store.Get(template.DefaultName)
 	if err != nil {
 		t.Fatal(err)

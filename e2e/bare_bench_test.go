@@ -22,6 +22,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // direct is a client of the sandbox's envd without the agent between.
@@ -109,7 +110,7 @@ func (h *bareHost) addPlace(b *testing.B) {
 		b.Fatal(err)
 	}
 	ctx := context.Background()
-	slot, err := h.net.Acquire(ctx)
+	slot, err := h.net.Acquire(ctx, vmm.Tap)
 	if err == nil {
 		err = h.net.Open(ctx, slot)
 	}

@@ -13,6 +13,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // BenchmarkNetwork times a sandbox's network: making and removing a slot
@@ -34,7 +35,7 @@ func BenchmarkNetwork(b *testing.B) {
 	n := network.New(plan, network.Options{Pool: pool})
 	must(n.Setup(ctx))
 	defer func() { must(n.Teardown(context.WithoutCancel(ctx))) }()
-	slot, err := n.Acquire(ctx)
+	slot, err := n.Acquire(ctx, vmm.Tap)
 	must(err)
 	made := row("network slot, made", "ip, sysctl and nft commands")
 	made.goal = 0.1
@@ -66,7 +67,7 @@ func BenchmarkNetwork(b *testing.B) {
 			waitFor(b, "the pool to fill", func() bool { return n.Stats().Pool >= pool })
 			var s network.Slot
 			timed(b, &warm.agent, func() (err error) {
-				if s, err = n.Acquire(ctx); err != nil {
+				if s, err = n.Acquire(ctx, vmm.Tap); err != nil {
 					return err
 				}
 				return n.Open(ctx, s)

@@ -49,7 +49,7 @@ var mayImport = map[string][]string{
 		"internal/guestapi", "internal/osthread", "internal/errdefs", "internal/undo"},
 	"internal/vmm/vmmtest": {"internal/vmm", "internal/errdefs"},
 	"internal/egress":      {"internal/errdefs"},
-	"internal/network": {"internal/egress", "internal/nftgen", "internal/osthread", "internal/errdefs", "internal/undo",
+	"internal/network": {"internal/vmm", "internal/egress", "internal/nftgen", "internal/osthread", "internal/errdefs", "internal/undo",
 		"internal/atomicfile"},
 	"internal/tool":     {"internal/errdefs"},
 	"internal/progress": {},
@@ -69,7 +69,7 @@ var mayImport = map[string][]string{
 	"internal/host": {"internal/setup", "internal/diskfree", "internal/vmm", "internal/digest", "internal/osthread",
 		"internal/network", "internal/template", "internal/errdefs"},
 	"internal/network/networktest": {
-		"internal/network", "internal/errdefs",
+		"internal/network", "internal/vmm", "internal/errdefs",
 	},
 	"internal/agent": {
 		"internal/build", "internal/image", "internal/atomicfile", "internal/auth", "internal/certs", "internal/idempotency", "internal/e2b",

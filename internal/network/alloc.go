@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // slotState is how far a reserved slot has come. A slot that is not reserved
@@ -23,7 +24,7 @@ const (
 )
 
 // allocator hands out slots in turn, so that a slot that was given back is the
-// last one to be used again. The zero value has all slots free.
+// last one to be used again. Each reserved slot has a kind of link.
 //
 //	free ─acquire─▶ clean ─opening─▶ dirty ─closed─▶ clean ─release─▶ free
 //	free ─claim───────────────────▶ dirty
@@ -33,17 +34,26 @@ type allocator struct {
 	mu   sync.Mutex
 	last Slot
 	used map[Slot]slotState
-	pool []Slot // those in slotPooled, the oldest first
+	kind map[Slot]vmm.LinkKind // of those in used
+	// pools have those in slotPooled, the oldest first, for each kind that was asked for.
+	pools map[vmm.LinkKind][]Slot
 	// fenced are those of used whose last removal failed.
 	fenced map[Slot]bool
 }
 
-func (a *allocator) acquire() (Slot, error) { return a.take(slotClean) }
+// newAllocator returns one with all slots free, and a pool for a kind.
+func newAllocator(kind vmm.LinkKind) allocator {
+	return allocator{
+		used: map[Slot]slotState{}, kind: map[Slot]vmm.LinkKind{}, pools: map[vmm.LinkKind][]Slot{kind: nil}, fenced: map[Slot]bool{},
+	}
+}
+
+func (a *allocator) acquire(kind vmm.LinkKind) (Slot, error) { return a.take(kind, slotClean) }
 
 // acquireForPool reserves a slot about to be built.
-func (a *allocator) acquireForPool() (Slot, error) { return a.take(slotDirty) }
+func (a *allocator) acquireForPool(kind vmm.LinkKind) (Slot, error) { return a.take(kind, slotDirty) }
 
-func (a *allocator) take(st slotState) (Slot, error) {
+func (a *allocator) take(kind vmm.LinkKind, st slotState) (Slot, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.used) >= int(MaxSlot) {
@@ -59,32 +69,65 @@ func (a *allocator) take(st slotState) (Slot, error) {
 		}
 	}
 	a.last = s
-	a.set(s, st)
+	a.used[s], a.kind[s] = st, kind
 	return s, nil
 }
 
-// acquireWarm takes the oldest slot out of the pool.
-func (a *allocator) acquireWarm() (Slot, bool) {
+// acquireWarm takes the oldest slot out of a kind's pool. news says that the pool wants
+// another slot now, or that the kind was not asked for before.
+func (a *allocator) acquireWarm(kind vmm.LinkKind) (s Slot, ok, news bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if len(a.pool) == 0 {
-		return 0, false
+	pool, asked := a.pools[kind]
+	if len(pool) == 0 {
+		a.pools[kind] = nil
+		return 0, false, !asked
 	}
-	s := a.pool[0]
-	a.pool = slices.Delete(a.pool, 0, 1)
+	s = pool[0]
+	a.pools[kind] = slices.Delete(pool, 0, 1)
 	a.used[s] = slotWarm
-	return s, true
+	return s, true, true
+}
+
+// short returns a kind of which less than want slots are in the pool.
+func (a *allocator) short(want int) (kind vmm.LinkKind, ok bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for kind, pool := range a.pools {
+		if len(pool) < want {
+			return kind, true
+		}
+	}
+	return "", false
+}
+
+// drain takes all slots out of the pools.
+func (a *allocator) drain() (all []Slot) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for kind, pool := range a.pools {
+		for _, s := range pool {
+			a.used[s] = slotWarm
+		}
+		all = append(all, pool...)
+		a.pools[kind] = nil
+	}
+	return all
 }
 
 // warmed puts a slot that was built into the pool.
 func (a *allocator) warmed(s Slot) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.used[s] = slotPooled
-	a.pool = append(a.pool, s)
+	a.toPool(s)
 }
 
-func (a *allocator) claim(s Slot) error {
+func (a *allocator) toPool(s Slot) {
+	a.used[s] = slotPooled
+	a.pools[a.kind[s]] = append(a.pools[a.kind[s]], s)
+}
+
+func (a *allocator) claim(s Slot, kind vmm.LinkKind) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if !s.Valid() {
@@ -93,8 +136,15 @@ func (a *allocator) claim(s Slot) error {
 	if a.used[s] != 0 {
 		return errdefs.AlreadyExists.Errorf("network slot %d is in use", s)
 	}
-	a.set(s, slotDirty)
+	a.used[s], a.kind[s] = slotDirty, kind
 	return nil
+}
+
+// kindOf is the kind of a reserved slot, empty for another.
+func (a *allocator) kindOf(s Slot) vmm.LinkKind {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.kind[s]
 }
 
 func (a *allocator) release(s Slot) error {
@@ -103,9 +153,9 @@ func (a *allocator) release(s Slot) error {
 	switch a.used[s] {
 	case slotClean:
 		delete(a.used, s)
+		delete(a.kind, s)
 	case slotWarm:
-		a.used[s] = slotPooled
-		a.pool = append(a.pool, s)
+		a.toPool(s)
 	case slotDirty:
 		return errdefs.WrongState.Errorf("network slot %d is not closed", s)
 	default:
@@ -150,9 +200,6 @@ func (a *allocator) fence(s Slot) {
 	if a.used[s] == 0 {
 		return
 	}
-	if a.fenced == nil {
-		a.fenced = map[Slot]bool{}
-	}
 	a.used[s] = slotDirty
 	a.fenced[s] = true
 }
@@ -169,27 +216,17 @@ func (a *allocator) reserved(s Slot) bool {
 	return a.used[s] != 0
 }
 
-func (a *allocator) warmCount() int {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return len(a.pool)
-}
-
 func (a *allocator) stats() Stats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	st := Stats{Reserved: len(a.used), Pool: len(a.pool), Fenced: len(a.fenced)}
+	st := Stats{Reserved: len(a.used), Fenced: len(a.fenced)}
+	for _, pool := range a.pools {
+		st.Pool += len(pool)
+	}
 	for _, s := range a.used {
 		if s != slotClean {
 			st.Open++
 		}
 	}
 	return st
-}
-
-func (a *allocator) set(s Slot, st slotState) {
-	if a.used == nil {
-		a.used = map[Slot]slotState{}
-	}
-	a.used[s] = st
 }

@@ -17,7 +17,7 @@ import (
 // done by the usual programs, with their rules in one file each.
 func BenchmarkOpenClose(b *testing.B) {
 	n := world(b, Options{})
-	s, err := n.Acquire(b.Context())
+	s, err := n.Acquire(b.Context(), kind)
 	must(b, err)
 	a := n.Plan().Addrs(s)
 	var ours, theirs struct{ open, all time.Duration }

@@ -21,6 +21,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/osthread"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // Check says what of an open slot, or of the host's part that all slots share,
@@ -181,7 +182,7 @@ func (n *Network) checkNS(s Slot, a Addrs) error {
 		return fmt.Errorf("open netlink in namespace: %w", err)
 	}
 	defer h.Close()
-	index, wrong, err := checkLinks(h)
+	index, wrong, err := checkLinks(h, n.slots.kindOf(s))
 	if err != nil {
 		return err
 	}
@@ -204,8 +205,9 @@ func (n *Network) checkNS(s Slot, a Addrs) error {
 }
 
 // checkLinks returns the index of each link by its name, what is wrong with the
-// slot's links, and why they could not be listed.
-func checkLinks(h *netlink.Handle) (index map[string]int, wrong, err error) {
+// slot's links, and why they could not be listed. The guest's link must be of the kind,
+// unless that is empty.
+func checkLinks(h *netlink.Handle, kind vmm.LinkKind) (index map[string]int, wrong, err error) {
 	links, err := listed(h.LinkList)
 	if err != nil {
 		return nil, nil, fmt.Errorf("list links of namespace: %w", err)
@@ -225,7 +227,7 @@ func checkLinks(h *netlink.Handle) (index map[string]int, wrong, err error) {
 	if index[peerName] == 0 {
 		errs = append(errs, errors.New(peerName+" is missing"))
 	}
-	if index[Tap] == 0 {
+	if index[Tap] == 0 || kind == vmm.Packet && index[PacketEnd] == 0 {
 		errs = append(errs, errNoTap)
 	}
 	return index, errors.Join(errs...), nil

@@ -183,7 +183,7 @@ func TestStraysAtRuntime(t *testing.T) {
 	for range 4 {
 		wg.Go(func() {
 			for range 8 {
-				s, err := n.Acquire(ctx)
+				s, err := n.Acquire(ctx, kind)
 				must(t, err)
 				if err := n.Open(ctx, s); err != nil {
 					t.Errorf("open slot %d: %v", s, err)
@@ -242,7 +242,7 @@ func TestStraysAtRuntime(t *testing.T) {
 func TestCloseVerifies(t *testing.T) {
 	n := world(t, Options{})
 	ctx := t.Context()
-	s, err := n.Acquire(ctx)
+	s, err := n.Acquire(ctx, kind)
 	must(t, err)
 	must(t, n.Open(ctx, s))
 	a := n.plan.Addrs(s)

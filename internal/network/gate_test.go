@@ -879,7 +879,7 @@ func TestGateGoesWithItsSlot(t *testing.T) {
 	w := worldWithNames(t, map[string]netip.Addr{"good.example": goodAddr})
 	before := inventory(t)
 	fds, goroutines := descriptorCount(t), runtime.NumGoroutine()
-	s, err := w.Acquire(t.Context())
+	s, err := w.Acquire(t.Context(), kind)
 	must(t, err)
 	must(t, w.Open(t.Context(), s))
 	injected := errors.New("injected")

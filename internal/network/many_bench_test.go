@@ -23,7 +23,7 @@ func BenchmarkManySlots(b *testing.B) {
 		wg.Wait()
 	}
 	each(func(i int) {
-		s, err := n.Acquire(b.Context())
+		s, err := n.Acquire(b.Context(), kind)
 		must(b, err)
 		must(b, n.Open(b.Context(), s))
 		slots[i] = s

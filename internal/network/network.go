@@ -18,6 +18,7 @@
 package network
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,6 +35,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // Options are a Network's settings beside its plan.
@@ -42,16 +44,17 @@ type Options struct {
 	// of that user may attach to it by name without privilege, given that it may
 	// open /dev/net/tun. With 0 the taps are root's.
 	BaseUID int
-	// Packet makes Tap one end of a veth pair, whose other end is PacketEnd, and no tap
-	// device. All else holds for it as for a tap.
-	Packet bool
+	// Kind is the kind of link of the slots that Run builds ahead until another one is
+	// asked for; a tap if empty.
+	Kind vmm.LinkKind
 	// Egress is the mode of sandboxes that set none; Public if empty.
 	Egress Mode
 	// Limits hold for every sandbox where its own say nothing.
 	Limits Limits
 	// Resolvers are the name servers that the guests are told to use.
 	Resolvers []netip.Addr
-	// Pool is how many slots Run keeps built ahead of use.
+	// Pool is how many slots Run keeps built ahead of use, of each kind of link that was
+	// asked for.
 	Pool int
 	// RangesFile, if not empty, is where Setup records the plan's ranges, and
 	// finds those that the plan does not name.
@@ -95,9 +98,10 @@ func New(plan Plan, opts Options) *Network {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
+	opts.Kind = cmp.Or(opts.Kind, vmm.Tap)
 	share := shareOf(connectionTable())
 	opts.Limits.Connections = share.clamp(opts.Limits.Connections)
-	return &Network{plan: plan, opts: opts, gates: newGates(), share: share, taken: make(chan struct{}, 1)}
+	return &Network{plan: plan, opts: opts, slots: newAllocator(opts.Kind), gates: newGates(), share: share, taken: make(chan struct{}, 1)}
 }
 
 func (n *Network) hostRules() ruleset { return hostRules(n.plan, n.opts.Resolvers, n.share) }
@@ -266,27 +270,35 @@ func (n *Network) checkRoutes(h *netlink.Handle, plan Plan) error {
 	return nil
 }
 
-// Acquire reserves a free slot; Exhausted when there is none. If Run keeps a
+// Acquire reserves a free slot whose guest is reached by a link of a kind; Exhausted when
+// there is none. With vmm.Tap the guest's end is the tap device Tap, with vmm.Packet it is
+// PacketEnd, for a packet socket, and all else holds for it as for a tap. If Run keeps a
 // pool, the slot is one built already, and its Open has nothing left to do.
-func (n *Network) Acquire(ctx context.Context) (Slot, error) {
+func (n *Network) Acquire(ctx context.Context, kind vmm.LinkKind) (Slot, error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err
 	}
-	if s, ok := n.slots.acquireWarm(); ok {
+	if kind != vmm.Tap && kind != vmm.Packet {
+		return 0, errdefs.InvalidArgument.Errorf("no network has links of kind %.20q", kind)
+	}
+	s, warm, news := n.slots.acquireWarm(kind)
+	if news {
 		select {
 		case n.taken <- struct{}{}:
 		default:
 		}
+	}
+	if warm {
 		return s, nil
 	}
-	return n.slots.acquire()
+	return n.slots.acquire(kind)
 }
 
 // Claim reserves a slot that a record names, after a restart of the agent.
 // AlreadyExists if it is reserved. What exists of it on the host is taken
-// over: it must be closed before Release. Claim what the records name before
-// Run builds slots ahead.
-func (n *Network) Claim(s Slot) error { return n.slots.claim(s) }
+// over, with the kind of link that it has: it must be closed before Release. Claim what
+// the records name before Run builds slots ahead.
+func (n *Network) Claim(s Slot) error { return n.slots.claim(s, n.kindOf(s)) }
 
 // Release gives a slot back. It is WrongState for a slot that has been opened
 // or claimed and not closed since, and NotFound for one that is not reserved:
@@ -345,7 +357,7 @@ func (n *Network) RemoveStrays(ctx context.Context) (removed []Slot, err error) 
 	defer n.strays.Unlock()
 	for _, s := range strays {
 		// A claim fails if the slot was reserved after Strays returned.
-		if n.slots.claim(s) == nil {
+		if n.slots.claim(s, vmm.Tap) == nil {
 			n.strays.left = append(n.strays.left, s)
 		}
 	}

@@ -23,6 +23,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 var here = netns.None() // the host's namespace, for serve and ask
@@ -60,7 +61,7 @@ func TestIsolation(t *testing.T) {
 	n := world(t, Options{})
 	_, a, ga := open(t, n)
 	sb, b, gb := open(t, n)
-	free, err := n.Acquire(t.Context())
+	free, err := n.Acquire(t.Context(), kind)
 	must(t, err)
 	defer n.Release(free)
 
@@ -313,12 +314,12 @@ func TestSegmentSizeFitsUplink(t *testing.T) {
 }
 
 func TestTapBelongsToItsUser(t *testing.T) {
-	if packet {
+	if kind == vmm.Packet {
 		t.Skip("a veth pair belongs to no user")
 	}
 	const base = 65000
 	n := world(t, Options{BaseUID: base})
-	s, err := n.Acquire(t.Context())
+	s, err := n.Acquire(t.Context(), kind)
 	must(t, err)
 	must(t, n.Open(t.Context(), s))
 	defer func() { must(t, n.Close(t.Context(), s)); must(t, n.Release(s)) }()
@@ -362,7 +363,7 @@ func TestTapBelongsToItsUser(t *testing.T) {
 func TestCloseRemovesEverythingTwice(t *testing.T) {
 	n := world(t, Options{})
 	ctx := t.Context()
-	s, err := n.Acquire(ctx)
+	s, err := n.Acquire(ctx, kind)
 	must(t, err)
 	if err := n.Close(ctx, s); err != nil {
 		t.Errorf("close of a slot never opened: %v", err)
@@ -413,7 +414,7 @@ func TestCloseRemovesEverythingTwice(t *testing.T) {
 func TestOpenFailsAtEachStep(t *testing.T) {
 	n := world(t, Options{})
 	ctx := t.Context()
-	s, err := n.Acquire(ctx)
+	s, err := n.Acquire(ctx, kind)
 	must(t, err)
 	var steps []string
 	n.hook = func(_ Slot, step string) error { steps = append(steps, step); return nil }
@@ -457,10 +458,10 @@ func TestOpenFailsAtEachStep(t *testing.T) {
 func TestOpenDoesNotTouchWhatExists(t *testing.T) {
 	n, other := world(t, Options{}), New(testPlan(), Options{})
 	ctx := t.Context()
-	s, err := n.Acquire(ctx)
+	s, err := n.Acquire(ctx, kind)
 	must(t, err)
 	must(t, n.Open(ctx, s))
-	must(t, other.slots.claim(s))
+	must(t, other.slots.claim(s, kind))
 	other.slots.closed(s)
 	before := inventory(t)
 	if err := other.Open(ctx, s); err == nil {
@@ -482,7 +483,7 @@ func TestOpenConcurrently(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for range 2 {
-				s, err := n.Acquire(t.Context())
+				s, err := n.Acquire(t.Context(), kind)
 				if err != nil {
 					t.Error(err)
 					return
@@ -514,7 +515,7 @@ func TestOpenConcurrently(t *testing.T) {
 func TestCloseAfterOthersAddNamespaces(t *testing.T) {
 	testenv.Program(t, "ip")
 	n := world(t, Options{})
-	s, err := n.Acquire(t.Context())
+	s, err := n.Acquire(t.Context(), kind)
 	must(t, err)
 	must(t, n.Open(t.Context(), s))
 	ip := func(args ...string) {
@@ -540,7 +541,7 @@ func TestStrays(t *testing.T) {
 	ctx := t.Context()
 	var slots []Slot
 	for range 4 {
-		s, err := n.Acquire(ctx)
+		s, err := n.Acquire(ctx, kind)
 		must(t, err)
 		must(t, n.Open(ctx, s))
 		slots = append(slots, s)
@@ -611,7 +612,7 @@ func TestSetup(t *testing.T) {
 	refused(Plan{"Bad", n.plan.Hosts, n.plan.Hosts}, "instance")
 
 	// Two agents with their own ranges live side by side.
-	two := New(Plan{"tneu", netip.MustParsePrefix("10.41.0.0/16"), netip.MustParsePrefix("10.42.0.0/16")}, Options{Packet: packet})
+	two := New(Plan{"tneu", netip.MustParsePrefix("10.41.0.0/16"), netip.MustParsePrefix("10.42.0.0/16")}, Options{Kind: kind})
 	must(t, two.Setup(ctx))
 	must(t, n.Setup(ctx))
 	_, b, gb := open(t, two)

@@ -8,7 +8,7 @@ import (
 // retryAfter is how long Run waits after a slot could not be built or removed.
 const retryAfter = time.Second
 
-// Run keeps Options.Pool slots built ahead until ctx ends. Then it removes those
+// Run keeps Options.Pool slots of each kind built ahead until ctx ends. Then it removes those
 // that are still in the pool, and returns. Every sandbox gets a new namespace. A
 // slot's number is used again after Close has found nothing left of it, and after
 // all other free numbers. Call Run once, after Setup and after the slots of the
@@ -26,8 +26,12 @@ func (n *Network) Run(ctx context.Context) {
 		case <-retry.C:
 		}
 		fenced = n.remove(ctx, fenced)
-		for ctx.Err() == nil && n.slots.warmCount() < n.opts.Pool {
-			s, err := n.slots.acquireForPool()
+		for ctx.Err() == nil {
+			kind, short := n.slots.short(n.opts.Pool)
+			if !short {
+				break
+			}
+			s, err := n.slots.acquireForPool(kind)
 			if err == nil {
 				if err = n.build(ctx, s); err == nil {
 					n.slots.warmed(s)
@@ -63,14 +67,7 @@ func (n *Network) remove(ctx context.Context, slots []Slot) (left []Slot) {
 }
 
 func (n *Network) drain(ctx context.Context, fenced []Slot) {
-	for {
-		s, ok := n.slots.acquireWarm()
-		if !ok {
-			break
-		}
-		fenced = append(fenced, s)
-	}
-	n.remove(ctx, fenced)
+	n.remove(ctx, append(fenced, n.slots.drain()...))
 }
 
 // Stats are the allocator's counts, for the metrics.

@@ -55,7 +55,7 @@ func TestPool(t *testing.T) {
 	full(t, n)
 
 	// One taken and given back unopened is in the pool again.
-	s, err := n.Acquire(ctx)
+	s, err := n.Acquire(ctx, kind)
 	must(t, err)
 	full(t, n)
 	must(t, n.Release(s))
@@ -67,7 +67,7 @@ func TestPool(t *testing.T) {
 	}
 
 	// A slot that was removed while it waited in the pool is made again.
-	s, err = n.Acquire(ctx)
+	s, err = n.Acquire(ctx, kind)
 	must(t, err)
 	must(t, removeNS(n.plan.Addrs(s).NetNSPath))
 	must(t, n.Open(ctx, s))
@@ -131,7 +131,7 @@ func TestPoolFencesAndRetries(t *testing.T) {
 	failing = false
 	mu.Unlock()
 	await("no slot after the failure", func() bool { return n.Stats().Pool == 1 })
-	if s, err := n.Acquire(t.Context()); err != nil || s == 1 {
+	if s, err := n.Acquire(t.Context(), kind); err != nil || s == 1 {
 		t.Errorf("acquire = %d, %v; want another than the fenced slot", s, err)
 	} else {
 		must(t, n.Release(s))
@@ -153,7 +153,7 @@ func TestPoolConcurrently(t *testing.T) {
 	for i := range 6 {
 		wg.Go(func() {
 			for j := range 4 {
-				s, err := n.Acquire(t.Context())
+				s, err := n.Acquire(t.Context(), kind)
 				if err != nil {
 					t.Error(err)
 					return
@@ -190,7 +190,7 @@ func TestPoolConcurrently(t *testing.T) {
 func TestCloseForgetsConnections(t *testing.T) {
 	n := world(t, Options{})
 	ctx := t.Context()
-	s, err := n.Acquire(ctx)
+	s, err := n.Acquire(ctx, kind)
 	must(t, err)
 	must(t, n.Open(ctx, s))
 	a := n.plan.Addrs(s)
@@ -238,7 +238,7 @@ func BenchmarkAcquireWarm(b *testing.B) {
 		full(b, n)
 		b.StartTimer()
 		at := time.Now()
-		s, err := n.Acquire(b.Context())
+		s, err := n.Acquire(b.Context(), kind)
 		acquire += time.Since(at)
 		must(b, err)
 		at = time.Now()

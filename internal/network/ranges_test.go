@@ -101,7 +101,7 @@ func TestRecordedRangesAreTaken(t *testing.T) {
 	first := rangesOfPlan(n)
 
 	// With sandboxes there, nothing else will do.
-	s, err := n.Acquire(t.Context())
+	s, err := n.Acquire(t.Context(), kind)
 	must(t, err)
 	must(t, n.Open(t.Context(), s))
 	taken := addRoute(t, n.Plan().Hosts.Addr().Next().String()+"/32")

@@ -14,11 +14,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
-// Open builds the network of a reserved slot: namespace, tap, veth pair,
+// Open builds the network of a reserved slot: namespace, link to the guest, veth pair,
 // rules, addresses and routes. The rules are in force before a link is up. A
-// VMM started in the namespace attaches to Tap; what it serves is reached from
+// VMM started in the namespace attaches to the guest's end of the link; what it serves is reached from
 // the host at the slot's HostIP.
 //
 // NotFound for a slot that is not reserved, WrongState for one that is open.
@@ -99,6 +100,26 @@ func (n *Network) wireHost(ctx context.Context, s Slot, a Addrs, host *netlink.H
 		return fmt.Errorf("add route to sandbox: %w", err)
 	}
 	return n.step(ctx, s, "host route")
+}
+
+// kindOf finds out which kind of link is in a slot's namespace; vmm.Tap where there is
+// none.
+func (n *Network) kindOf(s Slot) vmm.LinkKind {
+	kind := vmm.Tap
+	if !s.Valid() || !n.exists(s) {
+		return kind
+	}
+	err := inNS(n.plan.Addrs(s).NetNSPath, func() error {
+		_, err := net.InterfaceByName(PacketEnd)
+		if err == nil {
+			kind = vmm.Packet
+		}
+		return nil
+	})
+	if err != nil {
+		n.opts.Log.Warn("kind of a network's link not found out", "slot", int(s), "err", err)
+	}
+	return kind
 }
 
 // exists says whether a slot's namespace is there, and with it its links. It
@@ -184,7 +205,7 @@ func (n *Network) fillNS(ctx context.Context, s Slot, a Addrs, host *netlink.Han
 // makeLink makes the link that leads to the guest, in the calling thread's namespace.
 func (n *Network) makeLink(s Slot) error {
 	switch {
-	case n.opts.Packet:
+	case n.slots.kindOf(s) == vmm.Packet:
 		return makePacketPair()
 	case n.opts.BaseUID != 0:
 		return makeTap(Tap, n.opts.BaseUID+int(s))

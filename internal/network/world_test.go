@@ -1,6 +1,7 @@
 package network
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"net"
@@ -19,6 +20,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/osthread"
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // The tests run in a world of their own: this binary starts itself again in a
@@ -72,15 +74,15 @@ func testPlan() Plan {
 	return p
 }
 
-// packet says that the slots of all tests have a veth pair in place of a tap.
-var packet = os.Getenv("WRENN_TEST_LINK") == "packet"
+// kind is that of the links of all tests that do not name one.
+var kind = vmm.LinkKind(cmp.Or(os.Getenv("WRENN_TEST_LINK"), string(vmm.Tap)))
 
 // world returns a network set up on a host with an uplink; it is torn down,
 // and found to have left nothing, when the test ends.
 func world(t testing.TB, opts Options) *Network {
 	t.Helper()
 	testenv.Root(t)
-	opts.Packet = packet
+	opts.Kind = cmp.Or(opts.Kind, kind)
 	worldOnce.Do(func() {
 		must(t, unix.Mount("tmpfs", "/run", "tmpfs", 0, ""))
 		internet = newNS(t)
@@ -187,7 +189,7 @@ type guest struct {
 // open opens a slot with a guest; both go when the test ends.
 func open(t testing.TB, n *Network) (Slot, Addrs, *guest) {
 	t.Helper()
-	s, err := n.Acquire(t.Context())
+	s, err := n.Acquire(t.Context(), kind)
 	must(t, err)
 	must(t, n.Open(t.Context(), s))
 	t.Cleanup(func() {
@@ -242,7 +244,7 @@ func startGuest(t testing.TB, a Addrs) *guest {
 // does.
 func attachTap(t testing.TB, name string) *os.File {
 	t.Helper()
-	if packet && name == Tap {
+	if kind == vmm.Packet && name == Tap {
 		return attachPacket(t, PacketEnd)
 	}
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)

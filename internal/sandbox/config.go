@@ -18,7 +18,7 @@ import (
 type Network interface {
 	Plan() network.Plan
 	Setup(context.Context) error
-	Acquire(context.Context) (network.Slot, error)
+	Acquire(context.Context, vmm.LinkKind) (network.Slot, error)
 	Claim(network.Slot) error
 	Release(network.Slot) error
 	Open(context.Context, network.Slot) error

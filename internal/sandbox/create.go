@@ -287,7 +287,7 @@ func (h *holdings) admit(ctx context.Context, id ID, project string, more Resour
 // acquireSlot acquires an address slot. Waiting guests make way.
 func (h *holdings) acquireSlot(ctx context.Context, makeWay making) (network.Slot, error) {
 	for {
-		slot, err := h.cfg.Network.Acquire(ctx)
+		slot, err := h.cfg.Network.Acquire(ctx, h.cfg.Driver.Needs().Link)
 		if !errors.Is(err, errdefs.Exhausted) || !makeWay(ctx, Resources{}) {
 			return slot, err
 		}

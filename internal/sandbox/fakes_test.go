@@ -187,7 +187,7 @@ func newFakeNetwork(f *faults) *fakeNetwork {
 func (n *fakeNetwork) Plan() network.Plan              { return network.DefaultPlan() }
 func (n *fakeNetwork) Setup(ctx context.Context) error { return n.called(ctx, "network.setup") }
 
-func (n *fakeNetwork) Acquire(ctx context.Context) (network.Slot, error) {
+func (n *fakeNetwork) Acquire(ctx context.Context, _ vmm.LinkKind) (network.Slot, error) {
 	if err := n.called(ctx, "network.acquire"); err != nil {
 		return 0, err
 	}

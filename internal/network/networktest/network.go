@@ -10,6 +10,7 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // Network is such a network. Safe for concurrent use.
@@ -66,7 +67,7 @@ func (n *Network) Teardown(context.Context) error {
 }
 
 // Acquire reserves the first free slot.
-func (n *Network) Acquire(context.Context) (network.Slot, error) {
+func (n *Network) Acquire(context.Context, vmm.LinkKind) (network.Slot, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for s := network.Slot(1); s.Valid(); s++ {

@@ -19,7 +19,7 @@ func TestSlot(t *testing.T) {
 	withEnvd(t, &s)
 	plan := slots.DefaultPlan()
 	plan.Instance = "vmmt"
-	n := slots.New(plan, slots.Options{Packet: true, Egress: slots.Public})
+	n := slots.New(plan, slots.Options{Egress: slots.Public})
 	if err := n.Setup(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +77,7 @@ func TestSlot(t *testing.T) {
 // inSlot puts a spec into a slot of its own, and returns the client of its guest.
 func inSlot(t *testing.T, n *slots.Network, spec vmm.Spec) (vmm.Spec, *guest.Client) {
 	t.Helper()
-	slot, err := n.Acquire(t.Context())
+	slot, err := n.Acquire(t.Context(), vmm.Packet)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -429,7 +429,7 @@ func (b *dockerBuild) path(dir string) string {
 }
 
 func (b *dockerBuild) parse(cmd *cobra.Command, dir string) (*dockerfile.File, error) {
-	args, err := variables(b.args)
+	args, err := (&vars{pairs: b.args}).read()
 	if err != nil {
 		return nil, fmt.Errorf("--build-arg needs NAME=VALUE, or NAME to pass on a variable")
 	}

@@ -22,8 +22,11 @@ type size struct {
 	then     string
 	deadline string
 	atEnd    string
+	name     string
+	disk     string
 	user     string
-	env      []string
+	workdir  string
+	env      vars
 	labels   []string
 	reach    reach
 }
@@ -32,6 +35,8 @@ func (s *size) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&s.template, "template", "", `template or snapshot to start from (default "minimal")`)
 	cmd.Flags().Int32Var(&s.vcpus, "vcpus", 0, "number of virtual CPUs (default 1, or the snapshot's)")
 	cmd.Flags().StringVarP(&s.memory, "memory", "m", "", "memory in MiB, or with a unit: 512m, 2g (default 512, or the snapshot's)")
+	cmd.Flags().StringVar(&s.name, "name", "", "name that stands for the id in all commands; no other sandbox of the project may have it")
+	cmd.Flags().StringVar(&s.disk, "disk", "", "size of the disk in MiB, or with a unit: 10g (default the host's, or the snapshot's)")
 	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox when this time passes without activity (10m, 1h); 0 is never")
 	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens when --timeout passes: destroy, hibernate, or hibernate_files")
 	cmd.Flags().StringVar(&s.deadline, "deadline", "",
@@ -43,18 +48,19 @@ func (s *size) flags(cmd *cobra.Command) {
 }
 
 func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
-	var mem int32
-	if s.memory != "" {
-		var err error
-		if mem, err = parseMiB(s.memory); err != nil {
-			return nil, err
-		}
+	mem, err := sizeOf("memory", s.memory)
+	if err != nil {
+		return nil, err
+	}
+	disk, err := sizeOf("disk", s.disk)
+	if err != nil {
+		return nil, err
 	}
 	timeout, err := wholeSeconds(s.timeout)
 	if err != nil {
 		return nil, err
 	}
-	env, err := variables(s.env)
+	env, err := s.env.read()
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +82,7 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 	}
 	return &hostagentv1.CreateSandboxRequest{
 		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
-		User: s.user, Envs: env, Metadata: labels, Deadline: deadline, OnDeadline: s.atEnd,
+		Name: s.name, DiskMb: disk, Workdir: s.workdir, User: s.user, Envs: env, Metadata: labels, Deadline: deadline, OnDeadline: s.atEnd,
 	}, nil
 }
 
@@ -146,9 +152,12 @@ func newCreate(c *cli) *cobra.Command {
 		Short: "Create a sandbox and print its id",
 		Long: `Create a sandbox from a template or a snapshot, wait until commands can run in
 it, and print its id. The sandbox stays until 'wrenn rm' destroys it, or until
-its --timeout passes without activity.`,
-		Example: "  wrenn create --memory 1g --vcpus 2 --timeout 30m\n  wrenn create my-snapshot",
-		Args:    cobra.MaximumNArgs(1),
+its --timeout passes without activity. --name gives it a name that can be used in
+place of the id, until it has ended.`,
+		Example: `  wrenn create --memory 1g --vcpus 2 --timeout 30m
+  wrenn create --name web --label team=blue --disk 10g -e COLOUR=red -w /srv
+  wrenn create my-snapshot`,
+		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
 				if s.template != "" && s.template != args[0] {
@@ -173,7 +182,9 @@ its --timeout passes without activity.`,
 	s.flags(cmd)
 	cmd.Flags().StringVarP(&s.user, "user", "u", "",
 		"user of programs that are started without a user: a name, a uid, or uid:gid (default the template's)")
-	cmd.Flags().StringArrayVarP(&s.env, "env", "e", nil, "set NAME=VALUE for all programs, or NAME to pass on your variable; may be repeated")
+	cmd.Flags().StringVarP(&s.workdir, "workdir", "w", "",
+		"directory of programs that are started without one (default the template's, or the user's home)")
+	s.env.flags(cmd, "all programs")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	cmd.Flags().BoolVarP(&verbose, "verbose", "v", false, "print on stderr what the sandbox started from and how long each step took")
 	return cmd

@@ -19,7 +19,7 @@ import (
 
 // command holds the flags that describe a command in a sandbox.
 type command struct {
-	env         []string
+	env         vars
 	cwd         string
 	user        string
 	interactive bool
@@ -51,32 +51,13 @@ func (x *command) find(ctx context.Context, c *cli, ref string) (*client.Sandbox
 }
 
 func (x *command) flags(cmd *cobra.Command) {
-	cmd.Flags().StringArrayVarP(&x.env, "env", "e", nil, "set NAME=VALUE for the command, or NAME to pass on your variable; may be repeated")
+	x.env.flags(cmd, "the command")
 	cmd.Flags().StringVarP(&x.cwd, "workdir", "w", "", "directory of the command in the sandbox")
 	cmd.Flags().StringVarP(&x.user, "user", "u", "", "user of the command in the sandbox: a name, a uid, or uid:gid")
 	cmd.Flags().BoolVarP(&x.interactive, "interactive", "i", false, "connect stdin")
 	cmd.Flags().BoolVarP(&x.tty, "tty", "t", false, "run the command in this terminal")
 	x.patience(cmd)
 	cmd.Flags().SetInterspersed(false) // flags behind the command are its own
-}
-
-// variables reads flags of the form NAME=VALUE, or NAME for a variable of this
-// program, whose value then stands in no list of processes.
-func variables(flags []string) (map[string]string, error) {
-	env := map[string]string{}
-	for _, kv := range flags {
-		name, value, ok := strings.Cut(kv, "=")
-		if !ok {
-			value, ok = os.LookupEnv(name)
-		}
-		switch {
-		case name == "":
-			return nil, errors.New("--env needs NAME=VALUE, or NAME to pass on a variable")
-		case ok:
-			env[name] = value
-		}
-	}
-	return env, nil
 }
 
 // connected is the command connected to this program as the flags say.
@@ -88,7 +69,7 @@ func (x *command) connected(args []string) (client.Command, error) {
 		},
 	}
 	var err error
-	if cmd.Env, err = variables(x.env); err != nil {
+	if cmd.Env, err = x.env.read(); err != nil {
 		return cmd, err
 	}
 	if x.interactive || x.tty {

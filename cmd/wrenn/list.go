@@ -2,14 +2,11 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"os"
-	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -18,76 +15,6 @@ import (
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/internal/client"
 )
-
-func newPs(c *cli) *cobra.Command {
-	var all, quiet, asJSON bool
-	var filters []string
-	cmd := &cobra.Command{
-		Use:     "ps",
-		Aliases: []string{"ls", "list"},
-		Short:   "List sandboxes",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			wanted, err := wantedLabels(filters)
-			if err != nil {
-				return err
-			}
-			sandboxes, err := c.host.List(cmd.Context(), all, wanted)
-			if err != nil {
-				return err
-			}
-			out := cmd.OutOrStdout()
-			switch {
-			case asJSON:
-				return printJSON(out, &hostagentv1.ListSandboxesResponse{Sandboxes: sandboxes})
-			case quiet:
-				for _, s := range sandboxes {
-					fmt.Fprintln(out, s.SandboxId)
-				}
-				return nil
-			}
-			w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
-			row(w, "SANDBOX ID", "TEMPLATE", "STATUS", "VCPUS", "MEMORY", "ADDRESS", "CREATED", "EXPIRES")
-			for _, s := range sandboxes {
-				created, expires := "-", "never"
-				if s.CreatedAtUnix > 0 {
-					created = rough(time.Since(time.Unix(s.CreatedAtUnix, 0))) + " ago"
-				}
-				if s.ExpiresAtUnix != 0 {
-					expires = "in " + rough(time.Until(time.Unix(s.ExpiresAtUnix, 0)))
-				} else if s.TimeoutSec != 0 || s.CreatedAtUnix <= 0 || s.Status == "stopped" {
-					expires = "-"
-				}
-				address := cmp.Or(s.HostIp, "-")
-				if s.Status == "stopped" {
-					address = "-" // another sandbox may have it by now
-				}
-				row(w, s.SandboxId, cmp.Or(s.Snapshot, s.Template), client.StatusText(s), s.Vcpus,
-					fmt.Sprintf("%d MiB", s.MemoryMb), address, created, expires)
-			}
-			return w.Flush()
-		},
-	}
-	cmd.Flags().BoolVarP(&all, "all", "a", false, "also list sandboxes that ended by themselves, for as long as the agent remembers them")
-	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "list only sandboxes with a label: label=NAME=VALUE; may be repeated")
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only ids")
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
-	return cmd
-}
-
-// wantedLabels reads filters of the form label=NAME=VALUE.
-func wantedLabels(filters []string) (map[string]string, error) {
-	wanted := map[string]string{}
-	for _, filter := range filters {
-		label, ok := strings.CutPrefix(filter, "label=")
-		name, value, pair := strings.Cut(label, "=")
-		if has, twice := wanted[name]; !ok || !pair || name == "" || twice && has != value {
-			return nil, fmt.Errorf("--filter %q: want label=NAME=VALUE, and one value for each name", filter)
-		}
-		wanted[name] = value
-	}
-	return wanted, nil
-}
 
 // rough is a duration as people say it.
 func rough(d time.Duration) string {

@@ -20,6 +20,18 @@ func quantity(text string) (n float64, power int, binary, ok bool) {
 	return n, power, binary, err == nil && n >= 0 && (power > 0 || !binary)
 }
 
+// sizeOf reads a size that a flag has, in MiB; 0 if it has none.
+func sizeOf(flag, text string) (int32, error) {
+	if text == "" {
+		return 0, nil
+	}
+	n, err := parseMiB(text)
+	if err != nil {
+		return 0, fmt.Errorf("%s %q is not a size: give MiB, or a number with m or g", flag, text)
+	}
+	return n, nil
+}
+
 // parseMiB reads a size of memory as docker writes it: MiB, or a number with k, m
 // or g, which are powers of 1024, in either case and with "B" or "iB" behind it.
 func parseMiB(text string) (int32, error) {

@@ -371,7 +371,7 @@ func TestSeveral(t *testing.T) {
 func TestVariables(t *testing.T) {
 	t.Setenv("WRENN_TEST_PASSED", "on")
 	os.Unsetenv("WRENN_TEST_MISSING")
-	got, err := variables([]string{"A=1", "B=", "C=a=b", "WRENN_TEST_PASSED", "WRENN_TEST_MISSING", "A=2"})
+	got, err := (&vars{pairs: []string{"A=1", "B=", "C=a=b", "WRENN_TEST_PASSED", "WRENN_TEST_MISSING", "A=2"}}).read()
 	want := map[string]string{"A": "2", "B": "", "C": "a=b", "WRENN_TEST_PASSED": "on"}
 	if diff := gocmp.Diff(want, got); diff != "" || err != nil {
 		t.Errorf("%v, %s", err, diff)

@@ -159,8 +159,9 @@ func (h *Host) List(ctx context.Context, ended bool, metadata map[string]string)
 // fullID is the length of a sandbox's ID as this version makes them.
 const fullID = len("sb-0123456789abcdef")
 
-// Find returns the sandbox that ref names: an ID or the unambiguous beginning of
-// one, with or without "sb-". That no ID begins so is errdefs.NotFound. A whole
+// Find returns the sandbox that ref names: its name, an ID or the unambiguous beginning
+// of one, with or without "sb-". A name goes before the beginning of an ID, and a sandbox
+// that has not ended before one that has. That there is none is errdefs.NotFound. A whole
 // ID is not looked up: the calls of the Sandbox say whether it exists.
 func (h *Host) Find(ctx context.Context, ref string) (*Sandbox, error) {
 	if strings.HasPrefix(ref, "sb-") && len(ref) >= fullID || ref == "" {
@@ -170,6 +171,13 @@ func (h *Host) Find(ctx context.Context, ref string) (*Sandbox, error) {
 	if err != nil {
 		return nil, err
 	}
+	named := called(sandboxes, ref)
+	if len(named) == 1 {
+		return h.Sandbox(named[0]), nil
+	}
+	if len(named) > 1 {
+		return nil, errdefs.InvalidArgument.Errorf("%q is the name of %d sandboxes: %s", ref, len(named), strings.Join(named, " "))
+	}
 	var ids []string
 	for _, s := range sandboxes {
 		if strings.HasPrefix(s.SandboxId, ref) || strings.HasPrefix(s.SandboxId, "sb-"+ref) {
@@ -178,12 +186,31 @@ func (h *Host) Find(ctx context.Context, ref string) (*Sandbox, error) {
 	}
 	switch len(ids) {
 	case 0:
-		return nil, errdefs.NotFound.Errorf("no sandbox's id begins with %q", ref)
+		return nil, errdefs.NotFound.Errorf("no sandbox has the name %q or an id that begins so", ref)
 	case 1:
 		return h.Sandbox(ids[0]), nil
 	default:
 		return nil, errdefs.InvalidArgument.Errorf("%q is the beginning of %d ids: %s", ref, len(ids), strings.Join(ids, " "))
 	}
+}
+
+// called are the IDs of the sandboxes with a name, which have not ended; if all have, of the
+// last one of them.
+func called(sandboxes []*hostagentv1.SandboxInfo, name string) (ids []string) {
+	last := ""
+	for _, s := range sandboxes { // oldest first
+		switch {
+		case s.Name != name:
+		case s.Status == "stopped" || s.Status == "stopping":
+			last = s.SandboxId
+		default:
+			ids = append(ids, s.SandboxId)
+		}
+	}
+	if len(ids) == 0 && last != "" {
+		ids = []string{last}
+	}
+	return ids
 }
 
 // Sandbox returns the sandbox with an ID, which is not looked up.

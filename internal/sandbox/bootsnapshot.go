@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -113,7 +114,7 @@ func (h *host) bootKey(ctx context.Context, rec Record, tmpl template.Template) 
 
 // bootKeyOf is the key of the boot snapshot that a request would start from.
 func (h *host) bootKeyOf(ctx context.Context, req CreateRequest, tmpl template.Template) (string, error) {
-	return h.bootKey(ctx, Record{VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: h.cfg.OverlayMiB}, tmpl)
+	return h.bootKey(ctx, Record{VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: cmp.Or(req.DiskMiB, h.cfg.OverlayMiB)}, tmpl)
 }
 
 // makeBootSnapshot makes a boot snapshot of a guest that has booted, whose template's
@@ -167,7 +168,7 @@ func (m *Manager) Prepare(ctx context.Context, req CreateRequest) (made bool, er
 	if err != nil {
 		return false, err
 	}
-	rec := Record{ID: bootName, Slot: 1, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: m.cfg.OverlayMiB}
+	rec := Record{ID: bootName, Slot: 1, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: cmp.Or(req.DiskMiB, m.cfg.OverlayMiB)}
 	there := func() (bool, error) {
 		src := m.bootSource(ctx, rec, tmpl)
 		defer src.close()

@@ -41,7 +41,7 @@ type BuilderRequest struct {
 // making only. On error nothing is left.
 func (bs *Builders) Create(ctx context.Context, r BuilderRequest) (ID, error) {
 	h := bs.h
-	req := CreateRequest{VCPUs: r.VCPUs, MemMiB: r.MemMiB, diskMiB: r.DiskMiB, Network: r.Policy, build: true}
+	req := CreateRequest{VCPUs: r.VCPUs, MemMiB: r.MemMiB, DiskMiB: r.DiskMiB, Network: r.Policy, build: true}
 	if err := req.check(); err != nil {
 		return "", err
 	}

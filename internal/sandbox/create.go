@@ -38,6 +38,8 @@ type CreateRequest struct {
 	VCPUs int `json:",omitzero"`
 	// MemMiB is the template's when zero.
 	MemMiB int `json:",omitzero"`
+	// DiskMiB is the size of its disk: the snapshot's or Config.OverlayMiB when zero.
+	DiskMiB int `json:",omitzero"`
 	// Timeout is the inactivity after which the sandbox expires; 0 is never.
 	Timeout time.Duration `json:",omitzero"`
 	// OnTimeout is what happens then; destroy when empty.
@@ -63,8 +65,6 @@ type CreateRequest struct {
 
 	// snapshot is what the snapshot is called that the state comes from.
 	snapshot string
-	// diskMiB is a fork's; Config.OverlayMiB when zero.
-	diskMiB int
 	// bootKey, if not empty, makes a waiting guest from the boot snapshot with that key.
 	bootKey string
 	// build makes a build sandbox.
@@ -100,8 +100,12 @@ func (r *CreateRequest) check() error {
 	if r.MemMiB < MinMemMiB || r.MemMiB > MaxMemMiB {
 		errs = append(errs, fmt.Errorf("memory is %d MiB, must be %d to %d", r.MemMiB, MinMemMiB, MaxMemMiB))
 	}
-	errs = append(errs, r.checkLife(), checkTimeout(r.Timeout), r.OnTimeout.check("on_timeout"), r.checkEnd(), r.OnEnd.check("on_deadline"),
-		CheckUser(r.Login.User), CheckEnv(r.Login.Env),
+	if r.DiskMiB != 0 && (r.DiskMiB < template.MinOverlayMiB || r.DiskMiB > template.MaxOverlayMiB) {
+		errs = append(errs, fmt.Errorf("disk is %d MiB, must be %d to %d", r.DiskMiB, template.MinOverlayMiB, template.MaxOverlayMiB))
+	}
+	errs = append(errs, checkName(r.Labels.Name), r.checkLife(), checkTimeout(r.Timeout),
+		r.OnTimeout.check("on_timeout"), r.checkEnd(), r.OnEnd.check("on_deadline"),
+		CheckUser(r.Login.User), checkWorkdir(r.Login.Workdir), CheckEnv(r.Login.Env),
 		CheckMetadata(r.Labels.Metadata))
 	if err := errors.Join(errs...); err != nil {
 		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
@@ -154,7 +158,8 @@ func (d destroyed) Unwrap() error { return d.error }
 // the making only: the sandbox outlives it. On error nothing is left. A request with an
 // owner key makes one sandbox, however often it comes, and gets that one, whatever its
 // state is; another request with the key is errdefs.AlreadyExists. The key is free when
-// the sandbox is forgotten.
+// the sandbox is forgotten. So is a name that a sandbox of the project has which has not
+// ended.
 func (m *Manager) Create(ctx context.Context, req CreateRequest) (Created, error) {
 	if req.Labels.OwnerKey != "" {
 		return m.createOwned(ctx, req)
@@ -169,6 +174,13 @@ func (m *Manager) createNew(ctx context.Context, req CreateRequest) (Created, er
 	}
 	if err := m.checkPolicy(req.Network); err != nil {
 		return Created{}, err
+	}
+	if name := req.Labels.Name; name != "" {
+		done, err := m.holdName(req.Labels.Project, name)
+		if err != nil {
+			return Created{}, err
+		}
+		defer done()
 	}
 	t, build, err := m.cfg.Templates.Resolve(req.Labels.Project, req.Template)
 	if err != nil {
@@ -312,10 +324,7 @@ func (h *holdings) reserve(
 	case req.build:
 		state = Building
 	}
-	diskMiB := req.diskMiB
-	if diskMiB == 0 {
-		diskMiB = h.cfg.OverlayMiB
-	}
+	diskMiB := cmp.Or(req.DiskMiB, h.cfg.OverlayMiB)
 	if err := h.reserveID(id); err != nil {
 		return nil, err
 	}

@@ -43,7 +43,7 @@ type Forked struct {
 // Fork makes new sandboxes from the present state of a running or paused one, which
 // goes on, with the deadline that it had: the same memory and disk, with a network, an
 // identity and a token of their own. They belong to the project of the source and have
-// all that its creator said of it, except the owner key. Either all are made or none.
+// all that its creator said of it, except its name and owner key. Either all are made or none.
 // Streams to the source stay the source's.
 func (m *Manager) Fork(ctx context.Context, id ID, req ForkRequest) (Forked, error) {
 	if err := req.check(); err != nil {
@@ -132,12 +132,12 @@ func (m *Manager) fork(ctx context.Context, of Record, life time.Duration, src s
 		return Info{}, err
 	}
 	req := CreateRequest{
-		snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, diskMiB: of.DiskMiB,
+		snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, DiskMiB: of.DiskMiB,
 		Timeout: of.Timeout, OnTimeout: of.OnTimeout, EndAt: of.EndAt, OnEnd: of.OnEnd,
 		Life: of.Life, AutoResume: of.AutoResume,
 		Network: of.Network, Ingress: of.Ingress, Login: of.Login, Labels: of.Labels.clone(),
 	}
-	req.Labels.OwnerKey = ""
+	req.Labels.OwnerKey, req.Labels.Name = "", ""
 	if life > 0 {
 		req.EndAt, req.Life = time.Time{}, life
 	} else if of.EndAt.IsZero() {

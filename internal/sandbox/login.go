@@ -29,6 +29,16 @@ func CheckUser(name string) error {
 	return nil
 }
 
+// MaxWorkdir bounds the length of a directory, in bytes.
+const MaxWorkdir = 4096
+
+func checkWorkdir(dir string) error {
+	if len(dir) > MaxWorkdir || strings.ContainsRune(dir, 0) {
+		return fmt.Errorf("workdir %.40q is no path", dir)
+	}
+	return nil
+}
+
 // CheckEnv says whether a program can be given these variables. Its error names
 // none of their values.
 func CheckEnv(env map[string]string) error {

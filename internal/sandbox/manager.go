@@ -29,8 +29,10 @@ type Manager struct {
 	pool   *pool
 	keeper keeper
 	owners *owners
-	lock   *dirLock
-	store  store
+	// names has the names of sandboxes that are being made.
+	names *owners
+	lock  *dirLock
+	store store
 	// woken has an element when the janitor is to look around.
 	woken chan struct{}
 	// expiring has, for each way to expire, an element for each sandbox that does.

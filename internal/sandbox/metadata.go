@@ -47,6 +47,8 @@ type Filter struct {
 	Project *string
 	// Metadata is what a sandbox's own must have, pair for pair.
 	Metadata map[string]string
+	// Name is what the sandbox is called; empty for any.
+	Name string
 }
 
 // matches says whether the filter lets a sandbox through.
@@ -54,7 +56,7 @@ func (f Filter) matches(rec *Record) bool {
 	if rec.State.hidden() || rec.State == Stopped && !f.Stopped {
 		return false
 	}
-	if f.Project != nil && rec.Project != *f.Project {
+	if f.Project != nil && rec.Project != *f.Project || f.Name != "" && rec.Name != f.Name {
 		return false
 	}
 	for key, value := range f.Metadata {
@@ -69,6 +71,9 @@ func (f Filter) matches(rec *Record) bool {
 type Labels struct {
 	// Project is who the sandbox belongs to; empty if it was made without one.
 	Project string `json:"project,omitempty"`
+	// Name is what callers may say in place of the ID; empty for none. Of the sandboxes of a
+	// project that have not ended, one has it. A fork has none.
+	Name string `json:"name,omitempty"`
 	// OwnerKey is the creator's own name for the sandbox; empty if it gave none. No other
 	// sandbox of the project has it, nor does a fork.
 	OwnerKey string `json:"ownerKey,omitempty"`
@@ -76,7 +81,9 @@ type Labels struct {
 	Metadata map[string]string `json:"metadata,omitzero"`
 }
 
-func (l Labels) isZero() bool { return l.Project == "" && l.OwnerKey == "" && l.Metadata == nil }
+func (l Labels) isZero() bool {
+	return l.Project == "" && l.Name == "" && l.OwnerKey == "" && l.Metadata == nil
+}
 
 // clone returns labels that share nothing with these.
 func (l Labels) clone() Labels {

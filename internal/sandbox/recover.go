@@ -80,6 +80,7 @@ func newManager(cfg Config, lock *dirLock) *Manager {
 		fence:    &fence{net: cfg.Network, slots: map[network.Slot]bool{}},
 		pool:     newPool(cfg.Warm, cfg.poolCalm),
 		owners:   newOwners(),
+		names:    newOwners(),
 		lock:     lock, store: disk, log: cfg.Log, woken: make(chan struct{}, 1),
 		expiring: map[chore]chan struct{}{
 			choreExpire: make(chan struct{}, expireMost), choreHibernate: make(chan struct{}, expireMost),

@@ -330,6 +330,7 @@ type Info struct {
 	Network    Policy
 	Ingress    Ingress
 	User       string
+	Workdir    string // empty for the user's home
 	HostIP     netip.Addr
 	FilesOnly  bool // hibernated without memory
 	// EnvdVersion is that of the guest that runs, or ran last; this host's if the guest
@@ -379,7 +380,8 @@ func (r Record) info() Info {
 		Template: r.Template, TemplateID: r.templateID(), Build: r.Build, Snapshot: r.Snapshot,
 		VCPUs: r.VCPUs, MemMiB: r.MemMiB, DiskMiB: r.DiskMiB, Timeout: r.Timeout, OnTimeout: r.OnTimeout,
 		EndAt: r.EndAt, OnEnd: r.OnEnd, Life: r.Life, AutoResume: r.AutoResume,
-		Network: r.Network.clone(), Ingress: r.Ingress.clone(), User: r.user(), HostIP: r.HostIP, Labels: r.Labels.clone(),
+		Network: r.Network.clone(), Ingress: r.Ingress.clone(), User: r.user(), Workdir: r.Login.Workdir,
+		HostIP: r.HostIP, Labels: r.Labels.clone(),
 		FilesOnly: r.FilesOnly, EnvdVersion: cmp.Or(r.EnvdVersion, guestapi.E2BVersion),
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 		StartedAt: r.started(), PausedAt: r.paused(),

@@ -216,6 +216,9 @@ func (m *Manager) createFromSnapshot(ctx context.Context, req CreateRequest, t t
 	case req.MemMiB != 0 && req.MemMiB != shape.MemMiB:
 		return Created{}, errdefs.InvalidArgument.Errorf(
 			"snapshot %q has %d MiB of memory, which cannot become %d: name none to take its own", name, shape.MemMiB, req.MemMiB)
+	case req.DiskMiB != 0 && req.DiskMiB != shape.DiskMiB:
+		return Created{}, errdefs.InvalidArgument.Errorf(
+			"snapshot %q has a disk of %d MiB, which cannot become %d: name none to take its own", name, shape.DiskMiB, req.DiskMiB)
 	}
 	tmpl, err := m.cfg.Templates.RootOf(cmp.Or(snap.Source.TemplateID, snap.Source.Template), snap.Source.Base)
 	if errors.Is(err, errdefs.NotFound) {
@@ -236,7 +239,7 @@ func (m *Manager) createFromSnapshot(ctx context.Context, req CreateRequest, t t
 		return Created{}, err
 	}
 	req.snapshot = name
-	req.VCPUs, req.MemMiB, req.diskMiB = snap.Shape.VCPUs, snap.Shape.MemMiB, snap.Shape.DiskMiB
+	req.VCPUs, req.MemMiB, req.DiskMiB = snap.Shape.VCPUs, snap.Shape.MemMiB, snap.Shape.DiskMiB
 	req.Login = req.Login.Over(snap.Source.Login)
 	return m.create(ctx, req, tmpl, src)
 }

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
 	"git.omukk.dev/wrenn/sandbox/internal/auth"
@@ -201,8 +203,39 @@ func project(ctx context.Context) (name string, all bool) {
 	return caller.Project.Name, caller.Host
 }
 
+// resolve puts the id of a sandbox into a request that has its name in place of that. A
+// name means a sandbox of the caller's project, or of any for a caller that commands the
+// host and has none of that name.
+func (p projects) resolve(ctx context.Context, msg any) error {
+	m, ok := msg.(proto.Message)
+	if !ok {
+		return nil
+	}
+	field := m.ProtoReflect().Descriptor().Fields().ByName("sandbox_id")
+	if field == nil {
+		return nil
+	}
+	name := m.ProtoReflect().Get(field).String()
+	if _, known := auth.CallerOf(ctx); !known || !sandbox.IsName(name) {
+		return nil
+	}
+	own, all := project(ctx)
+	id, err := p.manager.Named(&own, name)
+	if all && errdefs.ClassOf(err) == errdefs.NotFound {
+		id, err = p.manager.Named(nil, name)
+	}
+	if err != nil {
+		return err
+	}
+	m.ProtoReflect().Set(field, protoreflect.ValueOfString(string(id)))
+	return nil
+}
+
 func (p projects) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
+		if err := p.resolve(ctx, req.Any()); err != nil {
+			return nil, err
+		}
 		if err := p.check(ctx, req.Spec(), req.Any()); err != nil {
 			return nil, err
 		}

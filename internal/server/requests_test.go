@@ -379,6 +379,14 @@ var limits = []struct{ rpc, request, word string }{
 	{"CreateSandbox", `{"metadata":{"":"x"}}`, "metadata"},
 	{"CreateSandbox", `{"metadata":{"a":"` + strings.Repeat("x", sandbox.MaxMetadataValue+1) + `"}}`, "metadata"},
 	{"CreateSandbox", `{"metadata":{"` + strings.Repeat("x", sandbox.MaxMetadataKey+1) + `":""}}`, "metadata"},
+	{"CreateSandbox", `{"name":"a b"}`, "name"},
+	{"CreateSandbox", `{"name":"sb-web"}`, "name"},
+	{"CreateSandbox", `{"name":"-web"}`, "name"},
+	{"CreateSandbox", `{"name":"` + strings.Repeat("a", 64) + `"}`, "name"},
+	{"CreateSandbox", `{"workdir":"/\u0000"}`, "workdir"},
+	{"CreateSandbox", `{"disk_mb":63}`, "disk"},
+	{"CreateSandbox", `{"disk_mb":-1}`, "disk"},
+	{"CreateSandbox", `{"disk_mb":1048577}`, "disk"},
 	{"CreateSandbox", `{"deadline":"2001-01-01T00:00:00Z"}`, "deadline"},
 	{"CreateSandbox", `{"deadline":"9999-01-01T00:00:00Z"}`, "deadline"},
 	{"CreateSandbox", `{"owner_key":"a b"}`, "owner_key"},
@@ -420,7 +428,7 @@ var limits = []struct{ rpc, request, word string }{
 	{"GetConsole", `{"sandbox_id":"ID","tail_bytes":-1}`, "tail_bytes"},
 	{"GetConsole", `{"sandbox_id":"ID","tail_bytes":1048577}`, "tail_bytes"},
 	{"WatchEvents", `{"after":18446744073709551615,"no_follow":true}`, "cursor"},
-	{"WatchEvents", `{"sandbox_id":"x"}`, "sandbox_id"},
+	{"WatchEvents", `{"sandbox_id":"x y"}`, "sandbox_id"},
 	{"GetTemplate", `{}`, "template name"},
 	{"GetTemplate", `{"template":"../minimal"}`, "template"},
 	{"GetTemplate", `{"template":"minimal:a b"}`, "tag"},
@@ -494,7 +502,7 @@ func TestLimitsOfFields(t *testing.T) {
 			p.refuse(rpc, `{}`, "sandbox_id")
 			p.refuse(rpc, `{"sandbox_id":""}`, "sandbox_id")
 		}
-		for _, id := range []string{"x", "sb-", "sb-../x", "SB-0123456789ABCDEF", p.id + `\n`, p.id + `\u0000`, strings.Repeat("sb-0", 1000)} {
+		for _, id := range []string{"x y", "sb-", "sb-../x", "SB-0123456789ABCDEF", p.id + `\n`, p.id + `\u0000`, strings.Repeat("sb-0", 1000)} {
 			p.refuse(rpc, `{"sandbox_id":"`+id+`"}`, "sandbox_id")
 		}
 	}

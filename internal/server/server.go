@@ -189,14 +189,15 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		Template: req.Msg.Template,
 		VCPUs:    int(req.Msg.Vcpus),
 		MemMiB:   int(req.Msg.MemoryMb),
+		DiskMiB:  int(req.Msg.DiskMb),
 		Timeout:  time.Duration(req.Msg.TimeoutSec) * time.Second,
 
 		OnTimeout: sandbox.OnTimeout(req.Msg.OnTimeout),
 		EndAt:     end,
 		OnEnd:     sandbox.OnTimeout(req.Msg.OnDeadline),
 		Network:   policyOf(req.Msg.Network),
-		Login:     sandbox.Login{User: req.Msg.User, Env: req.Msg.Envs},
-		Labels:    sandbox.Labels{Project: owner, OwnerKey: req.Msg.OwnerKey, Metadata: req.Msg.Metadata},
+		Login:     sandbox.Login{User: req.Msg.User, Workdir: req.Msg.Workdir, Env: req.Msg.Envs},
+		Labels:    sandbox.Labels{Project: owner, Name: req.Msg.Name, OwnerKey: req.Msg.OwnerKey, Metadata: req.Msg.Metadata},
 	})
 	if err != nil {
 		return nil, err
@@ -547,6 +548,7 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 		TimeoutSec: int32(info.Timeout / time.Second),
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
 		User: info.User, Metadata: info.Labels.Metadata, OnDeadline: string(info.OnEnd),
+		Name: info.Labels.Name, Workdir: info.Workdir, DiskMb: int32(info.DiskMiB),
 		OwnerKey: info.Labels.OwnerKey, AutoResume: info.AutoResume, HostIp: addrText(info.HostIP),
 		FilesOnly: info.FilesOnly, EnvdVersion: info.EnvdVersion, TemplateId: info.TemplateID, Build: info.Build,
 	}
@@ -641,6 +643,9 @@ func (s *service) WatchEvents(
 ) error {
 	var only sandbox.ID
 	if req.Msg.SandboxId != "" {
+		if err := (projects{s.manager}).resolve(ctx, req.Msg); err != nil {
+			return err
+		}
 		id, err := sandbox.ParseID(req.Msg.SandboxId)
 		if err != nil {
 			return err

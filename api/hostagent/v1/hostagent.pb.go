@@ -63,7 +63,17 @@ type CreateSandboxRequest struct {
 	// that it made before, whatever its status is, so that it can be sent again when its
 	// answer was lost. Another request with the key is already_exists. The key is free
 	// when the sandbox was destroyed, or is no longer remembered.
-	OwnerKey      string `protobuf:"bytes,12,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
+	OwnerKey string `protobuf:"bytes,12,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
+	// What calls may say in sandbox_id in place of the id: 1 to 63 of A-Z, a-z, 0-9, '_',
+	// '.', '-'. One sandbox of a project has it; it is free again when that one has ended. A
+	// fork has none.
+	Name string `protobuf:"bytes,60,opt,name=name,proto3" json:"name,omitempty"`
+	// Size of its disk in MiB; the host's default when zero, or the snapshot's, which
+	// nothing else may contradict.
+	DiskMb int32 `protobuf:"varint,61,opt,name=disk_mb,json=diskMb,proto3" json:"disk_mb,omitempty"`
+	// Directory of programs if a call names none; that of the template or the snapshot
+	// when empty, and the user's home if that has none.
+	Workdir       string `protobuf:"bytes,62,opt,name=workdir,proto3" json:"workdir,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -178,6 +188,27 @@ func (x *CreateSandboxRequest) GetOnDeadline() string {
 func (x *CreateSandboxRequest) GetOwnerKey() string {
 	if x != nil {
 		return x.OwnerKey
+	}
+	return ""
+}
+
+func (x *CreateSandboxRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateSandboxRequest) GetDiskMb() int32 {
+	if x != nil {
+		return x.DiskMb
+	}
+	return 0
+}
+
+func (x *CreateSandboxRequest) GetWorkdir() string {
+	if x != nil {
+		return x.Workdir
 	}
 	return ""
 }
@@ -1976,7 +2007,13 @@ type SandboxInfo struct {
 	FilesOnly bool `protobuf:"varint,40,opt,name=files_only,json=filesOnly,proto3" json:"files_only,omitempty"`
 	// Version of E2B's daemon that the one in the sandbox says to be, as in "0.6.4"; this
 	// host's if it says none.
-	EnvdVersion   string `protobuf:"bytes,41,opt,name=envd_version,json=envdVersion,proto3" json:"envd_version,omitempty"`
+	EnvdVersion string `protobuf:"bytes,41,opt,name=envd_version,json=envdVersion,proto3" json:"envd_version,omitempty"`
+	// As its creator gave it; empty for none.
+	Name string `protobuf:"bytes,60,opt,name=name,proto3" json:"name,omitempty"`
+	// Size of its disk in MiB.
+	DiskMb int32 `protobuf:"varint,61,opt,name=disk_mb,json=diskMb,proto3" json:"disk_mb,omitempty"`
+	// Directory of programs if a call names none; empty for the user's home.
+	Workdir       string `protobuf:"bytes,62,opt,name=workdir,proto3" json:"workdir,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2210,6 +2247,27 @@ func (x *SandboxInfo) GetFilesOnly() bool {
 func (x *SandboxInfo) GetEnvdVersion() string {
 	if x != nil {
 		return x.EnvdVersion
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetDiskMb() int32 {
+	if x != nil {
+		return x.DiskMb
+	}
+	return 0
+}
+
+func (x *SandboxInfo) GetWorkdir() string {
+	if x != nil {
+		return x.Workdir
 	}
 	return ""
 }
@@ -3649,7 +3707,7 @@ var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
 const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
-	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xec\x04\n" +
+	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x05\n" +
 	"\x14CreateSandboxRequest\x12\x1a\n" +
 	"\btemplate\x18\x01 \x01(\tR\btemplate\x12\x14\n" +
 	"\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n" +
@@ -3666,7 +3724,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x1f\n" +
 	"\von_deadline\x18\v \x01(\tR\n" +
 	"onDeadline\x12\x1b\n" +
-	"\towner_key\x18\f \x01(\tR\bownerKey\x1a7\n" +
+	"\towner_key\x18\f \x01(\tR\bownerKey\x12\x12\n" +
+	"\x04name\x18< \x01(\tR\x04name\x12\x17\n" +
+	"\adisk_mb\x18= \x01(\x05R\x06diskMb\x12\x18\n" +
+	"\aworkdir\x18> \x01(\tR\aworkdir\x1a7\n" +
 	"\tEnvsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +
@@ -3804,7 +3865,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xd2\b\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\x99\t\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -3843,7 +3904,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"autoResume\x12\x1d\n" +
 	"\n" +
 	"files_only\x18( \x01(\bR\tfilesOnly\x12!\n" +
-	"\fenvd_version\x18) \x01(\tR\venvdVersion\x1a;\n" +
+	"\fenvd_version\x18) \x01(\tR\venvdVersion\x12\x12\n" +
+	"\x04name\x18< \x01(\tR\x04name\x12\x17\n" +
+	"\adisk_mb\x18= \x01(\x05R\x06diskMb\x12\x18\n" +
+	"\aworkdir\x18> \x01(\tR\aworkdir\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"2\n" +

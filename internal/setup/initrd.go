@@ -2,15 +2,20 @@ package setup
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"time"
+
+	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
 
-// initrdFormat is raised when this file changes what an initrd holds, so that
-// those made before are made again.
+// initrdFormat is raised when this file changes what an initrd or an init image holds, so
+// that those made before are made again.
 const initrdFormat = 1
 
 // writeInitrd writes the guest's initrd to the new file path: envd as /init,
@@ -48,6 +53,52 @@ func writeInitrd(path, envd, modulesDir string, modules []string) (err error) {
 		return fmt.Errorf("write initrd: %w", err)
 	}
 	return f.Close()
+}
+
+// writeInit makes the new file path an EROFS with envd as /init and nothing else: what drivers
+// without kernel and initrd start. It uses the new directory work beside it.
+func writeInit(ctx context.Context, path, work, envd string) error {
+	if err := os.Mkdir(work, 0o755); err != nil {
+		return fmt.Errorf("write init image: %w", err)
+	}
+	defer os.RemoveAll(work)
+	init := filepath.Join(work, "init")
+	err := copyFile(init, envd)
+	for _, name := range []string{init, work} { // whatever the umask
+		if err == nil {
+			err = os.Chmod(name, 0o755)
+		}
+	}
+	sec, _ := strconv.ParseInt(template.BuildTime, 10, 64)
+	for _, name := range []string{init, work} { // equal inputs make equal images
+		if err == nil {
+			err = os.Chtimes(name, time.Unix(sec, 0), time.Unix(sec, 0))
+		}
+	}
+	if err == nil {
+		err = template.PackEROFS(ctx, path, work)
+	}
+	if err != nil {
+		return fmt.Errorf("write init image: %w", err)
+	}
+	return nil
+}
+
+func copyFile(to, from string) error {
+	r, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	w, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o700)
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	if _, err := io.Copy(w, r); err != nil {
+		return err
+	}
+	return w.Close()
 }
 
 // cpioEntry is one entry of an archive; everything in it belongs to root and

@@ -23,9 +23,9 @@ import (
 // kernel.
 const kernelPackage = "linux-image-cloud-amd64"
 
-// setupKernel makes the guest kernel: the kernel itself, and the initrd made of
-// its modules and envd. A newer envd over the same kernel is a new directory that
-// shares the kernel's files.
+// setupKernel makes the guest kernel: the kernel itself, the initrd made of its modules and
+// envd, and the image with envd alone for drivers that have a kernel of their own. A newer
+// envd over the same kernel is a new directory that shares the kernel's files.
 func setupKernel(ctx context.Context, s *template.Store, o Options, report progress.Func) error {
 	st := report.Begin("guest kernel")
 	_, envd, err := digest.File(o.Envd)
@@ -45,9 +45,10 @@ func setupKernel(ctx context.Context, s *template.Store, o Options, report progr
 		}
 	}
 	have := stage.Have
+	current := have != nil && have.EnvdSHA256 == envd && have.InitrdFormat == initrdFormat && stage.HasInit()
 	keep := have != nil && (o.Kernel == "" || brought && have.Source == source ||
 		o.Kernel == DebianKernel && strings.HasPrefix(have.Source, kernelPackagePrefix))
-	if keep && have.EnvdSHA256 == envd && have.InitrdFormat == initrdFormat {
+	if keep && current {
 		st.Kept("%s", describe(have))
 		report.Begin("initrd").Kept("with this envd")
 		return nil
@@ -78,6 +79,9 @@ func setupKernel(ctx context.Context, s *template.Store, o Options, report progr
 	st = report.Begin("initrd")
 	initrd := filepath.Join(stage.Dir, "initrd.img")
 	if err := writeInitrd(initrd, o.Envd, filepath.Join(stage.Dir, "modules"), k.Modules); err != nil {
+		return err
+	}
+	if err := writeInit(ctx, filepath.Join(stage.Dir, "init.erofs"), filepath.Join(stage.Dir, "init"), o.Envd); err != nil {
 		return err
 	}
 	size, err := os.Stat(initrd)

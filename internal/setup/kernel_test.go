@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -23,9 +24,11 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
 
+	"git.omukk.dev/wrenn/sandbox/internal/digest"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/progress"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/tool"
 )
 
 // fakeVmlinux begins like a kernel and compresses a little.
@@ -317,6 +320,42 @@ func TestInitrdReadsBack(t *testing.T) {
 	}
 }
 
+func TestInitImageReadsBack(t *testing.T) {
+	dir := t.TempDir()
+	envd := filepath.Join(dir, "envd")
+	write(t, envd, "the guest daemon")
+	var sums []string
+	for _, name := range []string{"one", "two"} {
+		path := filepath.Join(dir, name)
+		if err := writeInit(t.Context(), path, filepath.Join(dir, "work"), envd); err != nil {
+			t.Fatal(err)
+		}
+		_, sum, err := digest.File(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sums = append(sums, sum)
+	}
+	if sums[0] != sums[1] {
+		t.Error("equal parts make different images")
+	}
+	out := filepath.Join(dir, "out")
+	if err := (tool.Command{Name: "fsck.erofs", Args: []string{"--extract=" + out, filepath.Join(dir, "one")}}).Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	names, err := filepath.Glob(out + "/*")
+	if err != nil || len(names) != 1 {
+		t.Fatal(names, err)
+	}
+	info, err := os.Stat(names[0])
+	if err != nil || info.Name() != "init" || info.Mode() != 0o755 {
+		t.Errorf("%s %s, %v", info.Name(), info.Mode(), err)
+	}
+	if text, err := os.ReadFile(names[0]); err != nil || string(text) != "the guest daemon" {
+		t.Errorf("%q, %v", text, err)
+	}
+}
+
 func open(t *testing.T, dir string) *template.Store {
 	t.Helper()
 	s, err := template.Open(dir, slog.New(slog.DiscardHandler))
@@ -368,6 +407,23 @@ func phases(t *testing.T, s *template.Store, o Options) []string {
 	return got
 }
 
+// asEarlier makes a kernel one that a setup without init images made.
+func asEarlier(t *testing.T, b template.Boot) {
+	t.Helper()
+	without := filepath.Join(filepath.Dir(b.InitImage), "kernel.json")
+	text, err := os.ReadFile(without)
+	if err != nil {
+		t.Fatal(err)
+	}
+	older := regexp.MustCompile(`(?s)"init.erofs": \{.*?\},\s*`).ReplaceAll(text, nil)
+	if err := os.WriteFile(without, older, 0o600); err != nil || len(older) == len(text) {
+		t.Fatal("no earlier setup's manifest", err)
+	}
+	if err := os.Remove(b.InitImage); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestSetupKernel(t *testing.T) {
 	s := open(t, t.TempDir())
 	o := brought(t)
@@ -411,12 +467,23 @@ func TestSetupKernel(t *testing.T) {
 	if inode() != ino {
 		t.Error("a newer envd copied the kernel")
 	}
+	if newer.InitSHA256 == first.InitSHA256 || newer.InitSHA256 == "" {
+		t.Errorf("init images: %q, then %q", first.InitSHA256, newer.InitSHA256)
+	}
 	if newer.InitrdSHA256 == first.InitrdSHA256 || newer.KernelSHA256 != first.KernelSHA256 || newer.EnvdSHA256 == first.EnvdSHA256 {
 		t.Errorf("digests: %+v, then %+v", first, newer)
 	}
 	b, err := os.ReadFile(newer.Initrd)
 	if err != nil || !bytes.Contains(b, []byte("envd 2, newer")) {
 		t.Errorf("the initrd holds the old envd (%v)", err)
+	}
+
+	asEarlier(t, newer)
+	if b, err := s.Boot(); err != nil || b.InitImage != "" {
+		t.Errorf("an earlier setup's: %+v, %v", b, err)
+	}
+	if again := check("earlier setup", o, "guest kernel kept", "initrd made"); again != newer {
+		t.Errorf("made again: %+v, want %+v", again, newer)
 	}
 
 	if err := os.Truncate(newer.Kernel, 7); err != nil {

@@ -53,7 +53,8 @@ func minimalRecipe() string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// setupMinimal makes the template "minimal" unless there is one of this recipe.
+// setupMinimal makes the template "minimal" unless there is one of this recipe, with its root
+// as an ext4 and as an EROFS.
 func setupMinimal(ctx context.Context, s *template.Store, report progress.Func) error {
 	st := report.Begin("template " + template.DefaultName)
 	stage, err := s.StageTemplate(ctx, template.DefaultName, waiting(st))
@@ -61,14 +62,14 @@ func setupMinimal(ctx context.Context, s *template.Store, report progress.Func) 
 		return err
 	}
 	defer stage.Discard()
-	if stage.Have != nil && stage.Have.Recipe == minimalRecipe() {
+	if stage.Have != nil && stage.Have.Recipe == minimalRecipe() && stage.HaveEROFS {
 		st.Kept("%d MiB", stage.HaveBytes>>20)
 		return nil
 	}
 	if os.Geteuid() != 0 {
 		return errdefs.Denied.Errorf("making a root file system needs root: run sudo wrenn setup")
 	}
-	if err := needSpace(s.Dir(), 1024, "the template"); err != nil {
+	if err := needSpace(s.Dir(), 1280, "the template"); err != nil {
 		return err
 	}
 	root := filepath.Join(stage.Dir, "root")
@@ -80,6 +81,10 @@ func setupMinimal(ctx context.Context, s *template.Store, report progress.Func) 
 	if err := template.PackImage(ctx, image, root); err != nil {
 		return err
 	}
+	erofs := filepath.Join(stage.Dir, "root.erofs")
+	if err := template.PackEROFS(ctx, erofs, root); err != nil {
+		return err
+	}
 	if err := stage.Remove("root"); err != nil {
 		return err
 	}
@@ -87,7 +92,7 @@ func setupMinimal(ctx context.Context, s *template.Store, report progress.Func) 
 	if err != nil {
 		return err
 	}
-	if err := publishMinimal(ctx, s, image); err != nil {
+	if err := publishMinimal(ctx, s, image, erofs); err != nil {
 		return err
 	}
 	st.Did("%d MiB", size.Size()>>20)
@@ -95,8 +100,8 @@ func setupMinimal(ctx context.Context, s *template.Store, report progress.Func) 
 }
 
 // publishMinimal makes an image the only layer of a new build of the template, as every
-// other template's build is made.
-func publishMinimal(ctx context.Context, s *template.Store, image string) (err error) {
+// other template's build is made. erofs is the same tree.
+func publishMinimal(ctx context.Context, s *template.Store, image, erofs string) (err error) {
 	defaults := template.Defaults{
 		VCPUs: 1, MemMiB: 512, OverlayMiB: template.DefaultOverlayMiB, Login: template.Login{User: "root"},
 	}
@@ -121,6 +126,9 @@ func publishMinimal(ctx context.Context, s *template.Store, image string) (err e
 	}
 	defer stage.Discard()
 	if err := stage.AddLayer(ctx, image); err != nil {
+		return err
+	}
+	if err := stage.SetEROFS(ctx, erofs); err != nil {
 		return err
 	}
 	if _, _, err := stage.Publish(ctx, template.Making{Recipe: minimalRecipe(), Defaults: defaults}); err != nil {

@@ -36,6 +36,7 @@ func Packages() []Package {
 		{"mmdebstrap", "mmdebstrap", "makes the root file system of templates"},
 		{"e2fsprogs", "mke2fs", "makes images and overlay disks"},
 		{"e2fsprogs", "resize2fs", "trims images"},
+		{"erofs-utils", "mkfs.erofs", "makes images for gVisor"},
 		{"dpkg", "dpkg-deb", "unpacks the guest's kernel"},
 		{"debian-archive-keyring", "/usr/share/keyrings/debian-archive-keyring.gpg", "proves that packages are Debian's"},
 	}

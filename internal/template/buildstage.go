@@ -26,6 +26,7 @@ type BuildStage struct {
 	id, build string
 	made      string // the directory of this making
 	layers    []Layer
+	erofs     Layer // all layers as one; zero for none
 	inherited Template
 	published bool
 	lock      *lock // of all templates, shared
@@ -83,7 +84,8 @@ func (b *BuildStage) check(more int) error {
 	return nil
 }
 
-// Inherit makes the layers of another template the lowest ones, without copying them.
+// Inherit makes the layers of another template the lowest ones, without copying them. Its
+// EROFS becomes the build's, too, unless a layer is added.
 // errdefs.NotFound says that it has been removed.
 func (b *BuildStage) Inherit(from Template) error {
 	if err := b.check(len(from.Layers)); err != nil {
@@ -92,21 +94,38 @@ func (b *BuildStage) Inherit(from Template) error {
 	if len(b.layers) > 0 || len(from.Layers) == 0 {
 		return errors.New("inherit layers: they can be the lowest ones only")
 	}
-	for i, l := range from.Layers {
-		path := filepath.Join(b.root(), layerName(i))
+	var links []Layer
+	link := func(l Layer, name string) (Layer, error) {
+		path := filepath.Join(b.root(), name)
 		if err := os.Link(l.Path, path); err != nil {
-			b.layers = nil
-			for j := range i {
-				err = errors.Join(err, os.Remove(filepath.Join(b.root(), layerName(j))))
-			}
-			if errors.Is(err, fs.ErrNotExist) {
-				return errdefs.NotFound.Errorf("template '%s' was removed", from.Name)
-			}
-			return noSpace("inherit layers", err)
+			return Layer{}, err
 		}
-		b.layers = append(b.layers, Layer{Path: path, SHA256: l.SHA256, Size: l.Size, file: l.file})
+		l.Path = path
+		links = append(links, l)
+		return l, nil
 	}
-	b.inherited = from
+	var layers []Layer
+	var erofs Layer
+	var err error
+	for i := 0; i < len(from.Layers) && err == nil; i++ {
+		var l Layer
+		l, err = link(from.Layers[i], layerName(i))
+		layers = append(layers, l)
+	}
+	if err == nil && from.EROFS.Path != "" {
+		erofs, err = link(from.EROFS, rootEROFS)
+	}
+	if err != nil {
+		removed := errors.Is(err, fs.ErrNotExist)
+		for _, l := range links {
+			err = errors.Join(err, os.Remove(l.Path))
+		}
+		if removed {
+			return errdefs.NotFound.Errorf("template '%s' was removed", from.Name)
+		}
+		return noSpace("inherit layers", err)
+	}
+	b.layers, b.erofs, b.inherited = layers, erofs, from
 	return nil
 }
 
@@ -117,7 +136,22 @@ func (b *BuildStage) AddLayer(ctx context.Context, path string) error {
 	if err := b.check(1); err != nil {
 		return err
 	}
-	to := filepath.Join(b.root(), layerName(len(b.layers)))
+	l, err := b.take(ctx, path, filepath.Join(b.root(), layerName(len(b.layers))))
+	if err == nil {
+		if err = b.dropEROFS(); err != nil {
+			err = errors.Join(err, os.Remove(l.Path))
+		}
+	}
+	if err != nil {
+		return noSpace("add layer", err)
+	}
+	b.layers = append(b.layers, l)
+	return nil
+}
+
+// take makes a file one of the build's, under the name to: one in Dir is moved, any other
+// one linked. On error there is no file of that name.
+func (b *BuildStage) take(ctx context.Context, path, to string) (Layer, error) {
 	ours := strings.HasPrefix(filepath.Clean(path), b.Dir()+"/")
 	var err error
 	if ours {
@@ -126,7 +160,7 @@ func (b *BuildStage) AddLayer(ctx context.Context, path string) error {
 		err = os.Link(path, to)
 	}
 	if err != nil {
-		return noSpace("add layer", err)
+		return Layer{}, err
 	}
 	file, err := b.store.digestLayer(ctx, to, ours)
 	if err == nil && file.Size == 0 {
@@ -136,10 +170,9 @@ func (b *BuildStage) AddLayer(ctx context.Context, path string) error {
 		err = os.Chmod(to, 0o444)
 	}
 	if err != nil {
-		return noSpace("add layer", errors.Join(err, os.Remove(to)))
+		return Layer{}, errors.Join(err, os.Remove(to))
 	}
-	b.layers = append(b.layers, layerOf(to, file))
-	return nil
+	return layerOf(to, file), nil
 }
 
 // digestLayer returns the digest of a layer. That of one which published builds have too
@@ -171,17 +204,18 @@ func (s *Store) sameLayer(want unix.Stat_t) (File, bool) {
 	for _, t := range all {
 		for _, b := range t.Builds {
 			dir := filepath.Join(s.templateDir(t.ID), b.ID)
+			names := []string{rootEROFS}
 			for i := range MaxLayers {
+				names = append(names, layerName(i))
+			}
+			for _, name := range names {
 				var st unix.Stat_t
-				if unix.Lstat(filepath.Join(dir, layerName(i)), &st) != nil {
-					break
-				}
-				if st.Ino != want.Ino || st.Dev != want.Dev {
+				if unix.Lstat(filepath.Join(dir, name), &st) != nil || st.Ino != want.Ino || st.Dev != want.Dev {
 					continue
 				}
 				var m buildManifest
 				if readManifest(dir, manifestFile, &m, &m.manifest) == nil {
-					f, ok := m.Files[layerName(i)]
+					f, ok := m.Files[name]
 					return f, ok && f.Size == want.Size
 				}
 			}
@@ -202,6 +236,7 @@ func (b *BuildStage) Root(context.Context) (Template, error) {
 	}
 	return Template{
 		ID: b.id, Build: b.build, Name: b.id, Boot: boot, Layers: slices.Clone(b.layers), RootSHA256: rootDigest(b.layers),
+		EROFS: b.erofs,
 	}, nil
 }
 
@@ -262,6 +297,9 @@ func (b *BuildStage) Publish(ctx context.Context, about Making) (t Info, made Bu
 	b.store.readAs(filepath.Join(dir, "ready"), ready)
 	for i := range b.layers {
 		b.layers[i].Path = filepath.Join(dir, layerName(i))
+	}
+	if b.EROFS() {
+		b.erofs.Path = filepath.Join(dir, rootEROFS)
 	}
 	return t, made, nil
 }
@@ -348,9 +386,10 @@ func (s *Store) readAs(to, from string) {
 
 // fileOf is what the manifest is to say of a layer.
 func (b *BuildStage) fileOf(ctx context.Context, path string) (File, error) {
-	i := slices.IndexFunc(b.layers, func(l Layer) bool { return l.Path == path })
-	if i >= 0 && b.layers[i].file.Size > 0 {
-		return b.layers[i].file, nil
+	all := append(slices.Clone(b.layers), b.erofs)
+	i := slices.IndexFunc(all, func(l Layer) bool { return l.Path == path })
+	if i >= 0 && all[i].file.Size > 0 {
+		return all[i].file, nil
 	}
 	return snapfile.Digest(ctx, path)
 }

@@ -37,7 +37,11 @@ func layerName(i int) string {
 // layersOf are the layers of a build's directory, lowest first.
 func layersOf(dir string, m manifest) ([]Layer, error) {
 	var layers []Layer
-	for range m.Files {
+	n := len(m.Files)
+	if _, ok := m.Files[rootEROFS]; ok {
+		n--
+	}
+	for range n {
 		name := layerName(len(layers))
 		f, ok := m.Files[name]
 		if !ok {
@@ -52,6 +56,14 @@ func layersOf(dir string, m manifest) ([]Layer, error) {
 		return nil, errors.New("it has no layers")
 	}
 	return layers, nil
+}
+
+// erofsOf is the whole root of a build's directory as one EROFS; the zero Layer for none.
+func erofsOf(dir string, m manifest) Layer {
+	if f, ok := m.Files[rootEROFS]; ok {
+		return layerOf(filepath.Join(dir, rootEROFS), f)
+	}
+	return Layer{}
 }
 
 func layerOf(path string, f File) Layer {

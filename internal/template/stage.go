@@ -64,7 +64,7 @@ func (d Defaults) check(what string) error {
 
 // KernelStage is a guest kernel in the making. One is made at a time.
 type KernelStage struct {
-	// Dir is for vmlinux, initrd.img and modules/, and for nothing else at the
+	// Dir is for vmlinux, initrd.img, init.erofs and modules/, and for nothing else at the
 	// time of Publish.
 	Dir string
 	// Have is the published kernel, nil if there is none that can be used.
@@ -108,11 +108,18 @@ func (s *Store) beginKernel(k *KernelStage) error {
 	return err
 }
 
-// Keep puts all files of the published kernel except the initrd into Dir,
+// HasInit says whether the published kernel has an image with envd for drivers without
+// initrd.
+func (k *KernelStage) HasInit() bool {
+	_, ok := k.files[initFile]
+	return ok
+}
+
+// Keep puts all files of the published kernel except those with envd into Dir,
 // without copying them.
 func (k *KernelStage) Keep() error {
 	for name := range k.files {
-		if name == "initrd.img" {
+		if name == initrdFile || name == initFile {
 			continue
 		}
 		to := filepath.Join(k.Dir, name)
@@ -143,9 +150,10 @@ type TemplateStage struct {
 	// Dir is for the files of the making. A build of the template gets the image from there.
 	Dir string
 	// Have is the published template of that name and HaveBytes the size of its
-	// image; nil if there is none that can be used.
+	// image; nil if there is none that can be used. HaveEROFS says that it has an EROFS too.
 	Have      *Making
 	HaveBytes int64
+	HaveEROFS bool
 
 	store  *Store
 	name   string
@@ -209,6 +217,7 @@ func (t *TemplateStage) look(have Info, b Build) error {
 	switch err := readManifest(dir, manifestFile, &m, &m.manifest); {
 	case err == nil:
 		t.Have, t.HaveBytes = &m.Making, m.Files[baseImage].Size
+		t.HaveEROFS = erofsOf(dir, m.manifest) != Layer{}
 	case errdefs.CannotRead(err):
 		// Sandboxes may have been made from it.
 		return unreadable(fmt.Sprintf("template %q", t.name), err)

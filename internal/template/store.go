@@ -26,6 +26,9 @@ import (
 const (
 	// kernelName is the one guest kernel that templates boot with.
 	kernelName = "default"
+	// initrdFile and initFile are the files of a kernel that carry envd.
+	initrdFile = "initrd.img"
+	initFile   = "init.erofs"
 	// baseImage is the root file system of a build.
 	baseImage = "base.ext4"
 	// manifestFile names the other files of a build, or of a boot snapshot.
@@ -112,6 +115,9 @@ func (s *Store) seeds() string     { return filepath.Join(s.dir, "seeds") }
 type Boot struct {
 	Kernel string // uncompressed vmlinux
 	Initrd string
+	// InitImage is an EROFS with envd as /init, for drivers without kernel and initrd. It is
+	// empty where an earlier setup made the kernel.
+	InitImage string
 
 	// Release is the kernel's version, as uname -r in the guest prints it;
 	// empty for a kernel brought without modules.
@@ -122,6 +128,7 @@ type Boot struct {
 
 	KernelSHA256 string
 	InitrdSHA256 string
+	InitSHA256   string // of InitImage
 	// EnvdSHA256 is the digest of the envd inside the initrd.
 	EnvdSHA256 string
 }
@@ -135,7 +142,10 @@ type Template struct {
 	Layers []Layer
 	// RootSHA256 is the digest of all of them.
 	RootSHA256 string
-	Defaults   Defaults
+	// EROFS is the same root file system as one read-only EROFS, for drivers without block
+	// devices. It is zero where there is none: such drivers do not run the template.
+	EROFS    Layer
+	Defaults Defaults
 	// Start is what runs in a guest before it is ready.
 	Start Program
 }
@@ -221,6 +231,7 @@ func (s *Store) Root(t Info, b Build) (Template, error) {
 		Boot:       boot,
 		Layers:     layers,
 		RootSHA256: rootDigest(layers),
+		EROFS:      erofsOf(dir, m.manifest),
 		Defaults:   m.Defaults,
 		Start:      m.Start,
 	}, nil
@@ -272,15 +283,19 @@ func (s *Store) Boot() (Boot, error) {
 	case err != nil:
 		return Boot{}, errdefs.Corrupt.Errorf("the guest kernel is damaged, run wrenn setup: %w", err)
 	}
-	return Boot{
+	boot := Boot{
 		Kernel:       filepath.Join(dir, "vmlinux"),
-		Initrd:       filepath.Join(dir, "initrd.img"),
+		Initrd:       filepath.Join(dir, initrdFile),
 		Release:      m.Release,
 		Source:       m.Source,
 		KernelSHA256: m.Files["vmlinux"].SHA256,
-		InitrdSHA256: m.Files["initrd.img"].SHA256,
+		InitrdSHA256: m.Files[initrdFile].SHA256,
 		EnvdSHA256:   m.EnvdSHA256,
-	}, nil
+	}
+	if f, ok := m.Files[initFile]; ok {
+		boot.InitImage, boot.InitSHA256 = filepath.Join(dir, initFile), f.SHA256
+	}
+	return boot, nil
 }
 
 // File is what a manifest says about one published file. That of a snapshot has

@@ -1,5 +1,5 @@
 // Command envd is the guest daemon: /init of a microVM's initrd or of a guest of
-// gVisor, or an ordinary process for tests.
+// gVisor, modprobe in a guest that has none, or an ordinary process for tests.
 package main
 
 import (
@@ -21,6 +21,9 @@ import (
 func main() {
 	if os.Getpid() == 1 && filepath.Base(os.Args[0]) == "init" {
 		guest()
+	}
+	if filepath.Base(os.Args[0]) == "modprobe" {
+		os.Exit(envd.Modprobe(os.Args[1:], os.Stderr))
 	}
 	if err := host(); err != nil {
 		fmt.Fprintln(os.Stderr, "envd:", err)

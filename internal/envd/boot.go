@@ -161,12 +161,17 @@ func (b *booter) root(d guestapi.Disks) error {
 		return err
 	}
 	<-b.grouped // it uses paths, which are about to move
+	modules, err := keepLoadable()
+	b.optional("keep the modules", err)
 	if err := switchRoot(root); err != nil {
 		return err
 	}
 	b.mounts(append([]mount{
 		{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"},
 	}, memoryMounts...))
+	if modules != nil {
+		b.optional("bring the modules", modules.bring())
+	}
 	return nil
 }
 

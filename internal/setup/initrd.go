@@ -3,8 +3,10 @@ package setup
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -16,15 +18,16 @@ import (
 
 // initrdFormat is raised when this file changes what an initrd or an init image holds, so
 // that those made before are made again.
-const initrdFormat = 1
+const initrdFormat = 2
 
 // writeInitrd writes the guest's initrd to the new file path: envd as /init,
 // the modules in /modules with their load order in /modules/list (one file
-// name a line), and the directories that envd mounts on.
+// name a line), and the directories that envd mounts on. The modules are in dir/modules;
+// the archive loadableFile in dir, if it is there, follows.
 //
 // It is not compressed: under an emulated CPU, too, the guest then boots as
 // fast as with gzip, lz4 or zstd, and making it costs nothing.
-func writeInitrd(path, envd, modulesDir string, modules []string) (err error) {
+func writeInitrd(path, envd, dir string, modules []string) (err error) {
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return fmt.Errorf("write initrd: %w", err)
@@ -42,10 +45,11 @@ func writeInitrd(path, envd, modulesDir string, modules []string) (err error) {
 	list := ""
 	for _, m := range modules {
 		list += m + "\n"
-		w.file("modules/"+m, 0o100644, filepath.Join(modulesDir, m))
+		w.file("modules/"+m, 0o100644, filepath.Join(dir, "modules", m))
 	}
 	w.entry(cpioEntry{name: "modules/list", mode: 0o100644, size: int64(len(list)), body: strings.NewReader(list)})
 	w.entry(cpioEntry{name: "TRAILER!!!"})
+	w.archive(filepath.Join(dir, loadableFile))
 	if w.err != nil {
 		return fmt.Errorf("write initrd: %w", w.err)
 	}
@@ -99,6 +103,43 @@ func copyFile(to, from string) error {
 		return err
 	}
 	return w.Close()
+}
+
+// writeTree writes the new archive path of all below dir.
+func writeTree(path, dir string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	bw := bufio.NewWriterSize(f, 1<<20)
+	w := &cpioWriter{w: bw}
+	err = filepath.WalkDir(dir, func(file string, d fs.DirEntry, err error) error {
+		if err != nil || file == dir {
+			return err
+		}
+		name, err := filepath.Rel(dir, file)
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir():
+			w.entry(cpioEntry{name: name, mode: 0o040755})
+		default:
+			w.file(name, 0o100644, file)
+		}
+		return w.err
+	})
+	if err != nil {
+		return err
+	}
+	w.entry(cpioEntry{name: "TRAILER!!!"})
+	if w.err != nil {
+		return w.err
+	}
+	if err := bw.Flush(); err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // cpioEntry is one entry of an archive; everything in it belongs to root and
@@ -168,6 +209,26 @@ func (w *cpioWriter) file(name string, mode uint32, path string) {
 		return
 	}
 	w.entry(cpioEntry{name: name, mode: mode, size: fi.Size(), body: f})
+}
+
+// archive adds the archive at path, if it is there: the kernel unpacks one after the other.
+func (w *cpioWriter) archive(path string) {
+	if w.err != nil {
+		return
+	}
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	if err != nil {
+		w.err = err
+		return
+	}
+	defer f.Close()
+	n, err := io.Copy(w.w, f)
+	w.off += n
+	w.err = err
+	w.pad()
 }
 
 func (w *cpioWriter) pad() {

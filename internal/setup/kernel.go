@@ -46,8 +46,7 @@ func setupKernel(ctx context.Context, s *template.Store, o Options, report progr
 	}
 	have := stage.Have
 	current := have != nil && have.EnvdSHA256 == envd && have.InitrdFormat == initrdFormat && stage.HasInit()
-	keep := have != nil && (o.Kernel == "" || brought && have.Source == source ||
-		o.Kernel == DebianKernel && strings.HasPrefix(have.Source, kernelPackagePrefix))
+	keep := keeps(have, o, source)
 	if keep && current {
 		st.Kept("%s", describe(have))
 		report.Begin("initrd").Kept("with this envd")
@@ -57,14 +56,14 @@ func setupKernel(ctx context.Context, s *template.Store, o Options, report progr
 	k := template.Kernel{}
 	switch {
 	case keep:
-		k.Release, k.Source, k.Modules = have.Release, have.Source, have.Modules
+		k.Release, k.Source, k.Modules, k.LoadableFormat = have.Release, have.Source, have.Modules, have.LoadableFormat
 		if err := stage.Keep(); err != nil {
 			return err
 		}
 		st.Kept("%s", describe(have))
 	case brought:
 		st.Detail("unpacking")
-		if err := importKernel(stage.Dir, o.Kernel, o.Modules, &k); err != nil {
+		if err := importKernel(ctx, stage.Dir, o.Kernel, o.Modules, &k); err != nil {
 			return err
 		}
 		k.Source = source
@@ -78,7 +77,7 @@ func setupKernel(ctx context.Context, s *template.Store, o Options, report progr
 
 	st = report.Begin("initrd")
 	initrd := filepath.Join(stage.Dir, "initrd.img")
-	if err := writeInitrd(initrd, o.Envd, filepath.Join(stage.Dir, "modules"), k.Modules); err != nil {
+	if err := writeInitrd(initrd, o.Envd, stage.Dir, k.Modules); err != nil {
 		return err
 	}
 	if err := writeInit(ctx, filepath.Join(stage.Dir, "init.erofs"), filepath.Join(stage.Dir, "init"), o.Envd); err != nil {
@@ -97,6 +96,20 @@ func setupKernel(ctx context.Context, s *template.Store, o Options, report progr
 }
 
 const kernelPackagePrefix = "package "
+
+// keeps says whether the published kernel is what o asks for; source is Kernel.Source of
+// one that the user brings.
+func keeps(have *template.Kernel, o Options, source string) bool {
+	if have == nil {
+		return false
+	}
+	packaged := strings.HasPrefix(have.Source, kernelPackagePrefix)
+	// A kernel that the user brought once cannot be fetched for its modules.
+	if have.LoadableFormat != loadableFormat && (packaged || source != "") {
+		return false
+	}
+	return o.Kernel == "" || have.Source == source || o.Kernel == DebianKernel && packaged
+}
 
 func describe(m *template.Kernel) string {
 	if m.Release == "" {
@@ -124,7 +137,8 @@ func broughtSource(o Options) (string, error) {
 }
 
 // importKernel puts vmlinux and the modules into tmp and notes them in m.
-func importKernel(tmp, kernel, modules string, m *template.Kernel) error {
+func importKernel(ctx context.Context, tmp, kernel, modules string, m *template.Kernel) error {
+	m.LoadableFormat = loadableFormat
 	if err := writeVmlinux(filepath.Join(tmp, "vmlinux"), kernel); err != nil {
 		return err
 	}
@@ -146,7 +160,7 @@ func importKernel(tmp, kernel, modules string, m *template.Kernel) error {
 		}
 		m.Modules = append(m.Modules, name)
 	}
-	return nil
+	return writeLoadable(ctx, filepath.Join(tmp, loadableFile), modules, m.Release)
 }
 
 // fetchKernel downloads Debian's cloud kernel with the host's apt, without
@@ -204,7 +218,7 @@ func fetchKernel(ctx context.Context, tmp string, m *template.Kernel, st progres
 	if _, err := os.Stat(modules); err != nil {
 		modules = filepath.Join(root, "usr", "lib", "modules", release)
 	}
-	if err := importKernel(tmp, images[0], modules, m); err != nil {
+	if err := importKernel(ctx, tmp, images[0], modules, m); err != nil {
 		return err
 	}
 	// The configuration says which options the kernel has.

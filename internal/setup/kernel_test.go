@@ -251,8 +251,8 @@ func TestInitrdReadsBack(t *testing.T) {
 	dir := t.TempDir()
 	envd := filepath.Join(dir, "envd")
 	write(t, envd, "the guest daemon")
-	write(t, filepath.Join(dir, "b.ko"), "bb")
-	write(t, filepath.Join(dir, "a.ko"), "aaa")
+	write(t, filepath.Join(dir, "modules/b.ko"), "bb")
+	write(t, filepath.Join(dir, "modules/a.ko"), "aaa")
 	path := filepath.Join(dir, "initrd.img")
 	if err := writeInitrd(path, envd, dir, []string{"b.ko", "a.ko"}); err != nil {
 		t.Fatal(err)

@@ -38,6 +38,8 @@ func Packages() []Package {
 		{"e2fsprogs", "resize2fs", "trims images"},
 		{"erofs-utils", "mkfs.erofs", "makes images for gVisor"},
 		{"dpkg", "dpkg-deb", "unpacks the guest's kernel"},
+		{"kmod", "depmod", "lists the modules of the guest's kernel"},
+		{"xz-utils", "xz", "packs the modules of the guest's kernel"},
 		{"debian-archive-keyring", "/usr/share/keyrings/debian-archive-keyring.gpg", "proves that packages are Debian's"},
 	}
 }

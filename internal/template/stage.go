@@ -24,6 +24,9 @@ type Kernel struct {
 	Modules []string `json:"modules"`
 	// InitrdFormat tells initrds apart that different code made of the same parts.
 	InitrdFormat int `json:"initrd_format"`
+	// LoadableFormat does so for the archive of modules that the guest loads on demand; 0
+	// if the kernel has none.
+	LoadableFormat int `json:"loadable_format,omitempty"`
 }
 
 // Making is what a template's manifest says besides its files.
@@ -64,8 +67,8 @@ func (d Defaults) check(what string) error {
 
 // KernelStage is a guest kernel in the making. One is made at a time.
 type KernelStage struct {
-	// Dir is for vmlinux, initrd.img, init.erofs and modules/, and for nothing else at the
-	// time of Publish.
+	// Dir is for vmlinux, initrd.img, init.erofs, modules/, loadable.cpio and config, and
+	// for nothing else at the time of Publish.
 	Dir string
 	// Have is the published kernel, nil if there is none that can be used.
 	Have *Kernel

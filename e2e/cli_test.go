@@ -17,6 +17,7 @@ import (
 //
 //	status N COMMAND…   the command must end with status N
 //	id FULL SHORT       name the id just printed, and its beginning
+//	pid NAME            name the PID just printed
 func TestCLI(t *testing.T) {
 	testenv.StateDir(t)
 	testenv.Program(t, "curl")
@@ -34,7 +35,7 @@ func TestCLI(t *testing.T) {
 			e.Setenv("NO_HOST", "http://127.0.0.1:1")
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status, "id": rememberID},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status, "id": rememberID, "pid": rememberPID},
 	})
 }
 
@@ -64,4 +65,12 @@ func rememberID(ts *testscript.TestScript, neg bool, args []string) {
 	id := strings.TrimSpace(ts.ReadFile("stdout"))
 	ts.Setenv(args[0], id)
 	ts.Setenv(args[1], strings.TrimPrefix(id, "sb-")[:6])
+}
+
+// rememberPID: pid NAME, after a command that printed a PID.
+func rememberPID(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: pid NAME")
+	}
+	ts.Setenv(args[0], strings.TrimSpace(ts.ReadFile("stdout")))
 }

@@ -87,6 +87,7 @@ func (x *command) connected(args []string) (client.Command, error) {
 
 func newExec(c *cli) *cobra.Command {
 	var x command
+	var detach bool
 	cmd := &cobra.Command{
 		Use:         "exec ID [--] COMMAND [ARG...]",
 		Short:       "Run a command in a running sandbox",
@@ -98,9 +99,14 @@ other error: arguments, agent, sandbox, user, or directory.
 
 With -i, the command reads stdin. With -t, it runs in this terminal, and all
 keys go to it, Ctrl-C too. Without -t, Ctrl-C ends the command, and the exit
-status is 130. A sandbox that does not confirm that end is left after 4 seconds.`,
+status is 130. A sandbox that does not confirm that end is left after 4 seconds.
+
+With -d, the command is left to itself, and its PID is printed. 'wrenn attach ID PID'
+connects to it again, 'wrenn logs ID PID' prints the last 256 KiB of its output, and
+'wrenn kill ID PID' ends it. With -i, too, its stdin stays open for an attach.`,
 		Example: `  wrenn exec 3fa -- sh -c 'echo $HOME; exit 3'
   wrenn exec -it 3fa -- python3
+  wrenn exec -d 3fa -- python3 -m http.server 8000
   tar c dir | wrenn exec -i 3fa -- tar x -C /tmp`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 1 && strings.HasPrefix(args[1], "-") && args[1] != "--" {
@@ -117,10 +123,19 @@ status is 130. A sandbox that does not confirm that end is left after 4 seconds.
 			if err != nil {
 				return err
 			}
-			return exit(s.Exec(cmd.Context(), command))
+			if !detach {
+				return exit(s.Exec(cmd.Context(), command))
+			}
+			pid, err := s.Detach(cmd.Context(), command)
+			if err != nil {
+				return exit(0, err)
+			}
+			_, err = fmt.Fprintln(cmd.OutOrStdout(), pid)
+			return err
 		},
 	}
 	x.flags(cmd)
+	cmd.Flags().BoolVarP(&detach, "detach", "d", false, "leave the command to itself and print its PID")
 	return cmd
 }
 

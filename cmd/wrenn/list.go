@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -75,33 +76,48 @@ func printToken(cmd *cobra.Command, s *client.Sandbox) error {
 
 func newLogs(c *cli) *cobra.Command {
 	var tail int32
-	var raw, timestamps bool
+	var raw, timestamps, follow bool
 	cmd := &cobra.Command{
-		Use:   "logs ID",
-		Short: "Print a guest's console",
+		Use:   "logs ID [PID]",
+		Short: "Print a guest's console, or the last output of a command",
 		Long: `Print the end of a guest's serial console: the messages of its kernel and of envd.
 Programs in the sandbox can write there, too. Characters that control a terminal
 are printed as \uXXXX, even if stdout is not a terminal; --raw prints all bytes as
-they are.`,
-		Args: cobra.ExactArgs(1),
+they are.
+
+With PID, print what the sandbox still has of the output of a command that was started
+from outside, 256 KiB at most: of one that runs, of the last 32 that were started
+with 'exec -d' and have ended, and for 30 seconds of others. --follow goes on until the
+command has ended.`,
+		Example: "  wrenn logs 3fa\n  wrenn logs -f 3fa 512",
+		Args:    cobra.RangeArgs(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s, err := c.find(cmd.Context(), args[0])
 			if err != nil {
 				return err
 			}
+			out, errOut := cmd.OutOrStdout(), cmd.ErrOrStderr()
+			if raw {
+				out, errOut = os.Stdout, os.Stderr
+			}
+			switch {
+			case len(args) == 2 && (timestamps || tail != 0):
+				return errors.New("--timestamps and --tail-bytes are for the console, not for the output of a command")
+			case len(args) == 2:
+				return printOutput(cmd.Context(), s, args[1], out, errOut, follow)
+			case follow:
+				return errors.New("--follow needs the PID of a command: wrenn logs -f ID PID")
+			}
 			console, err := s.Console(cmd.Context(), tail, timestamps)
 			if err != nil {
 				return err
-			}
-			out := cmd.OutOrStdout()
-			if raw {
-				out = os.Stdout
 			}
 			_, err = out.Write(console)
 			return err
 		},
 	}
 	cmd.Flags().BoolVar(&raw, "raw", false, "print the bytes as they are; a terminal obeys them")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "of a command: go on until it has ended")
 	cmd.Flags().BoolVarP(&timestamps, "timestamps", "t", false, "put before each line the time at which the host read it")
 	cmd.Flags().Int32Var(&tail, "tail-bytes", 0, "how much from the end; 0 is 64 KiB, 1 MiB at most")
 	return cmd

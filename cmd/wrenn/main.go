@@ -172,7 +172,7 @@ Then, as any user who can reach the agent:
 		root.AddCommand(cmd)
 	}
 	for _, cmd := range []*cobra.Command{
-		newRun(c), newCreate(c), newPs(c), newExec(c), newShell(c), newCp(c), newTop(c), newPort(c),
+		newRun(c), newCreate(c), newPs(c), newExec(c), newAttach(c), newShell(c), newKill(c), newCp(c), newTop(c), newPort(c),
 		newPause(c), newResume(c), newRecover(c), newFork(c), newSnapshot(c), newSnapshots(c), newRm(c),
 		newTimeout(c), newDeadline(c), newNetwork(c), newInspect(c), newLogs(c), newEvents(c), newVerify(c), newTemplate(c),
 	} {

@@ -19,10 +19,12 @@ func newPs(c *cli) *cobra.Command {
 	var all, quiet, asJSON bool
 	var filters []string
 	cmd := &cobra.Command{
-		Use:     "ps",
+		Use:     "ps [ID]",
 		Aliases: []string{"ls", "list"},
-		Short:   "List sandboxes",
-		Long: `List sandboxes. --filter lists only some:
+		Short:   "List sandboxes, or the processes in one",
+		Long: `List sandboxes, or with ID all processes in a sandbox: those that were started from
+outside, which can be attached to, all others, and for a while those that were started
+with 'exec -d' and have ended. --filter lists only some sandboxes:
 
   label=NAME=VALUE   that have this label; label=NAME for any value of it
   name=TEXT          whose name has this text in it
@@ -30,8 +32,11 @@ func newPs(c *cli) *cobra.Command {
 
 Several filters for labels must all be true, and one of several for names or states.`,
 		Example: "  wrenn ps -f label=team=blue -f state=paused -f state=hibernated -q",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
+		Args:    cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return c.processes(cmd, args[0], quiet, asJSON)
+			}
 			f, err := parseFilters(filters)
 			if err != nil {
 				return err
@@ -56,7 +61,7 @@ Several filters for labels must all be true, and one of several for names or sta
 	}
 	cmd.Flags().BoolVarP(&all, "all", "a", false, "also list sandboxes that ended by themselves, for as long as the agent remembers them")
 	cmd.Flags().StringArrayVarP(&filters, "filter", "f", nil, "list only some: label=NAME=VALUE, name=TEXT or state=STATE; may be repeated")
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only ids")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print only ids, or PIDs")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the answer as JSON")
 	return cmd
 }

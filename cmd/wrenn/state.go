@@ -123,7 +123,7 @@ func newRm(c *cli) *cobra.Command {
 	var force, all bool
 	cmd := &cobra.Command{
 		Use:     "rm ID...",
-		Aliases: []string{"destroy", "kill"},
+		Aliases: []string{"destroy"},
 		Short:   "Destroy sandboxes, whatever their state",
 		Long: `Destroy the sandboxes that are named, whatever their state. With --all, destroy
 every sandbox of the host except hibernated ones; with

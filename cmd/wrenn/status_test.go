@@ -24,7 +24,8 @@ import (
 func verbs() [][]string {
 	id := clienttest.ID
 	return [][]string{
-		{"create"}, {"run", "true"}, {"exec", id, "true"}, {"shell", id}, {"cp", id + ":/x", "-"}, {"cp", "/proc/self/comm", id + ":/x"},
+		{"create"}, {"run", "true"}, {"exec", id, "true"}, {"shell", id}, {"exec", "-d", id, "true"}, {"attach", id, "7"}, {"kill", id, "7"},
+		{"logs", id, "7"}, {"ps", id}, {"cp", id + ":/x", "-"}, {"cp", "/proc/self/comm", id + ":/x"},
 		{"top", id}, {"port", id, "80"}, {"ps"}, {"exec", "012", "true"}, {"pause", id}, {"resume", id}, {"recover", id}, {"fork", id},
 		{"snapshot", id}, {"snapshot", "rm", "x"}, {"snapshots"}, {"rm", id}, {"rm", "--all"}, {"timeout", id, "1m"}, {"deadline", id, "1m"},
 		{"network", id}, {"network", id, "--reset"}, {"inspect", id}, {"inspect", "--token", id}, {"logs", id}, {"events"}, {"verify"},
@@ -50,7 +51,7 @@ func ends(t *testing.T, agent string, args ...string) (printed, message string, 
 // ownErrors is the exit status of a verb for an error that is not about a command
 // in a sandbox.
 func ownErrors(verb string) int {
-	if verb == "exec" || verb == "run" || verb == "shell" {
+	if verb == "exec" || verb == "run" || verb == "shell" || verb == "attach" {
 		return 125
 	}
 	return 1
@@ -60,7 +61,7 @@ func ownErrors(verb string) int {
 func TestStatusOfWrongArguments(t *testing.T) {
 	for _, line := range []string{
 		"exec", "exec " + clienttest.ID, "exec --nonsense x y", "exec -e =x x y", "run", "run -m much true", "run --vcpus", "shell", "shell a b",
-		"exec --host :: x y", "ps x", "create --memory much", "cp a", "nonsense",
+		"exec --host :: x y", "ps x y", "attach x", "create --memory much", "cp a", "nonsense",
 	} {
 		args := strings.Fields(line)
 		if _, said, status := ends(t, nowhere, args...); status != ownErrors(args[0]) || said == "" {

@@ -32,6 +32,8 @@ var (
 	// time, errLeft why it ends after ctx.
 	errNoStart = errors.New("the command did not start in time")
 	errLeft    = errors.New("the caller has left")
+	// errGoesOn is why a connection to a command ends that goes on without it.
+	errGoesOn = errors.New("the command goes on")
 )
 
 // Command is a command to be run in a sandbox, and what it is connected to.
@@ -58,6 +60,12 @@ type Command struct {
 	// StartWithin bounds the wait for the guest's word that the command has started;
 	// 0 is no bound.
 	StartWithin time.Duration
+
+	// pid, if not 0, is of a process that runs, or has ended, to which Attach connects.
+	pid uint32
+	// detached leaves the command when it has started, held tells what of its output is
+	// held and leaves it then.
+	detached, held bool
 }
 
 // StartError is the guest's own word that a command cannot be started.
@@ -85,11 +93,17 @@ func (e *StartError) Unwrap() error { return e.err }
 // output: nothing can interrupt them. A command that cannot be started is a
 // *StartError.
 func (s *Sandbox) Exec(ctx context.Context, cmd Command) (status int, err error) {
+	status, _, err = s.execute(ctx, cmd)
+	return status, err
+}
+
+// execute is Exec that also returns the PID.
+func (s *Sandbox) execute(ctx context.Context, cmd Command) (status int, pid uint32, err error) {
 	// The stream outlives ctx, to see the end of an interrupted command.
 	life, hangUp := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer hangUp(nil)
 	x := &execution{
-		Command: cmd, guest: s.processes(cmd.User), grace: s.host.grace,
+		Command: cmd, attached: cmd.pid != 0, guest: s.processes(cmd.User), grace: s.host.grace,
 		life: life, hangUp: hangUp, started: make(chan struct{}),
 	}
 	defer context.AfterFunc(ctx, func() { x.awaitStart(x.grace, errLeft) })()
@@ -100,18 +114,21 @@ func (s *Sandbox) Exec(ctx context.Context, cmd Command) (status int, err error)
 	cause, why := context.Cause(ctx), context.Cause(life)
 	switch {
 	case cause != nil && end == nil && errors.Is(why, errLeft):
-		return 0, fmt.Errorf("sandbox %s does not say that the command has ended; it may run on: %w", s.ID, cause)
+		return 0, 0, fmt.Errorf("sandbox %s does not say that the command has ended; it may run on: %w", s.ID, cause)
 	case cause != nil:
-		return 0, cause
+		return 0, 0, cause
 	case errors.Is(why, errNoStart):
-		return 0, errdefs.TimedOut.Errorf("sandbox %s did not start the command within %v; it may do so later", s.ID, cmd.StartWithin)
+		return 0, 0, errdefs.TimedOut.Errorf("sandbox %s did not start the command within %v; it may do so later", s.ID, cmd.StartWithin)
 	case err != nil:
-		return 0, err
+		return 0, 0, err
+	case end == nil: // it was left
+		return 0, x.pid, nil
 	}
 	if cmd.OutOfMemory != nil && guest.OutOfMemory(end) {
 		cmd.OutOfMemory()
 	}
-	return guest.ExitCode(end)
+	status, err = guest.ExitCode(end)
+	return status, x.pid, err
 }
 
 // Shell runs a login shell in the sandbox, bash or else sh, connected as cmd
@@ -130,10 +147,12 @@ func (s *Sandbox) Shell(ctx context.Context, cmd Command) (status int, err error
 // execution is a command that runs.
 type execution struct {
 	Command
-	guest  processconnect.ProcessClient
-	life   context.Context // of the connection
-	hangUp func(why error) // ends it
-	grace  time.Duration   // between SIGTERM and SIGKILL
+	guest processconnect.ProcessClient
+	// attached: the command was started by another call.
+	attached bool
+	life     context.Context // of the connection
+	hangUp   func(why error) // ends it
+	grace    time.Duration   // between SIGTERM and SIGKILL
 
 	started chan struct{}            // closed when self is known
 	self    *process.ProcessSelector // nil until then
@@ -151,8 +170,11 @@ func (x *execution) request() *connect.Request[process.StartRequest] {
 	if x.Terminal != nil {
 		req.Msg.Pty = &process.PTY{Size: terminalSize(x.Terminal)}
 	}
-	if x.Tied {
+	switch {
+	case x.Tied:
 		req.Header().Set(guestapi.HeaderLifetime, guestapi.LifetimeStream)
+	case x.detached:
+		req.Header().Set(guestapi.HeaderLifetime, guestapi.LifetimeDetached)
 	}
 	return req
 }
@@ -198,20 +220,26 @@ func (x *execution) outcome(ctx context.Context) (*process.ProcessEvent_EndEvent
 
 // run starts the command and passes its output on until it ends.
 func (x *execution) run(ctx context.Context) (*process.ProcessEvent_EndEvent, error) {
-	events, err := x.guest.Start(x.life, x.request())
+	events, err := x.open()
 	if err != nil {
 		return nil, err
 	}
 	defer events.Close()
 	defer x.hangUp(nil) // Close reads what is left of the stream
+	more := x.untilIdle()
 	for events.Receive() {
-		switch event := events.Msg().GetEvent().GetEvent().(type) {
+		more()
+		switch event := events.event().GetEvent().(type) {
 		case *process.ProcessEvent_Start:
 			if x.self != nil {
 				continue
 			}
+			x.pid = event.Start.Pid
 			x.self = &process.ProcessSelector{Selector: &process.ProcessSelector_Pid{Pid: event.Start.Pid}}
 			close(x.started)
+			if x.detached {
+				return nil, nil
+			}
 			disconnect, err := x.connect(ctx)
 			if err != nil {
 				return nil, err
@@ -227,8 +255,12 @@ func (x *execution) run(ctx context.Context) (*process.ProcessEvent_EndEvent, er
 	}
 	err = events.Err()
 	switch {
+	case x.held && x.self != nil && (err == nil || errors.Is(context.Cause(x.life), errGoesOn)):
+		return nil, nil
 	case err == nil:
 		return nil, errors.New("the stream ended before the command did; whether it still runs is unknown")
+	case x.attached && x.self == nil:
+		return nil, notCommand(x.pid, err)
 	case x.self != nil || !connect.IsWireError(err):
 		return nil, err
 	}
@@ -251,7 +283,7 @@ func (x *execution) connect(ctx context.Context) (disconnect func(), err error) 
 	}
 	// A second signal may end this program at once: the terminal is restored at the first.
 	keepRaw := context.AfterFunc(ctx, restore)
-	keepRunning := context.AfterFunc(ctx, x.interrupt)
+	keepRunning := context.AfterFunc(ctx, x.leave)
 	if x.Stdin != nil {
 		go x.feed()
 	}

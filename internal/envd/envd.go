@@ -113,6 +113,7 @@ func New(c Config) *Server {
 	mux.HandleFunc("GET "+guestapi.PathPack, s.packTar)
 	mux.HandleFunc("GET "+guestapi.PathMetrics, s.metrics)
 	mux.HandleFunc("GET "+guestapi.PathEnvs, s.envs)
+	mux.HandleFunc("GET "+guestapi.PathProcesses, s.listProcesses)
 	mux.HandleFunc("GET "+guestapi.PathFiles, s.download)
 	mux.HandleFunc("POST "+guestapi.PathFiles, s.upload)
 	mux.HandleFunc("POST "+guestapi.PathCompose, s.compose)

@@ -50,6 +50,7 @@ type processes struct {
 	mu      sync.Mutex
 	byPID   map[int]*process
 	readers map[*reader]struct{}
+	kept    []*process // detached ones that have ended, the first one first
 	closed  bool
 	wg      sync.WaitGroup
 }
@@ -78,9 +79,11 @@ type process struct {
 
 	// input is the writing end of stdin, or the terminal; nil for neither. It
 	// may be closed at any time: os.File then wakes a waiting writer.
-	input   *os.File
-	hasPTY  bool
-	writeMu sync.Mutex // keeps inputs whole
+	input  *os.File
+	hasPTY bool
+	// detached: its end is kept for those who ask later.
+	detached bool
+	writeMu  sync.Mutex // keeps inputs whole
 
 	// reaped is closed when the process is no longer there, finished when
 	// its output and ending are complete.
@@ -105,6 +108,8 @@ type command struct {
 	limit time.Duration
 	// gentle gives them SIGTERM and a moment before SIGKILL.
 	gentle bool
+	// detached keeps its end.
+	detached bool
 }
 
 // start starts a process; the subscription that comes with it misses nothing.
@@ -123,7 +128,7 @@ func (ps *processes) start(c command) (*process, *subscriber, error) {
 	}
 
 	p := &process{
-		config: c.config, tag: c.tag, out: newOutput(), started: time.Now(),
+		config: c.config, tag: c.tag, detached: c.detached, out: newOutput(), started: time.Now(),
 		reaped: make(chan struct{}), finished: make(chan struct{}),
 	}
 	files, err := p.openFiles(c)
@@ -235,7 +240,14 @@ func (ps *processes) run(p *process, files *stdio, c command) {
 
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
-	if !ps.closed {
+	switch {
+	case ps.closed:
+	case p.detached:
+		if ps.kept = append(ps.kept, p); len(ps.kept) > guestapi.KeptDetached {
+			ps.dropLocked(ps.kept[0])
+			ps.kept = slices.Delete(ps.kept, 0, 1)
+		}
+	default:
 		p.forget = time.AfterFunc(keepEnded, func() { ps.drop(p) })
 	}
 }
@@ -243,7 +255,12 @@ func (ps *processes) run(p *process, files *stdio, c command) {
 func (ps *processes) drop(p *process) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
-	if ps.byPID[p.child.pid] == p {
+	ps.dropLocked(p)
+}
+
+// dropLocked is drop with the lock held.
+func (ps *processes) dropLocked(p *process) {
+	if ps.byPID[p.child.pid] == p { // the pid may be another's by now
 		delete(ps.byPID, p.child.pid)
 	}
 }

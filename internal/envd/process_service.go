@@ -45,8 +45,9 @@ func (s processService) Start(
 	lifetime := req.Header().Get(guestapi.HeaderLifetime)
 	c := command{
 		config: config, tag: req.Msg.Tag, as: as,
-		stdin:  req.Msg.Stdin == nil || *req.Msg.Stdin,
-		gentle: lifetime == guestapi.LifetimeStream || lifetime == guestapi.LifetimeCommand,
+		stdin:    req.Msg.Stdin == nil || *req.Msg.Stdin,
+		gentle:   lifetime == guestapi.LifetimeStream || lifetime == guestapi.LifetimeCommand,
+		detached: lifetime == guestapi.LifetimeDetached,
 	}
 	if pty := req.Msg.GetPty(); pty != nil {
 		c.size = pty.GetSize()
@@ -116,9 +117,16 @@ func (s processService) Connect(
 		sub = p.out.resume(seen)
 	}
 	defer sub.close()
-	return s.follow(ctx, p, sub, keepalive(req.Header()), func(e *processv1.ProcessEvent) error {
-		return stream.Send(&processv1.ConnectResponse{Event: e})
-	})
+	send := func(e *processv1.ProcessEvent) error { return stream.Send(&processv1.ConnectResponse{Event: e}) }
+	if req.Header().Get(guestapi.HeaderFollow) != guestapi.FollowNot {
+		return s.follow(ctx, p, sub, keepalive(req.Header()), send)
+	}
+	now, cancel := context.WithCancel(ctx)
+	cancel() // what is held is told all the same
+	if err = s.follow(now, p, sub, keepaliveDefault, send); errors.Is(err, context.Canceled) && ctx.Err() == nil {
+		return nil
+	}
+	return err
 }
 
 // follow sends a process's events: its start, its output, keepalives when

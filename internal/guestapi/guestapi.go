@@ -41,6 +41,8 @@ const (
 	// process as a JSON object.
 	PathMetrics = "/metrics"
 	PathEnvs    = "/envs"
+	// PathProcesses answers with a Processes.
+	PathProcesses = "/processes"
 	// PathFiles reads and writes files, PathCompose joins some into one.
 	PathFiles   = "/files"
 	PathCompose = "/files/compose"
@@ -78,9 +80,16 @@ const (
 	LifetimeStream = "stream"
 	// LifetimeCommand is LifetimeStream, and the descendants end with the process, too.
 	LifetimeCommand = "command"
+	// LifetimeDetached keeps the end of the process, and the last of its output, for
+	// those who ask later, until KeptDetached others have ended.
+	LifetimeDetached = "detached"
 	// HeaderOffset on a Connect says how many bytes of each stream the client
 	// has seen, as in "stdout=120,stderr=0".
 	HeaderOffset = "Wrenn-Output-Offset"
+	// HeaderFollow on a Connect with the value FollowNot ends the stream when it has told
+	// what is held, though the process runs.
+	HeaderFollow = "Wrenn-Output-Follow"
+	FollowNot    = "no"
 	// HeaderKeepalive is the interval, in seconds, of keepalive messages on a
 	// stream of output.
 	HeaderKeepalive = "Keepalive-Ping-Interval"
@@ -114,6 +123,34 @@ const (
 // HeaderStill of the answer to PathFreeze is for how many milliseconds the
 // programs have stood still.
 const HeaderStill = "Wrenn-Guest-Still"
+
+// KeptDetached is how many detached processes that have ended can be asked about.
+const KeptDetached = 32
+
+// Processes are the processes of a guest, without those of its kernel and envd, oldest
+// first.
+type Processes struct {
+	Processes []Process `json:"processes"`
+}
+
+// Process is a process of a guest, or a detached one that has ended: then Ended says
+// how, and only PID, Started, Args and Command are set.
+type Process struct {
+	PID  int    `json:"pid"`
+	PPID int    `json:"ppid,omitempty"`
+	User string `json:"user,omitempty"`
+	// Started is in seconds since 1970.
+	Started int64 `json:"started"`
+	// CPU is the time that it has used, in milliseconds, Memory what it has in memory, in
+	// bytes.
+	CPU    int64 `json:"cpu_ms"`
+	Memory int64 `json:"memory_bytes"`
+	// Args are cut at 4 KiB. A process without any has its name there, in brackets.
+	Args []string `json:"args"`
+	// Command says that it was started from outside, so that it can be attached to.
+	Command bool   `json:"command,omitempty"`
+	Ended   string `json:"ended,omitempty"`
+}
 
 // MaxEntropy bounds the bytes of InitRequest.Entropy.
 const MaxEntropy = 4096

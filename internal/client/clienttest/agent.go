@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -110,6 +111,7 @@ func (a *Agent) server() *httptest.Server {
 	guest.Handle(filesystemconnect.NewFilesystemHandler(a))
 	guest.HandleFunc("/files", a.files)
 	guest.HandleFunc("/metrics", a.metrics)
+	guest.HandleFunc("/processes", a.listProcesses)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		if slices.Contains(a.Silent, path.Base(r.URL.Path)) {
 			_, _ = io.Copy(io.Discard, r.Body)
@@ -400,6 +402,44 @@ func (a *Agent) Start(ctx context.Context, req request[process.StartRequest], s 
 		end.Error = &a.EndError
 	}
 	return send(&process.ProcessEvent{Event: &process.ProcessEvent_End{End: end}})
+}
+
+// Connect tells of process 7 what Start tells of any.
+func (a *Agent) Connect(ctx context.Context, req request[process.ConnectRequest], s sender[process.ConnectResponse]) error {
+	if req.Msg.Process.GetPid() != 7 {
+		return connect.NewError(connect.CodeNotFound, errors.New("no such process"))
+	}
+	data := &process.ProcessEvent_DataEvent{Output: &process.ProcessEvent_DataEvent_Stdout{Stdout: a.Archive}}
+	for _, e := range []*process.ProcessEvent{
+		{Event: &process.ProcessEvent_Start{Start: &process.ProcessEvent_StartEvent{Pid: 7}}},
+		{Event: &process.ProcessEvent_Data{Data: data}},
+	} {
+		if err := s.Send(&process.ConnectResponse{Event: e}); err != nil {
+			return err
+		}
+	}
+	if a.Endless > 0 {
+		if req.Header().Get("Wrenn-Output-Follow") == "no" {
+			return nil
+		}
+		if err := await(ctx, a.signaled); err != nil {
+			return err
+		}
+	}
+	end := &process.ProcessEvent_EndEvent{Exited: true, ExitCode: a.Exit}
+	return s.Send(&process.ConnectResponse{Event: &process.ProcessEvent{Event: &process.ProcessEvent_End{End: end}}})
+}
+
+// listProcesses tells of process 7, of one that it has begun, and of one that has ended.
+func (a *Agent) listProcesses(w http.ResponseWriter, _ *http.Request) {
+	if a.Refusal != "" {
+		refuse(w, a.Refusal)
+		return
+	}
+	text, _ := json.Marshal(a.Text)
+	_, _ = io.WriteString(w, `{"processes":[{"pid":7,"user":`+string(text)+`,"args":["sh",`+string(text)+`],"command":true},
+		{"pid":8,"ppid":7,"user":"root","cpu_ms":1500,"memory_bytes":1048576,"args":["sleep","9"]},
+		{"pid":9,"args":["true"],"command":true,"ended":"exit status 3"}]}`)
 }
 
 func await(ctx context.Context, what <-chan struct{}) error {

@@ -292,7 +292,8 @@ def one(a):
             q += b"\0" + struct.pack(">HH", 1, 1)
         s.send(q)
         got = s.recv(2048)
-        return "rcode %d" % (got[3] & 15) if how == "dns" else got.decode()
+        if how != "dns": return got.decode()
+        return "refused: sink" if got.endswith(bytes([192, 0, 0, 8])) else "rcode %d" % (got[3] & 15)
     s = socket.create_connection((addr, port), 8)
     s.settimeout(8)
     if how == "ssh":

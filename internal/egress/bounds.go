@@ -3,6 +3,7 @@ package egress
 import (
 	"bytes"
 	"errors"
+	"maps"
 	"net"
 	"net/http"
 	"sync"
@@ -49,6 +50,19 @@ type Shared struct {
 
 	open              atomic.Int64
 	accepted, refused atomic.Uint64
+
+	mu     sync.Mutex
+	denied map[string]uint64
+}
+
+// CountDenied adds to what Counts.Denied says.
+func (s *Shared) CountDenied(kind string, n uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.denied == nil {
+		s.denied = map[string]uint64{}
+	}
+	s.denied[kind] += n
 }
 
 // Counts are what all proxies have done so far, those that are closed among them.
@@ -56,11 +70,15 @@ type Counts struct {
 	Open     int    // connections at present
 	Accepted uint64 // connections begun
 	Refused  uint64 // connections, requests and questions that were refused
+	// Denied are those of them that a policy refused, and packets, by kind.
+	Denied map[string]uint64
 }
 
 // Counts returns the present counts.
 func (s *Shared) Counts() Counts {
-	return Counts{Open: int(s.open.Load()), Accepted: s.accepted.Load(), Refused: s.refused.Load()}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return Counts{Open: int(s.open.Load()), Accepted: s.accepted.Load(), Refused: s.refused.Load(), Denied: maps.Clone(s.denied)}
 }
 
 // NewShared bounds the connections of all proxies to conns.

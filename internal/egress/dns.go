@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/net/dns/dnsmessage"
@@ -75,9 +76,8 @@ func (p *Proxy) serveDNSConn(c *net.TCPConn) {
 	}
 }
 
-// answer answers one message, nil if it deserves none. Names that the policy
-// does not let through do not exist; nothing of the question but name and kind
-// leaves the host.
+// answer answers one message, nil if it deserves none. Nothing of a question leaves the
+// host where the policy does not let the name through, of others name and kind.
 func (p *Proxy) answer(ctx context.Context, query []byte, datagram bool) []byte {
 	var parser dnsmessage.Parser
 	h, err := parser.Start(query)
@@ -105,10 +105,17 @@ func (p *Proxy) answer(ctx context.Context, query []byte, datagram bool) []byte 
 	case q.Class != dnsmessage.ClassINET:
 		reply.RCode = dnsmessage.RCodeRefused
 		return finish(reply, &q)
-	case !ok || !p.passes(name):
-		p.refuse("dns", name, netip.AddrPort{}, "the policy does not let the name through")
+	case !ok:
+		p.refuse("dns", name, netip.AddrPort{}, "no name of a host")
 		reply.RCode = dnsmessage.RCodeNameError
 		return finish(reply, &q)
+	}
+	if rule := p.denies(name); rule != "" {
+		p.refuse("dns", name, netip.AddrPort{}, rule)
+		p.deny(KindDNS, netip.AddrPort{}, &refusal{name, rule, rule})
+		return p.sink(reply, q, name)
+	}
+	switch {
 	case !slices.Contains(askable, q.Type):
 		return finish(reply, &q)
 	}
@@ -132,6 +139,30 @@ func (p *Proxy) answer(ctx context.Context, query []byte, datagram bool) []byte 
 		return finish(reply, &q)
 	}
 	binary.BigEndian.PutUint16(msg, h.ID)
+	return msg
+}
+
+// sinkTTL is how long a guest may remember, in seconds, that a name has the address of
+// the sink: the policy may change.
+const sinkTTL = 5
+
+// sink answers a question for a name that is not let through: it has the sink's address
+// and no other records. Names that cannot be of the internet do not exist.
+func (p *Proxy) sink(h dnsmessage.Header, q dnsmessage.Question, name string) []byte {
+	if !p.cfg.Sink.Is4() || !strings.Contains(name, ".") || strings.HasSuffix(name, ".arpa") {
+		h.RCode = dnsmessage.RCodeNameError
+		return finish(h, &q)
+	}
+	b := dnsmessage.NewBuilder(nil, h)
+	err := errors.Join(b.StartQuestions(), b.Question(q), b.StartAnswers())
+	if q.Type == dnsmessage.TypeA {
+		err = errors.Join(err, b.AResource(dnsmessage.ResourceHeader{Name: q.Name, Class: q.Class, TTL: sinkTTL},
+			dnsmessage.AResource{A: p.cfg.Sink.As4()}))
+	}
+	msg, ferr := b.Finish()
+	if err != nil || ferr != nil {
+		return nil
+	}
 	return msg
 }
 

@@ -44,8 +44,14 @@ func newHTTPSide(p *Proxy) *httpSide {
 				return nil
 			},
 			ErrorLog: log.New(io.Discard, "", 0),
-			// A client without a server sees what it would see without a proxy.
-			ErrorHandler: func(http.ResponseWriter, *http.Request, error) { panic(http.ErrAbortHandler) },
+			ErrorHandler: func(w http.ResponseWriter, _ *http.Request, err error) {
+				if r := (*refusal)(nil); errors.As(err, &r) && r.rule != "" {
+					forbid(w, r)
+					return
+				}
+				// A client without a server sees what it would see without a proxy.
+				panic(http.ErrAbortHandler)
+			},
 		},
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, linkKey{}, c.(*httpConn).link)
@@ -71,7 +77,12 @@ func newHTTPSide(p *Proxy) *httpSide {
 		l.requests.Add(1)
 		if ref := h.judge(l, r); ref != nil {
 			p.refuse("request", ref.name, l.dst, ref.why)
-			panic(http.ErrAbortHandler)
+			if ref.rule == "" {
+				panic(http.ErrAbortHandler)
+			}
+			p.deny(KindHTTP, l.dst, ref)
+			forbid(w, ref)
+			return
 		}
 		// The server may answer before it has read all.
 		http.NewResponseController(w).EnableFullDuplex()
@@ -174,20 +185,30 @@ func shown(r *http.Request) (name string, ok bool) {
 	return canonical(host)
 }
 
+// forbid answers a request that the policy refuses. The connection ends with it, for
+// the rest of the request is not read.
+func forbid(w http.ResponseWriter, r *refusal) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.Header().Set("Connection", "close")
+	w.WriteHeader(http.StatusForbidden)
+	io.WriteString(w, r.sentence())
+}
+
 // judge returns a refusal for a request that must not go on.
 func (h *httpSide) judge(l *link, r *http.Request) *refusal {
 	name, ok := shown(r)
 	switch {
 	case r.Method == http.MethodConnect:
-		return &refusal{name, "CONNECT is for proxies that are asked"}
+		return &refusal{name, "CONNECT is for proxies that are asked", ruleProtocol}
 	case r.ProtoMajor != 1 || r.Method == "PRI":
-		return &refusal{name, "HTTP/2 without TLS carries many hosts at once"}
+		return &refusal{name, "HTTP/2 without TLS carries many hosts at once", ruleProtocol}
 	case tooManyLines(r.Header):
-		return &refusal{name, "the request has too many header lines"}
+		return &refusal{name: name, why: "the request has too many header lines"}
 	case !ok:
-		return &refusal{r.Host, "the request has no host that is a name"}
-	case !h.proxy.passes(name):
-		return &refusal{name, "the policy does not let the name through"}
+		return &refusal{r.Host, "the request has no host that is a name", ruleNoName}
+	}
+	if rule := h.proxy.denies(name); rule != "" {
+		return &refusal{name, rule, rule}
 	}
 	return nil
 }
@@ -241,6 +262,9 @@ func (h *httpSide) transport(l *link) *http.Transport {
 			up, err := h.proxy.connect(l, host)
 			if err != nil {
 				h.proxy.refuse("request", host, l.dst, err.Error())
+				if r := (*refusal)(nil); errors.As(err, &r) && r.rule != "" {
+					h.proxy.deny(KindHTTP, l.dst, r)
+				}
 				return nil, err
 			}
 			return &headConn{Conn: up}, nil

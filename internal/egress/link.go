@@ -17,6 +17,8 @@ const (
 	maxHello = 20 << 10
 	// maxLine bounds the first line of what is not TLS.
 	maxLine = 8 << 10
+	// alertWait bounds how long a refused client may take to go.
+	alertWait = time.Second
 	// deadlineStep is how long a deadline stands before it is put off again.
 	deadlineStep = time.Second
 )
@@ -24,10 +26,10 @@ const (
 // hear reads and keeps the client's first bytes, until they show the name of a
 // server. It returns the name that TLS shows, "" if the client speaks something else;
 // isHTTP says that each request will show one. Errors are refusals: of a client that
-// says nothing in time, of what began and did not go on, and of what only looks like
+// says nothing within patience, of what began and did not go on, and of what only looks like
 // TLS.
-func (l *link) hear() (isHTTP bool, name string, err error) {
-	l.client.SetReadDeadline(time.Now().Add(firstBytes))
+func (l *link) hear(patience time.Duration) (isHTTP bool, name string, err error) {
+	l.client.SetReadDeadline(time.Now().Add(patience))
 	defer l.client.SetReadDeadline(time.Time{})
 	for len(l.heard) == 0 {
 		if err := l.more(maxLine); err != nil {
@@ -88,14 +90,28 @@ func (l *link) hello() (string, error) {
 	if !complete {
 		return "", refused("", "not a TLS ClientHello: %v", err)
 	}
+	l.tls = true
 	if name == "" {
 		return "", nil
 	}
 	host, ok := canonical(name)
 	if !ok {
-		return "", refused(name, "the name in the ClientHello is none")
+		return "", denied(ruleNoName, name, "the name in the ClientHello is none")
 	}
 	return host, nil
+}
+
+// alert tells a client that has begun TLS that access is denied, and ends the
+// connection. It waits a moment for the client to end it too: what is unread at a close
+// resets the connection, and the client may then not see the alert.
+func (l *link) alert() {
+	const accessDenied = 49
+	l.client.SetDeadline(time.Now().Add(alertWait))
+	if _, err := l.client.Write([]byte{21, 3, 3, 0, 2, 2, accessDenied}); err != nil {
+		return
+	}
+	l.client.CloseWrite()
+	io.CopyN(io.Discard, l.client, maxHello)
 }
 
 // listener is the client's connection as crypto/tls sees it: what it reads is

@@ -85,18 +85,20 @@ func namesOf(patterns []string) names {
 }
 
 // match says whether a canonical name is in the list.
-func (n names) match(name string) bool {
-	if n.all || n.exact[name] {
-		return true
+func (n names) match(name string) bool { return n.pattern(name) != "" }
+
+// pattern is the entry that a canonical name matches, "" if there is none.
+func (n names) pattern(name string) string {
+	if n.exact[name] {
+		return name
 	}
-	for {
-		_, parent, ok := strings.Cut(name, ".")
-		if !ok {
-			return false
+	for rest, more := name, true; more; {
+		if _, rest, more = strings.Cut(rest, "."); more && n.below[rest] {
+			return "*." + rest
 		}
-		if n.below[parent] {
-			return true
-		}
-		name = parent
 	}
+	if n.all {
+		return "*"
+	}
+	return ""
 }

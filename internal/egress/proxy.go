@@ -28,8 +28,11 @@ import (
 
 const (
 	// firstBytes is how long a client may take to show the name of a server.
-	firstBytes  = 10 * time.Second
-	dialTimeout = 10 * time.Second
+	firstBytes = 10 * time.Second
+	// sinkPatience is that of a client that goes to Config.Sink: nothing but a
+	// refusal awaits it, and some protocols have the server speak first.
+	sinkPatience = 2 * time.Second
+	dialTimeout  = 10 * time.Second
 	// idleTimeout ends a connection that carries nothing, in either direction.
 	idleTimeout = 30 * time.Minute
 	// maxUses bounds the names that one connection may ask for in turn.
@@ -74,6 +77,12 @@ type Config struct {
 	// for itself.
 	MaxConns int
 	Shared   *Shared
+	// Sink is the address that names which are not let through have in DNS, so that
+	// the proxy can tell a client why it gets no further. Whoever has Conns filled
+	// leads what the guest sends there to it. Without Sink, such names do not exist.
+	Sink netip.Addr
+	// Denials, if not nil, keeps what the policy refuses.
+	Denials *Denials
 	// Log receives refusals at debug level, some a second.
 	Log *slog.Logger
 }
@@ -232,15 +241,18 @@ func (p *Proxy) admit(l *link, u use) bool {
 
 // passes says whether a name is let through. A question for it and the answer can
 // carry data of the guest's, so a name that is not let through is not asked for.
-func (p *Proxy) passes(name string) bool {
+func (p *Proxy) passes(name string) bool { return p.denies(name) == "" }
+
+// denies returns the rule that refuses a name, "" if none does.
+func (p *Proxy) denies(name string) string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, r := range p.policies {
-		if !r.name(name) {
-			return false
+		if rule := r.denies(name); rule != "" {
+			return rule
 		}
 	}
-	return true
+	return ""
 }
 
 // learn asks for the addresses of the denied names. What no resolver knows is
@@ -338,6 +350,7 @@ type link struct {
 	ctx    context.Context
 	cancel context.CancelFunc // ends it, with all that was dialled for it
 	heard  []byte             // read from the client and not passed on
+	tls    bool               // the client has begun TLS
 	uses   map[use]struct{}   // under Proxy.mu
 
 	http     *http.Transport // of the requests, if it speaks HTTP
@@ -422,27 +435,40 @@ func (p *Proxy) serve(c *net.TCPConn) {
 		p.mu.Unlock()
 	}()
 	if err := p.carry(l); err != nil {
-		name := ""
-		if r := (*refusal)(nil); errors.As(err, &r) {
-			name = r.name
+		r := &refusal{why: err.Error()}
+		errors.As(err, &r)
+		p.refuse("connection", r.name, dst, r.why)
+		if r.rule != "" {
+			kind := KindTCP
+			if l.tls {
+				kind = KindTLS
+			}
+			p.deny(kind, dst, r)
 		}
-		p.refuse("connection", name, dst, err.Error())
+		if r.rule != "" && l.tls {
+			l.alert()
+			return
+		}
 		reset(c)
 	}
 }
 
-// refusal says why something that showed the name is refused.
-type refusal struct{ name, why string }
-
-func (r *refusal) Error() string { return r.why }
-
 func refused(name, format string, args ...any) error {
-	return &refusal{name, fmt.Sprintf(format, args...)}
+	return &refusal{name: name, why: fmt.Sprintf(format, args...)}
+}
+
+// denied is refused by a rule of the policy.
+func denied(rule, name, format string, args ...any) error {
+	return &refusal{name: name, why: fmt.Sprintf(format, args...), rule: rule}
 }
 
 // carry serves a connection until it ends; an error is a refusal.
 func (p *Proxy) carry(l *link) error {
-	isHTTP, name, err := l.hear()
+	patience := firstBytes
+	if l.dst.Addr() == p.cfg.Sink {
+		patience = sinkPatience
+	}
+	isHTTP, name, err := l.hear(patience)
 	switch {
 	case err != nil:
 		return err
@@ -450,7 +476,7 @@ func (p *Proxy) carry(l *link) error {
 		p.http.carry(l)
 		return nil
 	case name == "":
-		return refused("", "the client shows no name")
+		return denied(ruleNoName, "", "the client shows no name")
 	}
 	up, err := p.connect(l, name)
 	if err != nil {
@@ -463,8 +489,8 @@ func (p *Proxy) carry(l *link) error {
 
 // connect dials what the name stands for.
 func (p *Proxy) connect(l *link, name string) (*upstream, error) {
-	if !p.passes(name) {
-		return nil, refused(name, "the policy does not let the name through")
+	if rule := p.denies(name); rule != "" {
+		return nil, denied(rule, name, "%s", rule)
 	}
 	addrs, err := p.resolver.lookup(l.ctx, name)
 	if err != nil {
@@ -492,7 +518,7 @@ func (p *Proxy) connect(l *link, name string) (*upstream, error) {
 		}
 	}
 	if dialErr == nil {
-		dialErr = refused(name, "the name leads to %v, which the policy does not permit", addrs)
+		dialErr = denied(ruleAddress, name, "the name leads to %v, which the policy does not permit", addrs)
 	}
 	return nil, dialErr
 }

@@ -41,6 +41,8 @@ type world struct {
 	max     int // connections; 0 is 32
 	servers map[netip.AddrPort]net.Addr
 	dns     *fakeResolver
+	sink    netip.Addr
+	denials Denials
 
 	mu     sync.Mutex
 	meant  map[string]netip.AddrPort // by the client's address
@@ -97,6 +99,8 @@ func (w *world) start(policy Policy) {
 		MaxConns:  cmp.Or(w.max, 32),
 		Shared:    w.shared,
 		Log:       w.log,
+		Sink:      w.sink,
+		Denials:   &w.denials,
 	}, reaching(policy))
 	w.t.Cleanup(w.proxy.Close)
 }

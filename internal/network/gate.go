@@ -21,6 +21,10 @@ import (
 // have neither.
 const proxyMark = 0x5772656e // "Wren"
 
+// sinkAddr is what the agent's DNS says of names that are not let through. It is set
+// aside for addresses that lead nowhere (RFC 7600).
+var sinkAddr = netip.AddrFrom4([4]byte{192, 0, 0, 8})
+
 // gate is the way out of a sandbox that has names in its policy: a proxy in the
 // agent whose sockets are in the sandbox's namespace. They listen on the tap's
 // address there, so only that guest reaches them. When the agent ends they are
@@ -95,8 +99,8 @@ func (n *Network) Detach() {
 func (n *Network) NameCounts() egress.Counts { return n.gates.shared.Counts() }
 
 // openGate opens the sockets in the namespace at path and serves them.
-func (n *Network) openGate(ctx context.Context, path string, policy egress.Policy) (*gate, error) {
-	cfg := egress.Config{Original: original, Shared: n.gates.shared, Log: n.opts.Log}
+func (n *Network) openGate(ctx context.Context, s Slot, path string, policy egress.Policy) (*gate, error) {
+	cfg := egress.Config{Original: original, Shared: n.gates.shared, Log: n.opts.Log, Sink: sinkAddr, Denials: n.denials.of(s)}
 	cfg.Dial = func(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) { return dialMarked(ctx, path, to) }
 	for _, r := range n.opts.Resolvers {
 		cfg.Resolvers = append(cfg.Resolvers, netip.AddrPortFrom(r, 53))
@@ -258,10 +262,10 @@ type policyChain struct {
 // guest sends out has rules.
 func policyChainsOf(v rangePolicy, p Policy, g *gate) []policyChain {
 	if g == nil {
-		return []policyChain{{egressChain, v.rules()}, {turnChain, nil}, {hearChain, nil}, {speakChain, nil}}
+		return []policyChain{{egressChain, v.rules(refuse())}, {turnChain, nil}, {hearChain, nil}, {speakChain, nil}}
 	}
 	return []policyChain{
-		{egressChain, v.beside().rules()},
+		{egressChain, v.beside().rules(refuse())},
 		{turnChain, v.turn(p, g.ports)},
 		{hearChain, g.ports.answering(p).hear()},
 		{speakChain, v.speak(p)},
@@ -316,6 +320,9 @@ func (v rangePolicy) turn(p Policy, ports gatePorts) []rule {
 			rules = append(rules, rule{ipv4.daddrIn(list), back()})
 		}
 	}
+	if !p.OwnDNS {
+		rules = append(rules, rule{ipv4.daddr(eq, netip.PrefixFrom(sinkAddr, 32)), isTCP(), to(ports.conns)})
+	}
 	leave(v.allow)
 	if !p.OwnDNS {
 		rules = append(rules,
@@ -350,7 +357,7 @@ func (ports gatePorts) hear() []rule {
 // policy's ranges permit.
 func (v rangePolicy) speak(p Policy) []rule {
 	rules := []rule{{oif(Tap), dnatted(), replyDirection(), accept()}}
-	for _, r := range v.dialled(len(p.AllowNames) > 0).rules() {
+	for _, r := range v.dialled(len(p.AllowNames) > 0).rules(reject()) {
 		rules = append(rules, append(rule{oif(peerName), marked(proxyMark)}, r...))
 	}
 	return rules

@@ -74,6 +74,8 @@ type Network struct {
 	opts  Options
 	slots allocator
 	gates gates
+	// denials are those of the open slots.
+	denials denials
 	// taken tells Run that a slot left the pool.
 	taken chan struct{}
 	// links and whole spare CountersAll and CheckAll what has not changed.

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -62,10 +63,32 @@ type closing struct {
 }
 
 // meter is a set that rules fill: an element for each address with connections,
-// which the kernel removes when it has none.
+// which the kernel removes when it has none. With a time-out, an element for each
+// destination, which the kernel removes so long after it was last met.
 type meter struct {
-	name string
-	size uint32
+	name    string
+	size    uint32
+	timeout time.Duration
+}
+
+// destination is the key of a meter with a time-out.
+var destination = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService)
+
+func (m meter) set(t *nftables.Table) *nftables.Set {
+	s := &nftables.Set{Table: t, ID: setID.Add(1), Name: m.name, KeyType: nftables.TypeIPAddr, Dynamic: true, Size: m.size}
+	if m.timeout > 0 {
+		s.KeyType, s.Concatenation, s.HasTimeout, s.Timeout = destination, true, true, m.timeout
+	}
+	return s
+}
+
+// String renders it as nft does.
+func (m meter) String() string {
+	if m.timeout > 0 {
+		return fmt.Sprintf("\tset %s {\n\t\ttype ipv4_addr . inet_proto . inet_service\n\t\tsize %d\n\t\tflags dynamic,timeout\n"+
+			"\t\ttimeout %dm\n\t}\n\n", m.name, m.size, int(m.timeout.Minutes()))
+	}
+	return fmt.Sprintf("\tset %s {\n\t\ttype ipv4_addr\n\t\tsize %d\n\t\tflags dynamic\n\t}\n\n", m.name, m.size)
 }
 
 type family nftables.TableFamily
@@ -109,7 +132,7 @@ func (r ruleset) String() string {
 		fmt.Fprintf(&b, "\t\tpolicy = { time_wait : %d, close : %d }\n\t}\n\n", c.secs, c.secs)
 	}
 	for _, m := range r.meters {
-		fmt.Fprintf(&b, "\tset %s {\n\t\ttype ipv4_addr\n\t\tsize %d\n\t\tflags dynamic\n\t}\n\n", m.name, m.size)
+		b.WriteString(m.String())
 	}
 	for i, c := range r.chains {
 		if i > 0 {
@@ -155,9 +178,7 @@ func (r ruleset) add(c *nftables.Conn) error {
 		cl.add(c, t)
 	}
 	for _, m := range r.meters {
-		if err := c.AddSet(&nftables.Set{
-			Table: t, ID: setID.Add(1), Name: m.name, KeyType: nftables.TypeIPAddr, Dynamic: true, Size: m.size,
-		}, nil); err != nil {
+		if err := c.AddSet(m.set(t), nil); err != nil {
 			return fmt.Errorf("add set %s: %w", m.name, err)
 		}
 	}
@@ -435,12 +456,33 @@ func synMSSToMTU() term {
 }
 
 func dport(proto byte, port uint16) term {
-	name := map[byte]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}[proto]
-	return stmt(fmt.Sprintf("%s dport %d", name, port),
+	return stmt(fmt.Sprintf("%s dport %d", protocols[proto], port),
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, proto),
 		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
 		compare(eq, byte(port>>8), byte(port)))
 }
+
+// destinationNoted notes where a packet was going in a meter with a time-out, and counts
+// it there. A rule ends here if the meter is full. proto 0 is any, without a port.
+func destinationNoted(m meter, proto byte) term {
+	const key, protoReg, portReg = 8, 9, 10 // registers of 4 bytes
+	port := "0"
+	exprs := []expr.Any{
+		&expr.Payload{DestRegister: key, Base: expr.PayloadBaseNetworkHeader, Offset: 16, Len: 4},
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: protoReg},
+		&expr.Immediate{Register: portReg, Data: []byte{0, 0}},
+	}
+	if name := protocols[proto]; name != "" {
+		port = name + " dport"
+		exprs = append([]expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, compare(eq, proto),
+		}, exprs[0], exprs[1], &expr.Payload{DestRegister: portReg, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2})
+	}
+	return stmt(fmt.Sprintf("update @%s { ip daddr . meta l4proto . %s counter }", m.name, port),
+		append(exprs, &expr.Dynset{SrcRegKey: key, SetName: m.name, Operation: unix.NFT_DYNSET_OP_UPDATE, Exprs: []expr.Any{&expr.Counter{}}})...)
+}
+
+var protocols = map[byte]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp"}
 
 // reject refuses with an error that ends a connection attempt at once.
 func reject() term {
@@ -455,6 +497,7 @@ func verdict(text string, v expr.VerdictKind, chain string) term {
 func accept() term           { return verdict("accept", expr.VerdictAccept, "") }
 func drop() term             { return verdict("drop", expr.VerdictDrop, "") }
 func jump(chain string) term { return verdict("jump "+chain, expr.VerdictJump, chain) }
+func leap(chain string) term { return verdict("goto "+chain, expr.VerdictGoto, chain) }
 func back() term             { return verdict("return", expr.VerdictReturn, "") }
 
 func masquerade() term { return stmt("masquerade", &expr.Masq{}) }

@@ -102,8 +102,8 @@ func (e Egress) IsZero() bool {
 //     or the mode All. To what 3 refuses lead only names in AllowNames. Refused
 //     connections are reset.
 //   - Questions to port 53 of all others, wherever they are sent, are answered by the
-//     agent: names that are not let through do not exist. With OwnDNS the agent answers
-//     none.
+//     agent: names that are not let through lead to the proxy, for it to say so. With
+//     OwnDNS the agent answers none.
 //   - Everything else is refused: QUIC, and HTTP/2 that begins without TLS.
 //
 // A denied name without a * also denies the addresses that it has, except to names
@@ -330,9 +330,9 @@ func rangePolicyOf(plan Plan, opts Options, p Policy) rangePolicy {
 	return v
 }
 
-// rules are those of the egress chain.
-func (v rangePolicy) rules() []rule {
-	rules := []rule{{ipv4.daddrIn(v.never), reject()}}
+// rules are those of the egress chain, or of another one; no is how they refuse.
+func (v rangePolicy) rules(no term) []rule {
+	rules := []rule{{ipv4.daddrIn(v.never), no}}
 	add := func(list []addrRange, terms ...term) {
 		switch {
 		case len(list) == 0:
@@ -343,16 +343,16 @@ func (v rangePolicy) rules() []rule {
 		}
 	}
 	add(v.allow, accept())
-	add(v.deny, reject())
+	add(v.deny, no)
 	add(v.resolvers, dport(unix.IPPROTO_UDP, 53), accept())
 	add(v.resolvers, dport(unix.IPPROTO_TCP, 53), accept())
 	switch v.mode {
 	case All:
 		return append(rules, rule{accept()})
 	case None:
-		return append(rules, rule{reject()})
+		return append(rules, rule{no})
 	default:
-		add(rangesOf(privateRanges), reject())
+		add(rangesOf(privateRanges), no)
 		return append(rules, rule{accept()})
 	}
 }
@@ -377,7 +377,7 @@ func egressRules(plan Plan, opts Options, p Policy) []rule {
 	if v.named(p) {
 		v = v.beside()
 	}
-	return v.rules()
+	return v.rules(refuse())
 }
 
 // SetPolicy replaces what an open slot may reach. The change is one
@@ -433,7 +433,7 @@ func (n *Network) setPolicy(ctx context.Context, s Slot, p Policy) error {
 	fresh := g == nil
 	if fresh {
 		var err error
-		if g, err = n.openGate(ctx, path, v.names(p)); err != nil {
+		if g, err = n.openGate(ctx, s, path, v.names(p)); err != nil {
 			return err
 		}
 	} else {

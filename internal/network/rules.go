@@ -3,6 +3,7 @@ package network
 import (
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -16,7 +17,15 @@ const (
 	turnChain   = "turn"   // what of it the agent answers instead
 	hearChain   = "hear"   // what the namespace itself takes in
 	speakChain  = "speak"  // and sends
+	refuseChain = "refuse" // notes and refuses
 )
+
+// refusedMeter has the last destinations that were refused to the guest. When it is
+// full, others are refused without being noted: the agent empties it now and then.
+var refusedMeter = meter{name: "refused", size: 64, timeout: 10 * time.Minute}
+
+// refuse is how the guest's packets are refused.
+func refuse() term { return leap(refuseChain) }
 
 var policyChains = [2]string{"policy-a", "policy-b"}
 
@@ -84,7 +93,7 @@ func slotRules(a Addrs, egress []rule) []ruleset {
 				{arpSaddr(guest.Addr()), accept()},
 			},
 		}}},
-		{family: ipv4, name: slotTable, chains: []chain{
+		{family: ipv4, name: slotTable, meters: []meter{refusedMeter}, chains: []chain{
 			base("prerouting", nftables.ChainTypeNAT, "dstnat", false,
 				rule{iif(peerName), ipv4.daddr(eq, netip.PrefixFrom(a.HostIP, 32)), dnat(guest.Addr())},
 				rule{iif(Tap), jump(turnChain)},
@@ -96,7 +105,7 @@ func slotRules(a Addrs, egress []rule) []ruleset {
 			// The namespace itself takes in and sends nothing, so that a VMM that
 			// was taken over cannot use it. Exceptions are the ICMP errors that the
 			// guest's connections need, and the agent's proxy.
-			base("input", nftables.ChainTypeFilter, "filter", true, rule{jump(hearChain)}),
+			base("input", nftables.ChainTypeFilter, "filter", true, rule{jump(hearChain)}, rule{iif(Tap), refuse()}),
 			base("output", nftables.ChainTypeFilter, "filter", true,
 				rule{oif(Tap), icmpType("destination-unreachable", 3), accept()},
 				rule{oif(Tap), icmpType("time-exceeded", 11), accept()},
@@ -115,6 +124,12 @@ func slotRules(a Addrs, egress []rule) []ruleset {
 			{name: turnChain},
 			{name: hearChain},
 			{name: speakChain},
+			{name: refuseChain, rules: []rule{
+				{destinationNoted(refusedMeter, unix.IPPROTO_TCP), reject()},
+				{destinationNoted(refusedMeter, unix.IPPROTO_UDP), reject()},
+				{destinationNoted(refusedMeter, 0), reject()},
+				{reject()},
+			}},
 			{name: egressChain, rules: []rule{{jump(policyChains[0])}}},
 			{name: policyChains[0], rules: egress},
 			{name: policyChains[1]},

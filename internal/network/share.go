@@ -78,7 +78,7 @@ func (s tableShare) rules(ours string) ruleset {
 	with := func(terms ...term) rule { return append(begins[:len(begins):len(begins)], terms...) }
 	return ruleset{
 		closings: []closing{{closed, closedSecs}},
-		meters:   []meter{{one, uint32(MaxSlot) + 1}, {some, shares}},
+		meters:   []meter{{name: one, size: uint32(MaxSlot) + 1}, {name: some, size: shares}},
 		chains: []chain{
 			{name: connectionChain, typ: nftables.ChainTypeFilter, hook: "prerouting", priority: "dstnat + 10", rules: []rule{
 				with(closes(closed)),

@@ -301,6 +301,7 @@ func (n *Network) Close(_ context.Context, s Slot) (err error) {
 	}()
 	a := n.plan.Addrs(s)
 	n.gates.close(s)
+	n.denials.forget(s)
 	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {
 		return fmt.Errorf("close network slot %d: open netlink: %w", s, err)

@@ -136,6 +136,11 @@ func (n *Network) CountersAll(context.Context) (map[network.Slot]network.Counter
 	return all, nil
 }
 
+// Denied finds nothing refused.
+func (n *Network) Denied(context.Context, network.Slot, network.Policy) ([]network.Denial, error) {
+	return nil, nil
+}
+
 // Strays finds none: a slot that is open is taken.
 func (n *Network) Strays(context.Context) ([]network.Slot, error) {
 	return nil, nil

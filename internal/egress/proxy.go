@@ -239,11 +239,8 @@ func (p *Proxy) admit(l *link, u use) bool {
 	return true
 }
 
-// passes says whether a name is let through. A question for it and the answer can
-// carry data of the guest's, so a name that is not let through is not asked for.
-func (p *Proxy) passes(name string) bool { return p.denies(name) == "" }
-
-// denies returns the rule that refuses a name, "" if none does.
+// denies returns the rule that refuses a name, "" if none does. A question for it and
+// the answer can carry data of the guest's, so a name that is refused is not asked for.
 func (p *Proxy) denies(name string) string {
 	p.mu.Lock()
 	defer p.mu.Unlock()

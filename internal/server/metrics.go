@@ -27,6 +27,8 @@ var (
 	namesOpenDesc = desc("egress_connections", "Connections of sandboxes by name that are open.")
 	namesDesc     = desc("egress_total", "What sandboxes asked of the way out by name since the agent started: "+
 		"accepted (connections), refused (connections, requests and questions).", "result")
+	deniedDesc = desc("egress_denied_total", "What network policies refused sandboxes since the agent started: http, tls, dns, other "+
+		"connections to the proxy (tcp), and packets to addresses that were noted (tcp, udp, ip).", "kind")
 	fencedDesc  = desc("cleanup_pending", "Sandboxes and slots that could not be freed yet.")
 	panicsDesc  = desc("panics_total", "Requests whose handling panicked since the agent started.")
 	refusedDesc = desc("connections_refused_total", "Connections closed since the agent started because there were too many.")
@@ -70,6 +72,9 @@ func (m metrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(namesOpenDesc, names.Open)
 	for result, n := range map[string]uint64{"accepted": names.Accepted, "refused": names.Refused} {
 		ch <- prometheus.MustNewConstMetric(namesDesc, prometheus.CounterValue, float64(n), result)
+	}
+	for kind, n := range names.Denied {
+		ch <- prometheus.MustNewConstMetric(deniedDesc, prometheus.CounterValue, float64(n), kind)
 	}
 	for state, n := range m.Slots() {
 		gauge(slotsDesc, n, state)

@@ -81,6 +81,8 @@ type NameCounts struct {
 	Open     int    // connections that are open
 	Accepted uint64 // connections
 	Refused  uint64 // connections, requests and questions
+	// Denied are those of them that a policy refused, and packets, by kind.
+	Denied map[string]uint64
 }
 
 // Config says what the control plane answers for.

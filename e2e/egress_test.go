@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"regexp"
 	"runtime"
 	"strings"
 	"sync"
@@ -471,6 +472,7 @@ func TestEgressByName(t *testing.T) {
 		{"dns", evil, 53, "secret.evil.example"}:         "no",
 	}
 	b.expect("by name", byName)
+	b.wantDenialsTold(t)
 	if strings.Contains(i.questions(), "secret") {
 		t.Errorf("the question got out: %s", i.questions())
 	}
@@ -499,6 +501,30 @@ func TestEgressByName(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.expect("after the agent was killed", denied)
+}
+
+// wantDenialsTold tries names that the sandbox may not reach: the guest's programs and
+// its owner learn of it.
+func (b *sandbox) wantDenialsTold(t *testing.T) {
+	t.Helper()
+	if got := b.sh("curl -s -w ' %{http_code}' http://evil.example/"); !strings.Contains(got, "network policy") ||
+		!strings.Contains(got, "evil.example") || !strings.HasSuffix(got, " 403") {
+		t.Errorf("the guest's curl printed %q", got)
+	}
+	if got := b.sh("curl -sS https://evil.example/ 2>&1; true"); !strings.Contains(got, "alert") {
+		t.Errorf("the guest's curl printed %q for TLS", got)
+	}
+	out, err := b.a.cli(t, "network", b.id, "--denied")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`http +evil\.example +80 `, `tls +evil\.example +443 `, `dns +secret\.evil\.example +- `, `udp +` + internetServers["good"] + ` +443 `,
+	} {
+		if !regexp.MustCompile(want).MatchString(out) {
+			t.Errorf("%q is not in what was refused:\n%s", want, out)
+		}
+	}
 }
 
 // A connection that a new policy refuses ends, and the cap counts.

@@ -28,6 +28,7 @@ type size struct {
 	workdir  string
 	env      vars
 	labels   []string
+	wake     bool
 	reach    reach
 }
 
@@ -42,6 +43,8 @@ func (s *size) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&s.deadline, "deadline", "",
 		"end the sandbox after this time, whatever happens in it (2h), or at a time (2030-01-31T12:00:00Z)")
 	cmd.Flags().StringVar(&s.atEnd, "on-deadline", "destroy", "what happens at --deadline: destroy, hibernate, or hibernate_files")
+	cmd.Flags().BoolVar(&s.wake, "wake", false,
+		"resume the sandbox, while it is paused or hibernated, for each exec, copy and request to a port")
 	cmd.Flags().StringArrayVarP(&s.labels, "label", "l", nil,
 		"set NAME=VALUE as metadata, by which ps --filter finds the sandbox; may be repeated")
 	s.reach.flags(cmd)
@@ -83,6 +86,7 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 	return &hostagentv1.CreateSandboxRequest{
 		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
 		Name: s.name, DiskMb: disk, Workdir: s.workdir, User: s.user, Envs: env, Metadata: labels, Deadline: deadline, OnDeadline: s.atEnd,
+		AutoResume: s.wake,
 	}, nil
 }
 

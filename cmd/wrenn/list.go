@@ -178,6 +178,9 @@ func printEvent(out io.Writer, e *hostagentv1.Event, asJSON bool) error {
 	switch {
 	case e.Kind != "":
 		what = e.Kind + ", " + e.To
+		if e.Detail != "" {
+			what += ": " + e.Detail
+		}
 	case e.Reason != "":
 		what += " (" + e.Reason + ")"
 	}

@@ -6,12 +6,15 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/client"
 )
 
 // reach holds the flags that say what a sandbox may reach.
@@ -97,7 +100,7 @@ func (r *reach) policy() (*hostagentv1.NetworkPolicy, error) {
 
 func newNetwork(c *cli) *cobra.Command {
 	var r reach
-	var reset, asJSON bool
+	var reset, denied, asJSON bool
 	cmd := &cobra.Command{
 		Use:   "network ID",
 		Short: "Show or replace what a sandbox may reach",
@@ -110,11 +113,13 @@ request. The host looks the name up itself and connects to the address that it
 finds, whatever address the sandbox asked for. With a domain in a list, a sandbox
 reaches the internet by TLS and HTTP only, except for the ranges in --allow.
 
-What --allow says wins over what --deny says.`,
+What --allow says wins over what --deny says. --denied lists what the policy refused of
+late, the last first.`,
 		Example: `  wrenn network 3fa
   wrenn network 3fa --internet=false --allow pypi.org,*.pythonhosted.org
   wrenn network 3fa --deny 192.0.2.0/24 --net-out 1M
-  wrenn network 3fa --reset`,
+  wrenn network 3fa --reset
+  wrenn network 3fa --denied`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			policy, err := r.policy()
@@ -124,9 +129,15 @@ What --allow says wins over what --deny says.`,
 			if reset && policy != nil {
 				return errors.New("--reset goes with no other flag: it is the host's policy again")
 			}
+			if denied && (reset || policy != nil) {
+				return errors.New("--denied only shows, and goes with no flag that changes the policy")
+			}
 			s, err := c.find(cmd.Context(), args[0])
 			if err != nil {
 				return err
+			}
+			if denied {
+				return showDenied(cmd, s, asJSON)
 			}
 			if policy != nil || reset {
 				if err := s.SetNetwork(cmd.Context(), policy); err != nil {
@@ -150,8 +161,36 @@ What --allow says wins over what --deny says.`,
 	}
 	r.flags(cmd)
 	cmd.Flags().BoolVar(&reset, "reset", false, "go back to the host's policy")
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print the policy as JSON")
+	cmd.Flags().BoolVar(&denied, "denied", false, "list what the policy refused of late")
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print the policy, or with --denied the list, as JSON")
 	return cmd
+}
+
+// showDenied prints what a sandbox's policy refused.
+func showDenied(cmd *cobra.Command, s *client.Sandbox, asJSON bool) error {
+	denials, err := s.Denials(cmd.Context())
+	if err != nil {
+		return err
+	}
+	out := cmd.OutOrStdout()
+	if asJSON {
+		return printJSON(out, &hostagentv1.ListDenialsResponse{Denials: denials})
+	}
+	w := tabwriter.NewWriter(out, 0, 0, 3, ' ', 0)
+	defer w.Flush()
+	row(w, "LAST", "KIND", "NAME OR ADDRESS", "PORT", "TIMES", "RULE")
+	for _, d := range denials {
+		what, port := d.Name, "-"
+		if what == "" {
+			what = d.Address
+		}
+		if d.Port != 0 {
+			port = strconv.Itoa(int(d.Port))
+		}
+		at := time.UnixMilli(d.TimeUnixMs).Format("2006-01-02 15:04:05")
+		row(w, at, d.Kind, what, port, strconv.FormatUint(d.Count, 10), d.Rule)
+	}
+	return nil
 }
 
 func printPolicy(out io.Writer, p *hostagentv1.NetworkPolicy, t *hostagentv1.NetworkTraffic) {

@@ -73,14 +73,30 @@ func (s *Sandbox) refusal(ctx context.Context, resp *http.Response) error {
 		return fmt.Errorf("the host answered %s", errdefs.Foreign(resp.Status))
 	}
 	if resp.StatusCode == http.StatusBadGateway && refusal.Message == guestapi.SandboxNotFound {
-		return s.absence(ctx)
+		return s.absence(ctx, resp.Request)
 	}
 	return errors.New(errdefs.Foreign(refusal.Message))
 }
 
-// absence says why the data plane did not find the sandbox: it says the same of all
-// that do not run, because it does not know who asks.
-func (s *Sandbox) absence(ctx context.Context) error {
+// callOf names in messages what a request to the sandbox's daemon is for; one without a
+// path is to a port.
+func callOf(req *http.Request) string {
+	if req.URL == nil {
+		return "a request to a port"
+	}
+	path := req.URL.Path
+	switch {
+	case strings.HasPrefix(path, "/"+processconnect.ProcessName+"/"):
+		return "exec"
+	case path == guestapi.PathMetrics:
+		return "top"
+	}
+	return "a copy" // /files, archives, and what filesystem.Filesystem says of files
+}
+
+// absence says why the data plane did not find the sandbox for a request: it says the
+// same of all that do not run, because it does not know who asks.
+func (s *Sandbox) absence(ctx context.Context, req *http.Request) error {
 	info, err := s.Info(ctx)
 	switch {
 	case err != nil:
@@ -88,7 +104,8 @@ func (s *Sandbox) absence(ctx context.Context) error {
 	case info.GetStatus() == "running":
 		return connect.NewError(connect.CodeUnavailable, fmt.Errorf("sandbox %s did not run a moment ago, and does now", s.ID))
 	}
-	return connect.NewError(connect.CodeFailedPrecondition, fmt.Errorf("sandbox %s is %s; a call needs it running", s.ID, StatusText(info)))
+	return connect.NewError(connect.CodeFailedPrecondition,
+		fmt.Errorf("sandbox %s is %s; %s needs it running", s.ID, StatusText(info), callOf(req)))
 }
 
 // notFromTheWire is an error of the agent's that is not taken for a guest's own word.
@@ -212,7 +229,7 @@ func (r refusals) RoundTrip(req *http.Request) (*http.Response, error) {
 		return resp, nil
 	}
 	if resp.StatusCode == http.StatusBadGateway && refusal.Message == guestapi.SandboxNotFound {
-		return nil, r.host.Sandbox(req.Header.Get(guestapi.HeaderSandboxID)).absence(req.Context())
+		return nil, r.host.Sandbox(req.Header.Get(guestapi.HeaderSandboxID)).absence(req.Context(), req)
 	}
 	return nil, connect.NewError(row.Code, errors.New(errdefs.Foreign(refusal.Message)))
 }

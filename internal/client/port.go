@@ -32,6 +32,8 @@ func (s *Sandbox) Reachable(ctx context.Context) error {
 		return err
 	case info.GetStatus() == "stopped":
 		return fmt.Errorf("sandbox %s is %s; %w", s.ID, StatusText(info), ErrEnded)
+	case info.GetAutoResume() && !info.GetFilesOnly() && (info.GetStatus() == "paused" || info.GetStatus() == "hibernated"):
+		// A connection resumes it.
 	case info.GetStatus() != "running":
 		return fmt.Errorf("sandbox %s is %s; its ports need it running", s.ID, StatusText(info))
 	}

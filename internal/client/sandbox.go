@@ -126,6 +126,12 @@ func (s *Sandbox) SetNetwork(ctx context.Context, policy *hostagentv1.NetworkPol
 	return err
 }
 
+// Denials returns what the network policy refused of late, the newest first.
+func (s *Sandbox) Denials(ctx context.Context) ([]*hostagentv1.Denial, error) {
+	resp, err := call(ctx, s.host.rpc.ListDenials, &hostagentv1.ListDenialsRequest{SandboxId: s.ID})
+	return resp.GetDenials(), err
+}
+
 // Console returns the end of the guest's console, at most tail bytes; 0 is the
 // agent's default. It is what the guest wrote, byte by byte, or with timestamps line by
 // line behind the time at which the host read it.

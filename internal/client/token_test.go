@@ -65,7 +65,7 @@ func TestSandboxThatDoesNotRun(t *testing.T) {
 		code connect.Code
 		text string
 	}{
-		"paused":     {connect.CodeFailedPrecondition, "is paused; a call needs it running"},
+		"paused":     {connect.CodeFailedPrecondition, "is paused; CALL needs it running"},
 		"hibernated": {connect.CodeFailedPrecondition, "is hibernated"},
 		"stopped":    {connect.CodeFailedPrecondition, "is stopped"},
 		"gone":       {connect.CodeNotFound, "does not exist"},
@@ -82,7 +82,9 @@ func TestSandboxThatDoesNotRun(t *testing.T) {
 		_, usage := s.Usage(t.Context())
 		_, _, tunnel := s.tunnel(t.Context(), 80)
 		for what, err := range map[string]error{"rpc": rpc, "exec": exec, "usage": usage, "port": tunnel} {
-			if connect.CodeOf(err) != want.code || !strings.Contains(err.Error(), want.text) || connect.IsWireError(err) || Missing(err) {
+			call := map[string]string{"rpc": "exec", "exec": "exec", "usage": "top", "port": "a request to a port"}[what]
+			text := strings.Replace(want.text, "CALL", call, 1)
+			if connect.CodeOf(err) != want.code || !strings.Contains(err.Error(), text) || connect.IsWireError(err) || Missing(err) {
 				t.Errorf("%s, %s: %v", status, what, err)
 			}
 		}

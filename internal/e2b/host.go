@@ -161,6 +161,8 @@ func (h ofHost) Events(project string, id sandbox.ID) ([]Event, error) {
 // eventType is empty for a change that clients do not know.
 func eventType(e sandbox.Event) string {
 	switch {
+	case e.Kind == sandbox.EgressDenied:
+		return ""
 	case e.Kind != "":
 		return string(e.Kind)
 	case e.From == e.To: // a mark

@@ -74,7 +74,7 @@ func (w *world) wantDenial(t *testing.T, want Denial) {
 	t.Errorf("%+v is not among %+v", want, w.denials.List())
 }
 
-// Names that are not let through lead to the sink, and are asked of nobody.
+// Names that are not let through lead to the sink, and no resolver is asked for them.
 func TestDeniedNamesLeadToTheSink(t *testing.T) {
 	w := newWorld(t)
 	w.sink = netip.MustParseAddr(sinkText)

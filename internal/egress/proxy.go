@@ -78,8 +78,8 @@ type Config struct {
 	MaxConns int
 	Shared   *Shared
 	// Sink is the address that names which are not let through have in DNS, so that
-	// the proxy can tell a client why it gets no further. Whoever has Conns filled
-	// leads what the guest sends there to it. Without Sink, such names do not exist.
+	// the proxy can tell a client why it gets no further. The caller leads
+	// what the guest sends there to Conns. Without Sink, such names do not exist.
 	Sink netip.Addr
 	// Denials, if not nil, keeps what the policy refuses.
 	Denials *Denials

@@ -122,7 +122,8 @@ func runs(info sandbox.Info) bool { return info.State == sandbox.Running && !inf
 
 // wakes reports whether a sandbox that does not run may be resumed for a request.
 func wakes(info sandbox.Info) bool {
-	return info.AutoResume && !info.FilesOnly && (info.Pausing || info.State == sandbox.Running || info.State == sandbox.Hibernated)
+	return info.AutoResume && !info.FilesOnly &&
+		(info.Pausing || info.State == sandbox.Running || info.State == sandbox.Paused || info.State == sandbox.Hibernated)
 }
 
 // show notes which of the sandbox's secrets a request shows.

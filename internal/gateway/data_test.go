@@ -55,14 +55,16 @@ func situations() []situation {
 			continue
 		}
 		all = append(all, situation{name: string(state), state: state, userPort: none, envdPort: none})
-		if state != sandbox.Hibernated {
+		if state != sandbox.Hibernated && state != sandbox.Paused {
 			name := string(state) + " with auto-resume"
 			all = append(all, situation{name: name, state: state, resumes: true, userPort: none, envdPort: none})
 		}
 	}
-	for _, state := range []sandbox.State{sandbox.Hibernated, sandbox.Running} {
+	for _, state := range []sandbox.State{sandbox.Hibernated, sandbox.Paused, sandbox.Running} {
 		pausing := state == sandbox.Running
-		name := map[bool]string{false: "paused", true: "pausing"}[pausing]
+		name := map[sandbox.State]string{
+			sandbox.Hibernated: "hibernated", sandbox.Paused: "paused", sandbox.Running: "pausing",
+		}[state]
 		for _, s := range []situation{
 			{name: ", to be woken", resumes: true, userPort: open, envdPort: owners},
 			{name: ", to be woken, private", resumes: true, private: true, userPort: guarded, envdPort: owners},

@@ -4,10 +4,12 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"git.omukk.dev/wrenn/sandbox/internal/egress"
@@ -23,27 +25,16 @@ func TestDenied(t *testing.T) {
 		t.Helper()
 		must(t, w.SetPolicy(t.Context(), s, p))
 		for i := range 2 { // the second time after the first was taken from the kernel
-			if network == "udp" {
-				ask(t, g.ns, network, to, port, silence)
-			} else if c, err := dialFrom(t, g.ns, netip.AddrPortFrom(to, port), timeout); !errors.Is(err, unix.EHOSTUNREACH) {
-				if err == nil {
-					c.Close()
-				}
-				t.Errorf("%s: %v, want an error at once", to, err)
-			}
+			knock(t, g.ns, network, netip.AddrPortFrom(to, port))
 			list, err := w.Denied(t.Context(), s, p)
 			must(t, err)
-			found := false
-			for _, d := range list {
-				if d.Addr == netip.AddrPortFrom(to, port) && d.Kind == network {
-					found = true
-					if !strings.Contains(d.Rule, rule) || d.Count < uint64(i+1) || time.Since(d.Time) > time.Minute || d.Name != "" {
-						t.Errorf("%s: %+v", to, d)
-					}
-				}
-			}
-			if !found {
+			j := slices.IndexFunc(list, func(d Denial) bool { return d.Addr == netip.AddrPortFrom(to, port) && d.Kind == network })
+			if j < 0 {
 				t.Errorf("%s %s is not among %+v", network, to, list)
+				continue
+			}
+			if d := list[j]; !strings.Contains(d.Rule, rule) || d.Count < uint64(i+1) || time.Since(d.Time) > time.Minute || d.Name != "" {
+				t.Errorf("%s: %+v", to, d)
 			}
 		}
 	}
@@ -72,6 +63,22 @@ func TestDenied(t *testing.T) {
 	}
 	if _, err := w.Denied(t.Context(), s+1, Policy{}); !errors.Is(err, errdefs.NotFound) {
 		t.Errorf("of a slot that is not open: %v", err)
+	}
+}
+
+// knock asks where it is refused, which a TCP connection learns at once.
+func knock(t *testing.T, ns netns.NsHandle, network string, to netip.AddrPort) {
+	t.Helper()
+	if network == "udp" {
+		ask(t, ns, network, to.Addr(), to.Port(), silence)
+		return
+	}
+	c, err := dialFrom(t, ns, to, timeout)
+	if err == nil {
+		c.Close()
+	}
+	if !errors.Is(err, unix.EHOSTUNREACH) {
+		t.Errorf("%s: %v, want an error at once", to, err)
 	}
 }
 

@@ -30,6 +30,7 @@ type Network interface {
 	SetLimits(context.Context, network.Slot, network.Limits) error
 	CheckAll(context.Context, []network.Slot) (network.Findings, error)
 	Repair(context.Context, network.Slot, network.Policy, network.Limits) error
+	Denied(context.Context, network.Slot, network.Policy) ([]network.Denial, error)
 	CountersAll(context.Context) (map[network.Slot]network.Counters, error)
 }
 

@@ -134,10 +134,11 @@ func (m *Manager) Connect(ctx context.Context, id ID, req ConnectRequest) (info 
 	return b.info(), resumed, nil
 }
 
-// Wake resumes a hibernated sandbox for traffic that came for it, once for all that
-// comes at the same time: errdefs.WrongState if it is not to be resumed so. It waits a
-// minute at most for an operation in progress, then it is errdefs.Busy. The sandbox lives
-// as long as after its create, and minWokenLife at least. nil says that it runs.
+// Wake resumes a paused or hibernated sandbox for a call that came for it, once for all
+// that come at the same time: errdefs.WrongState if it is not to be resumed so. It waits
+// a minute at most for an operation in progress, then it is errdefs.Busy. The sandbox
+// lives as long as after its create, and minWokenLife at least, if its life was bounded
+// then. nil says that it runs.
 func (m *Manager) Wake(ctx context.Context, id ID) error {
 	b, err := m.find(id)
 	if err != nil {
@@ -146,12 +147,15 @@ func (m *Manager) Wake(ctx context.Context, id ID) error {
 	patience, cancel := context.WithTimeout(ctx, wakeWait)
 	defer cancel()
 	_, err = m.ensureRuns(ctx, b, patience, func(rec Record, resumed bool) (*resuming, error) {
-		life := lifetime{life: min(max(rec.Life, minWokenLife), m.cfg.maxLife())}
+		var life lifetime
+		if rec.Life > 0 {
+			life.life = min(max(rec.Life, minWokenLife), m.cfg.maxLife())
+		}
 		switch due := rec.pauseDue(time.Now()); {
 		case rec.State == Running && !due:
 			return nil, nil
-		case !rec.AutoResume, rec.FilesOnly, rec.OnEnd == HibernateFilesOnTimeout, rec.State == Paused && !due:
-			return nil, errdefs.WrongState.Errorf("sandbox %s is %s, and traffic does not resume it", id, rec.State)
+		case !rec.AutoResume, rec.FilesOnly, rec.OnEnd == HibernateFilesOnTimeout:
+			return nil, errdefs.WrongState.Errorf("sandbox %s is %s, and no call resumes it", id, rec.State)
 		case rec.State == Running: // a pause and a resume would come to the same
 			return nil, m.extend(b, life, false)
 		}

@@ -348,7 +348,7 @@ func TestWake(t *testing.T) {
 		"files alone": {CreateRequest{Life: time.Minute, AutoResume: true}, func(r *rig, id ID) error {
 			return r.Hibernate(r.t.Context(), id, Hibernation{FilesOnly: true})
 		}, errdefs.WrongState, 0},
-		"paused in memory": {CreateRequest{Life: time.Minute, AutoResume: true}, func(r *rig, id ID) error {
+		"paused in memory": {CreateRequest{Life: time.Minute}, func(r *rig, id ID) error {
 			return r.Pause(r.t.Context(), id)
 		}, errdefs.WrongState, 0},
 		"ended": {CreateRequest{Life: time.Minute, AutoResume: true}, func(r *rig, id ID) error {
@@ -388,6 +388,47 @@ func TestWake(t *testing.T) {
 				if again := r.wantState(made.ID, Running); !again.EndAt.Equal(info.EndAt) {
 					t.Errorf("traffic moved the deadline to %s", again.EndAt)
 				}
+			})
+		})
+	}
+}
+
+// A call resumes what is paused in memory, too, once for all; a sandbox that may live for
+// ever gets no deadline by it.
+func TestCallsWake(t *testing.T) {
+	for name, asleep := range map[string]func(*rig, ID) error{
+		"paused":     func(r *rig, id ID) error { return r.Pause(r.t.Context(), id) },
+		"hibernated": func(r *rig, id ID) error { return r.Hibernate(r.t.Context(), id, Hibernation{}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(t)
+				id, other := r.made(CreateRequest{AutoResume: true}).ID, r.made(CreateRequest{}).ID
+				for _, id := range []ID{id, other} {
+					if err := asleep(r, id); err != nil {
+						t.Fatal(err)
+					}
+				}
+				before := r.driver.Calls(vmmtest.OpRestore) + r.driver.Calls(vmmtest.OpResume)
+				var wg sync.WaitGroup
+				for range 10 {
+					wg.Go(func() {
+						if _, err := r.Exec(t.Context(), id, Command{Cmd: "true"}); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+				wg.Wait()
+				want := map[string]int{"paused": 1, "hibernated": 2}[name] // a restored VM is resumed
+				if n := r.driver.Calls(vmmtest.OpRestore) + r.driver.Calls(vmmtest.OpResume) - before; n != want {
+					t.Errorf("%d calls of the driver, want %d", n, want)
+				}
+				if info := r.wantState(id, Running); !info.EndAt.IsZero() {
+					t.Errorf("it ends at %s", info.EndAt)
+				}
+				_, err := r.Exec(t.Context(), other, Command{Cmd: "true"})
+				wantClass(t, err, errdefs.WrongState)
+				r.wantState(other, map[string]State{"paused": Paused, "hibernated": Hibernated}[name])
 			})
 		})
 	}

@@ -30,6 +30,8 @@ const (
 	Updated EventKind = "updated"
 	// Checkpointed: a copy of its state was made, as a snapshot or for forks.
 	Checkpointed EventKind = "checkpointed"
+	// EgressDenied: its network policy refused something, which Detail says.
+	EgressDenied EventKind = "egress_denied"
 )
 
 // Event is a change of a sandbox, of its state before all.
@@ -45,6 +47,8 @@ type Event struct {
 	From   State  `json:"from,omitempty"`
 	To     State  `json:"to"`
 	Reason Reason `json:"reason,omitempty"`
+	// Detail is printable, and at most some hundred bytes long.
+	Detail string `json:"detail,omitempty"`
 	// Actor is the caller that asked for the change; zero if the host made it by itself.
 	Actor Actor `json:"actor,omitzero"`
 	// What the record said after the change: what the sandbox comes from, its size, since

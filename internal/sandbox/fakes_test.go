@@ -174,6 +174,8 @@ type fakeNetwork struct {
 	// strict lets no sandbox have settings of its own.
 	strict bool
 	limit  int
+	// denied is what Denied returns of open slots.
+	denied map[network.Slot][]network.Denial
 }
 
 func newFakeNetwork(f *faults) *fakeNetwork {
@@ -311,6 +313,18 @@ func (n *fakeNetwork) Repair(ctx context.Context, s network.Slot, p network.Poli
 		n.policies[s], n.limits[s] = p, l
 		return nil
 	})
+}
+
+func (n *fakeNetwork) Denied(ctx context.Context, s network.Slot, _ network.Policy) ([]network.Denial, error) {
+	if err := n.called(ctx, "network.denied"); err != nil {
+		return nil, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.open[s] {
+		return nil, errdefs.NotFound.Errorf("slot %d is not open", s)
+	}
+	return slices.Clone(n.denied[s]), nil
 }
 
 func (n *fakeNetwork) CountersAll(ctx context.Context) (map[network.Slot]network.Counters, error) {

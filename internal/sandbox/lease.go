@@ -132,8 +132,26 @@ type (
 	Result  = guest.Result
 )
 
-// Exec runs one command in a running sandbox. When the VM dies before the command
-// ends the error is Unavailable.
+// Exec runs one command in a running sandbox, or in one that Wake resumes for it. When
+// the VM dies before the command ends the error is Unavailable.
+func (m *Manager) Exec(ctx context.Context, id ID, cmd Command) (Result, error) {
+	for range connectTries {
+		b, err := m.find(id)
+		if err != nil {
+			return Result{}, err
+		}
+		rec := b.record()
+		if !rec.AutoResume || rec.State != Paused && rec.State != Hibernated {
+			break
+		}
+		if err := m.Wake(ctx, id); err != nil {
+			return Result{}, fmt.Errorf("exec: %w", err)
+		}
+	}
+	return m.registry.Exec(ctx, id, cmd)
+}
+
+// Exec runs one command in a running sandbox.
 func (r *registry) Exec(ctx context.Context, id ID, cmd Command) (Result, error) {
 	lease, err := r.Lease(ctx, id)
 	if err != nil {

@@ -314,11 +314,6 @@ func testModel(t *testing.T, warm int) {
 						}
 					}
 				},
-				"exec": func(rt *rapid.T) {
-					id := pick(rt)
-					_, err := r.Exec(t.Context(), id, Command{Cmd: "x"})
-					want(rt, "exec", id, err, Running)
-				},
 				"destroy": func(rt *rapid.T) {
 					id := pick(rt)
 					if want(rt, "destroy", id, r.Destroy(t.Context(), id), Running, Paused, Hibernated, Stopped, Unknown) {

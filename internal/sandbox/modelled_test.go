@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"context"
 	"errors"
 	"maps"
 	"testing/synctest"
@@ -29,6 +30,7 @@ func (m modelled) with(actions map[string]func(*rapid.T)) map[string]func(*rapid
 		"connect":                  m.connect,
 		"another end":              m.setEnd,
 		"wake":                     m.wake,
+		"exec":                     m.exec,
 		"create with an owner key": m.createOwned,
 		"deadline":                 m.deadline,
 		"no deadline":              m.noDeadline,
@@ -170,20 +172,31 @@ func (m modelled) setEnd(rt *rapid.T) {
 }
 
 // wake is traffic.
-func (m modelled) wake(rt *rapid.T) {
+func (m modelled) wake(rt *rapid.T) { m.call(rt, "wake", m.r.Wake) }
+
+func (m modelled) exec(rt *rapid.T) {
+	m.call(rt, "exec", func(ctx context.Context, id ID) error {
+		_, err := m.r.Exec(ctx, id, Command{Cmd: "x"})
+		return err
+	})
+}
+
+// call resumes a sandbox that was made so.
+func (m modelled) call(rt *rapid.T, what string, do func(context.Context, ID) error) {
 	id := m.pick(rt)
 	info, _ := m.r.Get(id)
-	end, err := m.ends[id], m.r.Wake(m.r.t.Context(), id)
-	if m.states[id] == Hibernated && (!end.auto || info.FilesOnly || end.then == HibernateFilesOnTimeout) {
+	end, err := m.ends[id], do(m.r.t.Context(), id)
+	asleep := m.states[id] == Hibernated || m.states[id] == Paused
+	if asleep && (!end.auto || info.FilesOnly || end.then == HibernateFilesOnTimeout) {
 		if !errors.Is(err, errdefs.WrongState) {
-			rt.Fatalf("traffic woke sandbox %s, %+v: %v", id, info, err)
+			rt.Fatalf("%s woke sandbox %s, %+v: %v", what, id, info, err)
 		}
 		return
 	}
-	if m.want(rt, "wake", id, err, Running, Hibernated) && m.states[id] == Hibernated {
+	if m.want(rt, what, id, err, Running, Paused, Hibernated) && asleep {
 		end.at = time.Now().Add(minWokenLife)
 		m.states[id], m.ends[id] = Running, end
-		m.wantEnd(rt, "wake", id)
+		m.wantEnd(rt, what, id)
 	}
 }
 

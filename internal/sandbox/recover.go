@@ -57,6 +57,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	m.goes("reconciler", m.reconciler.run)
 	m.goes("disk", m.disk.watch)
 	m.goes("sampler", sampler{m}.run)
+	m.goes("denials", newTeller(m).run)
 	m.goes("prune templates", func() { m.pruneTemplates(m.life) })
 	m.goes("read ahead", func() { m.readAhead(m.life) })
 	if cfg.Warm > 0 {

@@ -116,6 +116,7 @@ var rules = map[string]rule{
 	hostagentv1connect.HostAgentServiceListSnapshotsProcedure:   byProject,
 	hostagentv1connect.HostAgentServiceDeleteSnapshotProcedure:  byProject,
 	hostagentv1connect.HostAgentServiceUpdateNetworkProcedure:   ofSandbox,
+	hostagentv1connect.HostAgentServiceListDenialsProcedure:     ofSandbox,
 	hostagentv1connect.HostAgentServiceExecProcedure:            ofSandbox,
 	hostagentv1connect.HostAgentServiceListSandboxesProcedure:   byProject,
 	hostagentv1connect.HostAgentServiceGetSandboxProcedure:      ofSandbox,

@@ -200,6 +200,8 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		Network:   policyOf(req.Msg.Network),
 		Login:     sandbox.Login{User: req.Msg.User, Workdir: req.Msg.Workdir, Env: req.Msg.Envs},
 		Labels:    sandbox.Labels{Project: owner, Name: req.Msg.Name, OwnerKey: req.Msg.OwnerKey, Metadata: req.Msg.Metadata},
+
+		AutoResume: req.Msg.AutoResume,
 	})
 	if err != nil {
 		return nil, err
@@ -487,6 +489,25 @@ func policyOf(p *pb.NetworkPolicy) sandbox.Policy {
 	}
 }
 
+func (s *service) ListDenials(ctx context.Context, req *request[pb.ListDenialsRequest]) (*response[pb.ListDenialsResponse], error) {
+	id, err := sandbox.ParseID(req.Msg.SandboxId)
+	if err != nil {
+		return nil, err
+	}
+	denied, err := s.manager.Denied(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	resp := &pb.ListDenialsResponse{}
+	for _, d := range denied {
+		resp.Denials = append(resp.Denials, &pb.Denial{
+			TimeUnixMs: d.Time.UnixMilli(), Kind: d.Kind, Name: d.Name, Address: addrText(d.Addr.Addr()), Port: int32(d.Addr.Port()),
+			Rule: d.Rule, Count: d.Count,
+		})
+	}
+	return connect.NewResponse(resp), nil
+}
+
 func networkPolicy(p sandbox.Policy) *pb.NetworkPolicy {
 	if p.IsZero() {
 		return nil
@@ -670,6 +691,7 @@ func (s *service) WatchEvents(
 			Cursor: e.Cursor, TimeUnixMs: e.Time.UnixMilli(), SandboxId: string(e.ID),
 			From: string(e.From), To: string(e.To), Reason: string(e.Reason),
 			Metadata: e.Metadata, OwnerKey: e.OwnerKey, Actor: actor(e.Actor), Kind: string(e.Kind), Project: e.Project,
+			Detail: e.Detail,
 		}})
 	})
 }

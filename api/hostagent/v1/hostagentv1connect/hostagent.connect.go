@@ -65,6 +65,9 @@ const (
 	// HostAgentServiceUpdateNetworkProcedure is the fully-qualified name of the HostAgentService's
 	// UpdateNetwork RPC.
 	HostAgentServiceUpdateNetworkProcedure = "/hostagent.v1.HostAgentService/UpdateNetwork"
+	// HostAgentServiceListDenialsProcedure is the fully-qualified name of the HostAgentService's
+	// ListDenials RPC.
+	HostAgentServiceListDenialsProcedure = "/hostagent.v1.HostAgentService/ListDenials"
 	// HostAgentServiceExecProcedure is the fully-qualified name of the HostAgentService's Exec RPC.
 	HostAgentServiceExecProcedure = "/hostagent.v1.HostAgentService/Exec"
 	// HostAgentServiceListSandboxesProcedure is the fully-qualified name of the HostAgentService's
@@ -125,6 +128,8 @@ type HostAgentServiceClient interface {
 	// UpdateNetwork replaces what a sandbox may reach, and how much of it, at
 	// once.
 	UpdateNetwork(context.Context, *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error)
+	// ListDenials returns what the network policy of a sandbox refused of late.
+	ListDenials(context.Context, *connect.Request[v1.ListDenialsRequest]) (*connect.Response[v1.ListDenialsResponse], error)
 	// Exec runs one command in a running sandbox and answers when it has ended. An
 	// error has an ExecOutput among its details if the command had written something.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
@@ -231,6 +236,12 @@ func NewHostAgentServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(hostAgentServiceMethods.ByName("UpdateNetwork")),
 			connect.WithClientOptions(opts...),
 		),
+		listDenials: connect.NewClient[v1.ListDenialsRequest, v1.ListDenialsResponse](
+			httpClient,
+			baseURL+HostAgentServiceListDenialsProcedure,
+			connect.WithSchema(hostAgentServiceMethods.ByName("ListDenials")),
+			connect.WithClientOptions(opts...),
+		),
 		exec: connect.NewClient[v1.ExecRequest, v1.ExecResponse](
 			httpClient,
 			baseURL+HostAgentServiceExecProcedure,
@@ -312,6 +323,7 @@ type hostAgentServiceClient struct {
 	listSnapshots   *connect.Client[v1.ListSnapshotsRequest, v1.ListSnapshotsResponse]
 	deleteSnapshot  *connect.Client[v1.DeleteSnapshotRequest, v1.DeleteSnapshotResponse]
 	updateNetwork   *connect.Client[v1.UpdateNetworkRequest, v1.UpdateNetworkResponse]
+	listDenials     *connect.Client[v1.ListDenialsRequest, v1.ListDenialsResponse]
 	exec            *connect.Client[v1.ExecRequest, v1.ExecResponse]
 	listSandboxes   *connect.Client[v1.ListSandboxesRequest, v1.ListSandboxesResponse]
 	getSandbox      *connect.Client[v1.GetSandboxRequest, v1.GetSandboxResponse]
@@ -373,6 +385,11 @@ func (c *hostAgentServiceClient) DeleteSnapshot(ctx context.Context, req *connec
 // UpdateNetwork calls hostagent.v1.HostAgentService.UpdateNetwork.
 func (c *hostAgentServiceClient) UpdateNetwork(ctx context.Context, req *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error) {
 	return c.updateNetwork.CallUnary(ctx, req)
+}
+
+// ListDenials calls hostagent.v1.HostAgentService.ListDenials.
+func (c *hostAgentServiceClient) ListDenials(ctx context.Context, req *connect.Request[v1.ListDenialsRequest]) (*connect.Response[v1.ListDenialsResponse], error) {
+	return c.listDenials.CallUnary(ctx, req)
 }
 
 // Exec calls hostagent.v1.HostAgentService.Exec.
@@ -457,6 +474,8 @@ type HostAgentServiceHandler interface {
 	// UpdateNetwork replaces what a sandbox may reach, and how much of it, at
 	// once.
 	UpdateNetwork(context.Context, *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error)
+	// ListDenials returns what the network policy of a sandbox refused of late.
+	ListDenials(context.Context, *connect.Request[v1.ListDenialsRequest]) (*connect.Response[v1.ListDenialsResponse], error)
 	// Exec runs one command in a running sandbox and answers when it has ended. An
 	// error has an ExecOutput among its details if the command had written something.
 	Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error)
@@ -559,6 +578,12 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 		connect.WithSchema(hostAgentServiceMethods.ByName("UpdateNetwork")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostAgentServiceListDenialsHandler := connect.NewUnaryHandler(
+		HostAgentServiceListDenialsProcedure,
+		svc.ListDenials,
+		connect.WithSchema(hostAgentServiceMethods.ByName("ListDenials")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostAgentServiceExecHandler := connect.NewUnaryHandler(
 		HostAgentServiceExecProcedure,
 		svc.Exec,
@@ -647,6 +672,8 @@ func NewHostAgentServiceHandler(svc HostAgentServiceHandler, opts ...connect.Han
 			hostAgentServiceDeleteSnapshotHandler.ServeHTTP(w, r)
 		case HostAgentServiceUpdateNetworkProcedure:
 			hostAgentServiceUpdateNetworkHandler.ServeHTTP(w, r)
+		case HostAgentServiceListDenialsProcedure:
+			hostAgentServiceListDenialsHandler.ServeHTTP(w, r)
 		case HostAgentServiceExecProcedure:
 			hostAgentServiceExecHandler.ServeHTTP(w, r)
 		case HostAgentServiceListSandboxesProcedure:
@@ -716,6 +743,10 @@ func (UnimplementedHostAgentServiceHandler) DeleteSnapshot(context.Context, *con
 
 func (UnimplementedHostAgentServiceHandler) UpdateNetwork(context.Context, *connect.Request[v1.UpdateNetworkRequest]) (*connect.Response[v1.UpdateNetworkResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.UpdateNetwork is not implemented"))
+}
+
+func (UnimplementedHostAgentServiceHandler) ListDenials(context.Context, *connect.Request[v1.ListDenialsRequest]) (*connect.Response[v1.ListDenialsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("hostagent.v1.HostAgentService.ListDenials is not implemented"))
 }
 
 func (UnimplementedHostAgentServiceHandler) Exec(context.Context, *connect.Request[v1.ExecRequest]) (*connect.Response[v1.ExecResponse], error) {

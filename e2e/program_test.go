@@ -32,28 +32,10 @@ func (a *agent) publish(t *testing.T, name string, p template.Program) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	info, build, err := store.NewBuild(ctx, template.NewBuild{Name: name, VCPUs: 1, MemMiB: 256})
-	if err == nil {
-		err = store.SetBuild(ctx, info.ID, build.ID, template.StatusBuilding, nil)
-	}
+	about := template.Making{Recipe: name, Defaults: from.Defaults, Start: p, From: from.ID + ":" + from.Build}
+	about.Defaults.VCPUs, about.Defaults.MemMiB = 1, 256
+	_, _, err = store.MakeBuild(ctx, template.NewBuild{Name: name}, about, func(b *template.BuildStage) error { return b.Inherit(from) })
 	if err != nil {
-		t.Fatal(err)
-	}
-	stage, err := store.StageBuild(ctx, info.ID, build.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stage.Discard()
-	defaults := from.Defaults
-	defaults.VCPUs, defaults.MemMiB = 1, 256
-	if err := stage.Inherit(from); err != nil {
-		t.Fatal(err)
-	}
-	about := template.Making{Recipe: name, Defaults: defaults, Start: p, From: from.ID + ":" + from.Build}
-	if _, _, err := stage.Publish(ctx, about); err != nil {
-		t.Fatal(err)
-	}
-	if err := store.Finish(ctx, info.ID, build.ID, nil); err != nil {
 		t.Fatal(err)
 	}
 }

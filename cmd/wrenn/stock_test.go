@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -42,33 +41,15 @@ func TestMissingStock(t *testing.T) {
 // makeTemplate makes a template of one layer, which nothing can boot.
 func makeTemplate(t *testing.T, store *template.Store, name string) {
 	t.Helper()
-	if err := publishTemplate(t.Context(), store, name, filepath.Join(t.TempDir(), "image")); err != nil {
+	image := filepath.Join(t.TempDir(), "image")
+	about := template.Making{Recipe: name, Defaults: template.Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: 4096}}
+	err := os.WriteFile(image, []byte("image"), 0o600)
+	if err == nil {
+		_, _, err = store.MakeBuild(t.Context(), template.NewBuild{Name: name}, about, func(b *template.BuildStage) error {
+			return b.AddLayer(t.Context(), image)
+		})
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-func publishTemplate(ctx context.Context, store *template.Store, name, image string) error {
-	if err := os.WriteFile(image, []byte("image"), 0o600); err != nil {
-		return err
-	}
-	info, b, err := store.NewBuild(ctx, template.NewBuild{Name: name, VCPUs: 1, MemMiB: 512, DiskMiB: 4096})
-	if err != nil {
-		return err
-	}
-	if err := store.SetBuild(ctx, info.ID, b.ID, template.StatusBuilding, nil); err != nil {
-		return err
-	}
-	stage, err := store.StageBuild(ctx, info.ID, b.ID)
-	if err != nil {
-		return err
-	}
-	defer stage.Discard()
-	if err := stage.AddLayer(ctx, image); err != nil {
-		return err
-	}
-	about := template.Making{Recipe: name, Defaults: template.Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: 4096}}
-	if _, _, err := stage.Publish(ctx, about); err != nil {
-		return err
-	}
-	return store.Finish(ctx, info.ID, b.ID, nil)
 }

@@ -107,31 +107,18 @@ func (p *plane) setUp(store *template.Store) {
 		p.Fatal(err)
 	}
 	defer kernel.Discard()
-	t, b, err := store.NewBuild(p.Context(), template.NewBuild{Name: template.DefaultName, VCPUs: 1, MemMiB: 512, DiskMiB: 4096})
-	if err == nil {
-		err = store.SetBuild(p.Context(), t.ID, b.ID, template.StatusBuilding, nil)
-	}
-	if err != nil {
-		p.Fatal(err)
-	}
-	tmpl, err := store.StageBuild(p.Context(), t.ID, b.ID)
-	if err != nil {
-		p.Fatal(err)
-	}
-	defer tmpl.Discard()
-	image := tmpl.Dir() + "/image"
+	image := filepath.Join(p.TempDir(), "image")
 	for _, path := range []string{kernel.Dir + "/vmlinux", kernel.Dir + "/initrd.img", image} {
 		if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
 			p.Fatal(err)
 		}
 	}
 	about := template.Making{Recipe: "empty", Defaults: template.Defaults{VCPUs: 1, MemMiB: 512, OverlayMiB: 4096}}
-	err = errors.Join(kernel.Publish(template.Kernel{}), tmpl.AddLayer(p.Context(), image))
+	err = kernel.Publish(template.Kernel{})
 	if err == nil {
-		_, _, err = tmpl.Publish(p.Context(), about)
-	}
-	if err == nil {
-		err = store.Finish(p.Context(), t.ID, b.ID, nil)
+		_, _, err = store.MakeBuild(p.Context(), template.NewBuild{Name: template.DefaultName}, about, func(b *template.BuildStage) error {
+			return b.AddLayer(p.Context(), image)
+		})
 	}
 	if err != nil {
 		p.Fatal(err)

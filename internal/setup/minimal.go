@@ -92,49 +92,20 @@ func setupMinimal(ctx context.Context, s *template.Store, report progress.Func) 
 	if err != nil {
 		return err
 	}
-	if err := publishMinimal(ctx, s, image, erofs); err != nil {
-		return err
-	}
-	st.Did("%d MiB", size.Size()>>20)
-	return nil
-}
-
-// publishMinimal makes an image the only layer of a new build of the template, as every
-// other template's build is made. erofs is the same tree.
-func publishMinimal(ctx context.Context, s *template.Store, image, erofs string) (err error) {
-	defaults := template.Defaults{
+	about := template.Making{Recipe: minimalRecipe(), Defaults: template.Defaults{
 		VCPUs: 1, MemMiB: 512, OverlayMiB: template.DefaultOverlayMiB, Login: template.Login{User: "root"},
-	}
-	t, b, err := s.NewBuild(ctx, template.NewBuild{
-		Name: template.DefaultName, VCPUs: defaults.VCPUs, MemMiB: defaults.MemMiB, DiskMiB: defaults.OverlayMiB,
+	}}
+	_, _, err = s.MakeBuild(ctx, template.NewBuild{Name: template.DefaultName}, about, func(b *template.BuildStage) error {
+		if err := b.AddLayer(ctx, image); err != nil {
+			return err
+		}
+		return b.SetEROFS(ctx, erofs)
 	})
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			reason := &template.Reason{Message: "setup did not complete it"}
-			err = errors.Join(err, s.SetBuild(context.WithoutCancel(ctx), t.ID, b.ID, template.StatusError, reason))
-		}
-	}()
-	if err := s.SetBuild(ctx, t.ID, b.ID, template.StatusBuilding, nil); err != nil {
-		return err
-	}
-	stage, err := s.StageBuild(ctx, t.ID, b.ID)
-	if err != nil {
-		return err
-	}
-	defer stage.Discard()
-	if err := stage.AddLayer(ctx, image); err != nil {
-		return err
-	}
-	if err := stage.SetEROFS(ctx, erofs); err != nil {
-		return err
-	}
-	if _, _, err := stage.Publish(ctx, template.Making{Recipe: minimalRecipe(), Defaults: defaults}); err != nil {
-		return err
-	}
-	return s.Finish(ctx, t.ID, b.ID, nil)
+	st.Did("%d MiB", size.Size()>>20)
+	return nil
 }
 
 // bootstrap installs the system into the new directory root.

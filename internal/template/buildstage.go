@@ -1,6 +1,7 @@
 package template
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -63,6 +64,39 @@ func (s *Store) StageBuild(ctx context.Context, id, build string) (*BuildStage, 
 		return nil, noSpace("begin build", err)
 	}
 	return b, nil
+}
+
+// MakeBuild makes a build from its beginning to the moment when its tags lead to it, for a
+// caller who has all that goes into it. fill adds the layers. Sizes that n does not name are
+// those of about. On error the build has ended with one, and has no files.
+func (s *Store) MakeBuild(ctx context.Context, n NewBuild, about Making, fill func(*BuildStage) error) (t Info, b Build, err error) {
+	n.VCPUs, n.MemMiB = cmp.Or(n.VCPUs, about.Defaults.VCPUs), cmp.Or(n.MemMiB, about.Defaults.MemMiB)
+	n.DiskMiB = cmp.Or(n.DiskMiB, about.Defaults.OverlayMiB)
+	if t, b, err = s.NewBuild(ctx, n); err != nil {
+		return t, b, err
+	}
+	if err = s.makeBuild(ctx, t.ID, b.ID, about, fill); err != nil {
+		err = errors.Join(err, s.SetBuild(context.WithoutCancel(ctx), t.ID, b.ID, StatusError, nil))
+	}
+	return t, b, err
+}
+
+func (s *Store) makeBuild(ctx context.Context, id, build string, about Making, fill func(*BuildStage) error) error {
+	if err := s.SetBuild(ctx, id, build, StatusBuilding, nil); err != nil {
+		return err
+	}
+	stage, err := s.StageBuild(ctx, id, build)
+	if err != nil {
+		return err
+	}
+	defer stage.Discard()
+	if err := fill(stage); err != nil {
+		return err
+	}
+	if _, _, err := stage.Publish(ctx, about); err != nil {
+		return err
+	}
+	return s.Finish(ctx, id, build, nil)
 }
 
 // Dir is a directory for the making's own files, of which AddLayer takes some and Discard

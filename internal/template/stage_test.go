@@ -32,25 +32,10 @@ func build(t *testing.T, s *Store, name, image string) {
 
 // publish makes what is staged a build of the template.
 func (t *TemplateStage) publish(ctx context.Context, about Making) error {
-	info, b, err := t.store.NewBuild(ctx, NewBuild{Name: t.name, VCPUs: 1, MemMiB: 512, DiskMiB: 4096})
-	if err == nil {
-		err = t.store.SetBuild(ctx, info.ID, b.ID, StatusBuilding, nil)
-	}
-	if err != nil {
-		return err
-	}
-	stage, err := t.store.StageBuild(ctx, info.ID, b.ID)
-	if err != nil {
-		return err
-	}
-	defer stage.Discard()
-	if err = stage.AddLayer(ctx, filepath.Join(t.Dir, "base.ext4")); err == nil {
-		_, _, err = stage.Publish(ctx, about)
-	}
-	if err != nil {
-		return errors.Join(err, t.store.SetBuild(ctx, info.ID, b.ID, StatusError, &Reason{Message: "test"}))
-	}
-	return t.store.Finish(ctx, info.ID, b.ID, nil)
+	_, _, err := t.store.MakeBuild(ctx, NewBuild{Name: t.name}, about, func(b *BuildStage) error {
+		return b.AddLayer(ctx, filepath.Join(t.Dir, "base.ext4"))
+	})
+	return err
 }
 
 // wantTemplates demands that a store holds so many templates, and nothing else.

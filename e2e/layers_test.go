@@ -5,6 +5,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -38,34 +40,20 @@ func (a *agent) build(t testing.TB, from, name string, overlays ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	info, b, err := s.NewBuild(t.Context(), template.NewBuild{Name: name})
-	if err == nil {
-		err = s.SetBuild(t.Context(), info.ID, b.ID, template.StatusBuilding, nil)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	stage, err := s.StageBuild(t.Context(), info.ID, b.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stage.Discard()
-	if err := stage.Inherit(base); err != nil {
-		t.Fatal(err)
-	}
-	for _, overlay := range overlays {
-		layer := filepath.Join(stage.Dir(), "layer")
-		if err := s.CloneOverlay(t.Context(), layer, overlay); err != nil {
-			t.Fatal(err)
+	about := template.Making{Recipe: "test", Defaults: base.Defaults}
+	_, _, err = s.MakeBuild(t.Context(), template.NewBuild{Name: name}, about, func(stage *template.BuildStage) error {
+		err := stage.Inherit(base)
+		for _, overlay := range overlays {
+			layer := filepath.Join(stage.Dir(), "layer")
+			if err == nil {
+				err = s.CloneOverlay(t.Context(), layer, overlay)
+			}
+			if err == nil {
+				err = stage.AddLayer(t.Context(), layer)
+			}
 		}
-		if err := stage.AddLayer(t.Context(), layer); err != nil {
-			t.Fatal(err)
-		}
-	}
-	_, _, err = stage.Publish(t.Context(), template.Making{Recipe: "test", Defaults: base.Defaults})
-	if err == nil {
-		err = s.Finish(t.Context(), info.ID, b.ID, nil)
-	}
+		return err
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,4 +181,128 @@ func TestLayers(t *testing.T) {
 		t.Errorf("from the named snapshot: %q, want %q", got, want)
 	}
 	booted.wantLayers("the first one, after all that")
+}
+
+// listTree prints what there is below directories of a guest: kind, mode, owners, device
+// number, attributes, links, size and digest of each, and its time unless it is new. The
+// files of a sandbox's identity are left out.
+const listTree = `import hashlib, os, stat, sys, time
+for top in sys.argv[1:]:
+    for dir, dirs, files in os.walk(top):
+        dirs.sort()
+        for name in sorted([*dirs, *files]):
+            path = os.path.join(dir, name)
+            if path in ("/etc/hostname", "/etc/hosts", "/etc/machine-id"):
+                continue
+            st = os.lstat(path)
+            what = [path, oct(st.st_mode), st.st_uid, st.st_gid, st.st_rdev]
+            what += [(a, os.getxattr(path, a, follow_symlinks=False)) for a in os.listxattr(path, follow_symlinks=False)]
+            if time.time() - st.st_mtime > 3600:
+                what.append(int(st.st_mtime))
+            if stat.S_ISLNK(st.st_mode):
+                what.append(os.readlink(path))
+            if stat.S_ISREG(st.st_mode):
+                what += [st.st_nlink, st.st_size]
+                if st.st_size < 1 << 16:
+                    what.append(hashlib.sha256(open(path, "rb").read()).hexdigest())
+            print(*what)
+`
+
+// tree is what listTree prints in a sandbox.
+func (b *sandbox) tree() string {
+	b.t.Helper()
+	return b.sh("cat >/tmp/tree.py <<'E'\n" + listTree + "E\npython3 /tmp/tree.py /srv /etc /usr/bin /usr/share/twice; rm /tmp/tree.py")
+}
+
+// layerFiles are the inodes of a template's layers, lowest first.
+func (a *agent) layerFiles(t *testing.T, name string) (inodes []uint64) {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(a.buildDir(t, name), "*.ext4")) // base.ext4 is the first by name, too
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		st, err := os.Stat(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		inodes = append(inodes, st.Sys().(*syscall.Stat_t).Ino)
+	}
+	return inodes
+}
+
+// TestDeepStack: there can be builds on builds on builds. Where a template has as many
+// layers as there can be, a build on it goes on in a copy of the highest one, and a
+// sandbox sees what it sees where the same was done in one place. The cache holds, and a
+// larger disk is as large as asked for.
+func TestDeepStack(t *testing.T) {
+	a := startAgent(t, "--on-shutdown=destroy")
+	b := a.create(t, &hostagentv1.CreateSandboxRequest{MemoryMb: 256})
+	b.sh("touch /opt/filler")
+	if err := b.hibernate(); err != nil {
+		t.Fatal(err)
+	}
+	overlay := filepath.Join(a.stateDir, "sandboxes", b.id, "snapshot", "overlay.ext4")
+	a.build(t, "minimal", "deep", slices.Repeat([]string{overlay}, template.MaxLayers-2)...)
+	if err := b.resume(); err != nil {
+		t.Fatal(err)
+	}
+	build := func(name, from, script string, more ...string) string {
+		t.Helper()
+		dir := t.TempDir()
+		text := "FROM " + from + "\nRUN <<E bash\n" + script + "\nE\n"
+		if err := os.WriteFile(filepath.Join(dir, "Dockerfile"), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		out, err := a.cli(t, append(append([]string{"template", "build", "--progress", "plain", "-t", name}, more...), dir)...)
+		if err != nil {
+			t.Fatalf("build %s: %v\n%s", name, err, out)
+		}
+		return out
+	}
+	const third = thirdLayer + "; df --output=size -m / | tail -1"
+	build("deep1", "deep", secondLayer)
+	out := build("deep2", "deep1", third, "--disk", "6g")
+	size := 0
+	for line := range strings.Lines(out) {
+		if n, err := strconv.Atoi(strings.TrimSpace(line)); err == nil {
+			size = n
+		}
+	}
+	if size < 5500 || size > 6144 {
+		t.Errorf("its disk has %d MiB, want those of 6 GiB:\n%s", size, out)
+	}
+	if out := build("again", "deep1", third, "--disk", "6g"); !strings.Contains(out, "CACHED") {
+		t.Errorf("the same build again:\n%s", out)
+	}
+	was, is := a.layerFiles(t, "deep"), a.layerFiles(t, "deep2")
+	if len(was) != template.MaxLayers-1 || len(is) != template.MaxLayers || !slices.Equal(is[:len(was)], was) {
+		t.Errorf("the layers of deep are %v, of deep2 %v", was, is)
+	}
+
+	deep := a.create(t, &hostagentv1.CreateSandboxRequest{Template: "deep2", MemoryMb: 256})
+	deep.wantLayers("builds on builds")
+	deep.sh("rm /opt/filler")
+	for _, script := range []string{secondLayer, third, "rm /opt/filler"} {
+		b.sh(script)
+	}
+	if got, want := deep.tree(), b.tree(); got != want {
+		t.Errorf("a sandbox of builds on builds is not what one is where the same was done:\n%s", diffLines(want, got))
+	}
+}
+
+// diffLines are the lines that only one of two texts has.
+func diffLines(want, got string) string {
+	var out []string
+	for line := range strings.Lines(want) {
+		if !strings.Contains(got, line) {
+			out = append(out, "- "+line)
+		}
+	}
+	for line := range strings.Lines(got) {
+		if !strings.Contains(want, line) {
+			out = append(out, "+ "+line)
+		}
+	}
+	return strings.Join(out, "")
 }

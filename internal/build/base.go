@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -28,6 +30,16 @@ type base struct {
 	imageName, templateName string
 
 	stack *template.BuildStage // once it is needed
+	// top is a name of the template's highest layer, if that is not in stack: see goesOn.
+	top template.Layer
+}
+
+// goesOn says that a build on a template adds no layer: the template has as many as there
+// can be. Its highest layer is a disk that a guest wrote over the others, so the build
+// sandbox begins with a copy of that and writes on, and the result takes its place. The
+// layers below stay shared.
+func (b *base) goesOn() bool {
+	return b.template != nil && len(b.template.Layers) >= template.MaxLayers
 }
 
 // resolve finds what FROM names. Images are pulled or imported.
@@ -124,9 +136,10 @@ func (j *job) importImage(hash string) (image.Image, error) {
 	return img, nil
 }
 
-// stackOf returns the base's layers, to boot from or to publish. It is called while images
-// are held.
-func (j *job) stackOf(b *base) (*template.BuildStage, error) {
+// stackOf returns the layers that a stage stands on, to boot from or to publish. It is
+// called while images are held.
+func (j *job) stackOf(s *stage) (*template.BuildStage, error) {
+	b := s.base
 	if b.stack != nil {
 		return b.stack, nil
 	}
@@ -135,6 +148,16 @@ func (j *job) stackOf(b *base) (*template.BuildStage, error) {
 		return nil, err
 	}
 	switch {
+	case b.goesOn() && slices.ContainsFunc(j.all(), func(s *stage) bool { return s.base == b && s.lastContent() >= 0 }):
+		below := *b.template
+		n := len(below.Layers) - 1
+		top := below.Layers[n]
+		top.Path, below.Layers = j.file("layer"), below.Layers[:n]
+		below.EROFS = template.Layer{} // of all layers
+		if err = stack.Inherit(below); err == nil {
+			err = keepName(top.Path, b.template.Layers[n].Path)
+		}
+		b.top = top
 	case b.template != nil:
 		err = stack.Inherit(*b.template)
 	case b.image != nil:
@@ -155,6 +178,15 @@ func (j *job) stackOf(b *base) (*template.BuildStage, error) {
 	}
 	b.stack = stack
 	return stack, nil
+}
+
+// keepName gives a layer one more name, for as long as the build needs it.
+func keepName(name, layer string) error {
+	err := os.Link(layer, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return errdefs.NotFound.Errorf("the template was removed")
+	}
+	return errdefs.DiskFull(err)
 }
 
 // newStack begins a stack that ends with the job.

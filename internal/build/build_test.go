@@ -417,3 +417,72 @@ func TestPruneAndBound(t *testing.T) {
 		t.Errorf("a forgotten log: %s", text)
 	}
 }
+
+// TestManyLayers: builds on builds have as many layers as there can be, and no more: those
+// that follow go on in a copy of the highest one. The cache knows their steps, too.
+func TestManyLayers(t *testing.T) {
+	r := newRig(t)
+	on := func(i int, steps ...Step) Spec {
+		if i == 0 {
+			return from(steps...)
+		}
+		return Spec{Stages: []Stage{{From: Source{Template: "t"}, Steps: steps}}, KeepEnv: true}
+	}
+	layersOf := func(spec Spec) []template.Layer {
+		t.Helper()
+		made, err := r.store.Inspect(spec.Template, spec.Build)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return made.Layers
+	}
+	var last []template.Layer
+	for i := range 20 {
+		was := last
+		spec, _ := r.made(on(i, run(fmt.Sprintf("echo %d > f%d", i, i)), run(fmt.Sprintf("ls > l%d", i))))
+		last = layersOf(spec)
+		if want := min(i+2, template.MaxLayers); len(last) != want {
+			t.Fatalf("build %d has %d layers, want %d", i, len(last), want)
+		}
+		for j := range min(len(was), template.MaxLayers-1) { // the lowest ones stay shared
+			if was[j].SHA256 != last[j].SHA256 {
+				t.Errorf("layer %d of build %d is another one", j, i)
+			}
+		}
+	}
+	// What such a guest of the fake sees is its disk: the highest layer.
+	deep := on(1, run("test -e f7 && test -e f19 && test ! -e f5"))
+	deep.Tags = []string{"deep"}
+	r.made(deep)
+	spec := Spec{Stages: []Stage{
+		{Name: "a", From: Source{Template: "t:deep"}, Steps: []Step{run("echo a > a"), run("cat f19")}},
+	}, KeepEnv: true}
+	first, _ := r.made(spec)
+	if _, ran := r.made(spec); len(ran) != 0 {
+		t.Errorf("the same build again ran %q", ran)
+	}
+	results := filepath.Join(r.dir, "builds/results")
+	if err := errors.Join(os.RemoveAll(results), os.Mkdir(results, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	again, ran := r.made(spec)
+	if one, two := layersOf(first), layersOf(again); len(ran) != 0 || one[7].SHA256 != two[7].SHA256 || one[7].Path == two[7].Path {
+		t.Errorf("out of the cache it ran %q, and its highest layer is %s, not %s", ran, two[7].SHA256, one[7].SHA256)
+	}
+	spec.Stages[0].Steps[1] = run("cat a f19")
+	if _, ran := r.made(spec); !slices.Equal(ran, []string{"cat a f19"}) {
+		t.Errorf("with another last step it ran %q", ran)
+	}
+	// A stage that changes nothing has all layers, also if another one over them goes on.
+	spec.Stages = append(spec.Stages, Stage{From: Source{Stage: "a"}})
+	spec.Stages = append(spec.Stages, Stage{From: Source{Template: "t:deep"}, Steps: []Step{
+		{Kind: Copy, FromStage: "a", Src: []string{"a"}, Dst: "/b"}, run("test ! -e a && cat b"),
+	}})
+	if _, ran := r.made(spec); !slices.Equal(ran, []string{"test ! -e a && cat b"}) {
+		t.Errorf("with COPY it ran %q", ran)
+	}
+	plain, ran := r.made(Spec{Stages: []Stage{{From: Source{Template: "t:deep"}}}})
+	if len(ran) != 0 || len(layersOf(plain)) != template.MaxLayers {
+		t.Errorf("without steps it ran %q and has %d layers", ran, len(layersOf(plain)))
+	}
+}

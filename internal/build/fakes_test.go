@@ -29,7 +29,7 @@ import (
 )
 
 // fakeBytes is the size of a fake's disk.
-const fakeBytes = 1 << 20
+const fakeBytes = 64 << 20
 
 // boxes are build sandboxes whose guests are directories, and whose commands are run by
 // the host's sh there.
@@ -40,6 +40,7 @@ type boxes struct {
 	mu       sync.Mutex
 	all      map[string]*box
 	created  int
+	layers   []int // of each, in order
 	commands []string
 	prepared []string
 
@@ -62,6 +63,7 @@ func (b *boxes) Create(ctx context.Context, r Request) (string, error) {
 		return "", b.createErr
 	}
 	b.created++
+	b.layers = append(b.layers, len(r.Root.Layers))
 	id := fmt.Sprintf("sb-%d", b.created)
 	x := &box{boxes: b, root: filepath.Join(b.dir, id)}
 	b.all[id] = x

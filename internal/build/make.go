@@ -129,7 +129,7 @@ func (j *job) prepare() (unpin func(), kept *template.BuildStage, err error) {
 	}
 	for _, s := range j.all() {
 		if s.need {
-			if _, err := j.stackOf(s.base); err != nil {
+			if _, err := j.stackOf(s); err != nil {
 				unpin()
 				return nil, nil, at(baseStep, err)
 			}
@@ -171,6 +171,11 @@ func (j *job) complete(s *stage) (*template.BuildStage, error) {
 	}
 	stack := s.base.stack
 	if s.lastContent() < 0 {
+		if top := s.base.top.Path; top != "" { // another stage goes on with it
+			if err := stack.AddLayer(j.ctx, top); err != nil {
+				return nil, at(finalizeStep, fmt.Errorf("add layer: %w", err))
+			}
+		}
 		return stack, nil
 	}
 	if err := j.bring(s); err != nil {
@@ -194,16 +199,38 @@ func (j *job) bring(s *stage) error {
 	if s.overlay != "" {
 		return nil
 	}
-	keys := s.captures(s.resume)
-	if len(keys) == 0 {
+	keys, top := s.captures(s.resume), s.base.top
+	if len(keys) == 0 && top.Path == "" {
 		return nil
 	}
 	path := j.file("disk")
+	if top.Path != "" {
+		if err := j.writable(path, top); err != nil {
+			return fmt.Errorf("copy the highest layer: %w", errdefs.DiskFull(err))
+		}
+	}
 	if err := j.e.cache.restore(j.ctx, path, keys); err != nil {
 		return err
 	}
 	s.overlay = path
 	return nil
+}
+
+// writable makes the new file path a copy of a layer, for a guest to write on. A larger
+// disk that the build asks for is as large; the guest makes its file system so.
+func (j *job) writable(path string, layer template.Layer) error {
+	if err := j.e.room(j.ctx); err != nil {
+		return err
+	}
+	if err := j.e.cfg.Templates.CloneOverlay(j.ctx, path, layer.Path); err != nil {
+		return err
+	}
+	return os.Truncate(path, j.diskBytes(layer))
+}
+
+// diskBytes is the size of the disk of a build that goes on with a layer.
+func (j *job) diskBytes(layer template.Layer) int64 {
+	return max(layer.Size, int64(j.build.DiskMiB)<<20)
 }
 
 // file is the path of a new file of the job.

@@ -81,22 +81,23 @@ func (j *job) boot(s *stage) error {
 	if s.box != "" {
 		return nil
 	}
-	if err := j.bring(s); err != nil {
-		return at(baseStep, err)
-	}
-	stack, err := j.stackOf(s.base)
+	stack, err := j.stackOf(s)
 	if err != nil {
 		return at(baseStep, err)
 	}
+	if err := j.bring(s); err != nil {
+		return at(baseStep, err)
+	}
+	diskMiB := int(j.diskBytes(s.base.top) >> 20)
 	root, err := stack.Root(j.ctx)
 	if err != nil {
 		return at(baseStep, err)
 	}
 	j.log.say(Debug, baseStep, "[base] start a build sandbox of %d vCPUs, %d MiB of memory and %d MiB of disk",
-		j.build.VCPUs, j.build.MemMiB, j.build.DiskMiB)
+		j.build.VCPUs, j.build.MemMiB, diskMiB)
 	s.box, err = j.e.cfg.Sandboxes.Create(j.ctx, Request{
 		Root: root, Project: j.spec.Project, Overlay: s.overlay,
-		VCPUs: j.build.VCPUs, MemMiB: j.build.MemMiB, DiskMiB: j.build.DiskMiB,
+		VCPUs: j.build.VCPUs, MemMiB: j.build.MemMiB, DiskMiB: diskMiB,
 	})
 	if err != nil {
 		return at(baseStep, fmt.Errorf("start a build sandbox: %w", err))

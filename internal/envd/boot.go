@@ -147,6 +147,7 @@ func (b *booter) root(d guestapi.Disks) error {
 		return err
 	}
 	b.disk = newDisk(dir, d.Overlay)
+	b.optional("the whole disk", b.disk.grow("/dev/"+d.Overlay))
 	upper, work := over+guestapi.UpperDir, over+"/work"
 	if err := os.MkdirAll(upper, 0o755); err != nil {
 		return err

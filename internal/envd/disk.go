@@ -2,7 +2,9 @@ package envd
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -31,6 +33,9 @@ const (
 	trimLeast = 256 << 10
 	// fitrim is FITRIM of linux/fs.h: _IOWR('X', 121, struct fstrim_range).
 	fitrim = 0xc0185879
+	// resizeFS is EXT4_IOC_RESIZE_FS of linux/ext4.h: _IOW('f', 16, __u64), the new size in
+	// blocks.
+	resizeFS = 0x40086610
 )
 
 // Disk is the disk of a guest that its programs write. It is safe for concurrent use.
@@ -52,6 +57,33 @@ type Disk struct {
 
 func newDisk(root *os.File, device string) *Disk {
 	return &Disk{root: root, written: filepath.Join("/sys/fs/ext4", device, "session_write_kbytes")}
+}
+
+// grow makes the file system as large as its device, which is larger where a build goes on
+// with the disk of a template that had less.
+func (d *Disk) grow(device string) error {
+	f, err := os.Open(device)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	size, err := f.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	var has [4]byte // s_blocks_count_lo of the superblock
+	if _, err := f.ReadAt(has[:], 1024+4); err != nil {
+		return err
+	}
+	const block = 4096
+	blocks := uint64(size) / block
+	if blocks <= uint64(binary.LittleEndian.Uint32(has[:])) {
+		return nil
+	}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, d.root.Fd(), resizeFS, uintptr(unsafe.Pointer(&blocks))); errno != 0 {
+		return fmt.Errorf("make the disk larger: %w", errno)
+	}
+	return nil
 }
 
 // trim gives free pieces of the disk back to the host for about limit, at least one, if

@@ -206,12 +206,12 @@ while True: held.append(b'x' * (8 << 20))"`
 			end = e
 		}
 	}
-	if err := stream.Err(); err != nil || !strings.HasPrefix(end.GetError(), "out of memory") || end.GetExited() {
+	if err := stream.Err(); err != nil || !strings.HasPrefix(end.GetError(), "out of memory: limit ") || end.GetExited() {
 		t.Errorf("%v, %v; want out of memory", end, err)
 	}
 	resp, err := b.exec("sh", "-c", hog)
-	if err != nil || resp.ExitCode != 137 || resp.Signal != 9 || !resp.OutOfMemory {
-		t.Errorf("%v, %v; want 137, for want of memory", resp, err)
+	if err != nil || resp.ExitCode != 137 || resp.Signal != 9 || !resp.OutOfMemory || resp.MemoryLimitMb < 200 {
+		t.Errorf("%v, %v; want 137, for want of memory, and the limit", resp, err)
 	}
 	if got := b.sh("echo here"); got != "here" {
 		t.Errorf("after it: %q", got)

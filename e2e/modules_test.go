@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 
+	"connectrpc.com/connect"
+
 	hostagentv1 "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 )
 
@@ -13,6 +15,7 @@ func TestGuestModules(t *testing.T) {
 	b := sharedAgent(t).create(t, &hostagentv1.CreateSandboxRequest{})
 	for _, test := range []struct{ name, script string }{
 		{"nothing is loaded before", `test -d /lib/modules/$(uname -r) && ! grep -E '^(tun|fuse|loop|nf_tables|bridge) ' /proc/modules`},
+		{"mounts are shared", `grep " / / .* shared:" /proc/self/mountinfo`},
 		{"modprobe", `modprobe dummy numdummies=2 && test -e /sys/class/net/dummy1 && modprobe -r dummy && ! grep ^dummy /proc/modules &&
 			modprobe ext4 && ! modprobe no-such-module`},
 		{"bridge and veth", `ip link add br0 type bridge && ip link add v0 type veth peer name v1 && ip link set v0 master br0 up`},
@@ -82,3 +85,31 @@ print(kind, seq, os.strerror(-error))
 sys.exit(kind != 2 or error != 0)
 END
 python3 /root/nft.py`
+
+// Debian's podman runs containers in a guest, for root over a bridge and for a user over a
+// TUN device, and nft takes a rule. The image is made of files of the guest.
+func TestGuestPodman(t *testing.T) {
+	if !long() {
+		t.Skip("an emulated guest installs the packages for six minutes: only with WRENN_TEST_LONG")
+	}
+	b := sharedAgent(t).create(t, &hostagentv1.CreateSandboxRequest{MemoryMb: 1024, Vcpus: 2})
+	for _, script := range []string{
+		`apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends nftables podman \
+			fuse-overlayfs uidmap slirp4netns busybox-static containernetworking-plugins crun iptables >/dev/null`,
+		`nft add table inet t && nft add chain inet t c "{ type filter hook input priority 0; }" &&
+			nft add rule inet t c tcp dport 81 counter drop && nft list ruleset | grep "tcp dport 81 counter"`,
+		`mkdir -p /srv/image/bin && cp /bin/busybox /srv/image/bin/ && for n in sh id ip grep; do ln -s busybox /srv/image/bin/$n; done
+			tar c -C /srv/image . | podman import - box && podman run --rm box sh -c "ip addr | grep 10.88."`,
+		`setpriv --reuid 1000 --regid 1000 --init-groups env HOME=/home/user USER=user XDG_RUNTIME_DIR=/tmp/run-user sh -c '
+			mkdir -m 700 /tmp/run-user && cd && tar c -C /srv/image . | podman import - box &&
+			podman run --rm box sh -c "id && ip addr | grep 10.0.2."'`,
+	} {
+		resp, err := b.a.Exec(t.Context(), connect.NewRequest(&hostagentv1.ExecRequest{
+			SandboxId: b.id, Cmd: "bash", Args: []string{"-c", script}, TimeoutSec: 900,
+		}))
+		if err != nil || resp.Msg.ExitCode != 0 {
+			t.Fatalf("%s: %v, %v", script, resp, err)
+		}
+		t.Logf("%s%s", resp.Msg.Stdout, resp.Msg.Stderr)
+	}
+}

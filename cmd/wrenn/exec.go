@@ -64,8 +64,12 @@ func (x *command) flags(cmd *cobra.Command) {
 func (x *command) connected(args []string) (client.Command, error) {
 	cmd := client.Command{
 		Cmd: args[0], Args: args[1:], Cwd: x.cwd, User: x.user, Stdout: os.Stdout, Stderr: os.Stderr,
-		StartWithin: x.within, OutOfMemory: func() {
-			complain("out of memory: the sandbox's kernel killed a process of the command; --memory at create gives more")
+		StartWithin: x.within, OutOfMemory: func(limit int) {
+			text := ""
+			if limit > 0 {
+				text = fmt.Sprintf(", limit %d MiB", limit)
+			}
+			complain("killed: out of memory%s: the sandbox's kernel ended a process of the command; --memory at create gives more", text)
 		},
 	}
 	var err error

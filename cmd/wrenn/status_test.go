@@ -127,7 +127,11 @@ func TestStatusOfACommand(t *testing.T) {
 
 // A command that had no memory says so beside its status.
 func TestOutOfMemory(t *testing.T) {
-	for said, want := range map[string]string{"": "", "signal: killed": "", "out of memory: signal: killed": "wrenn: out of memory: "} {
+	for said, want := range map[string]string{
+		"": "", "signal: killed": "", "out of memory: signal: killed": "wrenn: killed: out of memory: ",
+		"out of memory: limit 448 MiB: signal: killed": "wrenn: killed: out of memory, limit 448 MiB: ",
+		"out of memory: limit -1 MiB: signal: killed":  "wrenn: killed: out of memory: ",
+	} {
 		url := (&clienttest.Agent{Exit: 137, EndError: said}).Serve(t)
 		for _, args := range [][]string{{"exec", clienttest.ID, "x"}, {"run", "x"}} {
 			_, stderr, status := wrenn(t, url, args...)

@@ -215,8 +215,12 @@ func failed(ctx context.Context, command string, result guest.Result, err error)
 	case err == nil && result.ExitCode == 0:
 		return nil
 	case err == nil && result.OutOfMemory:
-		return errdefs.WrongState.Errorf("failed to run command '%s': exit status %d: the build sandbox was out of memory",
-			command, result.ExitCode)
+		limit := ""
+		if result.MemoryLimit > 0 {
+			limit = fmt.Sprintf(", limit %d MiB", result.MemoryLimit)
+		}
+		return errdefs.WrongState.Errorf("failed to run command '%s': exit status %d: the build sandbox was out of memory%s",
+			command, result.ExitCode, limit)
 	case err == nil:
 		return errdefs.WrongState.Errorf("failed to run command '%s': exit status %d", command, result.ExitCode)
 	case context.Cause(ctx) != nil:

@@ -55,8 +55,9 @@ type Command struct {
 	// key as it is until Exec returns.
 	Terminal *os.File
 	// OutOfMemory, if not nil, is called before Exec returns when the guest's kernel
-	// killed a process of the command because there was no memory.
-	OutOfMemory func()
+	// killed a process of the command because there was no memory. limit is how much the
+	// programs of the sandbox may take together, in MiB; 0 if it is not known.
+	OutOfMemory func(limit int)
 	// StartWithin bounds the wait for the guest's word that the command has started;
 	// 0 is no bound.
 	StartWithin time.Duration
@@ -124,8 +125,8 @@ func (s *Sandbox) execute(ctx context.Context, cmd Command) (status int, pid uin
 	case end == nil: // it was left
 		return 0, x.pid, nil
 	}
-	if cmd.OutOfMemory != nil && guest.OutOfMemory(end) {
-		cmd.OutOfMemory()
+	if killed, limit := guest.OutOfMemory(end); killed && cmd.OutOfMemory != nil {
+		cmd.OutOfMemory(limit)
 	}
 	status, err = guest.ExitCode(end)
 	return status, x.pid, err

@@ -167,6 +167,8 @@ func (b *booter) root(d guestapi.Disks) error {
 	if err := switchRoot(root); err != nil {
 		return err
 	}
+	// As on other Linux systems. Containers of users without privileges ask for it.
+	b.optional("share the mounts", unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""))
 	b.mounts(append([]mount{
 		{"devpts", "/dev/pts", "devpts", unix.MS_NOSUID | unix.MS_NOEXEC, "gid=5,mode=620,ptmxmode=666"},
 	}, memoryMounts...))

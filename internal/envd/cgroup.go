@@ -165,6 +165,20 @@ func (g *cgroups) oomKills(c *cgroup) int {
 	return c.oomKills()
 }
 
+// memoryLimit is what all users' processes may take together, in bytes, or 0 if nothing
+// bounds it but the machine.
+func (g *cgroups) memoryLimit() uint64 {
+	if g.keeper != nil {
+		return g.keeper.limit()
+	}
+	text, err := os.ReadFile(filepath.Join(g.root, "memory.max"))
+	if err != nil {
+		return 0
+	}
+	limit, _ := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64) // or "max"
+	return limit
+}
+
 // release removes the cgroup now or, if it still has processes, at a later sweep.
 func (g *cgroups) release(c *cgroup) {
 	g.mu.Lock()

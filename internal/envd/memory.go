@@ -144,6 +144,15 @@ func (k *keeper) processes() int64 {
 	return n
 }
 
+// limit is how much the processes may have together, in bytes.
+func (k *keeper) limit() uint64 {
+	text, err := os.ReadFile(k.meminfo.path)
+	if err != nil {
+		return 0
+	}
+	return parseMemInfo(string(text))["MemTotal"] * keptPercent / 100
+}
+
 // left is how much so many processes may still take until they have that part of the
 // memory, in bytes; below 0 they have more.
 func (k *keeper) left(percent, processes int64) int64 {

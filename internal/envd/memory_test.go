@@ -84,3 +84,24 @@ func TestRunningHasParentsFirst(t *testing.T) {
 		}
 	}
 }
+
+// What killed a command says how much there was: where the kernel kills, and where envd does.
+func TestMemoryLimit(t *testing.T) {
+	dir := t.TempDir()
+	g := newCgroups(dir)
+	for text, want := range map[string]uint64{"469762048\n": 448 << 20, "max\n": 0, "": 0} {
+		if err := os.WriteFile(filepath.Join(dir, "memory.max"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := g.memoryLimit(); got != want {
+			t.Errorf("%q: %d, want %d", text, got, want)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "meminfo"), []byte("MemTotal: 1000 kB\nMemFree: 1 kB\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	g.keeper = newKeeper(dir, dir, nil)
+	if got := g.memoryLimit(); got != 950<<10 {
+		t.Errorf("where envd ends processes: %d, want %d", got, 950<<10)
+	}
+}

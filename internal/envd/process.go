@@ -229,7 +229,11 @@ func (ps *processes) run(p *process, files *stdio, c command) {
 	}
 	if p.cgroup != nil {
 		if n := ps.cgroups.oomKills(p.cgroup); n > 0 {
-			text := guestapi.OutOfMemory + p.ending.GetStatus()
+			text := guestapi.OutOfMemory
+			if limit := ps.cgroups.memoryLimit(); limit > 0 {
+				text += fmt.Sprintf(guestapi.MemoryLimit, limit>>20)
+			}
+			text += p.ending.GetStatus()
 			p.ending.Error = &text
 		}
 		ps.cgroups.release(p.cgroup)

@@ -59,6 +59,9 @@ type Result struct {
 	// OutOfMemory says that the guest's kernel killed a process of the command
 	// because there was no memory.
 	OutOfMemory bool
+	// MemoryLimit is how much the programs of the guest may take together, in MiB, as
+	// the guest tells it with OutOfMemory; 0 if it does not.
+	MemoryLimit int
 	// Detail is what the guest says about an end other than exit status 0:
 	// "signal: killed", "out of memory: signal: killed".
 	Detail string
@@ -139,7 +142,8 @@ func (r *Result) ended(end *process.ProcessEvent_EndEvent) error {
 		return errdefs.Unavailable.Errorf("run command: %w", err)
 	}
 	r.ExitCode, r.Signal = code, endedBy(end)
-	r.OutOfMemory, r.Detail = OutOfMemory(end), errdefs.Foreign(end.GetError())
+	r.OutOfMemory, r.MemoryLimit = OutOfMemory(end)
+	r.Detail = errdefs.Foreign(end.GetError())
 	return nil
 }
 
@@ -299,10 +303,21 @@ func ExitCode(end *process.ProcessEvent_EndEvent) (int, error) {
 }
 
 // OutOfMemory reports whether the guest's kernel killed a process of the command
-// because there was no memory.
-func OutOfMemory(end *process.ProcessEvent_EndEvent) bool {
-	return strings.HasPrefix(end.GetError(), guestapi.OutOfMemory)
+// because there was no memory, and how much the programs of the guest may take together,
+// in MiB; 0 if the guest does not say.
+func OutOfMemory(end *process.ProcessEvent_EndEvent) (yes bool, limit int) {
+	rest, yes := strings.CutPrefix(end.GetError(), guestapi.OutOfMemory)
+	if !yes {
+		return false, 0
+	}
+	if _, err := fmt.Sscanf(rest, guestapi.MemoryLimit, &limit); err != nil || limit < 0 || limit > maxMemoryLimit {
+		return true, 0
+	}
+	return true, limit
 }
+
+// maxMemoryLimit is more than any guest has, in MiB.
+const maxMemoryLimit = 1 << 24
 
 // endedBy is the signal in the status of an end, such as "signal: killed (core
 // dumped)"; 0 if there is none.

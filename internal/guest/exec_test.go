@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/internal/envd"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
@@ -300,4 +301,21 @@ func freePort(t *testing.T) netip.AddrPort {
 	}
 	defer l.Close()
 	return l.Addr().(*net.TCPAddr).AddrPort()
+}
+
+func TestOutOfMemory(t *testing.T) {
+	for said, want := range map[string]int{
+		"out of memory: limit 448 MiB: signal: killed": 448, "out of memory: signal: killed": 0, "out of memory: ": 0,
+		"out of memory: limit -5 MiB: x": 0, "out of memory: limit 99999999999999999999 MiB: x": 0,
+		"out of memory: limit 999999999 MiB: x": 0, "out of memory: limit 1e3 MiB: x": 0,
+	} {
+		if yes, limit := guest.OutOfMemory(&process.ProcessEvent_EndEvent{Error: &said}); !yes || limit != want {
+			t.Errorf("%q: %v, limit %d, want %d", said, yes, limit, want)
+		}
+	}
+	for _, said := range []string{"", "signal: killed", "exit status 1: out of memory: limit 1 MiB: "} {
+		if yes, limit := guest.OutOfMemory(&process.ProcessEvent_EndEvent{Error: &said}); yes || limit != 0 {
+			t.Errorf("%q: %v, limit %d", said, yes, limit)
+		}
+	}
 }

@@ -49,8 +49,13 @@ const (
 )
 
 // OutOfMemory is what the error of a command's end begins with when the guest's
-// kernel has killed a process of the command because there was no memory.
+// kernel has killed a process of the command because there was no memory. The limit may
+// follow, as MemoryLimit has it, and the status of the command.
 const OutOfMemory = "out of memory: "
+
+// MemoryLimit is how much memory all programs of the guest may take together, in MiB, as
+// it stands in the error of a command's end behind OutOfMemory.
+const MemoryLimit = "limit %d MiB: "
 
 // QueryQuiet makes PathQuiesce wait until the guest has nothing to do: "?quiet=1".
 const QueryQuiet = "quiet"

@@ -71,7 +71,7 @@ func (mute) Pack(context.Context, string, io.Writer) error           { return ni
 func (mute) Exec(_ context.Context, cmd guest.Command) (guest.Result, error) {
 	switch cmd.Cmd {
 	case "hog":
-		return guest.Result{ExitCode: 137, Signal: syscall.SIGKILL, OutOfMemory: true}, nil
+		return guest.Result{ExitCode: 137, Signal: syscall.SIGKILL, OutOfMemory: true, MemoryLimit: 448}, nil
 	case "late":
 		return guest.Result{Stdout: []byte("half"), Stderr: bytes.Repeat([]byte("e"), 3<<20)}, errdefs.TimedOut.Errorf("too late")
 	case "late and silent":
@@ -525,7 +525,7 @@ func TestEndOfACommand(t *testing.T) {
 			}
 			return resp.Msg, nil
 		}
-		if got, err := exec("hog"); err != nil || got.ExitCode != 137 || got.Signal != 9 || !got.OutOfMemory {
+		if got, err := exec("hog"); err != nil || got.ExitCode != 137 || got.Signal != 9 || !got.OutOfMemory || got.MemoryLimitMb != 448 {
 			t.Errorf("%s: %v, %v", protocol, got, err)
 		}
 		if got, err := exec("true"); err != nil || got.Signal != 0 || got.OutOfMemory {

@@ -383,6 +383,7 @@ func (s *service) Exec(ctx context.Context, req *request[pb.ExecRequest]) (*resp
 	return connect.NewResponse(&pb.ExecResponse{
 		Stdout: result.Stdout, Stderr: result.Stderr, ExitCode: int32(result.ExitCode),
 		Signal: int32(result.Signal), OutOfMemory: result.OutOfMemory,
+		MemoryLimitMb: int32(result.MemoryLimit),
 	}), nil
 }
 

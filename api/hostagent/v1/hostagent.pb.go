@@ -1916,7 +1916,10 @@ type ExecResponse struct {
 	Signal int32 `protobuf:"varint,4,opt,name=signal,proto3" json:"signal,omitempty"`
 	// Whether the guest's kernel killed a process of the command because there was no
 	// memory.
-	OutOfMemory   bool `protobuf:"varint,5,opt,name=out_of_memory,json=outOfMemory,proto3" json:"out_of_memory,omitempty"`
+	OutOfMemory bool `protobuf:"varint,5,opt,name=out_of_memory,json=outOfMemory,proto3" json:"out_of_memory,omitempty"`
+	// With out_of_memory, how much the programs of the sandbox may take together, in MiB;
+	// 0 if the guest does not tell.
+	MemoryLimitMb int32 `protobuf:"varint,6,opt,name=memory_limit_mb,json=memoryLimitMb,proto3" json:"memory_limit_mb,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1984,6 +1987,13 @@ func (x *ExecResponse) GetOutOfMemory() bool {
 		return x.OutOfMemory
 	}
 	return false
+}
+
+func (x *ExecResponse) GetMemoryLimitMb() int32 {
+	if x != nil {
+		return x.MemoryLimitMb
+	}
+	return 0
 }
 
 // ExecOutput is what a command had written when Exec ended with an error: its time
@@ -4075,13 +4085,14 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03cwd\x18\a \x01(\tR\x03cwd\x1a7\n" +
 	"\tEnvsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x97\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xbf\x01\n" +
 	"\fExecResponse\x12\x16\n" +
 	"\x06stdout\x18\x01 \x01(\fR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x02 \x01(\fR\x06stderr\x12\x1b\n" +
 	"\texit_code\x18\x03 \x01(\x05R\bexitCode\x12\x16\n" +
 	"\x06signal\x18\x04 \x01(\x05R\x06signal\x12\"\n" +
-	"\rout_of_memory\x18\x05 \x01(\bR\voutOfMemory\"<\n" +
+	"\rout_of_memory\x18\x05 \x01(\bR\voutOfMemory\x12&\n" +
+	"\x0fmemory_limit_mb\x18\x06 \x01(\x05R\rmemoryLimitMb\"<\n" +
 	"\n" +
 	"ExecOutput\x12\x16\n" +
 	"\x06stdout\x18\x01 \x01(\fR\x06stdout\x12\x16\n" +

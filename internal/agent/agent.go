@@ -216,7 +216,7 @@ func (b *base) takeOver(ctx context.Context, c Config, chosen host.Choice, templ
 	var found sandbox.Recovery
 	b.manager, found, err = sandbox.Open(ctx, sandbox.Config{
 		StateDir: c.StateDir, RunDir: filepath.Join(c.parts.run, plan.Instance),
-		Driver: chosen.Driver, Others: chosen.Others,
+		Drivers: []vmm.Driver{chosen.Driver}, Others: chosen.Others,
 		Network: b.network, Templates: templates, Guests: c.parts.guests,
 		KillStrays: c.parts.killStrays, NetNSOf: c.parts.netNSOf,
 		Capacity: c.Capacity, Quota: b.quota, MaxLife: c.MaxTimeout, OverlayMiB: c.OverlayMiB, DNS: c.resolvers(), GuestCA: c.GuestCA,

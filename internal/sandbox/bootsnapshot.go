@@ -72,7 +72,7 @@ func (v *vms) bootSource(ctx context.Context, rec Record, tmpl template.Template
 	}
 	return source{from: FromBoot, why: "the first of its kind", tell: tellIdentity, stage: &stage, stageMeta: template.Meta{
 		Key:   key,
-		Shape: template.Shape{Driver: v.cfg.Driver.Name(), VCPUs: rec.VCPUs, MemMiB: rec.MemMiB, DiskMiB: rec.DiskMiB},
+		Shape: template.Shape{Driver: v.driverOf(rec).Name(), VCPUs: rec.VCPUs, MemMiB: rec.MemMiB, DiskMiB: rec.DiskMiB},
 	}}
 }
 
@@ -91,12 +91,13 @@ var errNoRestorer = errdefs.Unsupported.Errorf("the vmm cannot restore snapshots
 // bootKey is the digest of all that a boot snapshot depends on. Two
 // sandboxes with the same key start from the same bytes.
 func (h *host) bootKey(ctx context.Context, rec Record, tmpl template.Template) (string, error) {
-	restorer, ok := h.cfg.Driver.(vmm.Restorer)
+	driver := h.driverOf(rec)
+	restorer, ok := driver.(vmm.Restorer)
 	if !ok {
 		return "", errNoRestorer
 	}
 	rec.ID, rec.Slot = bootName, 1
-	spec := h.spec(h.cfg.Driver, rec, tmpl)
+	spec := h.spec(driver, rec, tmpl)
 	machine, err := restorer.SnapshotKey(ctx, spec)
 	if err != nil {
 		return "", err
@@ -106,7 +107,7 @@ func (h *host) bootKey(ctx context.Context, rec Record, tmpl template.Template) 
 		bootVersion, machine, spec.BootKey(),
 		tmpl.KernelSHA256, tmpl.InitrdSHA256, tmpl.EnvdSHA256, tmpl.RootSHA256,
 		fmt.Sprint(spec.VCPUs), fmt.Sprint(spec.MemMiB), fmt.Sprint(rec.DiskMiB),
-	}, programKey(tmpl)...) {
+	}, append(imageKey(driver, tmpl), programKey(tmpl)...)...) {
 		fmt.Fprintf(sum, "%d:%s\n", len(part), part)
 	}
 	return hex.EncodeToString(sum.Sum(nil)[:16]), nil
@@ -114,7 +115,8 @@ func (h *host) bootKey(ctx context.Context, rec Record, tmpl template.Template) 
 
 // bootKeyOf is the key of the boot snapshot that a request would start from.
 func (h *host) bootKeyOf(ctx context.Context, req CreateRequest, tmpl template.Template) (string, error) {
-	return h.bootKey(ctx, Record{VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: cmp.Or(req.DiskMiB, h.cfg.OverlayMiB)}, tmpl)
+	rec := Record{VMM: req.VMM, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: cmp.Or(req.DiskMiB, h.cfg.OverlayMiB)}
+	return h.bootKey(ctx, rec, tmpl)
 }
 
 // makeBootSnapshot makes a boot snapshot of a guest that has booted, whose template's
@@ -161,14 +163,19 @@ func (m *Manager) Prepare(ctx context.Context, req CreateRequest) (made bool, er
 	if err := req.check(); err != nil {
 		return false, err
 	}
-	if _, err := restorerOf(m.cfg.Driver); err != nil {
-		return false, err
-	}
 	tmpl, err := m.cfg.Templates.Get(req.Template)
 	if err != nil {
 		return false, err
 	}
-	rec := Record{ID: bootName, Slot: 1, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: cmp.Or(req.DiskMiB, m.cfg.OverlayMiB)}
+	if req.VMM, err = m.choose(ctx, req, canRun(req, tmpl)); err != nil {
+		return false, err
+	}
+	if _, err := restorerOf(m.driverOf(Record{VMM: req.VMM})); err != nil {
+		return false, err
+	}
+	rec := Record{
+		ID: bootName, Slot: 1, VMM: req.VMM, VCPUs: req.VCPUs, MemMiB: req.MemMiB, DiskMiB: cmp.Or(req.DiskMiB, m.cfg.OverlayMiB),
+	}
 	there := func() (bool, error) {
 		src := m.bootSource(ctx, rec, tmpl)
 		defer src.close()
@@ -204,6 +211,9 @@ func (h *host) readAhead(ctx context.Context) {
 	tmpl, err := h.cfg.Templates.Get(req.Template)
 	if err != nil {
 		return // the first create says why
+	}
+	if req.VMM, err = h.choose(ctx, req, canRun(req, tmpl)); err != nil {
+		return
 	}
 	if key, err := h.bootKeyOf(ctx, req, tmpl); err == nil {
 		_, _ = h.cfg.Templates.Ready(ctx, tmpl.ID, tmpl.Build, key)

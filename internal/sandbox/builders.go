@@ -45,6 +45,10 @@ func (bs *Builders) Create(ctx context.Context, r BuilderRequest) (ID, error) {
 	if err := req.check(); err != nil {
 		return "", err
 	}
+	var err error
+	if req.VMM, err = h.choose(ctx, req, hasDisk); err != nil {
+		return "", err
+	}
 	if err := h.checkPolicy(req.Network); err != nil {
 		return "", err
 	}

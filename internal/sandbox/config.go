@@ -47,6 +47,7 @@ type Templates interface {
 	Prune(ctx context.Context, needed func(template.Info, template.Build) bool) error
 	Unused(needed func(template.Info, template.Build) bool) ([]template.Unused, error)
 	NewOverlay(ctx context.Context, path string, sizeMiB int) error
+	NewDisk(ctx context.Context, path string, sizeMiB int) error
 	CloneOverlay(ctx context.Context, path, from string) error
 	Ready(ctx context.Context, id, build, key string) (template.Ready, error)
 	StageReady(ctx context.Context, id, build string) (template.Stage, error)
@@ -78,10 +79,11 @@ type Config struct {
 	// RunDir holds a directory per running VM, for its sockets.
 	RunDir string
 
-	// Driver runs new VMs.
-	Driver vmm.Driver
-	// Others are drivers that have been the Driver: their VMs and snapshots may still
-	// be there.
+	// Drivers run new VMs, the best first: a sandbox gets the first that can run it, unless
+	// its create names one. There is one at least.
+	Drivers []vmm.Driver
+	// Others are drivers that run no new VMs: those that they started, and snapshots of
+	// these, may still be there.
 	Others    []vmm.Driver
 	Network   Network
 	Templates Templates

@@ -15,6 +15,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 	"git.omukk.dev/wrenn/sandbox/internal/undo"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // Bounds of a sandbox's size. A host's Capacity may be narrower.
@@ -53,6 +54,11 @@ type CreateRequest struct {
 	Life time.Duration `json:",omitzero"`
 	// AutoResume lets Wake resume the sandbox.
 	AutoResume bool `json:",omitzero"`
+	// VMM is the name of the driver that is to run the sandbox; the best that can, or the
+	// snapshot's, when empty.
+	VMM string `json:",omitzero"`
+	// Isolation is what must stand between the guest and the host; anything when empty.
+	Isolation Isolation `json:",omitzero"`
 	// Network is what the sandbox may reach.
 	Network Policy `json:",omitzero"`
 	// Ingress is how its servers are reached.
@@ -103,7 +109,7 @@ func (r *CreateRequest) check() error {
 	if r.DiskMiB != 0 && (r.DiskMiB < template.MinOverlayMiB || r.DiskMiB > template.MaxOverlayMiB) {
 		errs = append(errs, fmt.Errorf("disk is %d MiB, must be %d to %d", r.DiskMiB, template.MinOverlayMiB, template.MaxOverlayMiB))
 	}
-	errs = append(errs, checkName(r.Labels.Name), r.checkLife(), checkTimeout(r.Timeout),
+	errs = append(errs, checkName(r.Labels.Name), r.Isolation.check(), r.checkLife(), checkTimeout(r.Timeout),
 		r.OnTimeout.check("on_timeout"), r.checkEnd(), r.OnEnd.check("on_deadline"),
 		CheckUser(r.Login.User), checkWorkdir(r.Login.Workdir), CheckEnv(r.Login.Env),
 		CheckMetadata(r.Labels.Metadata))
@@ -207,6 +213,9 @@ func (m *Manager) createFromTemplate(ctx context.Context, req CreateRequest, t t
 		return Created{}, err
 	}
 	req.Login = req.Login.Over(tmpl.Defaults.Login)
+	if req.VMM, err = m.choose(ctx, req, canRun(req, tmpl)); err != nil {
+		return Created{}, err
+	}
 	if _, err := m.disk.reserve(0); err != nil {
 		return Created{}, fmt.Errorf("create sandbox: %w", err)
 	}
@@ -296,10 +305,10 @@ func (h *holdings) admit(ctx context.Context, id ID, project string, more Resour
 	}
 }
 
-// acquireSlot acquires an address slot. Waiting guests make way.
-func (h *holdings) acquireSlot(ctx context.Context, makeWay making) (network.Slot, error) {
+// acquireSlot acquires an address slot with a link for a driver. Waiting guests make way.
+func (h *holdings) acquireSlot(ctx context.Context, d vmm.Driver, makeWay making) (network.Slot, error) {
 	for {
-		slot, err := h.cfg.Network.Acquire(ctx, h.cfg.Driver.Needs().Link)
+		slot, err := h.cfg.Network.Acquire(ctx, d.Needs().Link)
 		if !errors.Is(err, errdefs.Exhausted) || !makeWay(ctx, Resources{}) {
 			return slot, err
 		}
@@ -333,7 +342,8 @@ func (h *holdings) reserve(
 		return nil, err
 	}
 	temp.Push("admission", func(context.Context) error { h.ledger.give(id); return nil })
-	slot, err := h.acquireSlot(ctx, makeWay)
+	driver := h.driverOf(Record{VMM: req.VMM})
+	slot, err := h.acquireSlot(ctx, driver, makeWay)
 	if err != nil {
 		return nil, err
 	}
@@ -348,8 +358,8 @@ func (h *holdings) reserve(
 		Network: req.Network.clone(), Ingress: req.Ingress.clone(), Login: req.Login, Labels: req.Labels.clone(), RequestDigest: req.digest,
 		Slot: slot, HostIP: h.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		TrafficToken: req.Ingress.newTrafficToken(),
-		BootKey:      req.bootKey,
-		CreatedAt:    now, StateAt: now, LastActiveAt: now,
+		BootKey:      req.bootKey, VMM: driver.Name(), RootImage: rootImage(driver, tmpl),
+		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
 	b.setAbort(abort)
 	if err := h.store.save(b.record()); err != nil {

@@ -3,9 +3,13 @@ package sandbox
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
@@ -39,7 +43,7 @@ func TestAnotherDriverAfterARestart(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.die()
-	r.changed = func(c *Config) { c.Others, c.Driver = []vmm.Driver{c.Driver}, stranger{} }
+	r.changed = func(c *Config) { c.Others, c.Drivers = c.Drivers, []vmm.Driver{stranger{}} }
 	r.start()
 	if len(r.found.Adopted) != 1 || r.found.Adopted[0] != runs {
 		t.Errorf("found %+v, want %s adopted", r.found, runs)
@@ -52,7 +56,7 @@ func TestAnotherDriverAfterARestart(t *testing.T) {
 
 	// What neither of them knows is left alone, for the next that does.
 	r.die()
-	r.changed = func(c *Config) { c.Driver = stranger{} }
+	r.changed = func(c *Config) { c.Drivers = []vmm.Driver{stranger{}} }
 	r.start()
 	if len(r.found.Unreachable) != 2 || len(r.host.Live()) != 2 {
 		t.Errorf("found %+v with VMs %v, want both left", r.found, r.host.Live())
@@ -71,7 +75,7 @@ func TestAnotherDriverAfterARestart(t *testing.T) {
 
 // A driver that runs no kernel and takes no tap makes sandboxes as the others do.
 func TestDriverWithItsOwnKernel(t *testing.T) {
-	r := newRig(t, func(c *Config) { c.Driver.(hookedDriver).Driver.(*vmmtest.Fake).OwnKernel = true })
+	r := newRig(t, func(c *Config) { c.Drivers[0].(hookedDriver).Driver.(*vmmtest.Fake).OwnKernel = true })
 	id := r.create()
 	spec, ok := r.host.Spec(string(id))
 	if !ok || spec.Kernel != (vmm.Kernel{}) || spec.Link.Kind != vmm.Packet || len(spec.Root.Layers) != 1 || spec.Root.Overlay == "" || !spec.Boot.Addr.IsValid() {
@@ -87,5 +91,166 @@ func TestDriverWithItsOwnKernel(t *testing.T) {
 	}
 	if err := r.Destroy(t.Context(), id); err != nil {
 		t.Error(err)
+	}
+}
+
+// beside is a rig with a flat driver, which is the best one, beside a machine.
+func beside(t *testing.T) *rig {
+	r := newRig(t, nil)
+	r.die()
+	r.changed = func(c *Config) {
+		flat := vmmtest.NewFake(r.host)
+		flat.Flat, flat.Called, flat.Lenient = true, "flat", true
+		c.Drivers = append([]vmm.Driver{hookedDriver{flat, r.faults}}, c.Drivers...)
+	}
+	r.start()
+	return r
+}
+
+// A sandbox gets the best driver that can run it, or the one that its create names.
+func TestChooseADriver(t *testing.T) {
+	r := beside(t)
+	for _, c := range []struct {
+		req      CreateRequest
+		noFlat   bool
+		want     string
+		refused  *errdefs.Class
+		contains string
+	}{
+		{want: "flat"},
+		{req: CreateRequest{VMM: "flat"}, want: "flat"},
+		{req: CreateRequest{VMM: "fake"}, want: "fake"},
+		{req: CreateRequest{Isolation: VMIsolation}, want: "fake"},
+		{req: CreateRequest{OnTimeout: HibernateFilesOnTimeout}, want: "fake"},
+		{noFlat: true, want: "fake"},
+		{req: CreateRequest{VMM: "flat"}, noFlat: true, refused: errdefs.WrongState, contains: "build it again"},
+		{req: CreateRequest{VMM: "flat", Isolation: VMIsolation}, refused: errdefs.WrongState, contains: "isolation vm"},
+		{req: CreateRequest{VMM: "flat", OnEnd: HibernateFilesOnTimeout}, refused: errdefs.WrongState, contains: "no files"},
+		{req: CreateRequest{VMM: "xen"}, refused: errdefs.InvalidArgument, contains: "flat, fake"},
+		{req: CreateRequest{Isolation: "moat"}, refused: errdefs.InvalidArgument, contains: "moat"},
+	} {
+		r.tmpl.noFlat.Store(c.noFlat)
+		made, err := r.Create(t.Context(), c.req)
+		if c.refused != nil {
+			wantClass(t, err, c.refused)
+			if !strings.Contains(err.Error(), c.contains) {
+				t.Errorf("%+v: %v", c.req, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if made.VMM != c.want || (made.Isolation == vmm.UserSpaceKernel) != (c.want == "flat") {
+			t.Errorf("%+v: driver %q with %q, want %s", c.req, made.VMM, made.Isolation, c.want)
+		}
+		if err := r.Destroy(t.Context(), made.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	r.wantNothing()
+}
+
+// Each sandbox stays with its driver, whatever is done to it and whichever agent does it.
+// A flat one has no disk by itself, and its guest keeps the image of init that it began with.
+func TestDriversSideBySide(t *testing.T) {
+	r := beside(t)
+	for _, name := range []string{"flat", "fake"} {
+		ctx := t.Context()
+		id := r.made(CreateRequest{VMM: name}).ID
+		is := func(what string, id ID) {
+			t.Helper()
+			spec, ok := r.host.Spec(string(id))
+			info := r.wantState(id, Running)
+			if !ok || info.VMM != name || (spec.Init != "") != (name == "flat") || (spec.Kernel == vmm.Kernel{}) != (name == "flat") {
+				t.Errorf("%s: %s runs with %q: %+v", what, name, info.VMM, spec)
+			}
+			if name == "flat" {
+				if _, err := os.Stat(spec.Init); err != nil || spec.Root.Layers[0] != "/root.erofs" || spec.Link.Name != network.PacketEnd {
+					t.Errorf("%s: %v, %+v", what, err, spec)
+				}
+			}
+		}
+		is("created", id)
+		is("from a boot snapshot", r.made(CreateRequest{VMM: name}).ID)
+		if err := errors.Join(r.Pause(ctx, id), r.Resume(ctx, id), r.Hibernate(ctx, id, Hibernation{})); err != nil {
+			t.Fatal(err)
+		}
+		// Setup replaces what guests boot with.
+		if err := errors.Join(os.Remove(filepath.Join(r.dir, "init.erofs")), os.WriteFile(filepath.Join(r.dir, "init.erofs"), []byte("new"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		r.die()
+		r.start()
+		if err := r.Resume(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+		is("resumed by the next agent", id)
+		forked, err := r.Fork(ctx, id, ForkRequest{Count: 2})
+		if err != nil {
+			t.Fatal(err)
+		}
+		is("forked", forked.Sandboxes[0].ID)
+		snap, err := r.Snapshot(ctx, id, SnapshotRequest{Name: "of-" + name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		cloned := r.made(CreateRequest{Template: snap.Name})
+		is("cloned", cloned.ID)
+		if name == "flat" {
+			if data, err := os.ReadFile(r.store.initImage(cloned.ID)); err != nil || string(data) != "init" {
+				t.Errorf("image of init: %q, %v", data, err)
+			}
+		}
+		r.die()
+		r.start()
+		is("adopted", cloned.ID)
+	}
+	for _, info := range r.List(true) {
+		if err := r.Destroy(t.Context(), info.ID); err != nil {
+			t.Error(err)
+		}
+	}
+	r.wantNothing()
+}
+
+// What would need a disk by itself is refused, and changes nothing.
+func TestFlatSandboxHasNoFilesAlone(t *testing.T) {
+	r := beside(t)
+	ctx := t.Context()
+	id := r.made(CreateRequest{VMM: "flat"}).ID
+	wantClass(t, r.Hibernate(ctx, id, Hibernation{FilesOnly: true}), errdefs.WrongState)
+	_, err := r.Snapshot(ctx, id, SnapshotRequest{FilesOnly: true})
+	wantClass(t, err, errdefs.WrongState)
+	r.wantState(id, Running)
+	snap, err := r.Snapshot(ctx, id, SnapshotRequest{Name: "s"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Hibernate(ctx, id, Hibernation{}); err != nil {
+		t.Fatal(err)
+	}
+	wantClass(t, r.coldBoot(id), errdefs.WrongState)
+	r.wantState(id, Hibernated)
+
+	// Its memory fits neither another driver nor another root.
+	_, err = r.Create(ctx, CreateRequest{Template: snap.Name, VMM: "fake"})
+	wantClass(t, err, errdefs.Unsupported)
+	_, err = r.Create(ctx, CreateRequest{Template: snap.Name, Isolation: VMIsolation})
+	wantClass(t, err, errdefs.Unsupported)
+	r.tmpl.noFlat.Store(true)
+	_, err = r.Create(ctx, CreateRequest{Template: snap.Name})
+	wantClass(t, err, errdefs.Unsupported)
+	wantClass(t, r.Resume(ctx, id), errdefs.Unsupported)
+	r.wantState(id, Hibernated)
+	r.tmpl.noFlat.Store(false)
+	if err := r.Resume(ctx, id); err != nil {
+		t.Error(err)
+	}
+
+	// A build sandbox needs a disk that can be copied, so it is a machine.
+	b := r.builder(BuilderRequest{})
+	if spec, ok := r.host.Spec(string(b)); !ok || spec.Init != "" {
+		t.Errorf("build sandbox %+v", spec)
 	}
 }

@@ -402,6 +402,7 @@ type fakeTemplates struct {
 	making chan struct{}
 	base   string       // digest of the base image
 	start  atomic.Value // template.Program; the agent reads ahead while a test begins
+	noFlat atomic.Bool  // there is no EROFS
 	found  atomic.Int64 // ready snapshots, when somebody looked
 	*template.Store
 }
@@ -411,6 +412,9 @@ func newFakeTemplates(f *faults, dir string) *fakeTemplates {
 	os.Remove(filepath.Join(state, "templates", "lock")) // the kernel drops that of the dead
 	store, err := template.Open(state, slog.New(slog.DiscardHandler))
 	if err != nil {
+		panic(err)
+	}
+	if err := os.WriteFile(filepath.Join(filepath.Dir(dir), "init.erofs"), []byte("init"), 0o600); err != nil {
 		panic(err)
 	}
 	return &fakeTemplates{faults: f, dir: dir, making: make(chan struct{}, 1), Store: store}
@@ -439,9 +443,20 @@ func (t *fakeTemplates) Root(info template.Info, b template.Build) (template.Tem
 	start, _ := t.start.Load().(template.Program)
 	return template.Template{
 		ID: info.ID, Build: b.ID, Name: info.Name(),
-		Boot:   template.Boot{Kernel: "/vmlinux", Initrd: "/initrd.img"},
+		Boot: template.Boot{
+			Kernel: "/vmlinux", Initrd: "/initrd.img", InitImage: filepath.Join(filepath.Dir(t.dir), "init.erofs"), InitSHA256: "init",
+		},
+		EROFS:  t.flat(),
 		Layers: []template.Layer{{Path: "/base.ext4", SHA256: t.base}}, RootSHA256: t.base, Start: start,
 	}, nil
+}
+
+// flat is the one image of the template, whose digest follows the base image's.
+func (t *fakeTemplates) flat() template.Layer {
+	if t.noFlat.Load() {
+		return template.Layer{}
+	}
+	return template.Layer{Path: "/root.erofs", SHA256: "flat " + t.base}
 }
 
 func (t *fakeTemplates) Get(name string) (template.Template, error) {
@@ -544,6 +559,14 @@ func (t *fakeTemplates) CloneOverlay(ctx context.Context, path, from string) err
 func (t *fakeTemplates) NewOverlay(ctx context.Context, path string, _ int) error {
 	err := t.do(ctx, "overlay", func() error { return os.WriteFile(path, nil, 0o600) })
 	if err != nil { // the store promises that no half a disk is left
+		os.Remove(path)
+	}
+	return err
+}
+
+func (t *fakeTemplates) NewDisk(ctx context.Context, path string, mib int) error {
+	err := t.do(ctx, "overlay", func() error { return os.WriteFile(path, nil, 0o600) })
+	if err != nil {
 		os.Remove(path)
 	}
 	return err

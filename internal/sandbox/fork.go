@@ -132,7 +132,7 @@ func (m *Manager) fork(ctx context.Context, of Record, life time.Duration, src s
 		return Info{}, err
 	}
 	req := CreateRequest{
-		snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, DiskMiB: of.DiskMiB,
+		VMM: m.driverOf(of).Name(), snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, DiskMiB: of.DiskMiB,
 		Timeout: of.Timeout, OnTimeout: of.OnTimeout, EndAt: of.EndAt, OnEnd: of.OnEnd,
 		Life: of.Life, AutoResume: of.AutoResume,
 		Network: of.Network, Ingress: of.Ingress, Login: of.Login, Labels: of.Labels.clone(),

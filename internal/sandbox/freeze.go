@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -63,8 +64,11 @@ const opBoot Operation = "boot snapshot"
 // it answers again. Called with the op lock held.
 func (v *vms) freeze(ctx context.Context, b *box, f freezing) (frozen, error) {
 	was := frozen{record: b.record()}
+	if f.what.FilesOnly && was.record.flat() {
+		return was, noFilesAlone(was.record)
+	}
 	if _, ok := b.op.vm.(vmm.Snapshotter); !ok && !f.what.FilesOnly {
-		return was, errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", v.cfg.Driver.Name())
+		return was, errdefs.Unsupported.Errorf("the vmm %s cannot make snapshots", was.record.vmm())
 	}
 	stopped, err := v.stillGuest(ctx, b, f, &was)
 	if err != nil {
@@ -72,7 +76,7 @@ func (v *vms) freeze(ctx context.Context, b *box, f freezing) (frozen, error) {
 	}
 	err = b.op.vm.Pause(ctx)
 	if err == nil {
-		err = write(ctx, b.op.vm, f, v.store.overlay(b.id))
+		err = v.write(ctx, b, f)
 	}
 	if err == nil && f.keep != nil {
 		if err = f.keep(ctx, was); err == nil {
@@ -97,16 +101,22 @@ func (v *vms) freeze(ctx context.Context, b *box, f freezing) (frozen, error) {
 }
 
 // write has the VMM write memory and devices, if they are kept, while the disk is copied.
-func write(ctx context.Context, vm vmm.VM, f freezing, overlay string) error {
+// A disk that is in the memory is not copied; the image of init, which the guest reads,
+// gets a name there. Called with the op lock held.
+func (v *vms) write(ctx context.Context, b *box, f freezing) error {
+	flat := b.record().flat()
 	var disk, memory error
 	var wg sync.WaitGroup
-	if f.disk != nil {
-		wg.Go(func() { disk = f.disk(ctx, overlay) })
+	if f.disk != nil && !flat {
+		wg.Go(func() { disk = f.disk(ctx, v.store.overlay(b.id)) })
 	}
 	if !f.what.FilesOnly {
-		memory = vm.(vmm.Snapshotter).Snapshot(ctx, f.dir)
+		memory = b.op.vm.(vmm.Snapshotter).Snapshot(ctx, f.dir)
 	}
 	wg.Wait()
+	if flat && memory == nil {
+		memory = v.linkFile(ctx, filepath.Join(f.dir, initName), v.store.initImage(b.id))
+	}
 	return errors.Join(memory, disk)
 }
 

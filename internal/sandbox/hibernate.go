@@ -58,7 +58,11 @@ var ErrGuestSilent = errdefs.WrongState.Errorf("the sandbox's guest does not ans
 // moveTimeout bounds an operation that writes a sandbox's memory to the disk, or reads
 // it from there.
 func moveTimeout(rec Record) time.Duration {
-	return opTimeout + stillTimeout + perGiB(perGiBMove, rec.MemMiB)
+	moved := rec.MemMiB
+	if rec.flat() {
+		moved += rec.DiskMiB
+	}
+	return opTimeout + stillTimeout + perGiB(perGiBMove, moved)
 }
 
 // Hibernate writes a running or paused sandbox to disk and ends its VM: memory,
@@ -82,8 +86,12 @@ func (m *Manager) hibernate(ctx context.Context, b *box, what Hibernation) error
 	if err := b.full(OpHibernate); err != nil {
 		return err
 	}
-	if !what.FilesOnly { // the disk takes no more room than before
-		copied, err := m.disk.reserve(int64(b.record().MemMiB) << 20)
+	if rec := b.record(); !what.FilesOnly {
+		room := int64(rec.MemMiB) << 20
+		if rec.flat() { // or else the disk takes no more room than before
+			room += m.store.takenBytes(b.id)
+		}
+		copied, err := m.disk.reserve(room)
 		if err != nil {
 			return fail(err)
 		}
@@ -119,7 +127,7 @@ func (m *Manager) keepHibernated(ctx context.Context, b *box, dir string, what H
 		}
 		m.log.Warn("guest does not sync its disk, it is hibernated all the same", "sandbox", b.id, "err", was.unsynced)
 	}
-	err := m.store.publishSnapshot(ctx, b.id, dir)
+	err := m.store.publishSnapshot(ctx, b.record(), dir)
 	if err == nil && ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
@@ -176,6 +184,9 @@ func (m *Manager) resumeFromDisk(ctx context.Context, b *box, how resuming) erro
 		return fail(errShutDown)
 	}
 	rec := b.record()
+	if how.filesOnly && rec.flat() {
+		return noFilesAlone(rec)
+	}
 	if rec.Slot != 0 || b.op.vm != nil {
 		if err := m.freeHibernated(b); err != nil {
 			return err
@@ -242,7 +253,7 @@ func (h *holdings) readmit(ctx context.Context, b *box) (err error) {
 		return err
 	}
 	temp.Push("admission", func(context.Context) error { h.ledger.adopt(b.id, rec.Project, rec.takes()); return nil })
-	slot, err := h.acquireSlot(ctx, h.makeWay)
+	slot, err := h.acquireSlot(ctx, h.driverOf(rec), h.makeWay)
 	if err != nil {
 		return err
 	}
@@ -302,6 +313,9 @@ func (m *Manager) hibernateExpired(b *box, what Hibernation) {
 	b.setAbort(abort)
 	b.setPausing(time.Now().UTC())
 	err := unreached(b.record())
+	if b.record().flat() {
+		what.FilesOnly = false // more than its user asked for; there are no files alone
+	}
 	if b.op.vm != nil {
 		err = m.hibernate(ctx, b, what)
 	}

@@ -37,12 +37,17 @@ func (s store) stageSnapshot(id ID) (dir string, err error) {
 }
 
 // publishSnapshot makes what is in dir, together with the disk, the sandbox's
-// snapshot. The disk is the same file under a second name. The VM stands still.
-func (s store) publishSnapshot(ctx context.Context, id ID, dir string) error {
+// snapshot. The disk is the same file under a second name, unless it is in the memory. The
+// VM stands still.
+func (s store) publishSnapshot(ctx context.Context, of Record, dir string) error {
 	if err := s.at("snapshot"); err != nil {
 		return err
 	}
-	err := os.Link(s.overlay(id), filepath.Join(dir, snapshotOverlay))
+	id := of.ID
+	var err error
+	if !of.flat() {
+		err = os.Link(s.overlay(id), filepath.Join(dir, snapshotOverlay))
+	}
 	if err == nil {
 		err = template.SealState(ctx, dir)
 	}

@@ -7,7 +7,6 @@ import (
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
-	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 // HostInfo is what a scheduler needs to know of a host.
@@ -36,11 +35,11 @@ func (m *Manager) Host(ctx context.Context) (HostInfo, error) {
 	if err := size.check(); err != nil {
 		return HostInfo{}, err
 	}
-	for _, d := range append([]vmm.Driver{m.cfg.Driver}, m.cfg.Others...) {
+	for _, d := range m.drivers() {
 		key, err := m.memoryKey(ctx, template.Shape{
 			Driver: d.Name(), VCPUs: size.VCPUs, MemMiB: size.MemMiB, DiskMiB: m.cfg.OverlayMiB,
-		})
-		if err != nil && !errors.Is(err, errdefs.Unsupported) && d == m.cfg.Driver {
+		}, "")
+		if err != nil && !errors.Is(err, errdefs.Unsupported) && d == m.cfg.Drivers[0] {
 			return HostInfo{}, fmt.Errorf("identify snapshots of %s: %w", d.Name(), err)
 		}
 		info.Drivers = append(info.Drivers, DriverInfo{Name: d.Name(), SnapshotKey: key})

@@ -99,7 +99,7 @@ func (r *rig) config() Config {
 	f := r.faults // of this agent, not of the next
 	cfg := Config{
 		StateDir: filepath.Join(r.dir, "state"), RunDir: filepath.Join(r.dir, "run"),
-		Driver: hookedDriver{r.driver, r.faults}, Network: r.net, Templates: r.tmpl,
+		Drivers: []vmm.Driver{hookedDriver{r.driver, r.faults}}, Network: r.net, Templates: r.tmpl,
 		Guests: func(_ netip.Addr, token string) Guest {
 			r.open.Add(1)
 			return fakeGuest{f, &r.open, r.exec, func(in guest.Init) string {
@@ -779,7 +779,7 @@ func TestStartsWaitTheirTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := newRig(t, func(c *Config) {
 			c.Capacity.Starts, c.Capacity.StartQueue = 1, 5*time.Second
-			c.Driver = struct{ vmm.Driver }{c.Driver} // which cannot restore
+			c.Drivers = []vmm.Driver{struct{ vmm.Driver }{c.Drivers[0]}} // which cannot restore
 		})
 		ctx, cancel := context.WithCancel(t.Context())
 		r.faults.on("guest.ready", hang)

@@ -358,6 +358,9 @@ func (k keeper) refill() (made bool, err error) {
 	}
 	tmpl, err := k.cfg.Templates.Get(req.Template)
 	if err == nil {
+		req.VMM, err = k.choose(ctx, req, canRun(req, tmpl))
+	}
+	if err == nil {
 		req.bootKey, err = k.bootKeyOf(ctx, req, tmpl)
 	}
 	if err != nil {

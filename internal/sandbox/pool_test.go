@@ -106,8 +106,8 @@ func TestWarmKind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		machine := &keyedDriver{key: "one"}
 		r := warmRig(t, 1, func(c *Config) {
-			machine.hookedDriver = c.Driver.(hookedDriver)
-			c.Driver = machine
+			machine.hookedDriver = c.Drivers[0].(hookedDriver)
+			c.Drivers = []vmm.Driver{machine}
 		})
 		r.create()
 		r.fillPool()

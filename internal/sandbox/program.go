@@ -329,7 +329,10 @@ func (m *Manager) PrepareBuild(ctx context.Context, id, build string, log Progra
 	if err := req.check(); err != nil {
 		return err
 	}
-	if _, err := restorerOf(m.cfg.Driver); err != nil && !hasProgram(tmpl) {
+	if req.VMM, err = m.choose(ctx, req, canRun(req, tmpl)); err != nil {
+		return fmt.Errorf("prepare build: %w", err)
+	}
+	if _, err := restorerOf(m.driverOf(Record{VMM: req.VMM})); err != nil && !hasProgram(tmpl) {
 		return nil // there is nothing that a create would not do
 	}
 	if _, err := m.disk.reserve(0); err != nil {

@@ -78,7 +78,7 @@ func (v *vms) attach(ctx context.Context, b *box, rec Record) error {
 		}
 		return nil
 	}
-	vm, err := v.driverOf(*rec.VM).Attach(ctx, *rec.VM)
+	vm, err := v.driverOf(rec).Attach(ctx, *rec.VM)
 	if errors.Is(err, errdefs.NotFound) {
 		return fmt.Errorf("attach vm: %w: %w", errGone, err)
 	}

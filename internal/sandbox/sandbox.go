@@ -234,6 +234,14 @@ type Record struct {
 	// Base is the digest of the base image that the disk is laid over.
 	Base string `json:"base,omitempty"`
 
+	// VMM is the name of the driver that runs the VM, or did; empty if an earlier agent
+	// wrote the record. Isolation is as in vmm.Report.
+	VMM       string        `json:"vmm,omitempty"`
+	Isolation vmm.Isolation `json:"isolation,omitempty"`
+	// RootImage is the digest of the one image that the disk is laid over where the driver
+	// is flat (vmm.Needs): the disk is in the VM's memory then.
+	RootImage string `json:"rootImage,omitempty"`
+
 	// Network is what it may reach.
 	Network Policy `json:"network,omitzero"`
 	// Ingress is how its servers are reached.
@@ -322,6 +330,8 @@ type Info struct {
 	VCPUs      int
 	MemMiB     int
 	DiskMiB    int
+	VMM        string // the driver's name; empty if that is not known
+	Isolation  vmm.Isolation
 	CPU        string // as vmm.Handle has it; empty without a VM
 	Timeout    time.Duration
 	OnTimeout  OnTimeout
@@ -355,6 +365,18 @@ type Info struct {
 // user is the one that programs run as if a call names none.
 func (r Record) user() string { return cmp.Or(r.Login.User, "root") }
 
+// flat says whether the sandbox's disk is in its VM's memory, and in the memory of its
+// snapshots: there is no disk by itself that could be copied or booted.
+func (r Record) flat() bool { return r.RootImage != "" }
+
+// vmm is the name of the driver, as far as it is known.
+func (r Record) vmm() string {
+	if r.VMM == "" && r.VM != nil {
+		return r.VM.Driver
+	}
+	return r.VMM
+}
+
 // started is StartedAt, as far as it is known.
 func (r Record) started() time.Time {
 	if r.StartedAt.IsZero() && r.State == Running {
@@ -385,6 +407,7 @@ func (r Record) info() Info {
 		FilesOnly: r.FilesOnly, EnvdVersion: cmp.Or(r.EnvdVersion, guestapi.E2BVersion),
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 		StartedAt: r.started(), PausedAt: r.paused(),
+		VMM: r.vmm(), Isolation: r.Isolation,
 	}
 	if r.VM != nil {
 		info.CPU = r.VM.CPU

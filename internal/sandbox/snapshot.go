@@ -135,13 +135,13 @@ func (m *Manager) publishSnapshot(
 		Shape: template.Shape{Driver: of.VM.Driver, VCPUs: of.VCPUs, MemMiB: of.MemMiB, DiskMiB: of.DiskMiB},
 		Source: &template.Source{
 			Sandbox: string(of.ID), Template: of.Template, TemplateID: of.TemplateID, Build: of.Build, Base: of.Base, CloneKey: of.CloneKey,
-			Synced: true, FilesOnly: filesOnly, Login: of.Login, CreatedAt: time.Now().UTC(),
+			Synced: !of.flat(), RootImage: of.RootImage, FilesOnly: filesOnly, Login: of.Login, CreatedAt: time.Now().UTC(),
 		},
 	}
 	publish, cancel := context.WithTimeoutCause(ctx, moveTimeout(of), errdefs.Unavailable.Errorf("the host's disk is too slow"))
 	defer cancel()
 	if !filesOnly {
-		if meta.Key, err = m.memoryKey(publish, meta.Shape); err != nil {
+		if meta.Key, err = m.memoryKey(publish, meta.Shape, of.RootImage); err != nil {
 			return t, b, err
 		}
 	}
@@ -231,11 +231,16 @@ func (m *Manager) createFromSnapshot(ctx context.Context, req CreateRequest, t t
 		return Created{}, errdefs.Unsupported.Errorf(
 			"snapshot %q needs the base image that template %q had when it was made; the template has another one now", name, tmpl.Name)
 	}
-	src, err := m.snapshotSource(ctx, name, snap)
-	if err != nil {
-		return Created{}, err
+	if snap.Source.RootImage != tmpl.EROFS.SHA256 && snap.Source.RootImage != "" {
+		return Created{}, errdefs.Unsupported.Errorf(
+			"snapshot %q needs the image for the vmm %s that template %q had when it was made; the template has another one now, or none",
+			name, snap.Shape.Driver, tmpl.Name)
 	}
 	if err := req.check(); err != nil {
+		return Created{}, err
+	}
+	src, err := m.snapshotSource(ctx, name, snap, &req)
+	if err != nil {
 		return Created{}, err
 	}
 	req.snapshot = name
@@ -244,32 +249,54 @@ func (m *Manager) createFromSnapshot(ctx context.Context, req CreateRequest, t t
 	return m.create(ctx, req, tmpl, src)
 }
 
-// snapshotSource returns what a sandbox starts from that is made from a named snapshot.
-// A disk that was synced can be booted where the memory does not fit.
-func (h *host) snapshotSource(ctx context.Context, name string, snap template.Snapshot) (sourceOf, error) {
-	if snap.Source.FilesOnly {
-		return fromSnapshotDisk(source{from: FromBoot, why: "the snapshot has no memory", disk: snap.Overlay}), nil
-	}
-	key, err := h.memoryKey(ctx, snap.Shape)
-	why := ""
-	switch {
-	case err != nil && !errors.Is(err, errdefs.Unsupported):
+// snapshotSource returns what a sandbox starts from that is made from a named snapshot,
+// and sets the driver of the request. A disk that was synced can be booted where the memory
+// does not fit.
+func (h *host) snapshotSource(ctx context.Context, name string, snap template.Snapshot, req *CreateRequest) (sourceOf, error) {
+	why, err := h.unfit(ctx, snap, *req)
+	if err != nil {
 		return nil, err
-	case err != nil:
-		why = firstLine(err)
-	case key != snap.Key:
-		why = "its memory is of another version of the vmm, another machine or another cpu than here"
 	}
 	src := source{memory: snap.Dir, disk: snap.Overlay, token: snap.Source.CloneKey}
 	if snap.Source.Synced {
 		src.boot = &source{from: FromBoot, why: why, disk: snap.Overlay}
 	}
-	if why == "" {
+	switch {
+	case why == "":
+		req.VMM = snap.Shape.Driver
 		return fromSnapshot(src), nil
-	}
-	if src.boot == nil {
+	case snap.Source.RootImage != "":
+		return nil, errdefs.Unsupported.Errorf("snapshot %q cannot be restored: %s; nor can it be booted, for its disk is in its memory", name, why)
+	case src.boot == nil:
 		return nil, errdefs.Unsupported.Errorf(
 			"snapshot %q cannot be restored: %s; nor can it be booted, for its disk was not up to date", name, why)
 	}
+	if req.VMM, err = h.choose(ctx, *req, hasDisk); err != nil {
+		return nil, err
+	}
 	return fromSnapshotDisk(*src.boot), nil
+}
+
+// unfit says why the memory of a snapshot cannot be what a request starts from; empty if
+// it can.
+func (h *host) unfit(ctx context.Context, snap template.Snapshot, req CreateRequest) (why string, err error) {
+	if snap.Source.FilesOnly {
+		return "the snapshot has no memory", nil
+	}
+	if req.VMM != "" && req.VMM != snap.Shape.Driver {
+		return fmt.Sprintf("its memory is of the vmm %s, and %s is asked for", snap.Shape.Driver, req.VMM), nil
+	}
+	key, err := h.memoryKey(ctx, snap.Shape, snap.Source.RootImage)
+	switch {
+	case errors.Is(err, errdefs.Unsupported):
+		return firstLine(err), nil
+	case err != nil:
+		return "", err
+	case key != snap.Key:
+		return "its memory is of another version of the vmm, another machine or another cpu than here", nil
+	}
+	if err := isolates(ctx, named(snap.Shape.Driver, h.drivers()), req.Isolation); err != nil {
+		return firstLine(err), nil
+	}
+	return "", nil
 }

@@ -169,7 +169,7 @@ func (v *vms) start(ctx context.Context, b *box, tmpl template.Template, src sou
 	defer whole()
 	defer cancel()
 
-	src, err := v.prepare(ctx, b, src)
+	src, err := v.prepare(ctx, b, tmpl, src)
 	if err != nil {
 		return src, err
 	}
@@ -233,7 +233,7 @@ func (v *vms) startSlot(ctx context.Context) (done func(), err error) {
 
 // prepare makes what the VM needs before it starts: disk, network, run
 // directory. The first two are independent.
-func (v *vms) prepare(ctx context.Context, b *box, src source) (source, error) {
+func (v *vms) prepare(ctx context.Context, b *box, tmpl template.Template, src source) (source, error) {
 	rec := b.record()
 	var opened error
 	var wg sync.WaitGroup
@@ -242,7 +242,7 @@ func (v *vms) prepare(ctx context.Context, b *box, src source) (source, error) {
 		opened = v.openNetwork(ctx, rec)
 		endNetwork()
 	})
-	src, made := v.makeDisk(ctx, rec, src)
+	src, made := v.makeDisk(ctx, rec, tmpl, src)
 	endDisk()
 	wg.Wait()
 	if err := errors.Join(made, opened); err != nil {
@@ -256,16 +256,30 @@ func (v *vms) prepare(ctx context.Context, b *box, src source) (source, error) {
 
 // makeDisk makes a sandbox's overlay. A boot snapshot that was removed gives way to a
 // boot.
-func (v *vms) makeDisk(ctx context.Context, rec Record, src source) (source, error) {
-	err := v.cloneDisk(ctx, rec.ID, src)
-	if src.disk != "" && errors.Is(err, fs.ErrNotExist) {
+func (v *vms) makeDisk(ctx context.Context, rec Record, tmpl template.Template, src source) (source, error) {
+	from := src.disk
+	if rec.flat() {
+		from = ""
+	}
+	err := v.cloneDisk(ctx, rec.ID, from)
+	if rec.flat() {
+		err = v.linkInit(ctx, rec.ID, tmpl, src)
+	}
+	if errors.Is(err, fs.ErrNotExist) && (from != "" || rec.flat() && src.memory != "") {
 		next, ok := src.instead(src.gone)
 		if !ok {
 			return src, src.gone
 		}
-		src, err = next, nil
+		src, from, err = next, "", nil
+		if rec.flat() {
+			err = v.linkInit(ctx, rec.ID, tmpl, src)
+		}
 	}
-	if err == nil && src.disk == "" {
+	switch {
+	case err != nil || from != "":
+	case rec.flat():
+		err = v.cfg.Templates.NewDisk(ctx, v.store.overlay(rec.ID), rec.DiskMiB)
+	default:
 		err = v.cfg.Templates.NewOverlay(ctx, v.store.overlay(rec.ID), rec.DiskMiB)
 	}
 	if err != nil {
@@ -274,17 +288,17 @@ func (v *vms) makeDisk(ctx context.Context, rec Record, src source) (source, err
 	return src, nil
 }
 
-// cloneDisk clones the disk of a source that has one. Its room is reserved before.
-func (v *vms) cloneDisk(ctx context.Context, id ID, src source) error {
-	if src.disk == "" {
+// cloneDisk clones a disk, if there is one to be cloned. Its room is reserved before.
+func (v *vms) cloneDisk(ctx context.Context, id ID, from string) error {
+	if from == "" {
 		return nil
 	}
-	copied, err := v.disk.reserve(takenBytes(src.disk))
+	copied, err := v.disk.reserve(takenBytes(from))
 	if err != nil {
 		return err
 	}
 	defer copied()
-	return v.cfg.Templates.CloneOverlay(ctx, v.store.overlay(id), src.disk)
+	return v.cfg.Templates.CloneOverlay(ctx, v.store.overlay(id), from)
 }
 
 // restore starts the VM from the memory of a source and tells its guest what it is.
@@ -336,7 +350,10 @@ func (v *vms) load(ctx context.Context, b *box, tmpl template.Template, src sour
 func (v *vms) attached(b *box, vm vmm.VM, src source) error {
 	v.adoptVM(b, vm)
 	handle := vm.Handle()
-	return v.save(b, func(r *Record) { r.VM, r.Restored = &handle, src.memory != "" })
+	return v.save(b, func(r *Record) {
+		r.VM, r.Restored = &handle, src.memory != ""
+		r.VMM, r.Isolation = handle.Driver, v.isolationOf(handle.Driver)
+	})
 }
 
 // tellGuest tells a guest that runs what it is. Called with the op lock held.
@@ -401,7 +418,9 @@ func (h *host) identity(rec Record, restored bool) guest.Init {
 // with the op lock held.
 func (v *vms) boot(ctx context.Context, b *box, tmpl template.Template, src source, t *turn) error {
 	end := phase(ctx, "spawn")
-	vm, err := v.cfg.Driver.Start(ctx, v.spec(v.cfg.Driver, b.record(), tmpl))
+	rec := b.record()
+	driver := v.bootDriver(rec)
+	vm, err := driver.Start(ctx, v.spec(driver, rec, tmpl))
 	if err != nil {
 		return fmt.Errorf("start vm: %w", err)
 	}
@@ -453,7 +472,7 @@ func (v *vms) fallBack(ctx context.Context, b *box, tmpl template.Template, src 
 	if err := v.stopStart(ctx, b); err != nil {
 		return src, err
 	}
-	return v.makeDisk(ctx, b.record(), next)
+	return v.makeDisk(ctx, b.record(), tmpl, next)
 }
 
 // stopStart takes back what was started of a sandbox, except its network and
@@ -478,7 +497,7 @@ func (v *vms) stopStart(ctx context.Context, b *box) error {
 	if err := os.Mkdir(v.runDir(b.id), 0o700); err != nil {
 		return fmt.Errorf("make run directory: %w", errdefs.DiskFull(err))
 	}
-	return remove(v.store.overlay(b.id))
+	return errors.Join(remove(v.store.overlay(b.id)), remove(v.store.initImage(b.id)))
 }
 
 // adoptVM ties a VM to its sandbox and watches over it. Called with the op lock held.

@@ -39,6 +39,11 @@ func (s store) path(id ID, elem ...string) string {
 }
 
 func (s store) overlay(id ID) string { return s.path(id, "overlay.ext4") }
+
+// initImage is the image of init of a sandbox whose driver takes one: a name of the file
+// that its guest reads, which the host's own preparation replaces by another.
+func (s store) initImage(id ID) string { return s.path(id, initName) }
+
 func (s store) console(id ID) string { return s.path(id, "console.log") }
 func (s store) record(id ID) string  { return s.path(id, "record.json") }
 

@@ -36,6 +36,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/network/networktest"
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
@@ -140,7 +141,7 @@ func newPlane(t *testing.T) *plane {
 	driver.Lenient = true
 	p.manager, _, err = sandbox.Open(t.Context(), sandbox.Config{
 		StateDir: p.dir, RunDir: filepath.Join(t.TempDir(), "run"),
-		Driver: driver, Network: p.net, Templates: noDisks{store},
+		Drivers: []vmm.Driver{driver}, Network: p.net, Templates: noDisks{store},
 		Guests:     func(netip.Addr, string) sandbox.Guest { return mute{} },
 		KillStrays: func(context.Context, string, string, func(string) bool) ([]string, error) { return nil, nil },
 		NetNSOf:    func(string, string, []string) (string, error) { return "", nil },

@@ -26,6 +26,9 @@ type Source struct {
 	// TemplateID and Build are the template's ids; empty in snapshots of earlier versions.
 	TemplateID string `json:"template_id,omitempty"`
 	Build      string `json:"build,omitempty"`
+	// RootImage is the digest of the template's EROFS image if the sandbox stood over that:
+	// its disk is in its memory, and the snapshot has no other.
+	RootImage string `json:"root_image,omitempty"`
 	// FilesOnly says that there is a disk and no memory.
 	FilesOnly bool `json:"files_only,omitempty"`
 	// CloneKey opens a restored guest once. It is secret.

@@ -7,6 +7,11 @@ type Needs struct {
 	Kernel bool
 	// Init: the driver boots Spec.Init. Without it a Spec names none.
 	Init bool
+	// Flat: the driver takes a root of one layer, an EROFS image, and an overlay that is an
+	// empty file of the disk's size. What the guest writes there means nothing without the
+	// VM: a snapshot's memory holds the disk, and a restored VM begins with an empty file
+	// again, and with the very images that the other VM had.
+	Flat bool
 	// KVM: the driver runs no VM without KVM that boots guests.
 	KVM bool
 	// Link is the kind of link that the driver takes.

@@ -57,7 +57,7 @@ func (d *Driver) Name() string { return Name }
 func (d *Driver) Needs() vmm.Needs { return needs }
 
 var needs = vmm.Needs{
-	Init: true, Link: vmm.Packet,
+	Init: true, Flat: true, Link: vmm.Packet,
 	Install: "make build # bin/sentry belongs beside wrenn",
 }
 

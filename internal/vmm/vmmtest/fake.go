@@ -3,6 +3,7 @@
 package vmmtest
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -208,6 +209,10 @@ type Fake struct {
 	// OwnKernel makes it a driver that needs no kernel, initrd or tap, as one with
 	// a kernel in user space. Set it before use.
 	OwnKernel bool
+	// Flat makes it such a driver (vmm.Needs), with a kernel of its own. Set it before use.
+	Flat bool
+	// Called is its name, "fake" if empty. Set it before use.
+	Called string
 
 	mu      sync.Mutex
 	calls   map[Op]int
@@ -304,11 +309,14 @@ func (f *Fake) run(ctx context.Context, op Op, about func() *machine, effect fun
 }
 
 // Name implements vmm.Driver.
-func (f *Fake) Name() string { return "fake" }
+func (f *Fake) Name() string { return cmp.Or(f.Called, "fake") }
 
 // Needs implements vmm.Driver.
 func (f *Fake) Needs() vmm.Needs {
-	if f.OwnKernel {
+	switch {
+	case f.Flat:
+		return vmm.Needs{Init: true, Flat: true, Link: vmm.Packet}
+	case f.OwnKernel:
 		return vmm.Needs{Link: vmm.Packet}
 	}
 	return vmm.Needs{Kernel: true, Link: vmm.Tap}
@@ -323,6 +331,9 @@ func (f *Fake) validate(spec vmm.Spec) error {
 	if needs.Kernel == (spec.Kernel == vmm.Kernel{}) {
 		return errdefs.InvalidArgument.Errorf("kernel %+v: want one: %v", spec.Kernel, needs.Kernel)
 	}
+	if needs.Init != (spec.Init != "") || needs.Flat && len(spec.Root.Layers) != 1 {
+		return errdefs.InvalidArgument.Errorf("init %q over %d layers", spec.Init, len(spec.Root.Layers))
+	}
 	if spec.Link != nil && spec.Link.Kind != needs.Link {
 		return errdefs.InvalidArgument.Errorf("link of kind %q: want %q", spec.Link.Kind, needs.Link)
 	}
@@ -332,7 +343,7 @@ func (f *Fake) validate(spec vmm.Spec) error {
 // Check implements vmm.Driver.
 func (f *Fake) Check(ctx context.Context) (vmm.Report, error) {
 	report := vmm.Report{Version: "1.0.0", Accel: "tcg", CPU: fakeCPU, Isolation: vmm.Emulation, Speed: vmm.Emulated, Why: "it is a fake"}
-	if f.OwnKernel {
+	if f.OwnKernel || f.Flat {
 		report.Accel, report.Isolation, report.Speed = "systrap", vmm.UserSpaceKernel, vmm.NearNative
 	}
 	err := f.run(ctx, OpCheck, func() *machine { return nil }, func() error { return nil })
@@ -372,13 +383,14 @@ func (f *Fake) bring(ctx context.Context, op Op, boot func() *machine) (vmm.VM, 
 const fakeSnapshot = "fake-snapshot.json"
 
 type fakeShape struct {
+	Driver               string
 	VCPUs, MemMiB, Disks int
 	NIC, Kernel          bool
 }
 
-func fakeShapeOf(s vmm.Spec) fakeShape {
+func (f *Fake) shapeOf(s vmm.Spec) fakeShape {
 	return fakeShape{
-		VCPUs: s.VCPUs, MemMiB: s.MemMiB, Disks: len(s.Root.Disks()),
+		Driver: f.Name(), VCPUs: s.VCPUs, MemMiB: s.MemMiB, Disks: len(s.Root.Disks()),
 		NIC: s.Link != nil, Kernel: s.Kernel != vmm.Kernel{},
 	}
 }
@@ -393,8 +405,14 @@ func (f *Fake) Restore(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM, 
 	if err != nil || json.Unmarshal(data, &shape) != nil {
 		return nil, errdefs.Corrupt.Errorf("restore vm: snapshot is incomplete")
 	}
-	if shape != fakeShapeOf(spec) {
-		return nil, errdefs.InvalidArgument.Errorf("restore vm: snapshot is of a vm with %+v, not %+v", shape, fakeShapeOf(spec))
+	if shape.Driver == "" { // of an earlier version
+		shape.Driver = f.Name()
+	}
+	if shape.Driver != f.Name() {
+		return nil, errdefs.Unsupported.Errorf("restore vm: snapshot is of the vmm %s", shape.Driver)
+	}
+	if shape != f.shapeOf(spec) {
+		return nil, errdefs.InvalidArgument.Errorf("restore vm: snapshot is of a vm with %+v, not %+v", shape, f.shapeOf(spec))
 	}
 	return f.bring(ctx, OpRestore, func() *machine {
 		m := f.host.boot(spec)
@@ -407,7 +425,7 @@ func (f *Fake) Restore(ctx context.Context, spec vmm.Spec, dir string) (vmm.VM, 
 
 // SnapshotKey implements vmm.Restorer.
 func (f *Fake) SnapshotKey(_ context.Context, spec vmm.Spec) (string, error) {
-	key, err := json.Marshal(fakeShapeOf(spec))
+	key, err := json.Marshal(f.shapeOf(spec))
 	return "fake 1.0.0 " + string(key), err
 }
 
@@ -426,7 +444,7 @@ func (v *fakeVM) Snapshot(ctx context.Context, dir string) error {
 		if !paused {
 			return errdefs.WrongState.Errorf("snapshot vm: vm is running, not paused")
 		}
-		data, err := json.Marshal(fakeShapeOf(v.m.spec))
+		data, err := json.Marshal(v.fake.shapeOf(v.m.spec))
 		if err != nil {
 			return err
 		}

@@ -117,7 +117,8 @@ type Config struct {
 	// BootTimeout bounds a create from the start of its VM until the guest
 	// is ready.
 	BootTimeout time.Duration
-	// Warm is how many waiting guests of the default kind there are to be.
+	// Warm is how many waiting guests of the default kind there are to be; WarmAuto is as
+	// many as are not felt.
 	Warm int
 	// KeepStopped is how long the record of a sandbox that ended by itself
 	// can still be read.
@@ -134,6 +135,8 @@ type Config struct {
 
 	// poolCalm is poolCalm unless a test sets it.
 	poolCalm time.Duration
+	// freeMem is set by tests, in place of what is available of the host's memory.
+	freeMem func() int64
 	// storeHook is set by tests: see store.hook.
 	storeHook func(step string) error
 	// freeDisk is set by tests, in place of what is free on the host's disk.

@@ -218,7 +218,7 @@ func canRun(req CreateRequest, tmpl template.Template) func(vmm.Driver) error {
 		case !d.Needs().Flat:
 			return nil
 		case req.OnTimeout == HibernateFilesOnTimeout || req.OnEnd == HibernateFilesOnTimeout:
-			return errdefs.WrongState.Errorf("the vmm %s keeps no files without memory: let the sandbox hibernate whole, or name no vmm", d.Name())
+			return errdefs.Unsupported.Errorf("the vmm %s keeps its disk in its memory: hibernate, which keeps both, or name no vmm", d.Name())
 		case tmpl.InitImage == "":
 			return errdefs.WrongState.Errorf("this host has no image of init for the vmm %s: run `wrenn setup`, or name no vmm", d.Name())
 		case tmpl.EROFS.Path == "":
@@ -238,8 +238,8 @@ func hasDisk(d vmm.Driver) error {
 
 // noFilesAlone is the error of what needs the files of a flat sandbox without its memory.
 func noFilesAlone(rec Record) error {
-	return errdefs.WrongState.Errorf(
-		"sandbox %s runs with the vmm %s, which keeps its files in its memory: keep both", rec.ID, rec.vmm())
+	return errdefs.Unsupported.Errorf(
+		"sandbox %s runs with the vmm %s, which keeps its disk in its memory: pause --to-disk keeps both", rec.ID, rec.vmm())
 }
 
 // restoreVM starts the VM of a record from a snapshot with the driver that wrote it. Where

@@ -125,7 +125,7 @@ func TestChooseADriver(t *testing.T) {
 		{noFlat: true, want: "fake"},
 		{req: CreateRequest{VMM: "flat"}, noFlat: true, refused: errdefs.WrongState, contains: "build it again"},
 		{req: CreateRequest{VMM: "flat", Isolation: VMIsolation}, refused: errdefs.WrongState, contains: "isolation vm"},
-		{req: CreateRequest{VMM: "flat", OnEnd: HibernateFilesOnTimeout}, refused: errdefs.WrongState, contains: "no files"},
+		{req: CreateRequest{VMM: "flat", OnEnd: HibernateFilesOnTimeout}, refused: errdefs.Unsupported, contains: "in its memory"},
 		{req: CreateRequest{VMM: "xen"}, refused: errdefs.InvalidArgument, contains: "flat, fake"},
 		{req: CreateRequest{Isolation: "moat"}, refused: errdefs.InvalidArgument, contains: "moat"},
 	} {
@@ -219,9 +219,9 @@ func TestFlatSandboxHasNoFilesAlone(t *testing.T) {
 	r := beside(t)
 	ctx := t.Context()
 	id := r.made(CreateRequest{VMM: "flat"}).ID
-	wantClass(t, r.Hibernate(ctx, id, Hibernation{FilesOnly: true}), errdefs.WrongState)
+	wantClass(t, r.Hibernate(ctx, id, Hibernation{FilesOnly: true}), errdefs.Unsupported)
 	_, err := r.Snapshot(ctx, id, SnapshotRequest{FilesOnly: true})
-	wantClass(t, err, errdefs.WrongState)
+	wantClass(t, err, errdefs.Unsupported)
 	r.wantState(id, Running)
 	snap, err := r.Snapshot(ctx, id, SnapshotRequest{Name: "s"})
 	if err != nil {
@@ -230,7 +230,7 @@ func TestFlatSandboxHasNoFilesAlone(t *testing.T) {
 	if err := r.Hibernate(ctx, id, Hibernation{}); err != nil {
 		t.Fatal(err)
 	}
-	wantClass(t, r.coldBoot(id), errdefs.WrongState)
+	wantClass(t, r.coldBoot(id), errdefs.Unsupported)
 	r.wantState(id, Hibernated)
 
 	// Its memory fits neither another driver nor another root.

@@ -106,7 +106,7 @@ func (m *Manager) Stats() Stats {
 		}
 	}
 	s.Reserved, s.Limit = m.ledger.stats()
-	s.Warm, s.WarmWanted = m.pool.size(), m.cfg.Warm
+	s.Warm, s.WarmWanted = m.pool.size(), m.pool.wants()
 	return s
 }
 

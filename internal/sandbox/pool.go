@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/template"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 )
 
 const (
@@ -22,20 +25,39 @@ const (
 	poolLook = 30 * time.Second
 )
 
+// WarmAuto, as Config.Warm, is a number that the host's free memory and CPUs decide. It is 0
+// unless the driver of the default kind is flat: an idle guest of such takes 23 MiB and no
+// CPU, and one more takes a CPU for a sixth of a second to make.
+const WarmAuto = -1
+
+const (
+	// warmPerStart waiting guests there are for each VM that may start at a time: so many
+	// creates come faster than guests are made to take their places. warmMost is for hosts
+	// with many CPUs.
+	warmPerStart = 2
+	warmMost     = 16
+	// warmGuest is what a waiting guest takes of the memory that is available, and 1/warmShare
+	// of that is the most that all of them take.
+	warmGuest = 32 << 20
+	warmShare = 20
+	// flatCalm is poolCalm where a first command does not take long.
+	flatCalm = poolCalm / 4
+)
+
 // errMakeWay ends the making of a guest whose room a sandbox needs.
 var errMakeWay = errdefs.Busy.Errorf("a sandbox needs the room")
 
 // pool holds restored guests that have no identity yet; each has a record in state
 // waiting, so that a restart frees it. It is safe for concurrent use.
 type pool struct {
-	// want is how many guests are to wait, calm how long no sandbox must have been
-	// started before one is made.
-	want int
-	calm time.Duration
 	// woken has an element when there is something to look at.
 	woken chan struct{}
 
-	mu     sync.Mutex
+	mu sync.Mutex
+	// wanted is how many guests are to wait, calm how long no sandbox must have been
+	// started before one is made.
+	wanted int
+	calm   time.Duration
 	guests []*box // the oldest first
 	// making is closed when no more guest is on its way into the pool, nil if
 	// none is; stop ends its making.
@@ -47,11 +69,21 @@ type pool struct {
 	closed bool
 }
 
-func newPool(want int, calm time.Duration) *pool {
-	if calm == 0 {
-		calm = poolCalm
-	}
-	return &pool{want: want, calm: calm, woken: make(chan struct{}, 1)}
+func newPool() *pool { return &pool{calm: poolCalm, woken: make(chan struct{}, 1)} }
+
+// want sets how many guests are to wait, and how long no sandbox must have been started
+// before one is made.
+func (p *pool) want(guests int, calm time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.wanted, p.calm = guests, calm
+}
+
+// wants is how many guests are to wait.
+func (p *pool) wants() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.wanted
 }
 
 // wake has the pool looked at.
@@ -178,7 +210,7 @@ type keeper struct{ *holdings }
 // createWaiting makes a sandbox of a waiting guest with the same boot key. ok is false
 // if there is none, or none that still answers.
 func (k keeper) createWaiting(ctx context.Context, req CreateRequest, tmpl template.Template) (_ Created, ok bool, err error) {
-	if k.pool.want == 0 || req.ID != "" {
+	if k.pool.wants() == 0 || req.ID != "" {
 		return Created{}, false, nil
 	}
 	ctx, took := withPhases(ctx)
@@ -343,6 +375,63 @@ func (k keeper) run() {
 	}
 }
 
+// decide returns how many guests of a driver are to wait, and how long no sandbox must have
+// been started before one is made.
+func (h *host) decide(d vmm.Driver) (guests int, calm time.Duration) {
+	calm = poolCalm
+	if d.Needs().Flat {
+		calm = flatCalm
+	}
+	if h.cfg.poolCalm != 0 {
+		calm = h.cfg.poolCalm
+	}
+	switch {
+	case h.cfg.Warm != WarmAuto:
+		return h.cfg.Warm, calm
+	case !d.Needs().Flat:
+		return 0, calm
+	}
+	free := h.cfg.freeMem
+	if free == nil {
+		free = availableMemory
+	}
+	return int(min(int64(h.cfg.Capacity.Starts*warmPerStart), warmMost, free()/warmShare/warmGuest)), calm
+}
+
+// availableMemory is what programs can have of the host's memory before it swaps, in bytes;
+// 0 if that is not known.
+func availableMemory() int64 {
+	data, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(data)) {
+		var kib int64
+		if _, err := fmt.Sscanf(line, "MemAvailable: %d kB", &kib); err == nil {
+			return kib << 10
+		}
+	}
+	return 0
+}
+
+// thin ends the waiting guests that are out of date, and those that are too many.
+func (k keeper) thin(bootKey string) error {
+	for {
+		old, why := k.pool.takeOut("replaced", nil, func(r Record) bool { return r.BootKey != bootKey }), "it is out of date"
+		if old == nil && k.pool.size() > k.pool.wants() {
+			old, why = k.pool.takeOut("given up", nil, func(Record) bool { return true }), "the host's memory is scarce"
+		}
+		if old == nil {
+			return nil
+		}
+		err := k.release(old, Destroyed, why)
+		old.unhold()
+		if err != nil {
+			return err
+		}
+	}
+}
+
 // refill ends the guests in the pool that are out of date, and makes one if there
 // are too few.
 func (k keeper) refill() (made bool, err error) {
@@ -366,19 +455,9 @@ func (k keeper) refill() (made bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	for {
-		old := k.pool.takeOut("replaced", nil, func(r Record) bool { return r.BootKey != req.bootKey })
-		if old == nil {
-			break
-		}
-		err := k.release(old, Destroyed, "it is out of date")
-		old.unhold()
-		if err != nil {
-			return false, err
-		}
-	}
-	if k.pool.size() >= k.pool.want {
-		return false, nil
+	k.pool.want(k.decide(k.driverOf(Record{VMM: req.VMM})))
+	if err := k.thin(req.bootKey); err != nil || k.pool.size() >= k.pool.wants() {
+		return false, err
 	}
 	ready, err := k.cfg.Templates.Ready(ctx, tmpl.ID, tmpl.Build, req.bootKey)
 	if errors.Is(err, errdefs.NotFound) || errors.Is(err, errdefs.Corrupt) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
 func warmRig(t *testing.T, n int, change ...func(*Config)) *rig {
@@ -358,5 +360,57 @@ func TestWarmGuestGetsItsNetworkFirst(t *testing.T) {
 			t.Errorf("started from %s, calls %v", created.From, order)
 		}
 		r.wantNetwork(created.ID, closed())
+	})
+}
+
+// TestWarmAuto: as many flat guests wait as the host's free memory allows, and give way when
+// it shrinks. Of a machine none waits.
+func TestWarmAuto(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var guests atomic.Int64
+		guests.Store(3)
+		flat := true
+		r := newRig(t, func(c *Config) {
+			c.Warm, c.freeMem = WarmAuto, func() int64 { return guests.Load() * warmShare * warmGuest }
+			c.Drivers[0].(hookedDriver).Driver.(*vmmtest.Fake).Flat = flat
+		})
+		if _, err := r.Create(t.Context(), CreateRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		wait := func(want int) {
+			t.Helper()
+			r.fillPool()
+			if stats := r.Stats(); stats.Warm != want || stats.WarmWanted != want {
+				t.Errorf("%d guests wait of %d, want %d", stats.Warm, stats.WarmWanted, want)
+			}
+		}
+		wait(3)
+		made, err := r.Create(t.Context(), CreateRequest{})
+		if err != nil || made.From != FromWarm {
+			t.Errorf("made from %s, %v", made.From, err)
+		}
+		guests.Store(1)
+		wait(1)
+		guests.Store(1000)
+		wait(warmMost)
+		guests.Store(0)
+		wait(0)
+		if _, err := r.Create(t.Context(), CreateRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		guests.Store(2)
+		wait(2)
+		for _, info := range r.List(true) {
+			if err := r.Destroy(t.Context(), info.ID); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r.die()
+		flat = false
+		r.start()
+		if _, err := r.Create(t.Context(), CreateRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		wait(0)
 	})
 }

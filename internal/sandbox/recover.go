@@ -60,7 +60,7 @@ func Open(ctx context.Context, cfg Config) (*Manager, Recovery, error) {
 	m.goes("denials", newTeller(m).run)
 	m.goes("prune templates", func() { m.pruneTemplates(m.life) })
 	m.goes("read ahead", func() { m.readAhead(m.life) })
-	if cfg.Warm > 0 {
+	if cfg.Warm != 0 {
 		m.goes("pool", m.keeper.run)
 	}
 	return m, found, nil
@@ -79,7 +79,7 @@ func newManager(cfg Config, lock *dirLock) *Manager {
 		host:     &host{cfg: cfg, store: disk, log: cfg.Log},
 		ledger:   newLedger(cfg.Capacity, free),
 		fence:    &fence{net: cfg.Network, slots: map[network.Slot]bool{}},
-		pool:     newPool(cfg.Warm, cfg.poolCalm),
+		pool:     newPool(),
 		owners:   newOwners(),
 		names:    newOwners(),
 		lock:     lock, store: disk, log: cfg.Log, woken: make(chan struct{}, 1),
@@ -94,6 +94,7 @@ func newManager(cfg Config, lock *dirLock) *Manager {
 	}
 	m.holdings = &holdings{m.vms, m.ledger, m.pool}
 	m.keeper = keeper{m.holdings}
+	m.pool.want(m.decide(cfg.Drivers[0]))
 	m.vms.ended = m.releaseEnded
 	m.reconciler = &reconciler{vms: m.vms, fence: m.fence, ledger: m.ledger}
 	return m

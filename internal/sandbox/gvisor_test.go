@@ -216,3 +216,28 @@ func TestLifeUnderGVisor(t *testing.T) {
 	}
 	want("resumed without its snapshot", clone, "2")
 }
+
+// TestWaitingGuestUnderGVisor: guests wait by default, and a sandbox is made of one. A program
+// that takes all memory ends, and nothing else does.
+func TestWaitingGuestUnderGVisor(t *testing.T) {
+	r := newReal(t, func(c *sandbox.Config) { c.Warm = sandbox.WarmAuto })
+	if err := r.Destroy(t.Context(), r.make(sandbox.CreateRequest{}, sandbox.FromBoot)); err != nil {
+		t.Fatal(err)
+	}
+	for s := r.Stats(); s.Warm == 0 || s.Warm < s.WarmWanted; s = r.Stats() {
+		if s.WarmWanted == 0 || t.Context().Err() != nil {
+			t.Fatalf("%+v", s)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	id := r.make(sandbox.CreateRequest{}, sandbox.FromWarm)
+	if got := r.sh(id, "hostname"); got != string(id) {
+		t.Errorf("%q", got)
+	}
+	if got := r.sh(id, "sleep 60 & tail /dev/zero; echo $?; kill -0 $! && echo lives; kill $!"); !strings.HasPrefix(got, "137\nlives") {
+		t.Errorf("out of memory: %q", got)
+	}
+	if info, err := r.Get(id); err != nil || info.State != sandbox.Running {
+		t.Errorf("%+v, %v", info, err)
+	}
+}

@@ -205,7 +205,8 @@ func isolates(ctx context.Context, d vmm.Driver, want Isolation) error {
 	case err != nil:
 		return errdefs.Unavailable.Errorf("the vmm %s does not run: %w", d.Name(), err)
 	case report.Isolation == vmm.UserSpaceKernel:
-		return errdefs.WrongState.Errorf("isolation vm is asked for, and the vmm %s has guests without a machine: install qemu, or ask for no isolation", d.Name())
+		return errdefs.WrongState.Errorf(
+			"isolation vm is asked for, and the vmm %s has guests without a machine: install qemu, or ask for no isolation", d.Name())
 	}
 	return nil
 }

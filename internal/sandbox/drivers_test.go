@@ -151,6 +151,24 @@ func TestChooseADriver(t *testing.T) {
 	r.wantNothing()
 }
 
+// wantDriver looks whether a sandbox runs with the driver of that name, and with what such
+// a one takes.
+func (r *rig) wantDriver(what string, id ID, name string) {
+	r.t.Helper()
+	flat := name == "flat"
+	spec, ok := r.host.Spec(string(id))
+	info := r.wantState(id, Running)
+	if !ok || info.VMM != name || (spec.Init != "") != flat || (spec.Kernel == vmm.Kernel{}) != flat {
+		r.t.Errorf("%s: %s runs with %q: %+v", what, name, info.VMM, spec)
+	}
+	if !flat {
+		return
+	}
+	if _, err := os.Stat(spec.Init); err != nil || spec.Root.Layers[0] != "/root.erofs" || spec.Link.Name != network.PacketEnd {
+		r.t.Errorf("%s: %v, %+v", what, err, spec)
+	}
+}
+
 // Each sandbox stays with its driver, whatever is done to it and whichever agent does it.
 // A flat one has no disk by itself, and its guest keeps the image of init that it began with.
 func TestDriversSideBySide(t *testing.T) {
@@ -158,26 +176,15 @@ func TestDriversSideBySide(t *testing.T) {
 	for _, name := range []string{"flat", "fake"} {
 		ctx := t.Context()
 		id := r.made(CreateRequest{VMM: name}).ID
-		is := func(what string, id ID) {
-			t.Helper()
-			spec, ok := r.host.Spec(string(id))
-			info := r.wantState(id, Running)
-			if !ok || info.VMM != name || (spec.Init != "") != (name == "flat") || (spec.Kernel == vmm.Kernel{}) != (name == "flat") {
-				t.Errorf("%s: %s runs with %q: %+v", what, name, info.VMM, spec)
-			}
-			if name == "flat" {
-				if _, err := os.Stat(spec.Init); err != nil || spec.Root.Layers[0] != "/root.erofs" || spec.Link.Name != network.PacketEnd {
-					t.Errorf("%s: %v, %+v", what, err, spec)
-				}
-			}
-		}
+		is := func(what string, id ID) { t.Helper(); r.wantDriver(what, id, name) }
 		is("created", id)
 		is("from a boot snapshot", r.made(CreateRequest{VMM: name}).ID)
 		if err := errors.Join(r.Pause(ctx, id), r.Resume(ctx, id), r.Hibernate(ctx, id, Hibernation{})); err != nil {
 			t.Fatal(err)
 		}
 		// Setup replaces what guests boot with.
-		if err := errors.Join(os.Remove(filepath.Join(r.dir, "init.erofs")), os.WriteFile(filepath.Join(r.dir, "init.erofs"), []byte("new"), 0o600)); err != nil {
+		host := filepath.Join(r.dir, "init.erofs")
+		if err := errors.Join(os.Remove(host), os.WriteFile(host, []byte("new"), 0o600)); err != nil {
 			t.Fatal(err)
 		}
 		r.die()
@@ -197,10 +204,8 @@ func TestDriversSideBySide(t *testing.T) {
 		}
 		cloned := r.made(CreateRequest{Template: snap.Name})
 		is("cloned", cloned.ID)
-		if name == "flat" {
-			if data, err := os.ReadFile(r.store.initImage(cloned.ID)); err != nil || string(data) != "init" {
-				t.Errorf("image of init: %q, %v", data, err)
-			}
+		if data, err := os.ReadFile(r.store.initImage(cloned.ID)); name == "flat" && (err != nil || string(data) != "init") {
+			t.Errorf("image of init: %q, %v", data, err)
 		}
 		r.die()
 		r.start()

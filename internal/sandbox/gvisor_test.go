@@ -159,11 +159,12 @@ func TestLifeUnderGVisor(t *testing.T) {
 	id := r.make(sandbox.CreateRequest{MemMiB: 256}, sandbox.FromReady)
 	want := func(what string, id sandbox.ID, count string) {
 		t.Helper()
-		if got := r.sh(id, "hostname; sha256sum /root/data | cut -c1-8; cat /tmp/count"); got != string(id)+"\n"+r.sh(id, "cat /root/sum")+"\n"+count {
+		got := r.sh(id, "hostname; sha256sum /root/data | cut -c1-8; cat /tmp/count")
+		if got != string(id)+"\n"+r.sh(id, "cat /root/sum")+"\n"+count {
 			t.Errorf("%s: %q, want count %s", what, got, count)
 		}
 	}
-	r.sh(id, "head -c 5000000 /dev/urandom >/root/data; sha256sum /root/data | cut -c1-8 >/root/sum; echo 1 >/tmp/count; cd /; mv /opt /opt2 2>&1")
+	r.sh(id, "head -c 5000000 /dev/urandom >/root/data; sha256sum /root/data | cut -c1-8 >/root/sum; echo 1 >/tmp/count")
 	want("new", id, "1")
 	if err := errors.Join(r.Pause(ctx, id), r.Resume(ctx, id)); err != nil {
 		t.Fatal(err)

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
 )
 
 // scenario is an operation whose every step is made to misbehave. prepare runs
@@ -518,6 +519,30 @@ func TestFaultMatrix(t *testing.T) {
 		t.Errorf("the matrix has only %d cases: steps are missing", cases)
 	}
 	t.Logf("%d cases", cases)
+}
+
+// TestFaultMatrixOfAFlatDriver is the part of the matrix in which a flat driver's sandboxes
+// differ: what makes a disk, writes memory or starts from it.
+func TestFaultMatrixOfAFlatDriver(t *testing.T) {
+	for _, name := range []string{
+		"first create", "create", "hibernate", "fork", "snapshot", "create from a snapshot", "resume from disk", "create from the pool",
+	} {
+		s := scenarios[name]
+		change := s.change
+		s.change = func(c *Config) {
+			if change != nil {
+				change(c)
+			}
+			c.Drivers[0].(hookedDriver).Driver.(*vmmtest.Fake).Flat = true
+		}
+		for _, step := range s.steps(t) {
+			for _, kind := range []string{"error", "death"} {
+				t.Run(fmt.Sprintf("%s/%s/%s", name, step, kind), func(t *testing.T) {
+					synctest.Test(t, func(t *testing.T) { s.under(t, step, kind) })
+				})
+			}
+		}
+	}
 }
 
 func (s scenario) under(t *testing.T, step, kind string) {

@@ -266,7 +266,8 @@ func (h *host) snapshotSource(ctx context.Context, name string, snap template.Sn
 		req.VMM = snap.Shape.Driver
 		return fromSnapshot(src), nil
 	case snap.Source.RootImage != "":
-		return nil, errdefs.Unsupported.Errorf("snapshot %q cannot be restored: %s; nor can it be booted, for its disk is in its memory", name, why)
+		return nil, errdefs.Unsupported.Errorf(
+			"snapshot %q cannot be restored: %s; nor can it be booted, for its disk is in its memory", name, why)
 	case src.boot == nil:
 		return nil, errdefs.Unsupported.Errorf(
 			"snapshot %q cannot be restored: %s; nor can it be booted, for its disk was not up to date", name, why)

@@ -22,7 +22,8 @@ func (h *host) rootOf(rec Record) (template.Template, error) {
 	case err == nil && tmpl.RootSHA256 != rec.Base:
 		err = errdefs.Unsupported.Errorf("template %q has another base image than when the sandbox was made", rec.Template)
 	case err == nil && rec.flat() && tmpl.EROFS.SHA256 != rec.RootImage:
-		err = errdefs.Unsupported.Errorf("template %q has another image for the vmm %s than when the sandbox was made, or none", rec.Template, rec.vmm())
+		err = errdefs.Unsupported.Errorf(
+			"template %q has another image for the vmm %s than when the sandbox was made, or none", rec.Template, rec.vmm())
 	}
 	return tmpl, err
 }

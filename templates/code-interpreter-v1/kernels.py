@@ -173,6 +173,8 @@ def call(file, function, *args):
 class NodeKernel:
     """node with kernel.js: requests and answers are lines of JSON, on a pipe each."""
 
+    typescript = False
+
     def __init__(self, cwd, preload=False):
         self.cwd = cwd
         self.process = self.requests = self.answers = None
@@ -185,7 +187,7 @@ class NodeKernel:
         answers_read, answers_write = os.pipe()
         try:
             self.process = await asyncio.create_subprocess_exec(
-                "node", str(HERE / "kernel.js"), str(requests_read), str(answers_write),
+                "node", "--expose-internals", "--disable-warning=ExperimentalWarning", str(HERE / "kernel.js"), str(requests_read), str(answers_write),
                 cwd=self.cwd, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
                 pass_fds=(requests_read, answers_write), start_new_session=True,
             )
@@ -238,7 +240,7 @@ class NodeKernel:
             pass
 
     async def run(self, code, env):
-        async for out in self.ask({"code": code, "env": env}):
+        async for out in self.ask({"code": code, "env": env, "typescript": self.typescript}):
             yield out
 
     async def ask(self, request):
@@ -273,3 +275,9 @@ class NodeKernel:
         """What programs that a cell started write themselves."""
         while data := await stream.read(65536):
             await self.outputs.put({"type": name, "text": data.decode("utf-8", "replace")})
+
+
+class TypeScriptKernel(NodeKernel):
+    """The same; types are taken out of every cell, not only of those that are no JavaScript."""
+
+    typescript = True

@@ -21,8 +21,8 @@ import kernels
 
 KEEPALIVE_SECONDS = 5
 INTERRUPT_SECONDS = 10
-KERNELS = {"python": kernels.PythonKernel, "javascript": kernels.NodeKernel}
-ALIASES = {"": "python", "python3": "python", "js": "javascript"}
+KERNELS = {"python": kernels.PythonKernel, "javascript": kernels.NodeKernel, "typescript": kernels.TypeScriptKernel}
+ALIASES = {"": "python", "python3": "python", "js": "javascript", "ts": "typescript"}
 
 log = logging.getLogger("code-interpreter")
 
@@ -177,7 +177,9 @@ class Handler(tornado.web.RequestHandler):
         name = (self.field(body, "language", str) or "").strip().lower()
         name = ALIASES.get(name, name)
         if name not in KERNELS:
-            self.refuse(400, f"no kernel for {name}; there are {', '.join(KERNELS)}")
+            # E2B's clients show the text of a 404 alone.
+            self.refuse(404, f"this template runs no {name}, but {', '.join(KERNELS)}; "
+                        f"install {name} in a template of your own, and run it as a command")
         return name
 
     def context(self, id):

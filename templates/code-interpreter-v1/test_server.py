@@ -1,5 +1,5 @@
 """Tests of server.py against real kernels: python3 -m unittest in this directory, with the
-packages of requirements.txt and node."""
+packages of requirements.txt, whose node is the first in PATH."""
 
 import asyncio
 import base64
@@ -121,6 +121,63 @@ class Test(unittest.IsolatedAsyncioTestCase):
         self.assertEqual(self.of(outs, "error")[0]["name"], "KernelDied")
         self.assertEqual(await self.text("typeof x", language="js"), ["undefined"])
 
+    async def test_javascript_imports(self):
+        os.makedirs(os.path.join(self.dir.name, "node_modules", "own"))
+        for name, text in {"package.json": '{"name":"own","type":"module","exports":"./own.js"}',
+                           "own.js": "export default 7; export const other = 8", }.items():
+            with open(os.path.join(self.dir.name, "node_modules", "own", name), "w") as f:
+                f.write(text)
+        for _ in range(2):  # a cell may run again
+            self.assertEqual(await self.text("import own, { other as o } from 'own'\nimport * as all from 'own';\n"
+                                             "import path from 'node:path'\nimport 'own'\n[own, o, all.other, path.sep]", language="js"),
+                             ["[ 7, 8, 8, '/' ]"])
+        self.assertEqual(await self.text("own + o", language="js"), ["15"])
+        self.assertEqual(await self.text("(await import('own')).default", language="js"), ["7"])
+        outs = await self.run_code("import nothing from 'nothing'", language="js")
+        self.assertIn("nothing", self.of(outs, "error")[0]["value"])
+        self.assertEqual(await self.text("`import x from 'y'`", language="js"), ["import x from 'y'"])
+
+    async def test_javascript_promises(self):
+        self.assertEqual(await self.text("async function main() { return 'late' }\nmain()", language="js"), ["late"])
+        self.assertEqual(await self.text("Promise.resolve()", language="js"), [])
+        for code in ("Promise.reject(new RangeError('no'))", "await Promise.reject(new RangeError('no'))"):
+            error, = self.of(await self.run_code(code, language="js"), "error")
+            self.assertEqual((error["name"], error["value"]), ("RangeError", "no"))
+            self.assertIn("RangeError: no", error["traceback"])
+        await self.leave_after(1, "new Promise(() => { setInterval(() => {}, 1000) })", language="js")
+        self.assertEqual(await asyncio.wait_for(self.text("1", language="js"), 20), ["1"])
+
+    async def test_javascript_displays(self):
+        outs = await self.run_code("$$.html('<b>x</b>'); $$.png('AAAA'); $$.mime({'text/plain': 'p', 'a/b': 1}); 3", language="js")
+        results = self.of(outs, "result")
+        self.assertEqual([r.get("html") or r.get("png") or r["text"] for r in results], ["<b>x</b>", "AAAA", "p", "3"])
+        self.assertEqual(results[2]["extra"], {"a/b": 1})
+        self.assertEqual([r["is_main_result"] for r in results], [False, False, False, True])
+        outs = await self.run_code("({ [Symbol.for('Jupyter.display')]() { return {'text/plain': 't', 'text/html': '<i>t</i>'} } })",
+                                   language="js")
+        result, = self.of(outs, "result")
+        self.assertEqual((result["text"], result["html"]), ("t", "<i>t</i>"))
+        outs = await self.run_code("({ [Symbol.for('Jupyter.display')]() { throw new TypeError('cannot') } })", language="js")
+        self.assertEqual(self.of(outs, "error")[0]["value"], "cannot")
+
+    async def test_typescript(self):
+        subtract = "function subtract(x: number, y: number): number {\n  return x - y;\n}\nsubtract(1, 2)"
+        for language in ("ts", "typescript", "js"):
+            self.assertEqual(await self.text(subtract, language=language), ["-1"])
+        self.assertEqual(await self.text("import path from 'path'\nenum Colour { Red, Blue }\n"
+                                         "const joined: string = path.join('a', 'b');\n[Colour.Blue, joined]", language="ts"),
+                         ["[ 1, 'a/b' ]"])
+        self.assertEqual(await self.text("joined as string", language="ts"), ["a/b"])
+        self.assertEqual(await self.text("typeof joined", language="js"), ["undefined"])
+        outs = await self.run_code("const x: = 1", language="ts")
+        self.assertEqual(self.of(outs, "error")[0]["name"], "SyntaxError")
+
+    async def test_other_languages(self):
+        for language in ("r", "java", "bash"):
+            answer = await self.call("POST", "/execute", {"code": "1", "language": language})
+            self.assertEqual(answer.code, 404)
+            self.assertIn(f"this template runs no {language}, but python, javascript, typescript", answer.body.decode())
+
     async def test_contexts(self):
         answer = await self.call("POST", "/contexts", {"language": "python", "cwd": "/"})
         context = json.loads(answer.body)
@@ -137,7 +194,7 @@ class Test(unittest.IsolatedAsyncioTestCase):
             (await self.call("POST", "/execute", {"code": "1", "context_id": id}), 404),
             (await self.call("DELETE", f"/contexts/{id}"), 404),
             (await self.call("POST", "/execute", {"code": "1", "context_id": id, "language": "python"}), 400),
-            (await self.call("POST", "/execute", {"code": "1", "language": "cobol"}), 400),
+            (await self.call("POST", "/execute", {"code": "1", "language": "cobol"}), 404),
             (await self.call("POST", "/execute", {}), 400),
             (await self.call("POST", "/execute", {"code": "1", "env_vars": {"A": 1}}), 400),
             (await self.call("POST", "/contexts", {"cwd": "/no/such"}), 400),

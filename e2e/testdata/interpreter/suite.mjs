@@ -40,6 +40,13 @@ try {
   assert.equal(done.text, '[ 2, 4 ]')
   done = await sandbox.runCode('await Promise.resolve(y.length)', { ...long, language: 'javascript' })
   assert.equal(done.text, '2')
+  const module = 'import { sep } from "node:path"\nasync function main(): Promise<string> { return "a" + sep }\nmain()'
+  done = await sandbox.runCode(module, { ...long, language: 'ts' })
+  say('TypeScript')
+  assert.equal(done.text, 'a/')
+  assert.match((await sandbox.commands.run('npm --version', long)).stdout, /^\d+\./)
+  const refused = await sandbox.runCode('1', { ...long, language: 'r' }).catch((error) => error)
+  assert.match(String(refused), /this template runs no r, but python/)
 } finally {
   await sandbox.kill()
 }

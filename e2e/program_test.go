@@ -20,7 +20,7 @@ import (
 )
 
 // publish makes a template of the host's that is minimal with a program.
-func (a *agent) publish(t *testing.T, name string, p template.Program) {
+func (a *agent) publish(t testing.TB, name string, p template.Program) {
 	t.Helper()
 	ctx := t.Context()
 	store, err := template.Open(a.stateDir, slog.New(slog.DiscardHandler))

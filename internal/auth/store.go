@@ -122,6 +122,13 @@ func (s *Store) Lookup(key string) (Caller, error) {
 	return Caller{KeyID: k.ID, Project: t.projects[k.Project], Key: key}, nil
 }
 
+// Revoked says whether there is no key with an id any more. While keys.json cannot be read
+// that is not known, and no.
+func (s *Store) Revoked(id string) bool {
+	t, err := s.current()
+	return err == nil && !slices.ContainsFunc(t.file.Keys, func(k Key) bool { return k.ID == id })
+}
+
 // Any says whether there is any key.
 func (s *Store) Any() (bool, error) {
 	t, err := s.current()

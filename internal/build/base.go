@@ -75,7 +75,7 @@ func (j *job) resolve(from Source) (*base, error) {
 		img, err := j.e.cfg.Images.Pull(j.ctx, from.Image, from.Credentials, j.transfer)
 		j.r.setProgress(nil)
 		if err != nil {
-			return nil, fmt.Errorf("pull image %s: %w", from.Image, err)
+			return nil, err // it names the image
 		}
 		b.image = &img
 	}
@@ -130,10 +130,7 @@ func (j *job) importImage(hash string) (image.Image, error) {
 	defer f.Close()
 	img, err := j.e.cfg.Images.Import(j.ctx, f, "import", j.transfer)
 	j.r.setProgress(nil)
-	if err != nil {
-		return img, fmt.Errorf("import image: %w", err)
-	}
-	return img, nil
+	return img, err
 }
 
 // stackOf returns the layers that a stage stands on, to boot from or to publish. It is

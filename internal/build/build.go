@@ -113,6 +113,7 @@ const (
 var (
 	errCancelled = errdefs.WrongState.Errorf("build was cancelled")
 	errClosing   = errdefs.Unavailable.Errorf("the host agent ends")
+	errRevoked   = errdefs.Denied.Errorf("build was cancelled: the API key that asked for it was revoked")
 )
 
 // New returns an engine. What an earlier agent left half-made in Dir is removed.
@@ -229,6 +230,7 @@ func (e *Engine) Start(ctx context.Context, spec Spec) error {
 	if err != nil {
 		return errors.Join(err, e.fail(spec, &template.Reason{Message: sentence(err)}))
 	}
+	e.cfg.Log.Info("template build started", "template", spec.Template, "build", spec.Build, "project", spec.Project, "key", spec.KeyID)
 	return nil
 }
 
@@ -295,6 +297,7 @@ func (e *Engine) run(ctx context.Context, r *running) {
 		close(r.done)
 	}()
 	began := time.Now()
+	defer r.endWithKey(ctx)()
 	err := e.turn(ctx, r)
 	if err == nil {
 		defer func() { <-e.slots }()
@@ -309,7 +312,8 @@ func (e *Engine) run(ctx context.Context, r *running) {
 		r.log.say(Info, "", "Build finished, took %v", took)
 		r.log.end()
 		if err = e.cfg.Templates.Finish(context.WithoutCancel(ctx), r.spec.Template, r.spec.Build, r.spec.Tags); err == nil {
-			e.cfg.Log.Info("template built", "template", r.spec.Template, "build", r.spec.Build, "took", took)
+			e.cfg.Log.Info("template built", "template", r.spec.Template, "build", r.spec.Build, "project", r.spec.Project,
+				"key", r.spec.KeyID, "took", took)
 			return
 		}
 	}
@@ -319,6 +323,35 @@ func (e *Engine) run(ctx context.Context, r *running) {
 	if err := e.fail(r.spec, reason); err != nil {
 		e.cfg.Log.Error("status of a build not written", "template", r.spec.Template, "build", r.spec.Build, "err", err)
 	}
+}
+
+// keyEach is how often a build looks whether its key is still there.
+const keyEach = time.Second
+
+// endWithKey cancels a build once the key that asked for it is revoked. The returned
+// function ends that.
+func (r *running) endWithKey(ctx context.Context) (end func()) {
+	if r.spec.Revoked == nil {
+		return func() {}
+	}
+	ctx, stop := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		each := time.NewTicker(keyEach)
+		defer each.Stop()
+		for {
+			select {
+			case <-each.C:
+			case <-ctx.Done():
+				return
+			}
+			if r.spec.Revoked() {
+				r.cancel(errRevoked)
+				return
+			}
+		}
+	})
+	return func() { stop(); wg.Wait() }
 }
 
 // turn waits until a build may run.
@@ -370,11 +403,12 @@ func (e *Engine) reason(ctx context.Context, r *running, err error) *template.Re
 	if errors.As(err, &step) {
 		reason.Step = step.step
 	}
-	if cause := context.Cause(ctx); errors.Is(cause, errCancelled) || errors.Is(cause, errClosing) {
+	if cause := context.Cause(ctx); errors.Is(cause, errCancelled) || errors.Is(cause, errClosing) || errors.Is(cause, errRevoked) {
 		err = cause
 	}
 	reason.Message = sentence(err)
-	e.cfg.Log.Warn("build failed", "template", r.spec.Template, "build", r.spec.Build, "step", reason.Step, "err", err)
+	e.cfg.Log.Warn("build failed", "template", r.spec.Template, "build", r.spec.Build, "project", r.spec.Project,
+		"key", r.spec.KeyID, "step", reason.Step, "err", err)
 	return reason
 }
 

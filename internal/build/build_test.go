@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -115,7 +116,7 @@ func TestFailures(t *testing.T) {
 		"a failing RUN": {from(run("true"), run("echo out; exit 7")), nil,
 			template.Reason{Message: "failed to run command 'echo out; exit 7': exit status 7", Step: "2"}},
 		"no such image": {Spec{Stages: []Stage{{From: Source{Image: "none"}}}}, nil,
-			template.Reason{Message: "pull image none: image none not found", Step: "base"}},
+			template.Reason{Message: "image none not found", Step: "base"}},
 		"no such account": {from(Step{Kind: Copy, Files: "up", Src: []string{"a"}, Dst: "/", Owner: "who"}), nil,
 			template.Reason{Message: `the account "who" does not exist`, Step: "1"}},
 		"nothing matches": {from(Step{Kind: Copy, Files: "up", Src: []string{"b*"}, Dst: "/"}), nil,
@@ -415,6 +416,21 @@ func TestPruneAndBound(t *testing.T) {
 	}
 	if text := r.text(spec); text != "" {
 		t.Errorf("a forgotten log: %s", text)
+	}
+}
+
+// TestKeyIsRevoked: a build ends with the key that asked for it, and says so.
+func TestKeyIsRevoked(t *testing.T) {
+	r := newRig(t)
+	r.boxes.stuck = make(chan struct{})
+	var revoked atomic.Bool
+	spec := from(run("hang"))
+	spec.Revoked = revoked.Load
+	spec = r.begin(spec)
+	<-r.boxes.stuck
+	revoked.Store(true)
+	if b := r.end(spec); b.Status != template.StatusError || b.Reason.Message != errRevoked.Error() || b.Reason.Step != "1" {
+		t.Errorf("build is %s: %+v", b.Status, b.Reason)
 	}
 }
 

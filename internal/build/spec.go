@@ -12,6 +12,10 @@ type Spec struct {
 	Project string
 	// Template and Build are the ids that template.Store.NewBuild gave.
 	Template, Build string
+	// KeyID says who asked for the build, for the log.
+	KeyID string
+	// Revoked, if not nil, says whether the key is no more, with which the build ends.
+	Revoked func() bool
 	// Tags lead to the build when it is ready.
 	Tags []string
 	// Stages are in the order of the Dockerfile; the last one is the result.

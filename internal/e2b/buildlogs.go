@@ -2,6 +2,7 @@ package e2b
 
 import (
 	"context"
+	"errors"
 	"math"
 	"net/http"
 	"slices"
@@ -69,8 +70,26 @@ func (s *server) GetBuildStatus(ctx context.Context, r api.GetBuildStatusRequest
 	}
 	if b.Reason != nil {
 		answer.Reason = &api.BuildReason{Message: b.Reason.Message, Step: some(stepName(b.Reason.Step))}
+		last, e := s.lastOfStep(t, b)
+		err = errors.Join(err, e)
+		answer.Reason.LogEntries = &last
 	}
 	return answer, err
+}
+
+// maxReasonEntries is how much of the log the reason of an error has.
+const maxReasonEntries = 20
+
+// lastOfStep are the last entries of the step at which a build ended with an error.
+func (s *server) lastOfStep(t Template, b Build) ([]api.BuildLogEntry, error) {
+	entries, err := s.buildLog(t, b, 0, math.MaxInt, levels[0])
+	last := []api.BuildLogEntry{}
+	for _, e := range entries {
+		if e.Step == b.Reason.Step {
+			last = append(last, buildEntry(e))
+		}
+	}
+	return last[max(0, len(last)-maxReasonEntries):], err
 }
 
 // GetBuildLogs returns entries from a time on, or up to one, newest first.

@@ -216,7 +216,7 @@ func (s *server) GetTemplateFiles(ctx context.Context, r api.GetTemplateFilesReq
 		return nil, err
 	}
 	present, err := builds.Upload(t.Project, r.Hash)
-	url := baseOf(ctx) + s.uploads.path(t.Project, r.Hash, time.Now())
+	url := baseOf(ctx) + s.uploads.path(caller(ctx).KeyID, t.Project, r.Hash, time.Now())
 	return api.GetTemplateFiles201JSONResponse{Present: present, Url: &url}, err
 }
 
@@ -237,6 +237,8 @@ func (s *server) StartBuild(ctx context.Context, r api.StartBuildRequestObject) 
 		return nil, err
 	}
 	spec.Project, spec.Template, spec.Build, spec.Tags = t.Project, t.ID, b.ID, b.Wants
+	key := caller(ctx).KeyID
+	spec.KeyID, spec.Revoked = key, func() bool { return s.Keys.Revoked(key) }
 	for i, step := range spec.Stages[0].Steps {
 		if step.Files == "" {
 			continue
@@ -251,10 +253,6 @@ func (s *server) StartBuild(ctx context.Context, r api.StartBuildRequestObject) 
 	}
 	err = builds.Start(ctx, spec)
 	switch errdefs.ClassOf(err) {
-	case nil:
-		if err == nil {
-			s.Log.Info("template build started", "template", t.ID, "build", b.ID, "project", t.Project, "key", caller(ctx).KeyID)
-		}
 	case errdefs.WrongState:
 		err = refuse(http.StatusBadRequest, "build is not in waiting state")
 	}

@@ -261,20 +261,44 @@ func flip(c byte) string {
 	return "A"
 }
 
+func noneRevoked(string) bool { return false }
+
+// TestKeyIsRevoked: with its key an address ends, and a build learns it.
+func TestKeyIsRevoked(t *testing.T) {
+	var b fakeBuilds
+	h := newHost(t, withBuilds(&b))
+	id, made := h.newTemplate(`{"name":"app"}`)
+	path := h.upload("app", hashA, "false")
+	h.want(h.call("POST", "/v2/templates/"+id+"/builds/"+made, `{"fromTemplate":"minimal"}`), 202, "")
+	spec := b.specs[len(b.specs)-1]
+	if spec.KeyID == "" || spec.Revoked() {
+		t.Errorf("the build is of key %q, revoked %t", spec.KeyID, spec.Revoked())
+	}
+	if _, err := h.keys.RemoveKey(spec.KeyID); err != nil {
+		t.Fatal(err)
+	}
+	if !spec.Revoked() {
+		t.Error("the key is still there for the build")
+	}
+	if r := h.put(path, strings.NewReader("x"), 1); r.status != 403 || !strings.Contains(r.body, "revoked") || len(b.archives) != 0 {
+		t.Errorf("an upload: %d %s, archives %v", r.status, r.body, b.archives)
+	}
+}
+
 func TestUploadEnds(t *testing.T) {
-	u := newUploads(nil, nil)
+	u := newUploads(noneRevoked, nil, nil)
 	now := time.Now()
-	path := u.path("p", hashA, now)
+	path := u.path("k", "p", hashA, now)
 	if project, hash, err := u.read(path, now.Add(uploadTime-2*time.Second)); project != "p" || hash != hashA || err != nil {
 		t.Errorf("it is for %q, %q, %v", project, hash, err)
 	}
 	if _, _, err := u.read(path, now.Add(uploadTime)); err == nil || !strings.Contains(err.Error(), "expired") {
 		t.Errorf("after its end: %v", err)
 	}
-	if _, _, err := newUploads(nil, nil).read(path, now); err == nil {
+	if _, _, err := newUploads(noneRevoked, nil, nil).read(path, now); err == nil {
 		t.Error("another agent takes it")
 	}
-	if other := u.path("q", hashA, now); other == path {
+	if other := u.path("k", "q", hashA, now); other == path {
 		t.Error("two projects have one address")
 	}
 }
@@ -283,7 +307,7 @@ func TestUploadEnds(t *testing.T) {
 func TestUploadsWait(t *testing.T) {
 	hold := make(chan struct{})
 	begun := make(chan struct{}, maxUploads)
-	u := newUploads(func(context.Context, string, string, io.Reader) error {
+	u := newUploads(noneRevoked, func(context.Context, string, string, io.Reader) error {
 		begun <- struct{}{}
 		<-hold
 		return nil
@@ -291,7 +315,7 @@ func TestUploadsWait(t *testing.T) {
 	handler := u.before(http.NotFoundHandler())
 	put := func(ctx context.Context) int {
 		w := httptest.NewRecorder()
-		handler.ServeHTTP(w, httptest.NewRequestWithContext(ctx, "PUT", u.path("p", hashA, time.Now()), bytes.NewReader([]byte("x"))))
+		handler.ServeHTTP(w, httptest.NewRequestWithContext(ctx, "PUT", u.path("k", "p", hashA, time.Now()), bytes.NewReader([]byte("x"))))
 		return w.Code
 	}
 	var all sync.WaitGroup
@@ -488,10 +512,17 @@ func TestBuildStatus(t *testing.T) {
 	b.set(id, func(b *Build) {
 		b.Status, b.Reason = template.StatusError, &template.Reason{Message: "it broke", Step: "2"}
 	})
-	h.want(h.call("GET", path+"/status?logsOffset=250", ""), 200, `"reason":{"message":"it broke","step":"2"},"status":"error"`)
+	h.want(h.call("GET", path+"/status?logsOffset=250", ""), 200,
+		`"reason":{"logEntries":[],"message":"it broke","step":"2"},"status":"error"`)
 	for step, want := range map[string]string{"base": "base", "ready": "finalize", "finalize": "finalize", "17": "17"} {
 		b.set(id, func(b *Build) { b.Reason.Step = step })
-		h.want(h.call("GET", path+"/status", ""), 200, `"reason":{"message":"it broke","step":"`+want+`"}`)
+		h.want(h.call("GET", path+"/status", ""), 200, `"message":"it broke","step":"`+want+`"}`)
+	}
+	// The reason has the last entries of its step.
+	b.set(id, func(b *Build) { b.Reason.Step = "1" })
+	r := h.want(h.call("GET", path+"/status?logsOffset=250", ""), 200, `"reason":{"logEntries":[{"level":"info","message":"line 230",`)
+	if n := strings.Count(r.body, `"step":"1","timestamp"`); n != maxReasonEntries {
+		t.Errorf("the reason has %d entries, want %d", n, maxReasonEntries)
 	}
 	h.want(h.call("POST", "/v2/sandboxes", `{"templateID":"app"}`), 400, "not ready")
 	h.want(h.call("POST", "/templates/tags", `{"target":"app:`+made+`","tags":["x"]}`), 400, "not ready")

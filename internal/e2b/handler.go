@@ -63,7 +63,7 @@ const maxBody = 1 << 20
 // key.
 func New(cfg Config) http.Handler {
 	s := &server{Config: cfg, aws: &http.Client{Transport: &http.Transport{}, CheckRedirect: noRedirect}}
-	s.uploads = newUploads(s.putArchive, s.fail)
+	s.uploads = newUploads(s.Keys.Revoked, s.putArchive, s.fail)
 	strict := api.NewStrictHandlerWithOptions(s, []api.StrictMiddlewareFunc{withActor}, api.StrictHTTPServerOptions{
 		RequestErrorHandlerFunc:  s.badRequest,
 		ResponseErrorHandlerFunc: s.fail,

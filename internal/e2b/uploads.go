@@ -30,6 +30,9 @@ const (
 // without a key, and takes what is put there. An address is signed with a secret of this
 // process and says all that is needed.
 type uploads struct {
+	// revoked says whether a key is no more: its addresses end with it.
+	revoked func(keyID string) bool
+
 	put  func(ctx context.Context, project, hash string, r io.Reader) error
 	fail func(http.ResponseWriter, *http.Request, error)
 	// secret signs addresses, slots has an entry for each upload.
@@ -37,8 +40,11 @@ type uploads struct {
 	slots  chan struct{}
 }
 
-func newUploads(put func(context.Context, string, string, io.Reader) error, fail func(http.ResponseWriter, *http.Request, error)) *uploads {
-	u := &uploads{put: put, fail: fail, secret: make([]byte, 32), slots: make(chan struct{}, maxUploads)}
+func newUploads(
+	revoked func(keyID string) bool, put func(context.Context, string, string, io.Reader) error,
+	fail func(http.ResponseWriter, *http.Request, error),
+) *uploads {
+	u := &uploads{revoked: revoked, put: put, fail: fail, secret: make([]byte, 32), slots: make(chan struct{}, maxUploads)}
 	rand.Read(u.secret) // never fails
 	return u
 }
@@ -49,12 +55,12 @@ func (u *uploads) sign(payload []byte) []byte {
 	return mac.Sum(nil)
 }
 
-// path returns the address for an archive, which is valid from now for uploadTime. hash
-// is 64 hexadecimal digits.
-func (u *uploads) path(project, hash string, now time.Time) string {
+// path returns the address for an archive, which is valid from now for uploadTime, and no
+// longer than the key. hash is 64 hexadecimal digits.
+func (u *uploads) path(keyID, project, hash string, now time.Time) string {
 	payload := binary.BigEndian.AppendUint64(nil, uint64(now.Add(uploadTime).Unix()))
 	digest, _ := hex.DecodeString(hash)
-	payload = append(append(payload, digest...), project...)
+	payload = append(append(payload, digest...), keyID+"\x00"+project...)
 	return uploadPath + base64.RawURLEncoding.EncodeToString(append(u.sign(payload), payload...))
 }
 
@@ -69,7 +75,11 @@ func (u *uploads) read(path string, now time.Time) (project, hash string, err er
 	if now.Unix() >= int64(binary.BigEndian.Uint64(payload)) {
 		return "", "", refuse(http.StatusForbidden, "the address for this upload has expired: ask for another one")
 	}
-	return string(token[head:]), hex.EncodeToString(payload[8 : 8+sha256.Size]), nil
+	keyID, project, _ := strings.Cut(string(token[head:]), "\x00")
+	if u.revoked(keyID) {
+		return "", "", refuse(http.StatusForbidden, "the API key that asked for this address was revoked")
+	}
+	return project, hex.EncodeToString(payload[8 : 8+sha256.Size]), nil
 }
 
 // before takes uploads, and leaves all other requests to next.

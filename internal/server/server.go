@@ -147,7 +147,7 @@ func handler(c Config) (string, http.Handler) {
 func templateHandler(c Config) (string, http.Handler) {
 	return hostagentv1connect.NewTemplateServiceHandler(
 		&templates{store: c.Store, builds: c.Builds, images: c.Images, manager: c.Manager,
-			diskMiB: c.DiskMiB, export: c.Export, log: c.Log},
+			diskMiB: c.DiskMiB, export: c.Export, keys: c.Keys, log: c.Log},
 		options(c),
 	)
 }

@@ -15,6 +15,7 @@ import (
 
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
 	"git.omukk.dev/wrenn/sandbox/api/hostagent/v1/hostagentv1connect"
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/build"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/image"
@@ -55,6 +56,7 @@ type templates struct {
 	manager *sandbox.Manager
 	diskMiB int
 	export  Export // nil with builds
+	keys    *auth.Store
 	log     *slog.Logger
 }
 

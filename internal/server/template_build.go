@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	pb "git.omukk.dev/wrenn/sandbox/api/hostagent/v1"
+	"git.omukk.dev/wrenn/sandbox/internal/auth"
 	"git.omukk.dev/wrenn/sandbox/internal/build"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/image"
@@ -63,6 +64,10 @@ func (s *templates) BuildTemplate(ctx context.Context, req *request[pb.BuildTemp
 		return nil, err
 	}
 	spec.Project, spec.Template, spec.Build, spec.Tags = owner, t.ID, b.ID, req.Msg.Tags
+	caller, _ := auth.CallerOf(ctx)
+	if spec.KeyID = caller.KeyID; !host {
+		spec.Revoked = func() bool { return s.keys.Revoked(caller.KeyID) }
+	}
 	if err := s.builds.Start(ctx, spec); err != nil {
 		reason := &template.Reason{Message: err.Error()}
 		return nil, errors.Join(err, s.store.SetBuild(context.WithoutCancel(ctx), t.ID, b.ID, template.StatusError, reason))

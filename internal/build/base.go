@@ -164,6 +164,9 @@ func (j *job) stackOf(s *stage) (*template.BuildStage, error) {
 		if err == nil {
 			err = stack.AddLayer(j.ctx, path)
 		}
+		if err == nil && j.asIs(b) {
+			err = j.flatImage(b, stack)
+		}
 	default:
 		path := filepath.Join(stack.Dir(), "scratch.ext4")
 		if err = template.NewRoot(j.ctx, path); err == nil {
@@ -184,6 +187,27 @@ func keepName(name, layer string) error {
 		return errdefs.NotFound.Errorf("the template was removed")
 	}
 	return errdefs.DiskFull(err)
+}
+
+// asIs says whether the template is to be a base without any change of its files.
+func (j *job) asIs(b *base) bool {
+	result := j.stages[len(j.stages)-1]
+	return j.e.cfg.Flat && result.base == b && result.lastContent() < 0
+}
+
+// flatImage gives a stack that is an image alone the image's EROFS, which no guest has to
+// make.
+func (j *job) flatImage(b *base, stack *template.BuildStage) error {
+	path, err := j.e.cfg.Images.Flat(j.ctx, *b.image, j.transfer)
+	j.r.setProgress(nil)
+	if err == nil {
+		return stack.SetEROFS(j.ctx, path)
+	}
+	if context.Cause(j.ctx) != nil || errdefs.IsDiskFull(err) {
+		return err
+	}
+	j.notFlat = err
+	return nil
 }
 
 // newStack begins a stack that ends with the job.

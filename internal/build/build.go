@@ -28,6 +28,8 @@ type Images interface {
 	Pull(ctx context.Context, ref string, c image.Credentials, progress func(image.Progress)) (image.Image, error)
 	Import(ctx context.Context, r io.Reader, name string, progress func(image.Progress)) (image.Image, error)
 	Root(ctx context.Context, img image.Image, progress func(image.Progress)) (string, error)
+	// Flat is Root for an EROFS: errdefs.Unsupported if the image is too large for one.
+	Flat(ctx context.Context, img image.Image, progress func(image.Progress)) (string, error)
 }
 
 // Sandboxes makes build sandboxes; OfHost returns those of a host.
@@ -69,6 +71,8 @@ type Config struct {
 	Templates *template.Store
 	Images    Images
 	Sandboxes Sandboxes
+	// Flat gives each build its root as one EROFS, too, for drivers without block devices.
+	Flat bool
 	// Parallel is how many builds run at a time; further ones wait. Zero is 2.
 	Parallel int
 	// MaxDisk bounds what templates, images and builds take of the disk together, in

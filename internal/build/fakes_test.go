@@ -48,6 +48,8 @@ type boxes struct {
 	captureErr, createErr, prepareErr error
 	// stuck, if not nil, is closed when a command "hang" has begun, which ends with its ctx.
 	stuck chan struct{}
+	// pack, if not nil, is what packs the root of a guest.
+	pack func(ctx context.Context, w io.Writer) error
 }
 
 type box struct {
@@ -192,6 +194,9 @@ func (x *box) untar(dir string, r io.Reader) error {
 }
 
 func (x *box) Pack(ctx context.Context, path string, w io.Writer) error {
+	if path == "/" && x.boxes.pack != nil {
+		return x.boxes.pack(ctx, w)
+	}
 	at := filepath.Join(x.root, path)
 	if real, err := filepath.EvalSymlinks(at); err == nil {
 		at = real
@@ -238,6 +243,9 @@ type fakeImages struct {
 	dir    string
 	config image.Config
 	pulls  int
+	flats  int
+
+	flatErr error
 }
 
 func (f *fakeImages) Hold(context.Context) (func(), error) { return func() {}, nil }
@@ -260,6 +268,15 @@ func (f *fakeImages) Import(ctx context.Context, r io.Reader, name string, progr
 func (f *fakeImages) Root(ctx context.Context, img image.Image, _ func(image.Progress)) (string, error) {
 	path := filepath.Join(f.dir, strings.ReplaceAll(img.Digest, ":", "-"))
 	return path, os.WriteFile(path, []byte("root of "+img.Digest), 0o400)
+}
+
+func (f *fakeImages) Flat(ctx context.Context, img image.Image, _ func(image.Progress)) (string, error) {
+	if f.flatErr != nil {
+		return "", f.flatErr
+	}
+	f.flats++
+	path := filepath.Join(f.dir, strings.ReplaceAll(img.Digest, ":", "-")+"-flat")
+	return path, os.WriteFile(path, []byte("flat root of "+img.Digest), 0o400)
 }
 
 // rig is an engine over a real store of templates, and fakes.

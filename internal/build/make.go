@@ -30,6 +30,8 @@ type job struct {
 	ran    map[string]bool // the keys of steps that were run and are in the cache
 	shown  map[*planned]bool
 	files  int // names of files in dir
+	// notFlat is why the image has no EROFS.
+	notFlat error
 }
 
 // make makes the template's build, up to the moment before it is ready.
@@ -65,6 +67,9 @@ func (e *Engine) make(ctx context.Context, r *running) (err error) {
 		}
 	} else {
 		j.showCached(result, len(result.steps))
+	}
+	if err := j.addEROFS(result, stack); err != nil {
+		return err
 	}
 	j.endGuests() // their memory is for the template's first guest
 	return j.publish(result, stack, kept != nil)

@@ -76,6 +76,18 @@ func key(diffIDs []string) string {
 // never written. It is made once for all images with the same layers. Call it within the
 // Hold in which the image was pulled.
 func (s *Store) Root(ctx context.Context, img Image, progress func(Progress)) (string, error) {
+	return s.root(ctx, img, rootFile, progress)
+}
+
+// Flat is Root for an EROFS, for drivers without block devices. It makes the ext4, too, if
+// there is none. errdefs.Unsupported says that the image is too large for one; see
+// template.PackEROFS.
+func (s *Store) Flat(ctx context.Context, img Image, progress func(Progress)) (string, error) {
+	return s.root(ctx, img, flatFile, progress)
+}
+
+// root makes one of the two files of an image's layers.
+func (s *Store) root(ctx context.Context, img Image, name string, progress func(Progress)) (string, error) {
 	release, err := s.Hold(ctx)
 	if err != nil {
 		return "", err
@@ -93,27 +105,33 @@ func (s *Store) Root(ctx context.Context, img Image, progress func(Progress)) (s
 		total += l.Size
 	}
 	id := key(diffIDs)
-	path := s.path(rootsDir, id, rootFile)
+	path := s.path(rootsDir, id, name)
 	// What an image says of its layers opens nothing: a root layer that exists is
 	// handed out when it is proven that these blobs make it.
-	if touch(filepath.Dir(path)) && s.proven(img.Layers) {
+	if there(path) && touch(filepath.Dir(path)) && s.proven(img.Layers) {
 		return path, nil
 	}
 	m.begin(Unpacking, total, "")
 	// The layers' own digests are in the name, because the diffIDs are not proven.
-	flight := "root"
+	flight := name
 	for _, l := range img.Layers {
 		flight += " " + l.Digest + " " + l.DiffID
 	}
-	if _, err = s.flights.do(ctx, flight, func(ctx context.Context) error { return s.makeRoot(ctx, id, img.Layers, m) }); err != nil {
+	if _, err = s.flights.do(ctx, flight, func(ctx context.Context) error { return s.makeRoot(ctx, id, name, img.Layers, m) }); err != nil {
 		return "", fmt.Errorf("make root layer: %w", err)
 	}
 	m.end()
 	return path, nil
 }
 
-// makeRoot unpacks and packs the layers and publishes the result.
-func (s *Store) makeRoot(ctx context.Context, id string, layers []Layer, m *meter) error {
+func there(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// makeRoot unpacks and packs the layers and publishes the result: the ext4 unless it is
+// there, and the EROFS if it is asked for.
+func (s *Store) makeRoot(ctx context.Context, id, name string, layers []Layer, m *meter) error {
 	work, err := os.MkdirTemp(s.dir, ".root-")
 	if err != nil {
 		return errdefs.DiskFull(err)
@@ -145,18 +163,32 @@ func (s *Store) makeRoot(ctx context.Context, id string, layers []Layer, m *mete
 		}
 	}
 	m.begin(Packing, 0, "")
-	file := filepath.Join(ready, rootFile)
-	if err := FromTree(ctx, file, tree); err != nil {
+	dst := s.path(rootsDir, id)
+	if !there(filepath.Join(dst, rootFile)) {
+		if err := packInto(ctx, ready, rootFile, tree, FromTree); err != nil {
+			return err
+		}
+		err := os.Rename(ready, dst)
+		if err != nil && !errors.Is(err, fs.ErrExist) { // else made of the same layers in other blobs
+			return errdefs.DiskFull(err)
+		}
+	}
+	if name != flatFile || there(filepath.Join(dst, flatFile)) {
+		return nil
+	}
+	if err := packInto(ctx, work, flatFile, tree, flatFromTree); err != nil {
 		return err
 	}
-	if err := errors.Join(os.Chmod(file, 0o400), atomicfile.SyncDir(ready)); err != nil {
-		return errdefs.DiskFull(err)
+	return errdefs.DiskFull(errors.Join(os.Rename(filepath.Join(work, flatFile), filepath.Join(dst, flatFile)), atomicfile.SyncDir(dst)))
+}
+
+// packInto makes a file of the tree in a directory, complete and on the disk.
+func packInto(ctx context.Context, dir, name, tree string, pack func(ctx context.Context, file, tree string) error) error {
+	file := filepath.Join(dir, name)
+	if err := pack(ctx, file, tree); err != nil {
+		return err
 	}
-	err = os.Rename(ready, s.path(rootsDir, id))
-	if errors.Is(err, fs.ErrExist) {
-		return nil // made of the same layers in other blobs
-	}
-	return errdefs.DiskFull(err)
+	return errdefs.DiskFull(errors.Join(os.Chmod(file, 0o400), atomicfile.SyncDir(dir)))
 }
 
 // blame finds out whether a stored blob is damaged, which then is removed, so that the
@@ -221,25 +253,45 @@ func FromTar(ctx context.Context, file string, r io.Reader, limits Limits) error
 		return fmt.Errorf("unpack archive: %w", errdefs.DiskFull(err))
 	}
 	defer os.RemoveAll(tree)
-	one := source{name: "archive", open: func() (io.ReadCloser, error) { return io.NopCloser(r), nil }}
-	if err := unpack(ctx, tree, []source{one}, limits.orDefault(), nil); err != nil {
-		return fmt.Errorf("unpack %w", err)
+	if err := Unpack(ctx, tree, r, limits); err != nil {
+		return err
 	}
 	return FromTree(ctx, file, tree)
+}
+
+// Unpack makes the empty directory dir the tree that the archive r holds, compressed or not,
+// under the rules and limits for images. On error what is in dir is for the caller to
+// remove. Cancelling ctx does not end a read of r that blocks.
+func Unpack(ctx context.Context, dir string, r io.Reader, limits Limits) error {
+	one := source{name: "archive", open: func() (io.ReadCloser, error) { return io.NopCloser(r), nil }}
+	if err := unpack(ctx, dir, []source{one}, limits.orDefault(), nil); err != nil {
+		return fmt.Errorf("unpack %w", err)
+	}
+	return nil
 }
 
 // FromTree makes the new file an ext4 that holds the tree below dir.
 // On error there is no file.
 func FromTree(ctx context.Context, file, dir string) error {
-	if err := template.PackImage(ctx, file, dir); err != nil {
-		if !errors.Is(err, fs.ErrExist) {
-			_ = os.Remove(file)
-		}
-		if errdefs.ClassOf(err) == errdefs.Exhausted {
-			// What the tool says has paths of the host in it.
-			return errdefs.Exhausted.Errorf("pack tree: the host's disk is full")
-		}
-		return fmt.Errorf("pack tree: %w", errdefs.DiskFull(err))
+	return packed(file, template.PackImage(ctx, file, dir))
+}
+
+// flatFromTree is FromTree for an EROFS.
+func flatFromTree(ctx context.Context, file, dir string) error {
+	return packed(file, template.PackEROFS(ctx, file, dir))
+}
+
+// packed removes what an error left, and makes it one for a client.
+func packed(file string, err error) error {
+	if err == nil {
+		return nil
 	}
-	return nil
+	if !errors.Is(err, fs.ErrExist) {
+		_ = os.Remove(file)
+	}
+	if errdefs.ClassOf(err) == errdefs.Exhausted {
+		// What the tool says has paths of the host in it.
+		return errdefs.Exhausted.Errorf("pack tree: the host's disk is full")
+	}
+	return fmt.Errorf("pack tree: %w", errdefs.DiskFull(err))
 }

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sys/unix"
@@ -304,5 +305,79 @@ func TestRootOfManyFiles(t *testing.T) {
 	}
 	if u, err := s.Usage(); err != nil || u.Working != 0 {
 		t.Errorf("left %+v, %v", u, err)
+	}
+}
+
+// The EROFS of an image is made of the tree that the ext4 is made of, once, and before the
+// ext4 or after it.
+func TestFlat(t *testing.T) {
+	rootPrograms(t)
+	testenv.Program(t, "mkfs.erofs", "fsck.erofs")
+	for _, rootFirst := range []bool{false, true} {
+		s := open(t, t.TempDir())
+		img := imported(t, s, archiveOf(t, everything()...))
+		stages := 0
+		count := func(p Progress) {
+			if p.Stage == Unpacking && p.Done == 0 {
+				stages++
+			}
+		}
+		file := func(of func(context.Context, Image, func(Progress)) (string, error)) (string, os.FileInfo) {
+			t.Helper()
+			path, err := of(t.Context(), img, count)
+			if err != nil {
+				t.Fatal(err)
+			}
+			info, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return path, info
+		}
+		var before os.FileInfo
+		if rootFirst {
+			_, before = file(s.Root)
+			stages = 0
+		}
+		flat, info := file(s.Flat)
+		_, ext4 := file(s.Root)
+		if rootFirst && !os.SameFile(before, ext4) {
+			t.Error("the ext4 was made again")
+		}
+		if again, _ := file(s.Flat); again != flat || stages != 1 {
+			t.Errorf("%s, then %s; unpacked %d times", flat, again, stages)
+		}
+		flatHolds(t, flat)
+		if names := left(t, s.dir); len(names) != 3 { // blob, its DiffID, the directory of both roots
+			t.Errorf("left %v", names)
+		}
+		if u, err := s.Usage(); err != nil || u.Roots < info.Size() || u.Roots > ext4.Size()+info.Size()+1<<16 {
+			t.Errorf("usage %+v, %v", u, err)
+		}
+	}
+}
+
+// flatHolds demands that an EROFS holds files of everything.
+func flatHolds(t *testing.T, flat string) {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), "out")
+	if said, err := execOutput(t, "fsck.erofs", "--extract="+out, flat); err != nil {
+		t.Errorf("%v: %s", err, said)
+	}
+	long := strings.Repeat("d", 200) + "/" + strings.Repeat("e", 120) + "/file"
+	for name, want := range map[string]string{"etc/passwd": "root\n", long: "deep"} {
+		if got, err := os.ReadFile(filepath.Join(out, name)); err != nil || string(got) != want {
+			t.Errorf("%s: %q, %v", name, got, err)
+		}
+	}
+}
+
+// A root goes with both of its files.
+func TestPruneFlat(t *testing.T) {
+	s := open(t, t.TempDir())
+	put(t, s.dir, "roots/r1/root.erofs", time.Hour)
+	put(t, s.dir, "roots/r1/root.ext4", time.Hour)
+	if freed, err := s.Prune(t.Context(), Keep{}); err != nil || freed != 8192 || len(left(t, s.dir)) != 0 {
+		t.Errorf("freed %d, %v, left %v", freed, err, left(t, s.dir))
 	}
 }

@@ -25,6 +25,7 @@ const (
 	diffsDir = "diffs" // the verified DiffIDs of blobs, named by the blobs' digests
 	rootsDir = "roots" // directories named by the key of what they hold
 	rootFile = "root.ext4"
+	flatFile = "root.erofs" // the same tree, once it was asked for
 	lockName = "lock"
 )
 
@@ -237,14 +238,18 @@ func (s *Store) items() ([]item, error) {
 				return nil, err
 			}
 			it := item{path: s.path(dir, e.Name()), used: fi.ModTime(), root: dir == rootsDir}
-			if it.root {
-				if fi, err = os.Lstat(filepath.Join(it.path, rootFile)); err != nil {
-					out = append(out, it) // of no use to Root either
-					continue
+			if !it.root {
+				it.bytes = fi.Sys().(*syscall.Stat_t).Blocks * 512
+				out = append(out, it)
+				continue
+			}
+			for _, name := range []string{rootFile, flatFile} {
+				// One without files is of no use to Root either.
+				if fi, err := os.Lstat(filepath.Join(it.path, name)); err == nil {
+					st := fi.Sys().(*syscall.Stat_t)
+					it.bytes, it.shared = it.bytes+st.Blocks*512, it.shared || st.Nlink > 1
 				}
 			}
-			st := fi.Sys().(*syscall.Stat_t)
-			it.bytes, it.shared = st.Blocks*512, it.root && st.Nlink > 1
 			out = append(out, it)
 		}
 	}

@@ -134,3 +134,28 @@ func (b *BuildStage) dropEROFS() error {
 	b.erofs = Layer{}
 	return os.Remove(filepath.Join(b.root(), rootEROFS))
 }
+
+// EROFSOf returns the path of the EROFS of a ready build whose layers have this digest; empty
+// if no build has one.
+func (s *Store) EROFSOf(base string) string {
+	all, _, err := s.load()
+	if err != nil || base == "" {
+		return ""
+	}
+	for _, t := range all {
+		for _, b := range t.Builds {
+			if b.Base != base || b.Status != StatusReady || t.Source != "" {
+				continue
+			}
+			dir := filepath.Join(s.templateDir(t.ID), b.ID)
+			var m buildManifest
+			if readManifest(dir, manifestFile, &m, &m.manifest) != nil {
+				continue
+			}
+			if l := erofsOf(dir, m.manifest); l.Path != "" {
+				return l.Path
+			}
+		}
+	}
+	return ""
+}

@@ -187,6 +187,12 @@ func TestBuildWithEROFS(t *testing.T) {
 	if err := errors.Join(unix.Stat(flat.EROFS.Path, &st), unix.Stat(same.EROFS.Path, &st2)); err != nil || st.Ino != st2.Ino {
 		t.Errorf("not shared, %v", err)
 	}
+	if path := s.EROFSOf(flat.RootSHA256); path != flat.EROFS.Path && path != same.EROFS.Path {
+		t.Errorf("found %q", path)
+	}
+	if path := s.EROFSOf("no such digest"); path != "" {
+		t.Errorf("found %q", path)
+	}
 	if own, shared := s.Sizes(info2.ID, b2.ID); shared < 3*st.Blocks*512 {
 		t.Errorf("sizes %d and %d", own, shared)
 	}

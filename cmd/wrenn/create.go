@@ -23,6 +23,8 @@ type size struct {
 	deadline string
 	atEnd    string
 	name     string
+	publish  []string
+	busy     string
 	disk     string
 	user     string
 	workdir  string
@@ -37,8 +39,12 @@ func (s *size) flags(cmd *cobra.Command) {
 	cmd.Flags().Int32Var(&s.vcpus, "vcpus", 0, "number of virtual CPUs (default 1, or the snapshot's)")
 	cmd.Flags().StringVarP(&s.memory, "memory", "m", "", "memory in MiB, or with a unit: 512m, 2g (default 512, or the snapshot's)")
 	cmd.Flags().StringVar(&s.name, "name", "", "name that stands for the id in all commands; no other sandbox of the project may have it")
+	cmd.Flags().StringArrayVarP(&s.publish, "publish", "p", nil,
+		"listen on 127.0.0.1 of the agent's host for a port of the sandbox: [HOSTPORT:]PORT; may be repeated")
 	cmd.Flags().StringVar(&s.disk, "disk", "", "size of the disk in MiB, or with a unit: 10g (default the host's, or the snapshot's)")
 	cmd.Flags().DurationVar(&s.timeout, "timeout", 0, "end the sandbox when this time passes without activity (10m, 1h); 0 is never")
+	cmd.Flags().StringVar(&s.busy, "busy", "",
+		"cpu: programs that use a fifth of a vCPU count as activity for --timeout (default no)")
 	cmd.Flags().StringVar(&s.then, "on-timeout", "destroy", "what happens when --timeout passes: destroy, hibernate, or hibernate_files")
 	cmd.Flags().StringVar(&s.deadline, "deadline", "",
 		"end the sandbox after this time, whatever happens in it (2h), or at a time (2030-01-31T12:00:00Z)")
@@ -83,7 +89,13 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 	if !end.IsZero() {
 		deadline = timestamppb.New(end)
 	}
+	publish, err := publishedPorts(s.publish)
+	if err != nil {
+		return nil, err
+	}
 	return &hostagentv1.CreateSandboxRequest{
+		Publish:  publish,
+		Busy:     s.busy,
 		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
 		Name: s.name, DiskMb: disk, Workdir: s.workdir, User: s.user, Envs: env, Metadata: labels, Deadline: deadline, OnDeadline: s.atEnd,
 		AutoResume: s.wake,
@@ -145,6 +157,9 @@ func (c *cli) create(ctx context.Context, s *size) (*hostagentv1.CreateSandboxRe
 		return nil, err
 	}
 	resp.AccessToken = ""
+	for _, p := range resp.Publish {
+		complain("%s", publishedText(p))
+	}
 	return resp, nil
 }
 

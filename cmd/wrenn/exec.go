@@ -236,9 +236,21 @@ exit with the command's status. 125 to 127 mean what they mean for 'wrenn exec'.
 	return cmd
 }
 
+// beforeColon is a name without its tag.
+func beforeColon(name string) string {
+	name, _, _ = strings.Cut(name, ":")
+	return name
+}
+
 // isTemplate reports whether a sandbox can start from what has that name.
 func (c *cli) isTemplate(ctx context.Context, name string) bool {
 	if name == "minimal" {
+		return true
+	}
+	templates, err := c.host.Templates().List(ctx)
+	if err == nil && slices.ContainsFunc(templates.Templates, func(t *hostagentv1.Template) bool {
+		return slices.Contains(t.Names, beforeColon(name))
+	}) {
 		return true
 	}
 	snapshots, err := c.host.Snapshots(ctx)

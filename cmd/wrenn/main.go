@@ -173,7 +173,7 @@ Then, as any user who can reach the agent:
 	}
 	for _, cmd := range []*cobra.Command{
 		newRun(c), newCreate(c), newPs(c), newExec(c), newAttach(c), newShell(c), newKill(c), newCp(c), newTop(c), newPort(c),
-		newPause(c), newResume(c), newRecover(c), newFork(c), newSnapshot(c), newSnapshots(c), newRm(c),
+		newStop(c), newStart(c), newPause(c), newResume(c), newRecover(c), newFork(c), newSnapshot(c), newSnapshots(c), newRm(c),
 		newTimeout(c), newDeadline(c), newNetwork(c), newInspect(c), newLogs(c), newEvents(c), newVerify(c), newTemplate(c),
 	} {
 		cmd.GroupID = "sandbox"
@@ -181,7 +181,19 @@ Then, as any user who can reach the agent:
 		root.AddCommand(cmd)
 	}
 	root.AddCommand(newHost(c), newDrain(c), newVersion(c))
+	for _, cmd := range root.Commands() {
+		cmd.SuggestFor = otherVerbs[cmd.Name()]
+	}
 	return root
+}
+
+// otherVerbs are commands of other tools of this kind, by the one that is meant.
+var otherVerbs = map[string][]string{
+	"template": {"image", "images", "build", "pull", "import", "export", "templates"},
+	"snapshot": {"commit", "checkpoint", "save"}, "rm": {"delete", "remove", "terminate"},
+	"cp": {"copy", "upload", "download"}, "top": {"stats", "metrics"}, "shell": {"ssh", "sh", "login", "console"},
+	"ps": {"sandboxes"}, "inspect": {"info", "show", "describe"}, "gc": {"prune"}, "pause": {"hibernate", "suspend", "sleep"},
+	"create": {"new", "launch", "spawn"}, "port": {"forward", "expose", "publish"}, "start": {"boot"}, "stop": {"halt", "shutdown"},
 }
 
 // otherNames are flags of other tools of this kind, each with the one that is meant.
@@ -189,6 +201,8 @@ var otherNames = map[string]string{
 	"image": "template", "snapshot": "template", "from": "template", "cpu": "vcpus", "cpus": "vcpus", "mem": "memory", "ram": "memory",
 	"ttl": "timeout", "idle-timeout": "timeout", "cwd": "workdir", "dir": "workdir", "envs": "env",
 	"number": "count", "tail": "tail-bytes", "stdin": "interactive", "hibernate": "to-disk",
+	"metadata": "label", "labels": "label", "port": "publish", "ports": "publish", "expose": "publish", "storage": "disk", "size": "disk",
+	"hostname": "name", "background": "detach", "detached": "detach", "all-processes": "all", "grace": "time",
 }
 
 // flagHint adds to an error about a flag which one may be meant.

@@ -62,6 +62,51 @@ func newResume(c *cli) *cobra.Command {
 	return cmd
 }
 
+func newStop(c *cli) *cobra.Command {
+	var grace time.Duration
+	cmd := &cobra.Command{
+		Use:   "stop ID...",
+		Short: "End the programs of sandboxes and keep their disks",
+		Long: `End the programs of sandboxes, then their VMs, and keep their disks, which is
+'wrenn pause --files-only' after SIGTERM for all programs. What has not ended after
+--time ends with the VM. 'wrenn start' boots them again, with the same id, name and
+settings and the start command of the template.`,
+		Example: "  wrenn stop web\n  wrenn stop -t 0 3fa d49",
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error {
+				detail, err := s.Stop(ctx, grace)
+				if err == nil && detail != "" {
+					fmt.Fprintf(cmd.ErrOrStderr(), "wrenn: sandbox %s is %s\n", s.ID, detail)
+				}
+				return err
+			})
+		},
+	}
+	cmd.Flags().DurationVarP(&grace, "time", "t", 10*time.Second, "how long programs may take to end after SIGTERM; 0 sends none")
+	return cmd
+}
+
+func newStart(c *cli) *cobra.Command {
+	return &cobra.Command{
+		Use:   "start ID...",
+		Short: "Boot stopped sandboxes again",
+		Long: `Let sandboxes run that 'wrenn stop' has stopped: they boot from their disks, and the
+start command of their templates runs. Paused and hibernated ones go on where they
+were, as with 'wrenn resume'. One that runs is left as it is.`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			return c.each(cmd, refs, func(ctx context.Context, s *client.Sandbox) error {
+				info, err := s.Info(ctx)
+				if err != nil || info.GetStatus() == "running" {
+					return err
+				}
+				return s.Resume(ctx, false)
+			})
+		},
+	}
+}
+
 func newRecover(c *cli) *cobra.Command {
 	return &cobra.Command{
 		Use:   "recover ID...",

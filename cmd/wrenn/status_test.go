@@ -26,7 +26,8 @@ func verbs() [][]string {
 	return [][]string{
 		{"create"}, {"run", "true"}, {"exec", id, "true"}, {"shell", id}, {"exec", "-d", id, "true"}, {"attach", id, "7"}, {"kill", id, "7"},
 		{"logs", id, "7"}, {"ps", id}, {"cp", id + ":/x", "-"}, {"cp", "/proc/self/comm", id + ":/x"},
-		{"top", id}, {"port", id, "80"}, {"ps"}, {"exec", "012", "true"}, {"pause", id}, {"resume", id}, {"recover", id}, {"fork", id},
+		{"top", id}, {"port", id, "80"}, {"ps"}, {"exec", "012", "true"}, {"pause", id}, {"resume", id}, {"stop", id}, {"start", id},
+		{"recover", id}, {"fork", id},
 		{"snapshot", id}, {"snapshot", "rm", "x"}, {"snapshots"}, {"rm", id}, {"rm", "--all"}, {"timeout", id, "1m"}, {"deadline", id, "1m"},
 		{"network", id}, {"network", id, "--reset"}, {"inspect", id}, {"inspect", "--token", id}, {"logs", id}, {"events"}, {"verify"},
 		{"host"},

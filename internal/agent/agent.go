@@ -106,6 +106,7 @@ type Agent struct {
 	listener  net.Listener
 	socket    net.Listener
 	door      *gateway.Gateway
+	publisher *publisher
 	// drained is closed when a drain is done.
 	drained chan struct{}
 }
@@ -280,8 +281,10 @@ func (a *Agent) newDoor(version server.Version) *gateway.Gateway {
 		Sandboxes: a.base.manager, Control: mux, REST: a.newREST(limiter, version.Domain), Names: a.cfg.names(),
 		Panics: &panics, Log: a.log, MaxConns: most, MaxConnsEach: each, TLS: a.tls(),
 	})
+	a.publisher = newPublisher(a.base.manager, door, a.log)
 	server.Register(mux, server.Config{
-		Keys: a.keys, Limiter: limiter, Keyless: a.cfg.onLoopback(),
+		Publish: a.publisher.listen,
+		Keys:    a.keys, Limiter: limiter, Keyless: a.cfg.onLoopback(),
 		Manager: a.base.manager, Version: version, Templates: a.templateNames, Store: a.templates, DiskMiB: a.cfg.OverlayMiB,
 		Builds: a.builds, Images: a.images, Export: server.ExportBy(a.base.manager),
 		End: func() { close(a.drained) }, Panics: &panics, Log: a.log,
@@ -336,6 +339,8 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	pool, endPool := context.WithCancel(context.WithoutCancel(ctx))
 	pooled := make(chan struct{})
 	go func() { defer close(pooled); a.base.network.Run(pool) }()
+	published := make(chan struct{})
+	go func() { defer close(published); a.publisher.run(pool) }()
 
 	served := make(chan error, 2)
 	for _, l := range []net.Listener{a.listener, a.socket} {
@@ -369,6 +374,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	<-drained
 	endPool()
 	<-pooled
+	<-published
 	a.base.network.Detach()
 	if merr == nil {
 		merr = a.base.release(end, a.cfg.parts.claims)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"time"
 
@@ -66,6 +67,10 @@ type CreateRequest struct {
 	// Login is what its programs begin with; what it does not say is the
 	// template's or the snapshot's.
 	Login Login `json:",omitzero"`
+	// Busy is what counts as activity beside calls and connections.
+	Busy Busy `json:",omitzero"`
+	// Publish are ports that the host listens for. A fork has none.
+	Publish []Publish `json:",omitzero"`
 	// Labels are kept as they are. Those of a snapshot's source are not the sandbox's.
 	Labels Labels `json:",omitzero"`
 
@@ -111,7 +116,7 @@ func (r *CreateRequest) check() error {
 	}
 	errs = append(errs, checkName(r.Labels.Name), r.Isolation.check(), r.checkLife(), checkTimeout(r.Timeout),
 		r.OnTimeout.check("on_timeout"), r.checkEnd(), r.OnEnd.check("on_deadline"),
-		CheckUser(r.Login.User), checkWorkdir(r.Login.Workdir), CheckEnv(r.Login.Env),
+		CheckUser(r.Login.User), checkWorkdir(r.Login.Workdir), CheckEnv(r.Login.Env), r.checkPublish(), r.Busy.check(),
 		CheckMetadata(r.Labels.Metadata))
 	if err := errors.Join(errs...); err != nil {
 		return errdefs.InvalidArgument.Errorf("%s", strings.ReplaceAll(err.Error(), "\n", "; "))
@@ -359,6 +364,7 @@ func (h *holdings) reserve(
 		Slot: slot, HostIP: h.cfg.Network.Plan().Addrs(slot).HostIP, Token: newToken(), CloneKey: newToken(),
 		TrafficToken: req.Ingress.newTrafficToken(),
 		BootKey:      req.bootKey, VMM: driver.Name(), RootImage: rootImage(driver, tmpl),
+		Publish: slices.Clone(req.Publish), Busy: req.Busy,
 		CreatedAt: now, StateAt: now, LastActiveAt: now,
 	})
 	b.setAbort(abort)

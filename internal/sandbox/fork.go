@@ -134,7 +134,7 @@ func (m *Manager) fork(ctx context.Context, of Record, life time.Duration, src s
 	req := CreateRequest{
 		VMM: m.driverOf(of).Name(), snapshot: of.Snapshot, VCPUs: of.VCPUs, MemMiB: of.MemMiB, DiskMiB: of.DiskMiB,
 		Timeout: of.Timeout, OnTimeout: of.OnTimeout, EndAt: of.EndAt, OnEnd: of.OnEnd,
-		Life: of.Life, AutoResume: of.AutoResume,
+		Life: of.Life, AutoResume: of.AutoResume, Busy: of.Busy,
 		Network: of.Network, Ingress: of.Ingress, Login: of.Login, Labels: of.Labels.clone(),
 	}
 	req.Labels.OwnerKey, req.Labels.Name = "", ""

@@ -121,6 +121,20 @@ func (b *box) endLease(now time.Time) {
 func (r *registry) endLease(b *box) {
 	now := time.Now().UTC()
 	b.endLease(now)
+	r.touch(b, now)
+}
+
+// active notes that the sandbox was active now.
+func (r *registry) active(b *box) {
+	now := time.Now().UTC()
+	b.mu.Lock()
+	b.mu.rec.LastActiveAt = now
+	b.mu.Unlock()
+	r.touch(b, now)
+}
+
+// touch notes on disk when the sandbox was active.
+func (r *registry) touch(b *box, now time.Time) {
 	if err := r.store.touch(b.id, now); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		r.log.Warn("activity not noted", "sandbox", b.id, "err", err)
 	}

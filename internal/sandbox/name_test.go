@@ -125,3 +125,20 @@ func TestDiskSize(t *testing.T) {
 		}
 	})
 }
+
+func TestPublishBounds(t *testing.T) {
+	for _, c := range []struct {
+		req  CreateRequest
+		want bool
+	}{
+		{CreateRequest{Publish: make([]Publish, MaxPublish+1)}, false},
+		{CreateRequest{Publish: []Publish{{Port: 80, HostPort: 8080}}}, true},
+		{CreateRequest{Publish: []Publish{{HostPort: 8080}}}, false},
+		{CreateRequest{Publish: []Publish{{Port: 49983, HostPort: 8080}}}, false},
+		{CreateRequest{Publish: []Publish{{Port: 80, HostPort: 8080}}, Labels: Labels{OwnerKey: "x"}}, false},
+	} {
+		if err := c.req.check(); (err == nil) != c.want {
+			t.Errorf("%+v: %v", c.req.Publish, err)
+		}
+	}
+}

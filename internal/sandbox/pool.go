@@ -299,7 +299,8 @@ func (k keeper) handOut(ctx context.Context, b *box, req CreateRequest, began ti
 		r.EndAt, r.OnEnd, r.Labels = asEnd(req.EndAt), req.OnEnd, req.Labels.clone()
 		r.Ingress, r.TrafficToken = req.Ingress.clone(), req.Ingress.newTrafficToken()
 		r.RequestDigest, r.EnvdVersion = req.digest, b.op.envd
-		r.Life, r.AutoResume = req.Life, req.AutoResume
+		r.Life, r.AutoResume, r.Publish = req.Life, req.AutoResume, slices.Clone(req.Publish)
+		r.Busy = req.Busy
 		lifetime{life: req.Life}.begin(r)
 	})
 }

@@ -250,6 +250,11 @@ type Record struct {
 	// Login is what its programs begin with. Its variables may be secret.
 	Login Login `json:"login,omitzero"`
 
+	// Busy is what counts as activity beside calls and connections.
+	Busy Busy `json:"busy,omitempty"`
+	// Publish are ports that the host listens for, each with the host's own.
+	Publish []Publish `json:"publish,omitempty"`
+
 	Labels
 	// RequestDigest is of the request that made the sandbox, if it had an owner key.
 	RequestDigest string `json:"requestDigest,omitempty"`
@@ -347,6 +352,8 @@ type Info struct {
 	// did not say.
 	EnvdVersion  string
 	Labels       Labels
+	Publish      []Publish
+	Busy         Busy
 	CreatedAt    time.Time
 	StateAt      time.Time
 	StartedAt    time.Time // zero if it never ran
@@ -404,7 +411,7 @@ func (r Record) info() Info {
 		EndAt: r.EndAt, OnEnd: r.OnEnd, Life: r.Life, AutoResume: r.AutoResume,
 		Network: r.Network.clone(), Ingress: r.Ingress.clone(), User: r.user(), Workdir: r.Login.Workdir,
 		HostIP: r.HostIP, Labels: r.Labels.clone(),
-		FilesOnly: r.FilesOnly, EnvdVersion: cmp.Or(r.EnvdVersion, guestapi.E2BVersion),
+		FilesOnly: r.FilesOnly, Publish: slices.Clone(r.Publish), Busy: r.Busy, EnvdVersion: cmp.Or(r.EnvdVersion, guestapi.E2BVersion),
 		CreatedAt: r.CreatedAt, StateAt: r.StateAt, LastActiveAt: r.LastActiveAt,
 		StartedAt: r.started(), PausedAt: r.paused(),
 		VMM: r.vmm(), Isolation: r.Isolation,

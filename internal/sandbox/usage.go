@@ -2,6 +2,7 @@ package sandbox
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
@@ -164,8 +165,24 @@ func (r *registry) Metrics(id ID, start, end time.Time) ([]Metric, error) {
 	return metrics, nil
 }
 
-// sampler asks the guests of running sandboxes what they use. That is no activity, and
-// no guest is woken for it.
+// Busy says what counts as activity of a sandbox beside calls and connections.
+type Busy string
+
+// BusyCPU counts programs that use busyPct or more of a vCPU.
+const BusyCPU Busy = "cpu"
+
+// busyPct is what no idle guest uses, in percent of one vCPU.
+const busyPct = 20
+
+func (b Busy) check() error {
+	if b != "" && b != BusyCPU {
+		return fmt.Errorf("busy is %.40q, must be cpu or nothing", string(b))
+	}
+	return nil
+}
+
+// sampler asks the guests of running sandboxes what they use. That is no activity by
+// itself, and no guest is woken for it.
 type sampler struct{ *Manager }
 
 // run does so until the manager's life ends.
@@ -207,6 +224,9 @@ func (s sampler) sample(b *box, atOnce chan struct{}) {
 		defer cancelBoth()
 		m, err := guest.Metrics(ctx)
 		b.usage.asked(sampleOf(m, rec, time.Now()), err)
+		if err == nil && rec.Busy == BusyCPU && min(m.CPUUsedPct, 100)*float64(rec.VCPUs) >= busyPct {
+			s.active(b)
+		}
 	})
 }
 

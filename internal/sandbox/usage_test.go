@@ -174,3 +174,30 @@ func TestMetricsOfTheSilent(t *testing.T) {
 		}
 	})
 }
+
+// A program that computes keeps a sandbox from expiring where its creator asks for that,
+// and nowhere else. One that does little keeps none.
+func TestBusyCPU(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		var pct atomic.Int64
+		r.metrics = func(context.Context) (guestapi.Metrics, error) {
+			return guestapi.Metrics{CPUUsedPct: float64(pct.Load())}, nil
+		}
+		pct.Store(12) // of two vCPUs: 24 % of one
+		busy := r.request(CreateRequest{VCPUs: 2, Timeout: time.Minute, Busy: BusyCPU})
+		plain := r.request(CreateRequest{VCPUs: 2, Timeout: time.Minute})
+		little := r.request(CreateRequest{VCPUs: 1, Timeout: time.Minute, Busy: BusyCPU})
+		time.Sleep(3 * time.Minute)
+		synctest.Wait()
+		r.wantState(busy, Running)
+		r.wantState(plain, Stopped)
+		r.wantState(little, Stopped)
+		pct.Store(1)
+		time.Sleep(3 * time.Minute)
+		synctest.Wait()
+		r.wantState(busy, Stopped)
+		_, err := r.Create(t.Context(), CreateRequest{Busy: "disk"})
+		wantClass(t, err, errdefs.InvalidArgument)
+	})
+}

@@ -63,6 +63,7 @@ type service struct {
 	templates func() ([]string, error)
 	// draining says that a drain has begun, which calls end when it is done.
 	draining atomic.Bool
+	publish  func([]sandbox.Publish) (opened []sandbox.Publish, keep func(sandbox.ID), drop func(), err error)
 	end      func()
 	log      *slog.Logger
 }
@@ -105,6 +106,9 @@ type Config struct {
 	DiskMiB int
 	// Export reads templates; nil where none is built.
 	Export Export
+	// Publish listens for ports of a sandbox that is to be made. keep carries what comes
+	// there to the sandbox until it has ended, drop listens no more.
+	Publish func([]sandbox.Publish) (opened []sandbox.Publish, keep func(sandbox.ID), drop func(), err error)
 	// End ends the agent, after a drain.
 	End func()
 	// Slots counts the network's slots by state, Refused the connections that were
@@ -138,7 +142,7 @@ func Register(mux *http.ServeMux, c Config) {
 // their caller in the context.
 func handler(c Config) (string, http.Handler) {
 	return hostagentv1connect.NewHostAgentServiceHandler(
-		&service{manager: c.Manager, keys: c.Keys, version: c.Version, templates: c.Templates, end: c.End, log: c.Log},
+		&service{manager: c.Manager, keys: c.Keys, version: c.Version, templates: c.Templates, publish: c.Publish, end: c.End, log: c.Log},
 		options(c),
 	)
 }
@@ -186,8 +190,26 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 	if err != nil {
 		return nil, err
 	}
+	ports, err := publishOf(ctx, req.Msg.Publish)
+	if err != nil {
+		return nil, err
+	}
+	keep := func(sandbox.ID) {}
+	if len(ports) > 0 {
+		if s.publish == nil {
+			return nil, errdefs.Unsupported.Errorf("this agent publishes no ports")
+		}
+		opened, serve, drop, err := s.publish(ports)
+		if err != nil {
+			return nil, err
+		}
+		ports, keep = opened, serve
+		defer drop() // what is kept stays
+	}
 	owner, _ := project(ctx)
 	created, err := s.manager.Create(ctx, sandbox.CreateRequest{
+		Publish:  ports,
+		Busy:     sandbox.Busy(req.Msg.Busy),
 		Template: req.Msg.Template,
 		VCPUs:    int(req.Msg.Vcpus),
 		MemMiB:   int(req.Msg.MemoryMb),
@@ -206,11 +228,13 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 	if err != nil {
 		return nil, err
 	}
+	keep(created.ID)
 	tokens, err := s.tokens(created.ID)
 	if err != nil {
 		return nil, err
 	}
 	resp := &pb.CreateSandboxResponse{
+		Publish:   publishedPorts(created.Publish),
 		SandboxId: string(created.ID), Status: string(created.State), HostIp: addrText(created.HostIP),
 		StartedFrom: created.From, Why: validText(created.Why), AccessToken: tokens.Envd,
 	}
@@ -572,7 +596,8 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 		TimeoutSec: int32(info.Timeout / time.Second),
 		Reason:     string(info.Reason), Detail: validText(info.Detail), Network: networkPolicy(info.Network),
 		User: info.User, Metadata: info.Labels.Metadata, OnDeadline: string(info.OnEnd),
-		Name: info.Labels.Name, Workdir: info.Workdir, DiskMb: int32(info.DiskMiB),
+		Name: info.Labels.Name, Workdir: info.Workdir, Publish: publishedPorts(info.Publish), Busy: string(info.Busy),
+		DiskMb:   int32(info.DiskMiB),
 		OwnerKey: info.Labels.OwnerKey, AutoResume: info.AutoResume, HostIp: addrText(info.HostIP),
 		FilesOnly: info.FilesOnly, EnvdVersion: info.EnvdVersion, TemplateId: info.TemplateID, Build: info.Build,
 	}

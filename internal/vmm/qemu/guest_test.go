@@ -591,7 +591,7 @@ func BenchmarkSnapshotCycle(b *testing.B) {
 			}
 			socket.Close()
 			state.Close()
-			m, err := dial(b.Context(), qmpSocket(spec.RunDir), callTimeout)
+			m, err := dial(b.Context(), qmpSocket(spec.RunDir))
 			if err != nil {
 				b.Fatal(err)
 			}

@@ -134,6 +134,7 @@ func (d *Driver) launch(ctx context.Context, spec vmm.Spec, report vmm.Report, f
 		QMP:     qmpSocket(spec.RunDir),
 		Shape:   shapeOf(spec, report),
 	})
+	steps.Push("close connection", func(context.Context) error { v.line.hangUp(); return nil })
 	if err := v.awaitStart(ctx, want); err != nil {
 		return nil, process.StartError(err, "qemu")
 	}
@@ -168,9 +169,10 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 	if err != nil {
 		return nil, err
 	}
-	v.VM = base
+	v.VM, v.line = base, lineTo(v.state.QMP)
 	status, err := v.status(ctx)
 	if err != nil {
+		v.line.hangUp()
 		return nil, v.GiveUp(ctx, err)
 	}
 	go v.watch()
@@ -182,8 +184,9 @@ func (d *Driver) Attach(ctx context.Context, h vmm.Handle) (vmm.VM, error) {
 
 // watch ends a VM whose VMM has failed. QEMU keeps such a VM, and writes to its log
 // what has happened; so watch asks for the VM's state after each message in the log.
-// watch ends with the process, or when that is released.
+// watch ends with the process, or when that is released, and closes the connection then.
 func (v *vm) watch() {
+	defer v.line.hangUp()
 	for range v.Printed() {
 		status, err := v.status(context.Background())
 		if err == nil && v.endIfFailed(status) {
@@ -217,10 +220,11 @@ type state struct {
 type vm struct {
 	launch.VM
 	state state
+	line  *line
 }
 
 func newVM(p *launch.Process, report vmm.Report, s state) *vm {
-	v := &vm{state: s}
+	v := &vm{state: s, line: newLine(s.QMP)}
 	v.VM = launch.NewVM(p, Name, report.Version, report.CPU, &v.state)
 	return v
 }
@@ -305,14 +309,10 @@ func (v *vm) Stalled(ctx context.Context) (why, err error) {
 	return why, nil
 }
 
-// with runs f on a connection of its own. QEMU serves one connection at a time.
+// with runs f on the connection to QEMU, which nothing else uses meanwhile. ctx and limit
+// bound the wait for it and f.
 func (v *vm) with(ctx context.Context, limit time.Duration, f func(*monitor) error) error {
-	m, err := dial(ctx, v.state.QMP, limit)
-	if err != nil {
-		return err
-	}
-	defer m.close()
-	return f(m)
+	return v.line.with(ctx, limit, f)
 }
 
 // sleep waits for d or for ctx.

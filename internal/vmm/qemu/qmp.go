@@ -66,25 +66,20 @@ func (b *bounded) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// monitor is one connection to a QEMU. QEMU serves one connection at a time, and a
-// second one waits. So a connection lasts for one operation, and no agent keeps
-// another one from QEMU.
+// monitor is one connection to a QEMU, for one operation at a time.
 type monitor struct {
-	ctx    context.Context
-	cancel context.CancelFunc
-	conn   *net.UnixConn
-	in     *bounded
-	dec    *json.Decoder
-	stop   func() bool // ends the breaking of conn by ctx
+	ctx  context.Context // of the operation
+	conn *net.UnixConn
+	in   *bounded
+	dec  *json.Decoder
+	stop func() bool // ends the breaking of conn by ctx
 }
 
 // dial connects to the QMP socket at path and waits until QEMU serves it. ctx
-// and limit bound the connection's whole life. When QEMU dies, or has died, every wait
+// is that of the connection's first operation. When QEMU dies, or has died, every wait
 // ends at once with errdefs.Unavailable.
-func dial(ctx context.Context, path string, limit time.Duration) (*monitor, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, limit,
-		errdefs.Unavailable.Errorf("the VMM did not answer within %s", limit))
-	m := &monitor{ctx: ctx, cancel: cancel}
+func dial(ctx context.Context, path string) (*monitor, error) {
+	m := &monitor{ctx: ctx}
 	if err := m.connect(path); err != nil {
 		m.close()
 		return nil, err
@@ -108,7 +103,7 @@ func (m *monitor) connect(path string) error {
 	}
 	m.conn, m.in = conn.(*net.UnixConn), &bounded{conn, maxAnswer}
 	m.dec = json.NewDecoder(m.in)
-	m.stop = context.AfterFunc(m.ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+	m.begin(m.ctx)
 	// QEMU reads the first command after its greeting: it need not be waited for.
 	const first = "qmp_capabilities"
 	id, err := m.send(first, nil, nil)
@@ -127,12 +122,36 @@ func (m *monitor) connect(path string) error {
 	return m.receive(first, id, nil)
 }
 
+// begin lets ctx bound what follows.
+func (m *monitor) begin(ctx context.Context) {
+	conn := m.conn
+	m.ctx, m.stop = ctx, context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
+}
+
+// end undoes begin. It is false if ctx has ended, and the connection with it.
+func (m *monitor) end() bool { return m.stop() }
+
 func (m *monitor) close() {
 	if m.conn != nil {
 		m.stop()
 		m.conn.Close()
 	}
-	m.cancel()
+}
+
+// open says whether QEMU has not closed the connection.
+func (m *monitor) open() bool {
+	raw, err := m.conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	const closed = unix.POLLHUP | unix.POLLRDHUP | unix.POLLERR
+	poll := []unix.PollFd{{Events: unix.POLLRDHUP}}
+	var perr error
+	err = raw.Control(func(fd uintptr) {
+		poll[0].Fd = int32(fd)
+		_, perr = unix.Poll(poll, 0)
+	})
+	return err == nil && perr == nil && poll[0].Revents&closed == 0
 }
 
 // call runs one command. After an error that is no *refusal it is not known whether

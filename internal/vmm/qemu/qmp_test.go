@@ -24,6 +24,12 @@ const greeting = `{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []
 // after which the connection stays; none ends it.
 func monitorOf(t *testing.T, hello string, answer func(command string) string) (path string) {
 	t.Helper()
+	return monitorCounting(t, hello, answer, func() {})
+}
+
+// monitorCounting is monitorOf that calls came for each connection before it is served.
+func monitorCounting(t *testing.T, hello string, answer func(command string) string, came func()) (path string) {
+	t.Helper()
 	path = filepath.Join(t.TempDir(), "qmp.sock")
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -36,6 +42,7 @@ func monitorOf(t *testing.T, hello string, answer func(command string) string) (
 			if err != nil {
 				return
 			}
+			came()
 			fmt.Fprintln(conn, hello)
 			lines := bufio.NewScanner(conn)
 			for lines.Scan() {
@@ -71,7 +78,9 @@ func vmAt(t *testing.T, path string) *vm {
 			t.Error(err)
 		}
 	})
-	return newVM(process, vmm.Report{Version: "7.2.22", CPU: DefaultCPU}, state{Process: process.Ref(), QMP: path})
+	v := newVM(process, vmm.Report{Version: "7.2.22", CPU: DefaultCPU}, state{Process: process.Ref(), QMP: path})
+	t.Cleanup(v.line.hangUp)
+	return v
 }
 
 func TestLostAnswers(t *testing.T) {
@@ -97,6 +106,48 @@ func TestLostAnswers(t *testing.T) {
 			t.Errorf("%s: %v", c.name, err)
 		}
 	}
+}
+
+// The connection of one operation serves the next ones, until it breaks or fails.
+func TestConnectionIsKept(t *testing.T) {
+	answers := make(chan string, 10)
+	connections := 0
+	path := monitorCounting(t, greeting, func(string) string { return <-answers }, func() { connections++ })
+	v := vmAt(t, path)
+	const running = `{"return": {"status": "running"}}`
+	ask := func(what, answer string, fails bool, want int) {
+		t.Helper()
+		answers <- answer
+		if _, err := v.status(t.Context()); (err != nil) != fails {
+			t.Errorf("%s: %v", what, err)
+		}
+		if connections != want {
+			t.Errorf("%s: %d connections, want %d", what, connections, want)
+		}
+	}
+	ask("first", running, false, 1)
+	ask("second", running, false, 1)
+	ask("refused", `{"error": {"class": "GenericError", "desc": "no"}}`, true, 1)
+	ask("after a refusal", running, false, 2)
+	ask("broken", "", true, 2)
+	ask("after it broke", running, false, 3)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	if _, err := v.status(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("without an answer: %v", err)
+	}
+	answers <- running // the monitor's, of the question before
+	ask("after a time-out", running, false, 4)
+	// Another holder of the same VM in this process has the same connection, and a VM
+	// that is given up none.
+	if other := lineTo(path); other != v.line {
+		t.Error("there are two lines to one QEMU")
+	}
+	v.line.hangUp()
+	if v.line.kept != nil || lineTo(path) == v.line {
+		t.Error("the line is still there")
+	}
+	lineTo(path).hangUp()
 }
 
 func TestAnswers(t *testing.T) {
@@ -223,6 +274,7 @@ func TestInternalError(t *testing.T) {
 			}
 			t.Cleanup(func() { process.Kill(context.Background()) })
 			v := newVM(process, vmm.Report{Version: "7.2.22", CPU: DefaultCPU}, state{Process: process.Ref(), QMP: path})
+			t.Cleanup(v.line.hangUp)
 			if name == "log" {
 				go v.watch()
 			}

@@ -555,7 +555,7 @@ func testSnapshot(t *testing.T, s Subject) {
 	kill(t, v)
 	again, err := s.Again().Attach(t.Context(), clones[0].Handle())
 	if err != nil {
-		t.Fatalf("attach to a clone: %v", err)
+		t.Fatalf("attach to a clone: %v; it %s", err, clones[0].Exit())
 	}
 	if err := again.Pause(t.Context()); err != nil {
 		t.Errorf("pause of an attached clone: %v", err)

@@ -72,7 +72,7 @@ type parts struct {
 
 func (p parts) withDefaults(c Config) parts {
 	if p.drivers == nil {
-		p.drivers = c.drivers(false)
+		p.drivers = c.drivers()
 	}
 	if p.network == nil {
 		p.network = func(plan network.Plan, o network.Options) Network { return network.New(plan, o) }

@@ -323,16 +323,14 @@ func (c Config) plan() (network.Plan, error) {
 }
 
 // drivers returns the driver of each VMM, the best one first. To see whether KVM
-// works they boot the prepared kernel; retry boots it again where it was too slow
-// the last time.
-func (c Config) drivers(retry bool) []vmm.Driver {
+// works they boot the prepared kernel, unless the result of an earlier boot is kept.
+func (c Config) drivers() []vmm.Driver {
 	kernel := filepath.Join(c.StateDir, "kernels", "default")
 	probe := func(name string) kvm.Probe {
 		return kvm.Probe{
 			CacheFile: filepath.Join(c.StateDir, "kvm-probe-"+name+".json"),
 			Kernel:    filepath.Join(kernel, "vmlinux"), Initrd: filepath.Join(kernel, "initrd.img"),
 			UID: probeUID, GID: probeUID,
-			Retry: retry,
 		}
 	}
 	return []vmm.Driver{
@@ -359,5 +357,5 @@ func (c Config) Doctor(ctx context.Context, envd string) ([]host.Check, error) {
 	if recorded, err := plan.ReadRanges(c.rangesFile()); err == nil {
 		plan = recorded
 	}
-	return host.Doctor(ctx, host.Options{StateDir: c.StateDir, Envd: envd, Drivers: c.drivers(true), VMM: c.VMM, Plan: plan}), nil
+	return host.Doctor(ctx, host.Options{StateDir: c.StateDir, Envd: envd, Drivers: c.drivers(), VMM: c.VMM, Plan: plan}), nil
 }

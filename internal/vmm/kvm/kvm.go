@@ -28,10 +28,7 @@ const (
 	// It needs a fraction of it. KVM on which it needs more gains nothing over
 	// emulation.
 	probeTimeout = 3 * time.Second
-	// slowKept is how long the verdict of a probe that timed out is kept. The host
-	// may only have been busy.
-	slowKept    = time.Hour
-	probeMemMiB = 128
+	probeMemMiB  = 128
 	// probePoll is the time between two reads of the probe guest's console.
 	probePoll = 5 * time.Millisecond
 )
@@ -42,11 +39,10 @@ const (
 // probe guest has booted with it in time.
 type Probe struct {
 	// CacheFile keeps the result for as long as the host's kernel, its kind of
-	// KVM, the VMM, and the guest's kernel and initrd stay the same. Each driver
+	// KVM, the VMM, and the guest's kernel and initrd stay the same. It does not keep
+	// that a guest was too slow: the host may only have been busy. Each driver
 	// has its own file, whose directory exists; empty to keep nothing.
 	CacheFile string
-	// Retry boots another guest where the last one was too slow.
-	Retry bool
 	// Kernel and Initrd are booted as guestapi.Boot.Probe says.
 	Kernel, Initrd string
 	// UID and GID are what the VMM runs as. They are no root's, as those of
@@ -107,7 +103,7 @@ type probeRecord struct {
 
 	Works bool   `json:"works"`
 	Why   string `json:"why"`
-	// SlowAt is set if the guest was not up in time, and might be another time.
+	// SlowAt was set by earlier agents if the guest was not up in time.
 	SlowAt time.Time `json:"slow_at,omitzero"`
 }
 
@@ -129,11 +125,9 @@ func (p Probe) probed(ctx context.Context, name, version string, start func(cont
 	}
 	now := probeRecord{HostKernel: unix.ByteSliceToString(uts.Release[:]), KVM: Kind(), VMM: name, Version: version, Guest: guest}
 	var known probeRecord
-	if data, err := os.ReadFile(p.CacheFile); err == nil && json.Unmarshal(data, &known) == nil && known.on() == now {
-		age := time.Since(known.SlowAt)
-		if known.SlowAt.IsZero() || !p.Retry && age >= 0 && age < slowKept {
-			return Verdict{Works: known.Works, Why: known.Why, Final: true}, nil
-		}
+	if data, err := os.ReadFile(p.CacheFile); err == nil && json.Unmarshal(data, &known) == nil &&
+		known.on() == now && known.SlowAt.IsZero() {
+		return Verdict{Works: known.Works, Why: known.Why, Final: true}, nil
 	}
 	within, cancel := context.WithTimeoutCause(ctx, probeTimeout, errSlow)
 	defer cancel()
@@ -141,15 +135,16 @@ func (p Probe) probed(ctx context.Context, name, version string, start func(cont
 	if ctx.Err() != nil {
 		return Verdict{}, context.Cause(ctx)
 	}
-	if errors.Is(err, errSlow) {
-		now.SlowAt = time.Now().UTC()
-	}
-	if err != nil {
+	slow := errors.Is(err, errSlow)
+	switch {
+	case slow:
+		now.Why = fmt.Sprintf("/dev/kvm opens but a probe guest does not come up with it: %v; each start of the agent tries again", err)
+	case err != nil:
 		now.Why = fmt.Sprintf("/dev/kvm opens but a probe guest does not come up with it: %v", err)
-	} else {
+	default:
 		now.Works, now.Why = true, fmt.Sprintf("a probe guest came up under KVM in %s", took.Round(time.Millisecond))
 	}
-	if p.CacheFile != "" {
+	if p.CacheFile != "" && !slow {
 		if err := atomicfile.WriteJSON(p.CacheFile, now); err != nil {
 			return Verdict{}, err
 		}

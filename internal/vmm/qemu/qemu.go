@@ -309,7 +309,7 @@ func (v *vm) Stalled(ctx context.Context) (why, err error) {
 	return why, nil
 }
 
-// with runs f on the connection to QEMU, which nothing else uses meanwhile. ctx and limit
+// with runs f on the connection to QEMU, which nothing else uses until f returns. ctx and limit
 // bound the wait for it and f.
 func (v *vm) with(ctx context.Context, limit time.Duration, f func(*monitor) error) error {
 	return v.line.with(ctx, limit, f)

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -13,6 +14,7 @@ import (
 	"github.com/creack/pty"
 	gocmp "github.com/google/go-cmp/cmp"
 
+	"git.omukk.dev/wrenn/sandbox/api/filesystem"
 	"git.omukk.dev/wrenn/sandbox/api/process"
 	"git.omukk.dev/wrenn/sandbox/internal/client/clienttest"
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -138,6 +140,36 @@ func TestOutOfMemory(t *testing.T) {
 			_, stderr, status := wrenn(t, url, args...)
 			if status != 137 || !strings.HasPrefix(stderr, want) || (stderr == "") != (want == "") {
 				t.Errorf("%q, %q: status %d, %q", said, args, status, stderr)
+			}
+		}
+	}
+}
+
+// What breaks off because the sandbox ends says so, whatever it was.
+func TestSandboxEndsUnderACall(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, []byte("content"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	made := &filesystem.EntryInfo{Name: "made", Path: "/made", Type: filesystem.FileType_FILE_TYPE_FILE}
+	for ends, want := range map[string]string{
+		"stopped":  "sandbox " + clienttest.ID + " has ended: vm_exited, vm_exited; see wrenn logs",
+		"stopping": "sandbox " + clienttest.ID + " has ended: vm_exited, vm_exited; see wrenn logs",
+		"gone":     "sandbox " + clienttest.ID + " has ended: it was destroyed",
+		"paused":   "sandbox " + clienttest.ID + " is paused",
+		"running":  "the connection to sandbox " + clienttest.ID + " broke off, and it runs on",
+	} {
+		for _, args := range [][]string{
+			{"exec", clienttest.ID, "x"}, {"exec", "-i", clienttest.ID, "x"}, {"cp", file, clienttest.ID + ":/made"},
+			{"cp", clienttest.ID + ":/made", filepath.Dir(file)}, {"logs", "-f", clienttest.ID, "7"}, {"attach", clienttest.ID, "7"},
+		} {
+			if ends == "running" && args[0] != "logs" {
+				continue // it takes two seconds, in which the agent may yet see the end
+			}
+			a := &clienttest.Agent{Ends: ends, Text: "vm_exited", Entry: made}
+			_, stderr, status := wrenn(t, a.Serve(t), args...)
+			if !strings.Contains(stderr, want) || status == 0 || strings.Contains(stderr, "envelope") && ends != "running" {
+				t.Errorf("%s, %q: status %d, %q, want %q", ends, args, status, stderr, want)
 			}
 		}
 	}

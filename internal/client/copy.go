@@ -90,7 +90,8 @@ func (e *DirectoryError) Error() string { return e.Path + " is a directory" }
 // DIR. Modes are kept, owners are not; holes of files stay holes, and files with
 // several names keep them. Only a file with nothing of that can do without tar in the
 // sandbox.
-func (s *Sandbox) CopyIn(ctx context.Context, c Copy, from, to string) error {
+func (s *Sandbox) CopyIn(ctx context.Context, c Copy, from, to string) (err error) {
+	defer func() { err = s.broken(ctx, err) }()
 	info, err := os.Stat(from)
 	if err != nil {
 		return err
@@ -224,7 +225,8 @@ func (s *Sandbox) copyFileIn(ctx context.Context, c *Copy, from, to string) erro
 // WriteFile makes what it reads the content of a file in the sandbox. If the target is
 // a directory, or ends with a slash, what it reads is an archive of tar, and is unpacked
 // there: with the modes and times that it says, and owned by the user.
-func (s *Sandbox) WriteFile(ctx context.Context, c Copy, content io.Reader, to string) error {
+func (s *Sandbox) WriteFile(ctx context.Context, c Copy, content io.Reader, to string) (err error) {
+	defer func() { err = s.broken(ctx, err) }()
 	target, err := s.target(ctx, &c, &to)
 	if err != nil {
 		return err
@@ -439,7 +441,8 @@ func (f *failing) Read(p []byte) (int, error) {
 // The copy stays in the directory that the target names: links on the way to
 // that directory are followed, links in it are not, and nothing is made but files,
 // directories and links.
-func (s *Sandbox) CopyOut(ctx context.Context, c Copy, from, to string) error {
+func (s *Sandbox) CopyOut(ctx context.Context, c Copy, from, to string) (err error) {
+	defer func() { err = s.broken(ctx, err) }()
 	source, err := s.source(ctx, c.User, from)
 	if err != nil {
 		return err
@@ -469,7 +472,8 @@ func (s *Sandbox) CopyOut(ctx context.Context, c Copy, from, to string) error {
 
 // ReadArchive writes a file or a directory of the sandbox, with all that is in it, to w
 // as an archive of tar; of DIR/., what is in DIR. It needs tar in the sandbox.
-func (s *Sandbox) ReadArchive(ctx context.Context, c Copy, from string, w io.Writer) error {
+func (s *Sandbox) ReadArchive(ctx context.Context, c Copy, from string, w io.Writer) (err error) {
+	defer func() { err = s.broken(ctx, err) }()
 	source, err := s.source(ctx, c.User, from)
 	if err != nil {
 		return err
@@ -498,7 +502,8 @@ func (w *writing) Write(p []byte) (int, error) {
 
 // ReadFile writes the content of a file in the sandbox to w. A directory is a
 // *DirectoryError.
-func (s *Sandbox) ReadFile(ctx context.Context, c Copy, from string, w io.Writer) error {
+func (s *Sandbox) ReadFile(ctx context.Context, c Copy, from string, w io.Writer) (err error) {
+	defer func() { err = s.broken(ctx, err) }()
 	source, err := s.source(ctx, c.User, from)
 	if err != nil {
 		return err

@@ -121,7 +121,7 @@ func (s *Sandbox) execute(ctx context.Context, cmd Command) (status int, pid uin
 	case errors.Is(why, errNoStart):
 		return 0, 0, errdefs.TimedOut.Errorf("sandbox %s did not start the command within %v; it may do so later", s.ID, cmd.StartWithin)
 	case err != nil:
-		return 0, 0, err
+		return 0, 0, s.broken(ctx, err)
 	case end == nil: // it was left
 		return 0, x.pid, nil
 	}

@@ -58,6 +58,7 @@ type Agent struct {
 	File      []byte                // content of /files
 	Refusal   string                // answer of /files, /metrics and CONNECT, if not empty
 	Elsewhere string                // where /metrics redirects to, if not empty
+	Ends      string                // if not empty, what the sandbox is when a call breaks off in the midst
 	Absent    bool                  // the data plane finds no sandbox that runs
 	Traffic   string                // what the ports demand, if not empty
 
@@ -213,11 +214,25 @@ func (a *Agent) files(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case a.Refusal != "":
 		refuse(w, a.Refusal)
+	case a.Ends != "" && r.Method == http.MethodPost:
+		a.breakOff()
+	case a.Ends != "":
+		w.Header().Set("Content-Length", "1000000")
+		_, _ = w.Write(make([]byte, 10000))
+		a.breakOff()
 	case r.Method == http.MethodPost:
 		a.Received, _ = io.ReadAll(r.Body)
 		_, _ = io.WriteString(w, `[{"path":"/made"}]`)
 	default:
 		_, _ = w.Write(a.File)
+	}
+}
+
+// breakOff ends the sandbox and the connection, if that is asked for.
+func (a *Agent) breakOff() {
+	if a.Ends != "" {
+		a.SetStatus(a.Ends)
+		panic(http.ErrAbortHandler)
 	}
 }
 
@@ -380,6 +395,7 @@ func (a *Agent) Start(ctx context.Context, req request[process.StartRequest], s 
 		return send(&process.ProcessEvent{Event: &process.ProcessEvent_Data{Data: d}})
 	}
 	err := send(&process.ProcessEvent{Event: &process.ProcessEvent_Start{Start: &process.ProcessEvent_StartEvent{Pid: 7}}})
+	a.breakOff()
 	for rest := a.Archive; err == nil && len(rest) > 0; {
 		n := min(len(rest), 32<<10)
 		err = data(&process.ProcessEvent_DataEvent{Output: &process.ProcessEvent_DataEvent_Stdout{Stdout: rest[:n]}})
@@ -418,6 +434,7 @@ func (a *Agent) Connect(ctx context.Context, req request[process.ConnectRequest]
 			return err
 		}
 	}
+	a.breakOff()
 	if a.Endless > 0 {
 		if req.Header().Get("Wrenn-Output-Follow") == "no" {
 			return nil

@@ -18,7 +18,7 @@ func (a *Agent) openBuilds() (err error) {
 	a.builds, err = build.New(build.Config{
 		Dir: builds, Templates: a.templates, Images: a.images, Sandboxes: build.OfHost(a.base.manager),
 		Dirs: []string{images, filepath.Join(a.cfg.StateDir, "templates")}, Log: a.log,
-		MaxDisk: int64(a.cfg.MaxTemplateDiskMiB) << 20,
+		MaxDisk: int64(a.cfg.MaxTemplateDiskMiB) << 20, Flat: a.base.manager.Builders().Flat(),
 	})
 	if err != nil {
 		return fmt.Errorf("open builds: %w", err)

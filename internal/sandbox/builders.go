@@ -19,6 +19,10 @@ type Builders struct{ h *holdings }
 // Builders returns the build sandboxes of the host.
 func (m *Manager) Builders() *Builders { return &Builders{m.holdings} }
 
+// Flat says whether the host's first driver takes a root as one EROFS, so that templates are
+// to have one. For another driver than the first it would cost each build more than it gives.
+func (bs *Builders) Flat() bool { return bs.h.cfg.Drivers[0].Needs().Flat }
+
 // BuilderRequest describes a build sandbox. Sizes that are zero take the defaults.
 type BuilderRequest struct {
 	// Root is what the disk is laid over. It need not be a published template, and must

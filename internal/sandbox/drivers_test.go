@@ -172,7 +172,13 @@ func (r *rig) wantDriver(what string, id ID, name string) {
 // Each sandbox stays with its driver, whatever is done to it and whichever agent does it.
 // A flat one has no disk by itself, and its guest keeps the image of init that it began with.
 func TestDriversSideBySide(t *testing.T) {
+	if newRig(t, nil).Builders().Flat() {
+		t.Error("templates of a host of machines are to have EROFS images")
+	}
 	r := beside(t)
+	if !r.Builders().Flat() {
+		t.Error("templates of a host whose best driver is flat are to have none")
+	}
 	for _, name := range []string{"flat", "fake"} {
 		ctx := t.Context()
 		id := r.made(CreateRequest{VMM: name}).ID

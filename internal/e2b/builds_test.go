@@ -3,6 +3,7 @@ package e2b
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -259,6 +260,42 @@ func flip(c byte) string {
 		return "B"
 	}
 	return "A"
+}
+
+// TestUploadOverTLS: a client that calls by https is given an address by https, at the same
+// host, and can put its archive there.
+func TestUploadOverTLS(t *testing.T) {
+	var b fakeBuilds
+	h := newHost(t, withBuilds(&b))
+	server := httptest.NewTLSServer(h.handler)
+	defer server.Close()
+	h.newTemplate(`{"name":"app"}`)
+	ask, err := http.NewRequestWithContext(t.Context(), "GET", server.URL+"/templates/app/files/"+hashA, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask.Header.Set("X-API-KEY", h.p)
+	resp, err := server.Client().Do(ask)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	var answer struct{ URL string }
+	if err := json.NewDecoder(resp.Body).Decode(&answer); err != nil || !strings.HasPrefix(answer.URL, server.URL+uploadPath) {
+		t.Fatalf("the address is %q, %v", answer.URL, err)
+	}
+	put, err := http.NewRequestWithContext(t.Context(), "PUT", answer.URL, strings.NewReader("tar"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err = server.Client().Do(put)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != 200 || b.archives["p"+hashA] != "tar" {
+		t.Errorf("HTTP %d, archives %v", resp.StatusCode, b.archives)
+	}
 }
 
 func noneRevoked(string) bool { return false }

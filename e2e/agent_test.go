@@ -4,6 +4,7 @@ package e2e_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -218,12 +219,24 @@ func freePort() (int, error) {
 
 // serveCommand is the command that serves on the agent's state directory.
 func (a *agent) serveCommand(args ...string) *exec.Cmd {
-	// No pool, unless args have one: its slots come and go in the inventories.
+	// No pool and no waiting guests, unless args have them: they come and go in the inventories.
 	args = append([]string{
-		"serve", "--state-dir", a.stateDir, "--listen", a.addr,
-		"--host-range", a.hostRange(), "--link-range", a.linkRange(), "--pool=0",
+		"serve", "--state-dir", a.stateDir, "--listen", a.addr, "--vmm", testVMM(),
+		"--host-range", a.hostRange(), "--link-range", a.linkRange(), "--pool=0", "--warm=0",
 	}, args...)
 	return exec.Command(filepath.Join(a.bin, "wrenn"), args...)
+}
+
+// testVMM is the driver of the agents of all tests that name none. What most of them want
+// is a machine: its disk can be kept without its memory, and its kernel can be looked at.
+func testVMM() string { return cmp.Or(os.Getenv("WRENN_TEST_VMM"), "qemu") }
+
+// needMachine skips a test of what a kernel in user space does not have.
+func needMachine(t testing.TB, what string) {
+	t.Helper()
+	if testVMM() == "gvisor" {
+		t.Skipf("the driver gvisor has no %s", what)
+	}
 }
 
 // start starts the process and returns when it serves.

@@ -75,7 +75,7 @@ var mayImport = map[string][]string{
 		"internal/build", "internal/image", "internal/atomicfile", "internal/auth", "internal/certs", "internal/idempotency", "internal/e2b",
 		"internal/gateway", "internal/server", "internal/host", "internal/sandbox", "internal/network", "internal/egress", "internal/template",
 		"internal/guest", "internal/guestapi", "internal/vmm", "internal/vmm/kvm", "internal/vmm/launch", "internal/vmm/qemu",
-		"internal/vmm/firecracker", "internal/errdefs",
+		"internal/vmm/firecracker", "internal/vmm/gvisor", "internal/errdefs",
 	},
 	"internal/certs":       {"internal/atomicfile"},
 	"internal/sealed":      {"internal/atomicfile", "internal/errdefs"},

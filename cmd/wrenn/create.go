@@ -31,6 +31,8 @@ type size struct {
 	env      vars
 	labels   []string
 	wake     bool
+	vmm      string
+	isolated string
 	reach    reach
 }
 
@@ -53,6 +55,8 @@ func (s *size) flags(cmd *cobra.Command) {
 		"resume the sandbox, while it is paused or hibernated, for each exec, copy and request to a port")
 	cmd.Flags().StringArrayVarP(&s.labels, "label", "l", nil,
 		"set NAME=VALUE as metadata, by which ps --filter finds the sandbox; may be repeated")
+	cmd.Flags().StringVar(&s.vmm, "vmm", "", "driver that runs the sandbox, of 'wrenn host' (default the first that can)")
+	cmd.Flags().StringVar(&s.isolated, "isolation", "", "vm for a machine with a kernel of its own, however slow (default any driver)")
 	s.reach.flags(cmd)
 }
 
@@ -99,6 +103,7 @@ func (s *size) request() (*hostagentv1.CreateSandboxRequest, error) {
 		Template: s.template, Vcpus: s.vcpus, MemoryMb: mem, TimeoutSec: timeout, OnTimeout: s.then, Network: policy,
 		Name: s.name, DiskMb: disk, Workdir: s.workdir, User: s.user, Envs: env, Metadata: labels, Deadline: deadline, OnDeadline: s.atEnd,
 		AutoResume: s.wake,
+		Vmm:        s.vmm, Isolation: s.isolated,
 	}, nil
 }
 
@@ -212,6 +217,9 @@ place of the id, until it has ended.`,
 // course says in a line what a sandbox started from, and what that took.
 func course(resp *hostagentv1.CreateSandboxResponse) string {
 	line := "started from: " + resp.StartedFrom
+	if resp.Vmm != "" {
+		line = fmt.Sprintf("runs by %s, %s (%s); %s", resp.Vmm, resp.Isolation, resp.VmmWhy, line)
+	}
 	if resp.Why != "" {
 		line += " (" + resp.Why + ")"
 	}

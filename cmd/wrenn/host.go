@@ -48,11 +48,14 @@ func printHost(out io.Writer, h *hostagentv1.GetHostResponse) error {
 	row(w, "STATUS", cmp.Or(h.Fault, status))
 	row(w, "VERSION", h.Version)
 	for i, d := range h.Drivers {
+		head, text := "ALSO", fmt.Sprintf("%s %s, cpu %s; %s, %s", d.Name, d.Version, d.Cpu, d.Isolation, d.Speed)
 		if i == 0 {
-			row(w, "VMM", fmt.Sprintf("%s %s, cpu %s; %s, %s", d.Name, d.Version, d.Cpu, d.Isolation, d.Speed))
-			continue
+			head, text = "VMM", text+": "+d.Why
 		}
-		row(w, "ALSO", d.Name)
+		if d.Unusable != "" {
+			head, text = "NOT USABLE", d.Name+": "+d.Unusable
+		}
+		row(w, head, printableLine(text))
 	}
 	used, limit := h.GetUsed(), h.GetLimit()
 	row(w, "SANDBOXES", fmt.Sprintf("%d of %d%s", used.GetSandboxes(), limit.GetSandboxes(), byStatus(h.Sandboxes)))

@@ -201,7 +201,10 @@ func newVersion(c *cli) *cobra.Command {
 			if asJSON {
 				v := map[string]any{"client": buildVersion(), "host": nil}
 				if err == nil {
-					v["host"] = map[string]string{"version": agent.Version, "vmm": agent.Vmm, "vmmVersion": agent.VmmVersion}
+					v["host"] = map[string]string{
+						"version": agent.Version, "vmm": agent.Vmm, "vmmVersion": agent.VmmVersion,
+						"isolation": agent.Isolation, "speed": agent.Speed, "why": agent.Why,
+					}
 				}
 				return printIndented(out, v)
 			}
@@ -212,6 +215,9 @@ func newVersion(c *cli) *cobra.Command {
 				host = fmt.Sprintf("%s, sandboxes by %s %s", agent.Version, agent.Vmm, agent.VmmVersion)
 			}
 			fmt.Fprintf(out, "client  %s\nhost    %s\n", buildVersion(), printableLine(host))
+			if err == nil {
+				fmt.Fprintf(out, "        %s\n", printableLine(fmt.Sprintf("isolated by %s, %s: %s", agent.Isolation, agent.Speed, agent.Why)))
+			}
 			return nil
 		},
 	}

@@ -18,6 +18,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/agent"
 	"git.omukk.dev/wrenn/sandbox/internal/certs"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
+	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 )
 
@@ -34,12 +35,14 @@ func newHostFlags(cmd *cobra.Command) *hostFlags {
 	f := cmd.Flags()
 	f.StringVar(&c.StateDir, "state-dir", env("WRENN_STATE_DIR", c.StateDir),
 		"directory of kernels, templates, disks and records (env WRENN_STATE_DIR)")
-	f.StringVar(&c.VMM, "vmm", env("WRENN_VMM", c.VMM), "VMM to run sandboxes with: auto, firecracker or qemu (env WRENN_VMM)")
+	f.StringVar(&c.VMM, "vmm", env("WRENN_VMM", c.VMM),
+		"VMM of sandboxes that name none: auto, "+strings.Join(agent.VMMs(), ", ")+" (env WRENN_VMM)")
 	f.StringVar(&c.CPU, "cpu", env("WRENN_CPU", c.CPU),
 		"CPU that guests see without KVM: "+strings.Join(qemu.CPUs(), ", ")+"; with KVM they see the host's (env WRENN_CPU)")
 	f.StringVar(&c.Firecracker, "firecracker", env("WRENN_FIRECRACKER", c.Firecracker), "Firecracker's program (env WRENN_FIRECRACKER)")
 	f.StringVar(&c.Jailer, "jailer", env("WRENN_JAILER", c.Jailer),
 		"its jailer; empty for the one in PATH, if there is one, none to do without (env WRENN_JAILER)")
+	f.StringVar(&c.Sentry, "sentry", env("WRENN_SENTRY", beside("sentry")), "gVisor's program (env WRENN_SENTRY)")
 	f.StringVar(&c.hostRange, "host-range", env("WRENN_HOST_RANGE", ""),
 		"IPv4 /16 by which the host sees its sandboxes; empty for the one used last, or a free one (env WRENN_HOST_RANGE)")
 	f.StringVar(&c.linkRange, "link-range", env("WRENN_LINK_RANGE", ""),
@@ -89,7 +92,7 @@ type serveFlags struct {
 	*hostFlags
 	allowHost, onShutdown, dns, egress string
 	netIn, netOut, diskRate            string
-	warmErr                            error // of WRENN_WARM
+	warm                               string
 	logFormat                          string
 	verbose                            bool
 }
@@ -168,10 +171,9 @@ func (c *serveFlags) sandboxFlags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVar(&c.onShutdown, "on-shutdown", env("WRENN_ON_SHUTDOWN", "leave"),
 		"what becomes of sandboxes: leave (for the next agent) or destroy (env WRENN_ON_SHUTDOWN)")
-	c.Warm, c.warmErr = strconv.Atoi(env("WRENN_WARM", strconv.Itoa(c.Warm)))
-	f.IntVar(&c.Warm, "warm", c.Warm,
+	f.StringVar(&c.warm, "warm", env("WRENN_WARM", autoWarm),
 		"guests of the default template and size kept running ahead of use, so that a create need not start one; "+
-			"their memory is given back when a sandbox needs it (env WRENN_WARM)")
+			"their memory is given back when a sandbox needs it; auto is as many as are not felt, none of a slow VMM (env WRENN_WARM)")
 	f.IntVar(&c.OverlayMiB, "disk", c.OverlayMiB, "size of each sandbox's disk in MiB; it takes only what is written")
 	f.StringVar(&c.diskRate, "disk-rate", fmt.Sprintf("%dMiB", c.DiskBytes>>20),
 		"bytes per second that each sandbox may read from and write to its disk, like 100M or 64KiB; 0 is no limit")
@@ -193,13 +195,24 @@ func (c *serveFlags) sandboxFlags(cmd *cobra.Command) {
 	f.DurationVar(&c.KeepStopped, "keep-stopped", c.KeepStopped, "how long a sandbox that ended by itself is remembered")
 }
 
+// autoWarm has the host decide how many guests wait.
+const autoWarm = "auto"
+
+func (c *serveFlags) parseWarm() (err error) {
+	if c.warm == autoWarm {
+		c.Warm = sandbox.WarmAuto
+		return nil
+	}
+	if c.Warm, err = strconv.Atoi(c.warm); err != nil || c.Warm < 0 {
+		return fmt.Errorf("--warm or WRENN_WARM %q is neither %s nor a number from 0 up", c.warm, autoWarm)
+	}
+	return nil
+}
+
 // config returns the settings that the flags say, or everything that is wrong
 // with them.
 func (c *serveFlags) config() (agent.Config, error) {
-	errs := []error{c.hostFlags.parse(), c.warmErr}
-	if c.warmErr != nil {
-		errs[1] = fmt.Errorf("WRENN_WARM: %w", c.warmErr)
-	}
+	errs := []error{c.hostFlags.parse(), c.parseWarm()}
 	c.Egress = network.Mode(c.egress)
 	c.Rates.Burst, c.Rates.CreatesBurst = atOnce(c.Rates.Requests), atOnce(c.Rates.Creates)
 	c.AllowHosts, c.DNS = nil, nil

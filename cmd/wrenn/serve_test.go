@@ -46,7 +46,7 @@ func TestServeFlags(t *testing.T) {
 	}
 	want := agent.Defaults()
 	if got.StateDir != want.StateDir || got.Listen != want.Listen || got.DiskBytes != 256<<20 || got.Capacity != want.Capacity ||
-		got.Egress != network.Public || got.DestroyAtEnd || got.Warm != 0 || len(got.DNS) > 0 || len(got.AllowHosts) > 0 {
+		got.Egress != network.Public || got.DestroyAtEnd || got.Warm != want.Warm || len(got.DNS) > 0 || len(got.AllowHosts) > 0 {
 		t.Errorf("the defaults: %+v", got)
 	}
 

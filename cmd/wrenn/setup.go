@@ -21,13 +21,13 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/template"
 )
 
-// envdPath is where the build puts the guest daemon: beside this program.
-func envdPath() string {
+// beside is where the build puts another program: beside this one.
+func beside(program string) string {
 	exe, err := os.Executable()
 	if err != nil {
-		return "envd"
+		return program
 	}
-	return filepath.Join(filepath.Dir(exe), "envd")
+	return filepath.Join(filepath.Dir(exe), program)
 }
 
 func newSetup() *cobra.Command {
@@ -90,7 +90,7 @@ It needs root.`,
 		},
 	}
 	c = newHostFlags(cmd)
-	cmd.Flags().StringVar(&o.Envd, "envd", env("WRENN_ENVD", envdPath()), "the guest daemon to put into the initrd (env WRENN_ENVD)")
+	cmd.Flags().StringVar(&o.Envd, "envd", env("WRENN_ENVD", beside("envd")), "the guest daemon to put into the initrd (env WRENN_ENVD)")
 	cmd.Flags().StringVar(&o.Kernel, "kernel", "", `guest kernel: "debian", or the path of a vmlinux or bzImage; empty keeps what is there`)
 	cmd.Flags().StringArrayVar(&names, "template", nil, "a template to build as well, of "+stockNames()+"; may be repeated")
 	cmd.Flags().StringVar(&o.Modules, "modules", "", "directory of the modules that belong to --kernel")
@@ -212,7 +212,7 @@ something required is missing. As root it sees more.`,
 		},
 	}
 	c = newHostFlags(cmd)
-	cmd.Flags().StringVar(&envd, "envd", env("WRENN_ENVD", envdPath()), "the guest daemon that the initrd should hold (env WRENN_ENVD)")
+	cmd.Flags().StringVar(&envd, "envd", env("WRENN_ENVD", beside("envd")), "the guest daemon that the initrd should hold (env WRENN_ENVD)")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print as JSON")
 	return cmd
 }

@@ -66,7 +66,8 @@ func buildStock(cmd *cobra.Command, cfg agent.Config, wanted []templates.Stock) 
 	}
 	ctx, cancel := context.WithCancel(cmd.Context())
 	defer cancel()
-	cfg.Listen, cfg.Log = "127.0.0.1:0", slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelError}))
+	cfg.Listen, cfg.Warm = "127.0.0.1:0", 0
+	cfg.Log = slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.LevelError}))
 	own, err := agent.New(ctx, cfg)
 	switch {
 	case errdefs.ClassOf(err) == errdefs.Busy: // the agent that runs is asked

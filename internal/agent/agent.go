@@ -133,12 +133,7 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 		return nil, err
 	}
 	a := &Agent{cfg: cfg, log: cfg.Log, templates: templates, drained: make(chan struct{})}
-	report := chosen.Report
-	a.log.Info("vmm chosen", "vmm", chosen.Driver.Name(), "version", report.Version, "accel", report.Accel,
-		"cpu", report.CPU, "why", chosen.Why)
-	if report.Warning != "" {
-		a.log.Warn("vmm runs with less than it could have", "vmm", chosen.Driver.Name(), "why", report.Warning)
-	}
+	a.logChoice(chosen)
 	if a.keys, err = auth.Open(cfg.StateDir); err != nil {
 		return nil, fmt.Errorf("open keys: %w", err)
 	}
@@ -173,16 +168,43 @@ func New(ctx context.Context, cfg Config) (_ *Agent, err error) {
 	if len(cfg.DNS) == 0 && len(network.HostResolvers()) == 0 {
 		a.log.Warn("the host has no resolver that a guest can reach; guests ask public ones, --dns names others", "dns", cfg.resolvers())
 	}
-	version := server.Version{
-		Version: cfg.Version, VMM: chosen.Driver.Name(), VMMVersion: report.Version + " (" + report.Accel + ")",
-		Accel: report.Accel, CPU: report.CPU, Isolation: string(report.Isolation), Speed: report.Speed.String(),
-	}
+	version := server.Version{Version: cfg.Version, VMMs: vmmsOf(chosen)}
 	version.URL, version.Domain = cfg.address(a.listener.Addr().(*net.TCPAddr).AddrPort(), a.certs != nil)
 	if cfg.TLSSelfSigned {
 		version.CAFile = certs.CAFile(cfg.tlsDir())
 	}
 	a.door = a.newDoor(version)
 	return a, nil
+}
+
+// logChoice says which drivers there are.
+func (a *Agent) logChoice(c host.Choice) {
+	for i, u := range c.Usable {
+		is, why := "vmm chosen", c.Why
+		if i > 0 {
+			is, why = "vmm usable, too", u.Report.Why
+		}
+		a.log.Info(is, "vmm", u.Driver.Name(), "version", u.Report.Version, "accel", u.Report.Accel, "cpu", u.Report.CPU, "why", why)
+		if u.Report.Warning != "" {
+			a.log.Warn("vmm runs with less than it could have", "vmm", u.Driver.Name(), "why", u.Report.Warning)
+		}
+	}
+}
+
+// vmmsOf is what the API says of the drivers.
+func vmmsOf(c host.Choice) (all []server.VMM) {
+	for _, u := range c.Usable {
+		r := u.Report
+		all = append(all, server.VMM{
+			Name: u.Driver.Name(), Version: r.Version, Accel: r.Accel, CPU: r.CPU,
+			Isolation: string(r.Isolation), Speed: r.Speed.String(), Why: r.Why,
+		})
+	}
+	for _, o := range c.Others {
+		all = append(all, server.VMM{Name: o.Driver.Name(), Unusable: o.Err.Error()})
+	}
+	all[0].Why = c.Why
+	return all
 }
 
 // look opens the templates and chooses a VMM; it changes nothing.
@@ -212,12 +234,19 @@ func (b *base) takeOver(ctx context.Context, c Config, chosen host.Choice, templ
 	}
 	b.network = c.parts.network(plan, network.Options{
 		BaseUID: b.uids, Egress: c.Egress, Limits: c.Limits,
-		Resolvers: c.resolvers(), Pool: c.Pool, RangesFile: c.rangesFile(), Log: c.Log,
+		Kind: chosen.First().Driver.Needs().Link, Resolvers: c.resolvers(), Pool: c.Pool, RangesFile: c.rangesFile(), Log: c.Log,
 	})
+	var drivers, others []vmm.Driver
+	for _, u := range chosen.Usable {
+		drivers = append(drivers, u.Driver)
+	}
+	for _, r := range chosen.Others {
+		others = append(others, r.Driver)
+	}
 	var found sandbox.Recovery
 	b.manager, found, err = sandbox.Open(ctx, sandbox.Config{
 		StateDir: c.StateDir, RunDir: filepath.Join(c.parts.run, plan.Instance),
-		Drivers: []vmm.Driver{chosen.Driver}, Others: chosen.Others,
+		Drivers: drivers, Others: others,
 		Network: b.network, Templates: templates, Guests: c.parts.guests,
 		KillStrays: c.parts.killStrays, NetNSOf: c.parts.netNSOf,
 		Capacity: c.Capacity, Quota: b.quota, MaxLife: c.MaxTimeout, OverlayMiB: c.OverlayMiB, DNS: c.resolvers(), GuestCA: c.GuestCA,

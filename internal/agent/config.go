@@ -24,6 +24,7 @@ import (
 	"git.omukk.dev/wrenn/sandbox/internal/sandbox"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/firecracker"
+	"git.omukk.dev/wrenn/sandbox/internal/vmm/gvisor"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/kvm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/qemu"
 )
@@ -44,6 +45,8 @@ type Config struct {
 	// Firecracker and Jailer are Firecracker's programs. An empty Jailer is the
 	// one in PATH, if there is one; "none" is to do without.
 	Firecracker, Jailer string
+	// Sentry is the path of gVisor's program.
+	Sentry string
 	// CPU is what QEMU's guests see without KVM, one of qemu.CPUs.
 	CPU string
 
@@ -94,7 +97,7 @@ type Config struct {
 	DiskBytes, DiskOps int64
 	// Capacity is what all sandboxes may take together.
 	Capacity sandbox.Capacity
-	// Warm is how many waiting guests are kept.
+	// Warm is how many waiting guests are kept, or sandbox.WarmAuto.
 	Warm int
 	// MaxTemplateDiskMiB bounds what templates, images and the cache of builds take of the
 	// disk together; 0 is no bound.
@@ -129,7 +132,7 @@ func Defaults() Config {
 			Resources: sandbox.Resources{Sandboxes: 1000, VCPUs: 32 * cpus, MemMiB: machineMemMiB() * 9 / 10},
 			Starts:    max(2, cpus), StartQueue: 2 * time.Minute, FreeDiskMiB: 512,
 		},
-		BootTimeout: 2 * time.Minute, KeepStopped: time.Hour,
+		Warm: sandbox.WarmAuto, BootTimeout: 2 * time.Minute, KeepStopped: time.Hour,
 		Log: slog.New(slog.DiscardHandler),
 	}
 }
@@ -151,7 +154,7 @@ func (c Config) Check() error {
 		flag     string
 		n, least int
 	}{
-		{"pool", c.Pool, 0}, {"warm", c.Warm, 0}, {"disk", c.OverlayMiB, 64},
+		{"pool", c.Pool, 0}, {"warm", c.Warm, sandbox.WarmAuto}, {"disk", c.OverlayMiB, 64},
 		{"max-sandboxes", c.Capacity.Sandboxes, 1}, {"max-vcpus", c.Capacity.VCPUs, 1},
 		{"max-memory", c.Capacity.MemMiB, 1}, {"max-starts", c.Capacity.Starts, 1}, {"max-template-disk", c.MaxTemplateDiskMiB, 0},
 	} {
@@ -313,8 +316,8 @@ func (c Config) plan() (network.Plan, error) {
 	if err := plan.ValidateGiven(); err != nil {
 		errs = append(errs, err)
 	}
-	if c.VMM != host.AutoVMM && c.VMM != firecracker.Name && c.VMM != qemu.Name {
-		errs = append(errs, fmt.Errorf("--vmm %q is unknown: use auto, firecracker or qemu", c.VMM))
+	if c.VMM != host.AutoVMM && !slices.Contains(VMMs(), c.VMM) {
+		errs = append(errs, fmt.Errorf("--vmm %q is unknown: use %s or %s", c.VMM, host.AutoVMM, strings.Join(VMMs(), ", ")))
 	}
 	if !slices.Contains(qemu.CPUs(), c.CPU) {
 		errs = append(errs, fmt.Errorf("--cpu %q is unknown: use %s", c.CPU, strings.Join(qemu.CPUs(), ", ")))
@@ -322,7 +325,10 @@ func (c Config) plan() (network.Plan, error) {
 	return plan, errors.Join(errs...)
 }
 
-// drivers returns the driver of each VMM, the best one first. To see whether KVM
+// VMMs are the names of all drivers.
+func VMMs() []string { return []string{firecracker.Name, gvisor.Name, qemu.Name} }
+
+// drivers returns the driver of each VMM, of two with guests as fast the better one first. To see whether KVM
 // works they boot the prepared kernel, unless the result of an earlier boot is kept.
 func (c Config) drivers() []vmm.Driver {
 	kernel := filepath.Join(c.StateDir, "kernels", "default")
@@ -336,6 +342,7 @@ func (c Config) drivers() []vmm.Driver {
 	return []vmm.Driver{
 		firecracker.New(firecracker.Config{Binary: c.Firecracker, Jailer: c.Jailer, Probe: probe(firecracker.Name)}),
 		qemu.New(qemu.Config{Probe: probe(qemu.Name), CPU: c.CPU}),
+		gvisor.New(gvisor.Config{Sentry: c.Sentry, UID: probeUID, GID: probeUID}),
 	}
 }
 

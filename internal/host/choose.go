@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
@@ -12,70 +13,89 @@ import (
 // AutoVMM is the name with which Choose decides.
 const AutoVMM = "auto"
 
-// Choice is the driver that sandboxes are run with.
-type Choice struct {
+// Candidate is a driver that can run VMs on this host.
+type Candidate struct {
 	Driver vmm.Driver
 	Report vmm.Report
-	// Others are the drivers that were not chosen. VMs that they started under
-	// another choice still belong to them.
-	Others []vmm.Driver
-	// Why gives the reason for this driver in a sentence.
+}
+
+// Refusal is a driver that cannot, and why.
+type Refusal struct {
+	Driver vmm.Driver
+	Err    error
+}
+
+// Choice is what sandboxes can be run with.
+type Choice struct {
+	// Usable has the driver first that sandboxes get which name none; it is not empty.
+	Usable []Candidate
+	// Others cannot run VMs. Those that they started before still belong to them.
+	Others []Refusal
+	// Why gives the reason for the first in a sentence.
 	Why string
 }
 
-// Choose asks the drivers, which come in the order of preference, and takes the
-// first of those with the fastest guests. With a name other than AutoVMM it takes
-// the driver of that name. If no driver can be used the error gives the reason for
-// each.
+// First is the driver of sandboxes that name none.
+func (c Choice) First() Candidate { return c.Usable[0] }
+
+// Choose asks the drivers, which come in the order of preference, which of them can be
+// used, and puts those with the fastest guests first. With a name other than AutoVMM the
+// driver of that name is the first, and must be usable. If no driver can be used the
+// error gives the reason for each.
 func Choose(ctx context.Context, name string, drivers []vmm.Driver) (Choice, error) {
-	chosen := -1
-	reports := make([]vmm.Report, len(drivers))
-	var failures []string
-	for i, d := range drivers {
-		if name != AutoVMM && name != d.Name() {
-			continue
-		}
+	var c Choice
+	for _, d := range drivers {
 		report, err := d.Check(ctx)
-		if ctx.Err() != nil {
+		switch {
+		case ctx.Err() != nil:
 			return Choice{}, fmt.Errorf("choose a vmm: %w", context.Cause(ctx))
-		}
-		if err != nil {
-			failures = append(failures, err.Error())
-			continue
-		}
-		reports[i] = report
-		if chosen < 0 || report.Speed > reports[chosen].Speed {
-			chosen = i
+		case err != nil && name == d.Name():
+			return Choice{}, errdefs.Unavailable.Errorf("no VMM can be used: %s", err)
+		case err != nil:
+			c.Others = append(c.Others, Refusal{d, err})
+		default:
+			c.Usable = append(c.Usable, Candidate{d, report})
 		}
 	}
-	if chosen < 0 {
-		if len(failures) == 0 {
+	slices.SortStableFunc(c.Usable, func(a, b Candidate) int { return int(b.Report.Speed) - int(a.Report.Speed) })
+	if name != AutoVMM {
+		at := slices.IndexFunc(c.Usable, func(u Candidate) bool { return u.Driver.Name() == name })
+		if at < 0 {
 			return Choice{}, errdefs.InvalidArgument.Errorf("no vmm is called %.40q", name)
 		}
-		return Choice{}, errdefs.Unavailable.Errorf("no VMM can be used: %s", strings.Join(failures, "; "))
+		named := c.Usable[at]
+		c.Usable = slices.Insert(slices.Delete(c.Usable, at, at+1), 0, named)
 	}
-	c := Choice{Driver: drivers[chosen], Report: reports[chosen]}
-	for i, d := range drivers {
-		if i != chosen {
-			c.Others = append(c.Others, d)
-		}
+	if len(c.Usable) == 0 {
+		return Choice{}, errdefs.Unavailable.Errorf("no VMM can be used: %s", strings.Join(c.refusals(), "; "))
 	}
-	c.Why = c.reason(name, failures)
+	c.Why = c.reason(name)
 	return c, nil
 }
 
-// reason says why a driver was chosen by that name, while others failed.
-func (c Choice) reason(name string, failures []string) string {
-	notes := []string{"it works without KVM"}
+func (c Choice) refusals() (texts []string) {
+	for _, o := range c.Others {
+		texts = append(texts, o.Err.Error())
+	}
+	return texts
+}
+
+// reason says why the first driver was chosen by that name.
+func (c Choice) reason(name string) string {
+	first := c.First()
+	var notes []string
 	switch {
 	case name != AutoVMM:
-		notes[0] = "the settings say so"
-	case c.Report.Speed == vmm.Native:
-		notes[0] = "the first choice that has KVM"
+		notes = []string{"the settings say so"}
+	case first.Report.Speed == vmm.Native:
+		notes = append([]string{"the first choice that has KVM"}, c.refusals()...)
+	case first.Report.Speed == vmm.NearNative:
+		notes = append([]string{"the fastest without KVM"}, c.refusals()...)
+	default:
+		notes = append([]string{"it works without KVM"}, c.refusals()...)
 	}
-	notes = append(notes, failures...)
-	if c.Report.Why != "" {
-		notes = append(notes, c.Driver.Name()+": "+c.Report.Why)
+	if first.Report.Why != "" {
+		notes = append(notes, first.Driver.Name()+": "+first.Report.Why)
 	}
 	return strings.Join(notes, "; ")
 }

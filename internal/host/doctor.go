@@ -146,7 +146,7 @@ func (m machine) packages() Check {
 func (m machine) drivers(ctx context.Context, o Options) []Check {
 	kvm := Check{
 		Name: "kvm", Level: Optional,
-		Why: "with hardware virtualisation a guest runs about as fast as the host; without it a guest is emulated, and many times slower",
+		Why: "with hardware virtualisation a machine runs about as fast as the host; without it a machine is emulated, and many times slower",
 	}
 	if o.VMM != "" && o.VMM != AutoVMM && o.wants(func(n vmm.Needs) bool { return n.KVM }) {
 		kvm.Level = Required
@@ -162,7 +162,7 @@ func (m machine) drivers(ctx context.Context, o Options) []Check {
 		}
 		works = true
 		kvm.OK = kvm.OK || report.Accel == "kvm"
-		if report.Why != "" {
+		if report.Why != "" && d.Needs().Kernel { // a machine, which KVM would run
 			notes = append(notes, d.Name()+": "+report.Why)
 		}
 	}
@@ -187,7 +187,7 @@ func (m machine) drivers(ctx context.Context, o Options) []Check {
 
 // driver reports what a driver's own check came to.
 func (m machine) driver(d vmm.Driver, report vmm.Report, err error) Check {
-	c := Check{Name: "vmm " + d.Name(), Level: Required, Why: "the program that runs microVMs; one is enough"}
+	c := Check{Name: "vmm " + d.Name(), Level: Required, Why: "a program that runs sandboxes; one is enough"}
 	switch {
 	case err == nil:
 		c.OK = true
@@ -210,7 +210,7 @@ func (m machine) driver(d vmm.Driver, report vmm.Report, err error) Check {
 
 // used reports which VMM sandboxes are started with.
 func (m machine) used(ctx context.Context, o Options, works bool) Check {
-	c := Check{Name: "vmm in use", Level: Required, Why: "what sandboxes are started with; --vmm chooses another"}
+	c := Check{Name: "vmm in use", Level: Required, Why: "what sandboxes are started with that name none; --vmm of serve chooses another"}
 	name := cmp.Or(o.VMM, AutoVMM)
 	choice, err := Choose(ctx, name, o.Drivers)
 	if err != nil {
@@ -220,7 +220,14 @@ func (m machine) used(ctx context.Context, o Options, works bool) Check {
 		}
 		return c
 	}
-	c.OK, c.Found = true, fmt.Sprintf("%s with %s: %s", choice.Driver.Name(), choice.Report.Accel, choice.Why)
+	c.OK, c.Found = true, fmt.Sprintf("%s with %s: %s", choice.First().Driver.Name(), choice.First().Report.Accel, choice.Why)
+	if len(choice.Usable) > 1 {
+		var also []string
+		for _, u := range choice.Usable[1:] {
+			also = append(also, u.Driver.Name())
+		}
+		c.Found += "; a sandbox may name " + strings.Join(also, ", ") + " instead"
+	}
 	return c
 }
 

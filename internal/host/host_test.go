@@ -319,7 +319,9 @@ func TestChoose(t *testing.T) {
 		{"auto", []vmm.Driver{noKVM, qemuKVM}, "qemu kvm", "the first choice that has KVM; firecracker needs KVM; qemu: a probe guest booted"},
 		{"auto", []vmm.Driver{firecracker, qemuTCG}, "qemu tcg", "it works without KVM; firecracker is not installed; qemu: the CPU shows"},
 		{"auto", []vmm.Driver{qemuTCG, jailed}, "firecracker kvm", "the first choice that has KVM"},
-		{"auto", []vmm.Driver{qemuTCG, sentry}, "sentry systrap", "it works without KVM; sentry: it needs nothing"},
+		{"auto", []vmm.Driver{noKVM, qemuTCG, sentry}, "sentry systrap", "the fastest without KVM; firecracker needs KVM; sentry: it needs"},
+		{"auto", []vmm.Driver{sentry, qemuKVM}, "qemu kvm", "the first choice that has KVM; qemu: a probe"},
+		{"qemu", []vmm.Driver{sentry, qemuTCG}, "qemu tcg", "the settings say so; qemu: the CPU"},
 		{"qemu", []vmm.Driver{jailed, qemuTCG}, "qemu tcg", "the settings say so; qemu: the CPU"},
 		{"firecracker", []vmm.Driver{jailed, qemuTCG}, "firecracker kvm", "the settings say so"},
 		{"firecracker", []vmm.Driver{noKVM, qemuTCG}, "", "no VMM can be used: firecracker needs KVM"},
@@ -333,11 +335,17 @@ func TestChoose(t *testing.T) {
 			}
 			continue
 		}
-		if is := got.Driver.Name() + " " + got.Report.Accel; is != c.want || !strings.HasPrefix(got.Why, c.why) {
+		first := got.First()
+		if is := first.Driver.Name() + " " + first.Report.Accel; is != c.want || !strings.HasPrefix(got.Why, c.why) {
 			t.Errorf("%s: %s: %s, want %s: %s", c.name, is, got.Why, c.want, c.why)
 		}
-		if len(got.Others) != 1 || got.Others[0].Name() == got.Driver.Name() {
-			t.Errorf("%s: others %v", c.name, got.Others)
+		if len(got.Usable)+len(got.Others) != len(c.drivers) {
+			t.Errorf("%s: usable %v, others %v", c.name, got.Usable, got.Others)
+		}
+		for _, other := range got.Others {
+			if other.Err == nil || other.Driver.Name() == first.Driver.Name() {
+				t.Errorf("%s: other %v", c.name, other)
+			}
 		}
 	}
 }

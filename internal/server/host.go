@@ -30,11 +30,17 @@ func (s *service) GetHost(ctx context.Context, _ *request[pb.GetHostRequest]) (*
 			resp.Sandboxes[string(state)] = int32(n)
 		}
 	}
-	for i, d := range host.Drivers {
-		driver := &pb.HostDriver{Name: d.Name, SnapshotKey: d.SnapshotKey}
-		if i == 0 {
-			driver.Version, driver.Acceleration, driver.Cpu = s.version.VMMVersion, s.version.Accel, s.version.CPU
-			driver.Isolation, driver.Speed = s.version.Isolation, s.version.Speed
+	keys := map[string]string{}
+	for _, d := range host.Drivers {
+		keys[d.Name] = d.SnapshotKey
+	}
+	for _, v := range s.version.VMMs {
+		driver := &pb.HostDriver{
+			Name: v.Name, SnapshotKey: keys[v.Name], Acceleration: v.Accel, Cpu: v.CPU, Isolation: v.Isolation, Speed: v.Speed,
+			Why: v.Why, Unusable: v.Unusable,
+		}
+		if v.Unusable == "" {
+			driver.Version = v.version()
 		}
 		resp.Drivers = append(resp.Drivers, driver)
 	}

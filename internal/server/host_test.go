@@ -34,7 +34,9 @@ func TestGetHost(t *testing.T) {
 		is.Version != "1" || !slices.Equal(is.Templates, []string{"minimal"}) || is.Draining || is.Fault != "" {
 		t.Errorf("got %v", is)
 	}
-	if len(is.Drivers) != 1 || is.Drivers[0].Name != "fake" || is.Drivers[0].SnapshotKey == "" ||
+	if len(is.Drivers) != 2 || is.Drivers[1].Name != "absent" || is.Drivers[1].Unusable != "absent is not installed" ||
+		is.Drivers[0].Unusable != "" || is.Drivers[0].Why != "a test says so" || is.Drivers[0].Version != "7 (tcg)" ||
+		is.Drivers[0].Name != "fake" || is.Drivers[0].SnapshotKey == "" ||
 		is.Drivers[0].Acceleration != "tcg" || is.Drivers[0].Isolation != "emulation" {
 		t.Errorf("drivers are %v", is.Drivers)
 	}
@@ -47,5 +49,29 @@ func TestGetHost(t *testing.T) {
 	}
 	if code, message := p.callAs(secret, "GetHost", "{}"); code != "" {
 		t.Errorf("with a key: %s, %s", code, message)
+	}
+}
+
+// A create that names a driver is told of all that there are.
+func TestCreateNamesADriver(t *testing.T) {
+	p := newPlane(t)
+	const all = "fake, absent (not usable: absent is not installed)"
+	for _, c := range []struct{ request, code, says string }{
+		{`{"vmm":"xen"}`, "invalid_argument", `no vmm is called "xen"; this host has ` + all},
+		{`{"vmm":"absent"}`, "unavailable", "vmm absent is not usable on this host, which has " + all},
+		{`{"isolation":"container"}`, "invalid_argument", ""},
+		{`{"vmm":"fake"}`, "", ""},
+	} {
+		if code, message := p.call("CreateSandbox", c.request); code != c.code || c.says != "" && message != c.says {
+			t.Errorf("%s: %s, %s", c.request, code, message)
+		}
+	}
+	created, err := p.client().CreateSandbox(t.Context(), connect.NewRequest(&pb.CreateSandboxRequest{}))
+	if err != nil || created.Msg.Vmm != "fake" || created.Msg.VmmWhy != "a test says so" {
+		t.Fatalf("%v, %v", created, err)
+	}
+	got, err := p.client().GetSandbox(t.Context(), connect.NewRequest(&pb.GetSandboxRequest{SandboxId: created.Msg.SandboxId}))
+	if err != nil || got.Msg.Sandbox.Vmm != "fake" || got.Msg.Sandbox.Isolation != created.Msg.Isolation {
+		t.Errorf("%v, %v", got, err)
 	}
 }

@@ -160,7 +160,10 @@ func newPlane(t *testing.T) *plane {
 	p.mux = http.NewServeMux()
 	p.config = Config{
 		Keys: p.keys, Limiter: auth.NewLimiter(auth.Rates{}), Keyless: true,
-		Manager: p.manager, Version: Version{Version: "1", VMMVersion: "7 (tcg)", Accel: "tcg", CPU: "v3", Isolation: "emulation", Speed: "slow"},
+		Manager: p.manager, Version: Version{Version: "1", VMMs: []VMM{
+			{Name: "fake", Version: "7", Accel: "tcg", CPU: "v3", Isolation: "emulation", Speed: "slow", Why: "a test says so"},
+			{Name: "absent", Unusable: "absent is not installed"},
+		}},
 		Store: store, Builds: p.builds, Images: &images{}, DiskMiB: 1024, Export: exportOf,
 		Panics: p.panics, Log: log, Templates: func() ([]string, error) { return []string{"minimal"}, nil },
 		Slots:   func() map[string]int { return p.net.Stats().ByState() },

@@ -47,13 +47,28 @@ const (
 
 // Version says what this agent is, and what guests run on.
 type Version struct {
-	Version, VMM, VMMVersion string
-	// Accel, CPU, Isolation and Speed are those of vmm.Report.
-	Accel, CPU, Isolation, Speed string
+	Version string
+	// VMMs are the drivers, those that are usable first; the first is that of sandboxes
+	// that name none.
+	VMMs []VMM
 	// URL is that of the TCP listener, Domain what names of ports end with, CAFile the
 	// agent's own authority, if it has one.
 	URL, Domain, CAFile string
 }
+
+// VMM is what is said of a driver.
+type VMM struct {
+	Name string
+	// Version, Accel, CPU, Isolation and Speed are those of vmm.Report.
+	Version, Accel, CPU, Isolation, Speed string
+	// Why gives the reason for Accel, and for the first driver that it is the first.
+	Why string
+	// Unusable gives the reason why it runs no new sandboxes; empty if it does.
+	Unusable string
+}
+
+// version is that of the VMM with its acceleration.
+func (v VMM) version() string { return v.Version + " (" + v.Accel + ")" }
 
 type service struct {
 	manager *sandbox.Manager
@@ -190,6 +205,9 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 	if err != nil {
 		return nil, err
 	}
+	if err := s.checkVMM(req.Msg.Vmm); err != nil {
+		return nil, err
+	}
 	ports, err := publishOf(ctx, req.Msg.Publish)
 	if err != nil {
 		return nil, err
@@ -221,6 +239,8 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		OnEnd:     sandbox.OnTimeout(req.Msg.OnDeadline),
 		Network:   policyOf(req.Msg.Network),
 		Login:     sandbox.Login{User: req.Msg.User, Workdir: req.Msg.Workdir, Env: req.Msg.Envs},
+		VMM:       req.Msg.Vmm,
+		Isolation: sandbox.Isolation(req.Msg.Isolation),
 		Labels:    sandbox.Labels{Project: owner, Name: req.Msg.Name, OwnerKey: req.Msg.OwnerKey, Metadata: req.Msg.Metadata},
 
 		AutoResume: req.Msg.AutoResume,
@@ -237,6 +257,7 @@ func (s *service) CreateSandbox(ctx context.Context, req *request[pb.CreateSandb
 		Publish:   publishedPorts(created.Publish),
 		SandboxId: string(created.ID), Status: string(created.State), HostIp: addrText(created.HostIP),
 		StartedFrom: created.From, Why: validText(created.Why), AccessToken: tokens.Envd,
+		Vmm: created.VMM, Isolation: string(created.Isolation), VmmWhy: validText(s.whyVMM(req.Msg, created.VMM)),
 	}
 	for _, p := range created.Phases {
 		resp.Phases = append(resp.Phases, &pb.Phase{Name: p.Name, Ms: float64(p.Took.Microseconds()) / 1000})
@@ -600,6 +621,7 @@ func sandboxInfo(info sandbox.Info) *pb.SandboxInfo {
 		DiskMb:   int32(info.DiskMiB),
 		OwnerKey: info.Labels.OwnerKey, AutoResume: info.AutoResume, HostIp: addrText(info.HostIP),
 		FilesOnly: info.FilesOnly, EnvdVersion: info.EnvdVersion, TemplateId: info.TemplateID, Build: info.Build,
+		Vmm: info.VMM, Isolation: string(info.Isolation),
 	}
 	if !info.StartedAt.IsZero() {
 		out.StartedAt = timestamppb.New(info.StartedAt)
@@ -778,8 +800,12 @@ func (s *service) Verify(ctx context.Context, req *request[pb.VerifyRequest], st
 }
 
 func (s *service) GetVersion(context.Context, *request[pb.GetVersionRequest]) (*response[pb.GetVersionResponse], error) {
-	return connect.NewResponse(&pb.GetVersionResponse{
-		Version: s.version.Version, Vmm: s.version.VMM, VmmVersion: s.version.VMMVersion,
-		Url: s.version.URL, Domain: s.version.Domain, CaFile: s.version.CAFile,
-	}), nil
+	resp := &pb.GetVersionResponse{
+		Version: s.version.Version, Url: s.version.URL, Domain: s.version.Domain, CaFile: s.version.CAFile,
+	}
+	if len(s.version.VMMs) > 0 {
+		v := s.version.VMMs[0]
+		resp.Vmm, resp.VmmVersion, resp.Isolation, resp.Speed, resp.Why = v.Name, v.version(), v.Isolation, v.Speed, v.Why
+	}
+	return connect.NewResponse(resp), nil
 }

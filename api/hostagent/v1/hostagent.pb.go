@@ -64,6 +64,12 @@ type CreateSandboxRequest struct {
 	// answer was lost. Another request with the key is already_exists. The key is free
 	// when the sandbox was destroyed, or is no longer remembered.
 	OwnerKey string `protobuf:"bytes,12,opt,name=owner_key,json=ownerKey,proto3" json:"owner_key,omitempty"`
+	// Driver that runs the sandbox, of GetHost's; when empty the first one that can run
+	// the template. A snapshot of memory is of one driver.
+	Vmm string `protobuf:"bytes,13,opt,name=vmm,proto3" json:"vmm,omitempty"`
+	// "vm" asks for a machine with a kernel of its own, whatever its speed: no driver with
+	// a kernel in user space runs the sandbox then. Any driver does when empty.
+	Isolation string `protobuf:"bytes,14,opt,name=isolation,proto3" json:"isolation,omitempty"`
 	// What calls may say in sandbox_id in place of the id: 1 to 63 of A-Z, a-z, 0-9, '_',
 	// '.', '-'. One sandbox of a project has it; it is free again when that one has ended. A
 	// fork has none.
@@ -202,6 +208,20 @@ func (x *CreateSandboxRequest) GetOwnerKey() string {
 	return ""
 }
 
+func (x *CreateSandboxRequest) GetVmm() string {
+	if x != nil {
+		return x.Vmm
+	}
+	return ""
+}
+
+func (x *CreateSandboxRequest) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
+	}
+	return ""
+}
+
 func (x *CreateSandboxRequest) GetName() string {
 	if x != nil {
 		return x.Name
@@ -265,6 +285,12 @@ type CreateSandboxResponse struct {
 	// X-Access-Token. Secret: a client that has it controls the sandbox. It is the same
 	// for the sandbox's whole life.
 	AccessToken string `protobuf:"bytes,7,opt,name=access_token,json=accessToken,proto3" json:"access_token,omitempty"`
+	// Driver that runs the sandbox, and what is between it and the host: "hardware
+	// virtualisation", "emulation", "a user-space kernel".
+	Vmm       string `protobuf:"bytes,8,opt,name=vmm,proto3" json:"vmm,omitempty"`
+	Isolation string `protobuf:"bytes,9,opt,name=isolation,proto3" json:"isolation,omitempty"`
+	// Why that driver, for a person.
+	VmmWhy string `protobuf:"bytes,10,opt,name=vmm_why,json=vmmWhy,proto3" json:"vmm_why,omitempty"`
 	// As in the request, each with its host_port.
 	Publish       []*PublishedPort `protobuf:"bytes,63,rep,name=publish,proto3" json:"publish,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -346,6 +372,27 @@ func (x *CreateSandboxResponse) GetPhases() []*Phase {
 func (x *CreateSandboxResponse) GetAccessToken() string {
 	if x != nil {
 		return x.AccessToken
+	}
+	return ""
+}
+
+func (x *CreateSandboxResponse) GetVmm() string {
+	if x != nil {
+		return x.Vmm
+	}
+	return ""
+}
+
+func (x *CreateSandboxResponse) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
+	}
+	return ""
+}
+
+func (x *CreateSandboxResponse) GetVmmWhy() string {
+	if x != nil {
+		return x.VmmWhy
 	}
 	return ""
 }
@@ -2304,6 +2351,10 @@ type SandboxInfo struct {
 	// Version of E2B's daemon that the one in the sandbox says to be, as in "0.6.4"; this
 	// host's if it says none.
 	EnvdVersion string `protobuf:"bytes,41,opt,name=envd_version,json=envdVersion,proto3" json:"envd_version,omitempty"`
+	// Driver that runs it, or did until it was hibernated, and what is between it and the
+	// host. Empty if its record cannot be used.
+	Vmm       string `protobuf:"bytes,42,opt,name=vmm,proto3" json:"vmm,omitempty"`
+	Isolation string `protobuf:"bytes,43,opt,name=isolation,proto3" json:"isolation,omitempty"`
 	// As its creator gave it; empty for none.
 	Name string `protobuf:"bytes,60,opt,name=name,proto3" json:"name,omitempty"`
 	// Size of its disk in MiB.
@@ -2546,6 +2597,20 @@ func (x *SandboxInfo) GetFilesOnly() bool {
 func (x *SandboxInfo) GetEnvdVersion() string {
 	if x != nil {
 		return x.EnvdVersion
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetVmm() string {
+	if x != nil {
+		return x.Vmm
+	}
+	return ""
+}
+
+func (x *SandboxInfo) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
 	}
 	return ""
 }
@@ -3493,7 +3558,7 @@ type GetVersionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Version of the host agent.
 	Version string `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
-	// Driver that new sandboxes get ("qemu", "firecracker") and its VMM's
+	// Driver of sandboxes that name none ("firecracker", "gvisor", "qemu") and its VMM's
 	// version and acceleration.
 	Vmm        string `protobuf:"bytes,2,opt,name=vmm,proto3" json:"vmm,omitempty"`
 	VmmVersion string `protobuf:"bytes,3,opt,name=vmm_version,json=vmmVersion,proto3" json:"vmm_version,omitempty"`
@@ -3504,7 +3569,11 @@ type GetVersionResponse struct {
 	// <port>-<sandbox>.<domain>.
 	Domain string `protobuf:"bytes,5,opt,name=domain,proto3" json:"domain,omitempty"`
 	// File with the certificate of the agent's own authority; empty unless it made one.
-	CaFile        string `protobuf:"bytes,6,opt,name=ca_file,json=caFile,proto3" json:"ca_file,omitempty"`
+	CaFile string `protobuf:"bytes,6,opt,name=ca_file,json=caFile,proto3" json:"ca_file,omitempty"`
+	// What is between those sandboxes and the host, how fast they are, and why this driver.
+	Isolation     string `protobuf:"bytes,7,opt,name=isolation,proto3" json:"isolation,omitempty"`
+	Speed         string `protobuf:"bytes,8,opt,name=speed,proto3" json:"speed,omitempty"`
+	Why           string `protobuf:"bytes,9,opt,name=why,proto3" json:"why,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3577,6 +3646,27 @@ func (x *GetVersionResponse) GetDomain() string {
 func (x *GetVersionResponse) GetCaFile() string {
 	if x != nil {
 		return x.CaFile
+	}
+	return ""
+}
+
+func (x *GetVersionResponse) GetIsolation() string {
+	if x != nil {
+		return x.Isolation
+	}
+	return ""
+}
+
+func (x *GetVersionResponse) GetSpeed() string {
+	if x != nil {
+		return x.Speed
+	}
+	return ""
+}
+
+func (x *GetVersionResponse) GetWhy() string {
+	if x != nil {
+		return x.Why
 	}
 	return ""
 }
@@ -3731,7 +3821,8 @@ type GetHostResponse struct {
 	DiskKeptBytes int64 `protobuf:"varint,5,opt,name=disk_kept_bytes,json=diskKeptBytes,proto3" json:"disk_kept_bytes,omitempty"`
 	// How many sandboxes there are, by status.
 	Sandboxes map[string]int32 `protobuf:"bytes,6,rep,name=sandboxes,proto3" json:"sandboxes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
-	// The drivers of this host; new sandboxes get the first.
+	// The drivers of this host. Sandboxes that name none get the first; one may name each
+	// that is not unusable.
 	Drivers []*HostDriver `protobuf:"bytes,7,rep,name=drivers,proto3" json:"drivers,omitempty"`
 	// Names of the templates, in their order.
 	Templates []string `protobuf:"bytes,8,rep,name=templates,proto3" json:"templates,omitempty"`
@@ -3937,13 +4028,18 @@ type HostDriver struct {
 	// Hosts with the same key restore each other's snapshots of memory; empty if the
 	// driver restores none here. It is of a sandbox of the default size.
 	SnapshotKey string `protobuf:"bytes,2,opt,name=snapshot_key,json=snapshotKey,proto3" json:"snapshot_key,omitempty"`
-	// Of the first driver: version of its VMM, what runs the guests' code ("kvm", "tcg"),
-	// CPU that they see, what is between them and the host, how fast they are.
-	Version       string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
-	Acceleration  string `protobuf:"bytes,4,opt,name=acceleration,proto3" json:"acceleration,omitempty"`
-	Cpu           string `protobuf:"bytes,5,opt,name=cpu,proto3" json:"cpu,omitempty"`
-	Isolation     string `protobuf:"bytes,6,opt,name=isolation,proto3" json:"isolation,omitempty"`
-	Speed         string `protobuf:"bytes,7,opt,name=speed,proto3" json:"speed,omitempty"`
+	// Version of its VMM, what runs the guests' code ("kvm", "systrap", "tcg"), CPU that
+	// they see, what is between them and the host, how fast they are. Empty of a driver
+	// that is not usable.
+	Version      string `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
+	Acceleration string `protobuf:"bytes,4,opt,name=acceleration,proto3" json:"acceleration,omitempty"`
+	Cpu          string `protobuf:"bytes,5,opt,name=cpu,proto3" json:"cpu,omitempty"`
+	Isolation    string `protobuf:"bytes,6,opt,name=isolation,proto3" json:"isolation,omitempty"`
+	Speed        string `protobuf:"bytes,7,opt,name=speed,proto3" json:"speed,omitempty"`
+	// Why it runs no new sandboxes here, for a person; empty if it does.
+	Unusable string `protobuf:"bytes,8,opt,name=unusable,proto3" json:"unusable,omitempty"`
+	// Why it works as it does, and why the first is the first; for a person.
+	Why           string `protobuf:"bytes,9,opt,name=why,proto3" json:"why,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -4027,11 +4123,25 @@ func (x *HostDriver) GetSpeed() string {
 	return ""
 }
 
+func (x *HostDriver) GetUnusable() string {
+	if x != nil {
+		return x.Unusable
+	}
+	return ""
+}
+
+func (x *HostDriver) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
 var File_hostagent_v1_hostagent_proto protoreflect.FileDescriptor
 
 const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\n" +
-	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9f\x06\n" +
+	"\x1chostagent/v1/hostagent.proto\x12\fhostagent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcf\x06\n" +
 	"\x14CreateSandboxRequest\x12\x1a\n" +
 	"\btemplate\x18\x01 \x01(\tR\btemplate\x12\x14\n" +
 	"\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n" +
@@ -4048,7 +4158,9 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\bdeadline\x12\x1f\n" +
 	"\von_deadline\x18\v \x01(\tR\n" +
 	"onDeadline\x12\x1b\n" +
-	"\towner_key\x18\f \x01(\tR\bownerKey\x12\x12\n" +
+	"\towner_key\x18\f \x01(\tR\bownerKey\x12\x10\n" +
+	"\x03vmm\x18\r \x01(\tR\x03vmm\x12\x1c\n" +
+	"\tisolation\x18\x0e \x01(\tR\tisolation\x12\x12\n" +
 	"\x04name\x18< \x01(\tR\x04name\x12\x17\n" +
 	"\adisk_mb\x18= \x01(\x05R\x06diskMb\x12\x18\n" +
 	"\aworkdir\x18> \x01(\tR\aworkdir\x12\x1f\n" +
@@ -4061,7 +4173,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xa3\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xec\x02\n" +
 	"\x15CreateSandboxResponse\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -4070,7 +4182,11 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\fstarted_from\x18\x04 \x01(\tR\vstartedFrom\x12\x10\n" +
 	"\x03why\x18\x05 \x01(\tR\x03why\x12+\n" +
 	"\x06phases\x18\x06 \x03(\v2\x13.hostagent.v1.PhaseR\x06phases\x12!\n" +
-	"\faccess_token\x18\a \x01(\tR\vaccessToken\x125\n" +
+	"\faccess_token\x18\a \x01(\tR\vaccessToken\x12\x10\n" +
+	"\x03vmm\x18\b \x01(\tR\x03vmm\x12\x1c\n" +
+	"\tisolation\x18\t \x01(\tR\tisolation\x12\x17\n" +
+	"\avmm_why\x18\n" +
+	" \x01(\tR\x06vmmWhy\x125\n" +
 	"\apublish\x18? \x03(\v2\x1b.hostagent.v1.PublishedPortR\apublish\"@\n" +
 	"\rPublishedPort\x12\x12\n" +
 	"\x04port\x18\x01 \x01(\x05R\x04port\x12\x1b\n" +
@@ -4212,7 +4328,8 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"P\n" +
 	"\x15ListSandboxesResponse\x127\n" +
-	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\xe4\t\n" +
+	"\tsandboxes\x18\x01 \x03(\v2\x19.hostagent.v1.SandboxInfoR\tsandboxes\"\x94\n" +
+	"\n" +
 	"\vSandboxInfo\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x16\n" +
@@ -4251,7 +4368,9 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"autoResume\x12\x1d\n" +
 	"\n" +
 	"files_only\x18( \x01(\bR\tfilesOnly\x12!\n" +
-	"\fenvd_version\x18) \x01(\tR\venvdVersion\x12\x12\n" +
+	"\fenvd_version\x18) \x01(\tR\venvdVersion\x12\x10\n" +
+	"\x03vmm\x18* \x01(\tR\x03vmm\x12\x1c\n" +
+	"\tisolation\x18+ \x01(\tR\tisolation\x12\x12\n" +
 	"\x04name\x18< \x01(\tR\x04name\x12\x17\n" +
 	"\adisk_mb\x18= \x01(\x05R\x06diskMb\x12\x18\n" +
 	"\aworkdir\x18> \x01(\tR\aworkdir\x125\n" +
@@ -4330,7 +4449,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
 	"\aproblem\x18\x03 \x01(\tR\aproblem\x12\x14\n" +
 	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\"\x13\n" +
-	"\x11GetVersionRequest\"\xa4\x01\n" +
+	"\x11GetVersionRequest\"\xea\x01\n" +
 	"\x12GetVersionResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x10\n" +
 	"\x03vmm\x18\x02 \x01(\tR\x03vmm\x12\x1f\n" +
@@ -4338,7 +4457,10 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"vmmVersion\x12\x10\n" +
 	"\x03url\x18\x04 \x01(\tR\x03url\x12\x16\n" +
 	"\x06domain\x18\x05 \x01(\tR\x06domain\x12\x17\n" +
-	"\aca_file\x18\x06 \x01(\tR\x06caFile\"\x10\n" +
+	"\aca_file\x18\x06 \x01(\tR\x06caFile\x12\x1c\n" +
+	"\tisolation\x18\a \x01(\tR\tisolation\x12\x14\n" +
+	"\x05speed\x18\b \x01(\tR\x05speed\x12\x10\n" +
+	"\x03why\x18\t \x01(\tR\x03why\"\x10\n" +
 	"\x0eGetHostRequest\"Q\n" +
 	"\x10DrainHostRequest\x12\x1c\n" +
 	"\thibernate\x18\x01 \x01(\bR\thibernate\x12\x1f\n" +
@@ -4368,7 +4490,7 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\tsandboxes\x18\x01 \x01(\x05R\tsandboxes\x12\x14\n" +
 	"\x05vcpus\x18\x02 \x01(\x05R\x05vcpus\x12\x1b\n" +
 	"\tmemory_mb\x18\x03 \x01(\x03R\bmemoryMb\x12\x17\n" +
-	"\adisk_mb\x18\x04 \x01(\x03R\x06diskMb\"\xc7\x01\n" +
+	"\adisk_mb\x18\x04 \x01(\x03R\x06diskMb\"\xf5\x01\n" +
 	"\n" +
 	"HostDriver\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
@@ -4377,7 +4499,9 @@ const file_hostagent_v1_hostagent_proto_rawDesc = "" +
 	"\facceleration\x18\x04 \x01(\tR\facceleration\x12\x10\n" +
 	"\x03cpu\x18\x05 \x01(\tR\x03cpu\x12\x1c\n" +
 	"\tisolation\x18\x06 \x01(\tR\tisolation\x12\x14\n" +
-	"\x05speed\x18\a \x01(\tR\x05speed2\xd4\x0e\n" +
+	"\x05speed\x18\a \x01(\tR\x05speed\x12\x1a\n" +
+	"\bunusable\x18\b \x01(\tR\bunusable\x12\x10\n" +
+	"\x03why\x18\t \x01(\tR\x03why2\xd4\x0e\n" +
 	"\x10HostAgentService\x12X\n" +
 	"\rCreateSandbox\x12\".hostagent.v1.CreateSandboxRequest\x1a#.hostagent.v1.CreateSandboxResponse\x12[\n" +
 	"\x0eRecoverSandbox\x12#.hostagent.v1.RecoverSandboxRequest\x1a$.hostagent.v1.RecoverSandboxResponse\x12[\n" +

@@ -357,13 +357,15 @@ func (a *Agent) GetHost(context.Context, request[v1.GetHostRequest]) (response[v
 		Version: a.Text, Fault: a.Text, Templates: []string{a.Text}, Sandboxes: map[string]int32{a.Text: 1},
 		Drivers: []*v1.HostDriver{{
 			Name: a.Text, SnapshotKey: a.Text, Version: a.Text, Acceleration: a.Text, Cpu: a.Text, Isolation: a.Text, Speed: a.Text,
-		}},
+			Why: a.Text,
+		}, {Name: a.Text, Unusable: a.Text}},
 	}), nil
 }
 
 func (a *Agent) GetVersion(context.Context, request[v1.GetVersionRequest]) (response[v1.GetVersionResponse], error) {
 	return connect.NewResponse(&v1.GetVersionResponse{
 		Version: a.Text, Vmm: a.Text, VmmVersion: a.Text, Url: a.URL, Domain: a.Domain, CaFile: a.CAFile,
+		Isolation: a.Text, Speed: a.Text, Why: a.Text,
 	}), nil
 }
 

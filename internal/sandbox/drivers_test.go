@@ -5,10 +5,12 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
+	"git.omukk.dev/wrenn/sandbox/internal/guest"
 	"git.omukk.dev/wrenn/sandbox/internal/network"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm"
 	"git.omukk.dev/wrenn/sandbox/internal/vmm/vmmtest"
@@ -263,5 +265,21 @@ func TestFlatSandboxHasNoFilesAlone(t *testing.T) {
 	b := r.builder(BuilderRequest{})
 	if spec, ok := r.host.Spec(string(b)); !ok || spec.Init != "" {
 		t.Errorf("build sandbox %+v", spec)
+	}
+}
+
+// The kernel of a flat driver has drawn its boot id before a boot snapshot is made, so each
+// guest that starts from one gets another.
+func TestFlatClonesGetABootID(t *testing.T) {
+	r := beside(t)
+	for _, name := range []string{"flat", "fake"} {
+		r.made(CreateRequest{VMM: name})
+		var fresh []bool
+		r.told = func(_ string, in guest.Init) { fresh = append(fresh, in.NewBootID) }
+		r.made(CreateRequest{VMM: name})
+		if !slices.Equal(fresh, []bool{name == "flat"}) {
+			t.Errorf("%s: told of a new boot id: %v", name, fresh)
+		}
+		r.told = nil
 	}
 }

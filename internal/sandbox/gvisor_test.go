@@ -157,6 +157,10 @@ func TestLifeUnderGVisor(t *testing.T) {
 	ctx := t.Context()
 	first := r.make(sandbox.CreateRequest{MemMiB: 256}, sandbox.FromBoot)
 	id := r.make(sandbox.CreateRequest{MemMiB: 256}, sandbox.FromReady)
+	bootID := "cat /proc/sys/kernel/random/boot_id"
+	if one, other := r.sh(first, bootID), r.sh(id, bootID); len(one) != 36 || one == other {
+		t.Errorf("boot ids %q and %q", one, other)
+	}
 	want := func(what string, id sandbox.ID, count string) {
 		t.Helper()
 		got := r.sh(id, "hostname; sha256sum /root/data | cut -c1-8; cat /tmp/count")
@@ -231,9 +235,13 @@ func TestWaitingGuestUnderGVisor(t *testing.T) {
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
-	id := r.make(sandbox.CreateRequest{}, sandbox.FromWarm)
+	id, other := r.make(sandbox.CreateRequest{}, sandbox.FromWarm), r.make(sandbox.CreateRequest{}, sandbox.FromWarm)
 	if got := r.sh(id, "hostname"); got != string(id) {
 		t.Errorf("%q", got)
+	}
+	bootID := "cat /proc/sys/kernel/random/boot_id"
+	if one, two := r.sh(id, bootID), r.sh(other, bootID); len(one) != 36 || one == two {
+		t.Errorf("boot ids %q and %q", one, two)
 	}
 	if got := r.sh(id, "sleep 60 & tail /dev/zero; echo $?; kill -0 $! && echo lives; kill $!"); !strings.HasPrefix(got, "137\nlives") {
 		t.Errorf("out of memory: %q", got)

@@ -284,6 +284,7 @@ func (k keeper) handOut(ctx context.Context, b *box, req CreateRequest, began ti
 	rec.Login = req.Login
 	end := phase(ctx, "init")
 	g, in := b.op.guest, k.identity(rec, true)
+	in.NewBootID = rec.flat() // its kernel has drawn one
 	if b.op.opens != "" {
 		g, in.NewBootID = k.cfg.Guests(rec.HostIP, b.op.opens), true
 		defer g.Close()

@@ -380,7 +380,8 @@ func (v *vms) tellGuest(ctx context.Context, b *box, src source) error {
 	in := v.identity(rec, src.memory != "")
 	switch src.tell {
 	case tellIdentity:
-		in.NewBootID = src.memory != "" && src.token != "" // a program may have read it
+		// A program may have read it, or a kernel drawn it before it was read.
+		in.NewBootID = src.memory != "" && (src.token != "" || rec.flat())
 	case tellClone:
 		in.NewBootID = src.memory != ""
 	case tellResume:

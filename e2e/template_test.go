@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"io"
 	"log"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
@@ -25,10 +26,11 @@ import (
 )
 
 // TestTemplates runs the scenarios of testdata/template as TestCLI runs its own. In their
-// environment REGISTRY is a registry on loopback that has the image hello:1.
+// environment REGISTRY is a registry on loopback that has the image hello:1 with DIGEST, and
+// PRIVATE the same for the user me with the password secret.
 func TestTemplates(t *testing.T) {
 	testenv.StateDir(t)
-	host := serveImage(t)
+	host, private, digest := serveImage(t)
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/template",
 		Setup: func(e *testscript.Env) error {
@@ -41,6 +43,8 @@ func TestTemplates(t *testing.T) {
 			e.Setenv("WRENN_HOST", a.url)
 			e.Setenv("WRENN_STATE_DIR", a.stateDir)
 			e.Setenv("REGISTRY", host)
+			e.Setenv("PRIVATE", private)
+			e.Setenv("DIGEST", digest)
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"status": status, "id": rememberID},
@@ -48,7 +52,7 @@ func TestTemplates(t *testing.T) {
 }
 
 // serveImage serves an image with one program until the test ends.
-func serveImage(t *testing.T) (host string) {
+func serveImage(t *testing.T) (host, private, digest string) {
 	t.Helper()
 	bin := filepath.Join(t.TempDir(), "hello")
 	build := exec.Command("go", "build", "-o", bin, "./testdata/hello")
@@ -92,9 +96,19 @@ func serveImage(t *testing.T) (host string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	images := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	server := httptest.NewServer(images)
 	t.Cleanup(server.Close)
 	host = strings.TrimPrefix(server.URL, "http://")
+	locked := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if user, password, _ := r.BasicAuth(); user != "me" || password != "secret" {
+			w.Header().Set("WWW-Authenticate", `Basic realm="images"`)
+			http.Error(w, "{}", http.StatusUnauthorized)
+			return
+		}
+		images.ServeHTTP(w, r)
+	}))
+	t.Cleanup(locked.Close)
 	ref, err := name.ParseReference(host + "/team/hello:1")
 	if err == nil {
 		err = remote.Write(ref, image)
@@ -102,7 +116,7 @@ func serveImage(t *testing.T) (host string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return host
+	return host, strings.TrimPrefix(locked.URL, "http://"), must(image.Digest()).String()
 }
 
 func must[T any](v T, err error) T {

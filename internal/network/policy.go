@@ -99,8 +99,8 @@ func (e Egress) IsZero() bool {
 //     for that name itself; never to those that the guest claims it has. A name in
 //     AllowNames is let through, then one in DenyNames is refused, then the mode
 //     decides. No name leads to what 1 refuses, and to private addresses only with 2
-//     or the mode All. To what 3 refuses lead only names in AllowNames. Refused
-//     connections are reset.
+//     or the mode All. To what 3 refuses lead only names in AllowNames. A refused
+//     request is answered with 403, TLS with an alert; other connections are reset.
 //   - Questions to port 53 of all others, wherever they are sent, are answered by the
 //     agent: names that are not let through lead to the proxy, for it to say so. With
 //     OwnDNS the agent answers none.

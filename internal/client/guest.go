@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
 
@@ -98,6 +99,15 @@ func callOf(req *http.Request) string {
 // same of all that do not run, because it does not know who asks.
 func (s *Sandbox) absence(ctx context.Context, req *http.Request) error {
 	info, err := s.Info(ctx)
+	// A VM that has just ended is found no more a moment before its sandbox has.
+	for began := time.Now(); err == nil && info.GetStatus() == "running" && time.Since(began) < endsWithin; {
+		select {
+		case <-time.After(endLook):
+			info, err = s.Info(ctx)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 	switch {
 	case err != nil:
 		return notFromTheWire(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"git.omukk.dev/wrenn/sandbox/internal/errdefs"
 	"git.omukk.dev/wrenn/sandbox/internal/guestapi"
 )
 
@@ -14,6 +15,10 @@ func (s *Sandbox) Stop(ctx context.Context, grace time.Duration) (detail string,
 	info, err := s.Info(ctx)
 	if err != nil {
 		return "", err
+	}
+	if info.GetVmm() == "gvisor" { // before its programs end for nothing
+		return "", errdefs.Unsupported.Errorf(
+			"sandbox %s runs with gVisor, which keeps its disk in its memory: pause --to-disk keeps both", s.ID)
 	}
 	if info.GetStatus() == "running" && grace > 0 {
 		s.endPrograms(ctx, grace)

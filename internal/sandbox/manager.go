@@ -110,13 +110,21 @@ func (m *Manager) Stats() Stats {
 	return s
 }
 
-// Console returns at most n bytes from the end of the guest's console.
+// Console returns at most n bytes from the end of the guest's console. Where a guest that
+// was restored has printed nothing yet, it says so.
 func (r *registry) Console(id ID, n int64) ([]byte, error) {
-	if _, err := r.find(id); err != nil {
+	b, err := r.find(id)
+	if err != nil {
 		return nil, err
 	}
-	return r.store.tail(id, n)
+	console, err := r.store.tail(id, n)
+	if err == nil && len(console) == 0 && b.record().Restored {
+		console = []byte(restoredConsole)
+	}
+	return console, err
 }
+
+const restoredConsole = "[wrenn: the guest goes on from a snapshot, and has printed nothing since]\n"
 
 // Pause stops the vCPUs of a running sandbox. On error it runs as before.
 func (m *Manager) Pause(ctx context.Context, id ID) error {

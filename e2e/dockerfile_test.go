@@ -143,10 +143,15 @@ func (a *agent) killedInABuild(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("its client says: %s", <-done)
-	if err := a.start("--on-shutdown=destroy"); err != nil {
+	if err := a.start("--on-shutdown=destroy", "--max-template-disk=64"); err != nil {
 		t.Fatal(err)
 	}
-	out, err := a.cli(t, "template", "ls", "-a")
+	// minimal alone takes more than that.
+	out, err := a.cli(t, "template", "build", "-t", "refused", dir)
+	if err == nil || !strings.Contains(out, "--max-template-disk allows 64 MiB") || strings.Contains(out, "it runs") {
+		t.Errorf("a build past --max-template-disk: %v\n%s", err, out)
+	}
+	out, err = a.cli(t, "template", "ls", "-a")
 	if err != nil || !strings.Contains(out, "error") {
 		t.Errorf("template ls: %v\n%s", err, out)
 	}

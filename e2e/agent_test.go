@@ -231,14 +231,6 @@ func (a *agent) serveCommand(args ...string) *exec.Cmd {
 // is a machine: its disk can be kept without its memory, and its kernel can be looked at.
 func testVMM() string { return cmp.Or(os.Getenv("WRENN_TEST_VMM"), "qemu") }
 
-// needMachine skips a test of what a kernel in user space does not have.
-func needMachine(t testing.TB, what string) {
-	t.Helper()
-	if testVMM() == "gvisor" {
-		t.Skipf("the driver gvisor has no %s", what)
-	}
-}
-
 // start starts the process and returns when it serves.
 func (a *agent) start(args ...string) error {
 	cmd := a.serveCommand(args...)

@@ -19,6 +19,8 @@ type Candidate struct {
 	Report vmm.Report
 }
 
+func (c Candidate) machine() bool { return c.Report.Isolation != vmm.UserSpaceKernel }
+
 // Refusal is a driver that cannot, and why.
 type Refusal struct {
 	Driver vmm.Driver
@@ -39,9 +41,12 @@ type Choice struct {
 func (c Choice) First() Candidate { return c.Usable[0] }
 
 // Choose asks the drivers, which come in the order of preference, which of them can be
-// used, and puts those with the fastest guests first. With a name other than AutoVMM the
-// driver of that name is the first, and must be usable. If no driver can be used the
-// error gives the reason for each.
+// used, and puts virtual machines first, those with the fastest guests before others. With
+// a name other than AutoVMM the driver of that name is the first, and must be usable. If no
+// driver can be used the error gives the reason for each.
+//
+// A kernel in user space comes after emulated machines, though it is faster: its hibernated
+// sandboxes fit one version of its program, and it keeps no files without memory.
 func Choose(ctx context.Context, name string, drivers []vmm.Driver) (Choice, error) {
 	var c Choice
 	for _, d := range drivers {
@@ -57,7 +62,12 @@ func Choose(ctx context.Context, name string, drivers []vmm.Driver) (Choice, err
 			c.Usable = append(c.Usable, Candidate{d, report})
 		}
 	}
-	slices.SortStableFunc(c.Usable, func(a, b Candidate) int { return int(b.Report.Speed) - int(a.Report.Speed) })
+	slices.SortStableFunc(c.Usable, func(a, b Candidate) int {
+		if am, bm := a.machine(), b.machine(); am != bm {
+			return map[bool]int{true: -1, false: 1}[am]
+		}
+		return int(b.Report.Speed) - int(a.Report.Speed)
+	})
 	if name != AutoVMM {
 		at := slices.IndexFunc(c.Usable, func(u Candidate) bool { return u.Driver.Name() == name })
 		if at < 0 {
@@ -89,13 +99,18 @@ func (c Choice) reason(name string) string {
 		notes = []string{"the settings say so"}
 	case first.Report.Speed == vmm.Native:
 		notes = append([]string{"the first choice that has KVM"}, c.refusals()...)
-	case first.Report.Speed == vmm.NearNative:
-		notes = append([]string{"the fastest without KVM"}, c.refusals()...)
+	case !first.machine():
+		notes = append([]string{"no virtual machine can be used"}, c.refusals()...)
 	default:
 		notes = append([]string{"it works without KVM"}, c.refusals()...)
 	}
 	if first.Report.Why != "" {
 		notes = append(notes, first.Driver.Name()+": "+first.Report.Why)
+	}
+	for _, u := range c.Usable[1:] {
+		if name == AutoVMM && u.Report.Speed > first.Report.Speed {
+			notes = append(notes, fmt.Sprintf("--vmm %s is faster, and no virtual machine", u.Driver.Name()))
+		}
 	}
 	return strings.Join(notes, "; ")
 }

@@ -44,8 +44,9 @@ func (d driver) Needs() vmm.Needs {
 var (
 	qemuTCG = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "tcg", CPU: "x86-64-v3", Speed: vmm.Emulated,
 		Isolation: vmm.Emulation, Why: "the CPU shows neither vmx nor svm"}}
-	qemuKVM  = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "kvm", Speed: vmm.Native, Why: "a probe guest booted"}}
-	sentry   = driver{name: "sentry", report: vmm.Report{Version: "1", Accel: "systrap", Speed: vmm.NearNative, Why: "it needs nothing"}}
+	qemuKVM = driver{name: "qemu", report: vmm.Report{Version: "7.2.22", Accel: "kvm", Speed: vmm.Native, Why: "a probe guest booted"}}
+	sentry  = driver{name: "sentry", report: vmm.Report{Version: "1", Accel: "systrap",
+		Isolation: vmm.UserSpaceKernel, Speed: vmm.NearNative, Why: "it needs nothing"}}
 	noQEMU   = driver{name: "qemu", err: errdefs.Unavailable.Errorf("qemu-system-x86_64 is not installed")}
 	noKVM    = driver{name: "firecracker", err: errdefs.Unsupported.Errorf("firecracker needs KVM")}
 	unjailed = driver{name: "firecracker", report: vmm.Report{Version: "1.12.1", Accel: "kvm", CPU: "host", Speed: vmm.Native,
@@ -319,7 +320,9 @@ func TestChoose(t *testing.T) {
 		{"auto", []vmm.Driver{noKVM, qemuKVM}, "qemu kvm", "the first choice that has KVM; firecracker needs KVM; qemu: a probe guest booted"},
 		{"auto", []vmm.Driver{firecracker, qemuTCG}, "qemu tcg", "it works without KVM; firecracker is not installed; qemu: the CPU shows"},
 		{"auto", []vmm.Driver{qemuTCG, jailed}, "firecracker kvm", "the first choice that has KVM"},
-		{"auto", []vmm.Driver{noKVM, qemuTCG, sentry}, "sentry systrap", "the fastest without KVM; firecracker needs KVM; sentry: it needs"},
+		{"auto", []vmm.Driver{noKVM, sentry, qemuTCG}, "qemu tcg", "it works without KVM; firecracker needs KVM; qemu: the CPU shows"},
+		{"auto", []vmm.Driver{noKVM, noQEMU, sentry}, "sentry systrap", "no virtual machine can be used; firecracker needs KVM; qemu"},
+		{"sentry", []vmm.Driver{qemuTCG, sentry}, "sentry systrap", "the settings say so; sentry: it needs"},
 		{"auto", []vmm.Driver{sentry, qemuKVM}, "qemu kvm", "the first choice that has KVM; qemu: a probe"},
 		{"qemu", []vmm.Driver{sentry, qemuTCG}, "qemu tcg", "the settings say so; qemu: the CPU"},
 		{"qemu", []vmm.Driver{jailed, qemuTCG}, "qemu tcg", "the settings say so; qemu: the CPU"},

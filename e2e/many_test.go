@@ -21,7 +21,7 @@ func TestManyPausedAndHibernated(t *testing.T) {
 	a := startAgent(t, "--on-shutdown=leave")
 	var boxes []*sandbox
 	for range 6 {
-		boxes = append(boxes, a.create(t, nil))
+		boxes = append(boxes, a.create(t, &hostagentv1.CreateSandboxRequest{Vmm: "qemu"})) // whose disk is apart from its memory
 	}
 	for i, b := range boxes {
 		b.sh("echo kept >/root/note")

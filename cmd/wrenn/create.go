@@ -195,6 +195,7 @@ place of the id, until it has ended.`,
 			}
 			if verbose {
 				fmt.Fprintln(cmd.ErrOrStderr(), printableLine(course(resp)))
+				fmt.Fprintln(cmd.ErrOrStderr(), printableLine(fmt.Sprintf("runs on: %s, %s; %s", resp.Vmm, resp.Isolation, resp.VmmWhy)))
 			}
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), resp)
@@ -217,9 +218,6 @@ place of the id, until it has ended.`,
 // course says in a line what a sandbox started from, and what that took.
 func course(resp *hostagentv1.CreateSandboxResponse) string {
 	line := "started from: " + resp.StartedFrom
-	if resp.Vmm != "" {
-		line = fmt.Sprintf("runs by %s, %s (%s); %s", resp.Vmm, resp.Isolation, resp.VmmWhy, line)
-	}
 	if resp.Why != "" {
 		line += " (" + resp.Why + ")"
 	}

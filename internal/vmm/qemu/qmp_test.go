@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -111,18 +112,18 @@ func TestLostAnswers(t *testing.T) {
 // The connection of one operation serves the next ones, until it breaks or fails.
 func TestConnectionIsKept(t *testing.T) {
 	answers := make(chan string, 10)
-	connections := 0
-	path := monitorCounting(t, greeting, func(string) string { return <-answers }, func() { connections++ })
+	var connections atomic.Int32
+	path := monitorCounting(t, greeting, func(string) string { return <-answers }, func() { connections.Add(1) })
 	v := vmAt(t, path)
 	const running = `{"return": {"status": "running"}}`
-	ask := func(what, answer string, fails bool, want int) {
+	ask := func(what, answer string, fails bool, want int32) {
 		t.Helper()
 		answers <- answer
 		if _, err := v.status(t.Context()); (err != nil) != fails {
 			t.Errorf("%s: %v", what, err)
 		}
-		if connections != want {
-			t.Errorf("%s: %d connections, want %d", what, connections, want)
+		if got := connections.Load(); got != want {
+			t.Errorf("%s: %d connections, want %d", what, got, want)
 		}
 	}
 	ask("first", running, false, 1)

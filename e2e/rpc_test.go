@@ -226,7 +226,7 @@ func TestBadInput(t *testing.T) {
 	wantCode(t, create(&hostagentv1.CreateSandboxRequest{MemoryMb: 256 << 10}), connect.CodeResourceExhausted, "memory", "free")
 
 	for id, code := range map[string]connect.Code{
-		none: connect.CodeNotFound, "": connect.CodeInvalidArgument, "x": connect.CodeInvalidArgument,
+		none: connect.CodeNotFound, "": connect.CodeInvalidArgument, "x": connect.CodeNotFound, // which may be a name
 		"sb-": connect.CodeInvalidArgument, "sb-../../etc": connect.CodeInvalidArgument, "SB-0123456789ABCDEF": connect.CodeInvalidArgument,
 		b.id + "\x00": connect.CodeInvalidArgument, b.id + "\n": connect.CodeInvalidArgument,
 		strings.Repeat("sb-0", 1000): connect.CodeInvalidArgument,

@@ -2,10 +2,7 @@ package client
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
-	"net/http"
 	"time"
 
 	"connectrpc.com/connect"
@@ -50,18 +47,9 @@ func (s *Sandbox) Signal(ctx context.Context, pid uint32, signal process.Signal)
 func (s *Sandbox) Processes(ctx context.Context) ([]guestapi.Process, error) {
 	ctx, cancel := context.WithTimeout(ctx, guestPatience)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.host.base.String()+guestapi.PathProcesses, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := s.request(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
 	list := guestapi.Processes{}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 32<<20)).Decode(&list); err != nil {
-		return nil, fmt.Errorf("read the sandbox's processes: %w", err)
+	if err := s.getJSON(ctx, guestapi.PathProcesses, "processes", 32<<20, &list); err != nil {
+		return nil, err
 	}
 	return list.Processes, nil
 }

@@ -36,18 +36,9 @@ type Process struct {
 func (s *Sandbox) Usage(ctx context.Context) (*Usage, error) {
 	ctx, cancel := context.WithTimeout(ctx, guestPatience)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.host.base.String()+guestapi.PathMetrics, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp, err := s.request(req)
-	if err != nil {
-		return nil, err
-	}
-	defer resp.Body.Close()
 	u := &Usage{Processes: []Process{}}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, 1<<20)).Decode(u); err != nil {
-		return nil, fmt.Errorf("read the sandbox's metrics: %w", err)
+	if err := s.getJSON(ctx, guestapi.PathMetrics, "metrics", 1<<20, u); err != nil {
+		return nil, err
 	}
 	list, err := call(ctx, s.processes("").List, &process.ListRequest{})
 	if err != nil {
@@ -57,4 +48,22 @@ func (s *Sandbox) Usage(ctx context.Context) (*Usage, error) {
 		u.Processes = append(u.Processes, Process{p.Pid, p.GetTag(), p.GetConfig().GetCmd(), p.GetConfig().GetArgs()})
 	}
 	return u, nil
+}
+
+// getJSON asks the sandbox for what it says of itself in JSON, of which it reads limit bytes
+// at most into v.
+func (s *Sandbox) getJSON(ctx context.Context, path, what string, limit int64, v any) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.host.base.String()+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := s.request(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(io.LimitReader(resp.Body, limit)).Decode(v); err != nil {
+		return fmt.Errorf("read the sandbox's %s: %w", what, err)
+	}
+	return nil
 }
